@@ -1,0 +1,356 @@
+"""The one configuration tree: RunConfig, read from YAML plus `section.key=value` overrides.
+
+An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was read is
+written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_llave.errors import ConfigError
+from megatron_llave.presets import PRESETS
+
+PARTS = ("vision", "projector", "language")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass
+class VisionConfig:
+    """SigLIP vision tower."""
+
+    hidden_size: int = 0
+    """Width of the tower."""
+    num_layers: int = 0
+    """Layers that are run; for so400m 26 of the 27 pretrained ones."""
+    num_heads: int = 0
+    """Attention heads; divisible by parallel.tensor."""
+    ffn_hidden_size: int = 0
+    """Width of the tower's MLP."""
+    image_size: int = 0
+    """Side of one square tile, pixels."""
+    patch_size: int = 14
+    """Side of one patch, pixels. A rest of image_size / patch_size is not seen by the convolution."""
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class LanguageConfig:
+    """Qwen2 decoder up to its final norm."""
+
+    hidden_size: int = 0
+    """Width of the decoder, and size of the embedding."""
+    num_layers: int = 0
+    """Decoder layers over all pipeline stages."""
+    num_heads: int = 0
+    """Query heads; divisible by parallel.tensor."""
+    num_kv_heads: int = 0
+    """Key/value heads (grouped-query attention); divisible by parallel.tensor."""
+    ffn_hidden_size: int = 0
+    """Width of the gated MLP."""
+    vocab_size: int = 0
+    """Token ids the embedding has rows for, before padding for tensor parallel."""
+    rope_theta: float = 1000000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of the RMS norms."""
+
+
+@dataclass
+class ModelConfig:
+    """The whole embedder."""
+
+    preset: str | None = None
+    """Sizes to start from: tiny, 0.5b, 2b or 7b (presets.py); keys given beside it win."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Vision tower."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    """Decoder."""
+    image_grids: list[list[int]] = field(default_factory=list)
+    """Anyres tile grids [columns, rows] to choose from, in order of preference on ties; empty: one squashed tile, no anyres."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
+    kernels: str = "local"
+    """Layer implementation: local (torch) or transformer_engine."""
+    precision: str = "fp32"
+    """Parameters and activations: fp32 or bf16. Gradients, optimizer and loss are float32 in both."""
+
+    def __post_init__(self) -> None:
+        """Check what can be said without the other sections."""
+        for part in self.freeze:
+            _one_of("model.freeze", part, PARTS)
+        _one_of("model.kernels", self.kernels, ("local", "transformer_engine"))
+        _one_of("model.precision", self.precision, ("fp32", "bf16"))
+        for grid in self.image_grids:
+            ok = len(grid) == 2 and min(grid) >= 1
+            _require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes are laid out; data parallel is what is left over."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: each layer's matrices are split over them."""
+    pipeline: int = 1
+    """Pipeline stages: the decoder's layers are split over them; tower and projector are on the first."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    sequence: bool = False
+    """Sequence parallel: norms and residuals split over the tensor-parallel ranks."""
+    context: int = 1
+    """Context-parallel ranks: each sequence split over them."""
+    first_stage_layers: int | None = None
+    """Decoder layers on the first pipeline stage, fewer than elsewhere since the tower is there too; null: even."""
+    timeout_seconds: int = 600
+    """A collective that waits longer than this ends the run, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Every size is at least 1."""
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class SubsetConfig:
+    """One subset of the training mixture."""
+
+    weight: float = 1.0
+    """Share of the steps this subset gets, relative to the others."""
+    start_step: int = 0
+    """First step (from 0) at which the subset is drawn: a curriculum for models trained from scratch."""
+
+
+@dataclass
+class DataConfig:
+    """Training pairs."""
+
+    path: str = ""
+    """Folder of WebDataset shards with its index.json (tools/prepare_data.py makes one)."""
+    tokenizer: str | None = None
+    """SentencePiece .model or Hugging Face tokenizer.json; null: tokenizer.model or tokenizer.json in data.path."""
+    prompt: str = "qwen"
+    """Prompt template: qwen (the released one) or plain (text and end of sequence)."""
+    max_length: int = 4096
+    """Longest sequence in tokens; longer text is cut before the template's tail, never the pooled token."""
+    subsets: dict[str, SubsetConfig] = field(default_factory=dict)
+    """Mixture by subset name; empty: every subset of the index, weighted by its number of pairs."""
+
+    def __post_init__(self) -> None:
+        """Check names and sizes."""
+        _one_of("data.prompt", self.prompt, ("qwen", "plain"))
+        _require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
+        for name, subset in self.subsets.items():
+            _require(subset.weight > 0, f"data.subsets.{name}.weight={subset.weight} must be positive")
+
+
+@dataclass
+class LossConfig:
+    """Hardness-weighted contrastive loss (paper section 3.2)."""
+
+    temperature: float = 0.02
+    """Divisor of the cosine similarities, tau."""
+    temperature_start: float | None = None
+    """Temperature at step 0, lowered geometrically to `temperature`; null: no warmup. From scratch 0.02 collapses at once."""
+    temperature_warmup_steps: int = 0
+    """Steps the temperature warmup takes."""
+    alpha: float = 9.0
+    """Hardness weight of the negatives; 0 is plain InfoNCE."""
+    alpha_warmup_steps: int = 0
+    """Steps over which alpha rises linearly from 0."""
+
+    def __post_init__(self) -> None:
+        """Check signs."""
+        _require(self.temperature > 0, f"loss.temperature={self.temperature} must be positive")
+        start = self.temperature_start
+        _require(start is None or start > 0, f"loss.temperature_start={start} must be positive")
+        _require(self.alpha >= 0, f"loss.alpha={self.alpha} must not be negative")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW through megatron-core's distributed optimizer, cosine schedule."""
+
+    learning_rate: float = 1e-5
+    """Highest learning rate, reached after the warmup."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warmup from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_gradient: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 0
+    """Optimizer steps of the run."""
+    global_batch_size: int = 256
+    """Pairs per step over all data-parallel ranks."""
+    micro_batch_size: int | None = None
+    """Pairs per forward pass of one data-parallel rank; null: the whole step at once."""
+    seed: int = 0
+    """Seeds weights and data order; the same at every parallel layout."""
+    output: str = "runs/default"
+    """Folder of the run: config.yaml, log.jsonl, checkpoints/."""
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        for name in ("global_batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name}={value} must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving."""
+
+    interval: int = 0
+    """Steps between checkpoints; 0: only at the end. The last step is always saved."""
+
+
+@dataclass
+class LogConfig:
+    """Progress."""
+
+    interval: int = 10
+    """Steps between progress lines; every step is in log.jsonl."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Embedding for evaluation."""
+
+    tokens_per_batch: int = 8192
+    """Tokens packed into one forward pass."""
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is made of."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes, precision, frozen parts."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the processes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training pairs and tokenizer."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Contrastive loss."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Progress."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Evaluation."""
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides, fill in the model preset, and check the result.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or cannot work.
+    """
+    path = Path(path)
+    _require(path.is_file(), f"configuration file {path} does not exist")
+    try:
+        from_file = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    _require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
+    for override in overrides:
+        _require("=" in override, f"override {override!r} must look like section.key=value")
+    from_command_line = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    _check_keys(RunConfig, from_file, str(path))
+    _check_keys(RunConfig, from_command_line, "the command line")
+    given = OmegaConf.merge(from_file, from_command_line)
+    return _build(given)
+
+
+def _build(given: Any) -> RunConfig:
+    """Defaults, then the preset, then what was given; typed and checked."""
+    preset = OmegaConf.select(given, "model.preset")
+    if preset is not None:
+        _one_of("model.preset", str(preset), tuple(PRESETS))
+        given = OmegaConf.merge({"model": PRESETS[str(preset)]}, given)
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+    validate(cfg)
+    return cfg
+
+
+def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:
+    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
+    hints = get_type_hints(section)
+    for key, value in given.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key} in {source}; {hint}")
+        inner = hints[key]
+        if is_dataclass(inner):
+            _require(isinstance(value, dict), f"{prefix}{key} in {source} must be a section with keys, not {value!r}")
+            _check_keys(inner, value, source, f"{prefix}{key}.")
+        elif isinstance(value, dict) and get_args(inner) and is_dataclass(get_args(inner)[-1]):
+            for name, item in value.items():
+                _require(isinstance(item, dict), f"{prefix}{key}.{name} in {source} must be a section ({{}} for its defaults)")
+                _check_keys(get_args(inner)[-1], item, source, f"{prefix}{key}.{name}.")
+
+
+def validate(cfg: RunConfig) -> None:
+    """Checks that need more than one section or that hold for every run, whatever the number of processes.
+
+    Raises:
+        ConfigError: names the key and the numbers that do not fit.
+    """
+    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
+        for f in fields(values):
+            value = getattr(values, f.name)
+            _require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
+        ok = values.hidden_size % values.num_heads == 0
+        sizes = f"model.{part}.hidden_size={values.hidden_size}"
+        _require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
+    _require(cfg.train.steps >= 0, f"train.steps={cfg.train.steps} must not be negative")
+    late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
+    _require(
+        not cfg.data.subsets or len(late) < len(cfg.data.subsets),
+        f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
+    )
+
+
+def save(cfg: RunConfig, path: str | Path) -> None:
+    """Write the merged configuration as YAML; `load` reads it back to an equal RunConfig."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
