@@ -5,6 +5,7 @@ written beside the checkpoint (`save`), so that a checkpoint folder says how it 
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -275,8 +276,13 @@ class RunConfig:
     """Evaluation."""
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides, fill in the model preset, and check the result.
+
+    Args:
+        path: the YAML file.
+        overrides: win over the file.
+        leave_out: sections of the file that are not taken over, such as the layout a checkpoint was trained at.
 
     Raises:
         ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or cannot work.
@@ -293,6 +299,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     from_command_line = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     _check_keys(RunConfig, from_file, str(path))
     _check_keys(RunConfig, from_command_line, "the command line")
+    from_file = {name: section for name, section in from_file.items() if name not in leave_out}
     given = OmegaConf.merge(from_file, from_command_line)
     return _build(given)
 
@@ -343,7 +350,7 @@ def validate(cfg: RunConfig) -> None:
         ok = values.hidden_size % values.num_heads == 0
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
         _require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
-    _require(cfg.train.steps >= 0, f"train.steps={cfg.train.steps} must not be negative")
+    _require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
     _require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),

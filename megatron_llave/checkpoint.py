@@ -1,0 +1,112 @@
+"""Checkpoints through megatron-core's dist_checkpointing: one format that loads at every layout.
+
+    OUTPUT/checkpoints/step-0002400/    weights, optimizer, schedule, step, and config.yaml
+    OUTPUT/checkpoints/latest           the name of the newest whole one
+
+A checkpoint is written under a temporary name, renamed when whole, and made current by replacing `latest` in one move: a
+killed save leaves the previous one current.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn import Module
+
+from megatron_llave import config
+from megatron_llave.config import RunConfig
+from megatron_llave.errors import CheckpointError
+from megatron_llave.optimizer import Trainable
+
+FOLDER = "checkpoints"
+POINTER = "latest"
+CONFIG = "config.yaml"
+
+
+def save(output: str | Path, step: int, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection) -> Path:
+    """Write a checkpoint after `step` steps and make it current; every rank takes part.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = Path(output) / FOLDER
+    final = folder / f"step-{step:07d}"
+    partial = folder / f"{final.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config.save(cfg, partial / CONFIG)
+    dist.barrier()
+    chunks = [chunk.module for chunk in trainable.chunks]
+    metadata = _metadata(groups)
+    state = _model_state(chunks, metadata)
+    optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
+    state["optimizer"] = trainable.optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
+    state["schedule"] = trainable.schedule.state_dict()
+    state["step"] = step
+    metadata.pop("dp_cp_group")
+    dist_checkpointing.save(state, str(partial), content_metadata=metadata)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        pointer = folder / f"{POINTER}.partial"
+        pointer.write_text(final.name + "\n")
+        os.replace(pointer, folder / POINTER)
+    dist.barrier()
+    return final
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the current one of a run's output folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / POINTER).is_file():
+        path = path / (path / POINTER).read_text().strip()
+    elif (path / FOLDER / POINTER).is_file():
+        path = path / FOLDER / (path / FOLDER / POINTER).read_text().strip()
+    if not (path / CONFIG).is_file() or not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (it would hold {CONFIG} and metadata.json) nor a run's folder with "
+            f"{FOLDER}/{POINTER}"
+        )
+    return path
+
+
+def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection) -> None:
+    """Fill the chunks with the weights of checkpoint folder `path`, whatever layout it was saved at.
+
+    Raises:
+        CheckpointError: the files are damaged or hold another model.
+    """
+    state = _model_state(chunks, _metadata(groups))
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except Exception as error:  # megatron-core and torch raise many kinds, all meaning an unusable checkpoint
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    for key, chunk in zip(_model_keys(chunks), chunks):
+        chunk.load_state_dict(loaded[key])
+
+
+def _metadata(groups: ProcessGroupCollection) -> dict:
+    """How megatron-core lays optimizer states out: "fully reshardable" loads at any number of data-parallel ranks."""
+    return dict(
+        distrib_optim_sharding_type="fully_reshardable",
+        singleton_local_shards=False,
+        chained_optim_avoid_prefix=True,
+        dp_cp_group=groups.dp_cp,
+    )
+
+
+def _model_keys(chunks: list[Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _model_state(chunks: list[Module], metadata: dict) -> dict:
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_model_keys(chunks), chunks)}

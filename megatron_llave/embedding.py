@@ -1,0 +1,110 @@
+"""A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_llave import checkpoint, config, parallel
+from megatron_llave.batch import PackedSequences, Side
+from megatron_llave.config import RunConfig
+from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
+from megatron_llave.model.embedder import build_model
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint ready to embed, at the layout of this run."""
+
+    cfg: RunConfig
+    chunks: list[Module]
+    encoder: Encoder
+    groups: ProcessGroupCollection
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """Tokens that a packed row's length must be a multiple of."""
+        return self.cfg.parallel.tensor if self.cfg.parallel.sequence else 1
+
+
+def load_model(path: str | Path, data: str | Path, overrides: Sequence[str] = ()) -> LoadedModel:
+    """Build the model a checkpoint holds. Its training layout is not taken over: every process is a data-parallel rank
+    unless `overrides` (parallel.tensor=2, ...) say otherwise. A tokenizer that the run found beside its data is looked
+    for in `data`.
+
+    Raises:
+        UserError: no checkpoint, an unknown override, or a layout that does not fit the model.
+    """
+    folder = checkpoint.find(path)
+    cfg = config.load(folder / checkpoint.CONFIG, [f"data.path={data}", *overrides], leave_out=["parallel"])
+    world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
+    parallel.validate_layout(cfg.model, cfg.parallel, world_size)
+    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
+    checkpoint.load_weights(folder, chunks, groups)
+    return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
+
+
+def embed(model: LoadedModel, sides: list[Side]) -> Tensor:
+    """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank."""
+    groups = model.groups
+    mine = range(groups.dp.rank(), len(sides), groups.dp.size())
+    encoded = [model.encoder.encode(sides[index]) for index in mine]
+    # Sequences of like length share a row, which keeps the attention's buckets full.
+    order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
+    rows = list(packed_rows([encoded[index] for index in order], model))
+    with torch.no_grad():
+        outputs = forward_only(model, rows)
+    width = model.cfg.model.language.hidden_size
+    local = torch.zeros(len(encoded), width, device=parallel.device())
+    if groups.pp.rank() == groups.pp.size() - 1 and encoded:
+        local[torch.tensor(order, device=local.device)] = torch.cat(outputs)
+    dist.broadcast(local, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    counts = [len(range(rank, len(sides), groups.dp.size())) for rank in range(groups.dp.size())]
+    gathered = parallel.all_gather_rows(local, counts, groups.dp)  # [n, d] rank by rank
+    places = torch.cat([torch.arange(rank, len(sides), groups.dp.size()) for rank in range(groups.dp.size())])
+    embeddings = torch.empty_like(gathered)
+    embeddings[places.to(gathered.device)] = gathered
+    return embeddings
+
+
+def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[PackedSequences]:
+    """Rows of about `evaluate.tokens_per_batch` tokens; a longer sequence is a row of its own."""
+    row: list[EncodedSequence] = []
+    num_tokens = 0
+    for sequence in encoded:
+        if row and num_tokens + sequence.length > model.cfg.evaluate.tokens_per_batch:
+            yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+            row, num_tokens = [], 0
+        row.append(sequence)
+        num_tokens += sequence.length
+    yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+
+
+def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor]:
+    """Embeddings [n, d] of each row through megatron-core's schedule; on the last pipeline stage, else empty."""
+    stages, num_chunks = model.groups.pp.size(), len(model.chunks)
+    missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule wants whole rounds
+    empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
+    padded = rows + [empty] * missing
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(padded) for _ in range(num_chunks)] if num_chunks > 1 else iter(padded),
+        model=model.chunks,
+        num_microbatches=len(padded),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs[: len(rows)]
+
+
+def _forward_step(rows: Iterator[PackedSequences], chunk: Module) -> tuple[Tensor, object]:
+    return chunk(next(rows).to(parallel.device())), lambda output, non_loss_data: output

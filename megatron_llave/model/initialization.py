@@ -1,0 +1,74 @@
+"""Random weights that are the same model at every layout: each parameter is drawn from a generator seeded by its global name.
+
+megatron-core's own initialisation slices a gated MLP's matrix plainly and starts every pipeline stage from one random state,
+so that equal seeds give different models at different layouts.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+GATED = "mlp.linear_fc1.weight"
+"""The decoder's [gate; up] matrix: each tensor-parallel rank holds its part of both halves."""
+
+
+def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
+    """Parameters of one pipeline chunk under the names they have in the whole model (layers counted over all stages)."""
+    layers = chunk.language.decoder.layers
+    offset = layers[0].layer_number - 1 if len(layers) else 0
+    prefix = "language.decoder.layers."
+    for name, parameter in chunk.named_parameters():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{int(index) + offset}.{rest}"
+        yield name, parameter
+
+
+def initialize_parameters(chunks: list[Module], tensor_group: dist.ProcessGroup, seed: int) -> None:
+    """Fill every parameter in place.
+
+    Matrices, embeddings and image_newline: normal with standard deviation 1/sqrt(inputs). Norm weights 1, biases 0.
+    """
+    for chunk in chunks:
+        for name, parameter in named_global_parameters(chunk):
+            full = _draw(name, full_shape(parameter, tensor_group.size()), seed)
+            part = tensor_parallel_part(full, parameter, name, tensor_group.rank(), tensor_group.size())
+            with torch.no_grad():
+                parameter.copy_(part)
+
+
+def full_shape(parameter: Parameter, tensor: int) -> list[int]:
+    """Shape of the parameter before it was split over `tensor` ranks."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tensor
+    return shape
+
+
+def tensor_parallel_part(full: Tensor, parameter: Parameter, name: str, rank: int, tensor: int) -> Tensor:
+    """The part of a full parameter that tensor-parallel `rank` of `tensor` holds."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    if name.startswith("language.") and name.endswith(GATED):
+        gate, up = full.chunk(2)
+        return torch.cat([gate.chunk(tensor)[rank], up.chunk(tensor)[rank]])
+    return full.chunk(tensor, parameter.partition_dim)[rank]
+
+
+def _draw(name: str, shape: list[int], seed: int) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1 and name != "image_newline":
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(_name_seed(name, seed))
+    inputs = shape[0] if len(shape) == 1 else torch.Size(shape[1:]).numel()
+    return torch.randn(shape, generator=generator) * inputs**-0.5
+
+
+def _name_seed(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

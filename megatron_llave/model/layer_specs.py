@@ -1,0 +1,229 @@
+"""Which modules a transformer layer is made of: torch's own ("local"), or Transformer Engine's.
+
+Shapes: s sequence, t packed tokens, b batch, h hidden, n heads, d head dimension; megatron-core order [s, b, h].
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_llave.errors import ConfigError
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm that works with sequence parallel, as megatron-core's torch norm does not."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # megatron-core sums gradients so marked over the tensor-parallel ranks, each of which saw its own tokens.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.Module):
+    """Layer norm with the same interface as RMSNorm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.layer_norm(hidden, (hidden.shape[-1],), self.weight, self.bias, self.eps)
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """megatron-core's packed-sequence record, with what the local attention needs, worked out once per batch."""
+
+    bucket_rows: list[Tensor] = field(default_factory=list)
+    """Per bucket of similar lengths: [sequences, longest] int64 positions in the packed row; a short sequence repeats its last."""
+    from_buckets: Tensor | None = None
+    """[t] int64: where each packed token stands in the concatenation of the flattened buckets."""
+    positions: Tensor | None = None
+    """[t] int64 position of each token in its own sequence."""
+
+
+def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLayout:
+    """Describe a packed row to the attention of the chosen kernels.
+
+    Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the same
+    powers of two: few large calls in place of one per sequence, at most four times the attention arithmetic.
+    """
+    if kernels == "transformer_engine":
+        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
+        return PackedLayout(qkv_format="thd", max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen, **ends)
+    lengths = cu_seqlens.diff().tolist()
+    starts = cu_seqlens[:-1].tolist()
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        buckets.setdefault((length - 1).bit_length(), []).append(index)
+    rows, from_buckets, offset = [], torch.empty(sum(lengths), dtype=torch.int64), 0
+    for members in buckets.values():
+        start = torch.tensor([starts[i] for i in members])[:, None]  # [sequences, 1]
+        length = torch.tensor([lengths[i] for i in members])[:, None]
+        steps = torch.arange(int(length.max()))[None]  # [1, longest]
+        rows.append(start + torch.minimum(steps, length - 1))  # [sequences, longest]
+        places = torch.arange(rows[-1].numel()).view_as(rows[-1]) + offset
+        is_token = steps < length
+        from_buckets[rows[-1][is_token]] = places[is_token]
+        offset += rows[-1].numel()
+    device = cu_seqlens.device
+    lengths_on_device = cu_seqlens.diff().long()
+    first = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths_on_device)
+    positions = torch.arange(sum(lengths), device=device) - first
+    rows = [row.to(device) for row in rows]
+    return PackedLayout(qkv_format="sbhd", bucket_rows=rows, from_buckets=from_buckets.to(device), positions=positions)
+
+
+class LocalAttention(MegatronModule):
+    """Core attention on torch's scaled_dot_product_attention: equal sequences (the tower's tiles) or one packed row."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.num_heads_per_group = config.num_attention_heads // config.num_query_groups
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+    ) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, groups, d] -> [s, b, n * d]; packed: s = t, b = 1."""
+        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        if packed_seq_params is None:
+            inputs = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, n, d]
+            return self._attend(*inputs, causal).transpose(0, 1).flatten(2)
+        # A short sequence is padded at its end, and a causal mask keeps later keys from every real token.
+        assert causal, "packed sequences are padded at their end, which only a causal mask hides"
+        query, key, value = (x.squeeze(1) for x in (query, key, value))  # [t, n, d]
+        outputs = []
+        for rows in packed_seq_params.bucket_rows:
+            bucket = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (query, key, value))
+            outputs.append(self._attend(*bucket, causal).flatten(0, 1))
+        output = torch.cat(outputs).index_select(0, packed_seq_params.from_buckets)  # [t, n, d]
+        return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        """[b, s, n, d], keys and values with their own number of heads -> [b, s, n, d]."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [b, n, s, d]
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=self.num_heads_per_group > 1
+        )
+        return output.transpose(1, 2)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
+        """Nothing to save."""
+        return {}
+
+
+def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
+    """One pre-norm transformer layer. `norm` is RMSNorm or LayerNorm; Transformer Engine takes its own, fused, of that kind.
+
+    Checkpoints of both kernels have the same keys (Transformer Engine's).
+    """
+    if kernels == "transformer_engine":
+        return _transformer_engine_layer_spec(mask)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=LocalAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(module=MLP, submodules=mlp_submodules("local")),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _transformer_engine() -> Any:
+    try:
+        import transformer_engine  # noqa: F401  (megatron-core's wrappers exist without it, as broken stubs)
+        from megatron.core.extensions import transformer_engine as wrappers
+    except ImportError as error:
+        raise ConfigError(
+            'model.kernels=transformer_engine needs Transformer Engine: pip install "megatron_llave[gpu]" on a machine '
+            "with CUDA, or set model.kernels=local"
+        ) from error
+    return wrappers
+
+
+def _transformer_engine_layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    te = _transformer_engine()
+    attention = SelfAttentionSubmodules(
+        linear_qkv=te.TELayerNormColumnParallelLinear,
+        core_attention=te.TEDotProductAttention,
+        linear_proj=te.TERowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    mlp = MLPSubmodules(linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=IdentityOp,
+        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=IdentityOp,
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def mlp_submodules(kernels: str) -> MLPSubmodules:
+    """Linear layers of an MLP that has no norm of its own before it: the projector's, or a local layer's."""
+    if kernels == "transformer_engine":
+        te = _transformer_engine()
+        return MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def final_norm(kernels: str, norm: type) -> type:
+    """The norm after the last layer."""
+    return _transformer_engine().TENorm if kernels == "transformer_engine" else norm

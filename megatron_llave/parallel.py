@@ -1,0 +1,184 @@
+"""Process groups from a ParallelConfig, and collectives with gradients. The only file that names parallel_state.
+
+Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron-core's order "tp-cp-ep-dp-pp"). Every other
+module takes a group, or the ProcessGroupCollection, as an argument.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_llave.errors import ConfigError
+
+
+def device() -> torch.device:
+    """The device this process computes on: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_processes(timeout_seconds: int) -> int:
+    """Join the processes torchrun started (or be the only one) and return their number.
+
+    Uses NCCL with GPUs, gloo without. A collective that waits longer than `timeout_seconds` ends the process.
+    """
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
+    return dist.get_world_size()
+
+
+def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
+    """Build the process groups of a layout that `validate_layout` has accepted.
+
+    Returns:
+        Groups: tp, cp, dp (context-parallel ranks apart), dp_cp, pp, mp, ... of this rank.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def shut_down() -> None:
+    """Leave the process groups, so that a normal end is not reported as an abort."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_reporting_rank(groups: ProcessGroupCollection) -> bool:
+    """True on the one rank that has the losses to log: last pipeline stage, first of its other groups."""
+    last_stage = groups.pp.rank() == groups.pp.size() - 1
+    return last_stage and groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
+
+
+def validate_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> int:
+    """Check that the model can be split over `world_size` processes as asked.
+
+    Returns:
+        The number of data-parallel ranks that is left.
+
+    Raises:
+        ConfigError: one line with the keys and numbers that do not fit.
+    """
+    model_parallel = layout.tensor * layout.pipeline * layout.context
+    sizes = f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} x parallel.context={layout.context}"
+    if world_size % model_parallel:
+        raise ConfigError(f"{world_size} processes cannot be split into {sizes}: not a multiple of {model_parallel}")
+    _validate_tensor(model, layout)
+    _validate_pipeline(model.language.num_layers, layout)
+    if layout.context > 1:
+        raise ConfigError(f"parallel.context={layout.context}: packed sequences are not split over context ranks; use 1")
+    return world_size // model_parallel
+
+
+def _validate_tensor(model: ModelConfig, layout: ParallelConfig) -> None:
+    if layout.sequence and layout.tensor == 1:
+        raise ConfigError("parallel.sequence=true needs parallel.tensor of at least 2")
+    for part, values in (("vision", model.vision), ("language", model.language)):
+        for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+            value = getattr(values, name, layout.tensor)
+            if value % layout.tensor:
+                raise ConfigError(f"model.{part}.{name}={value} is not divisible by parallel.tensor={layout.tensor}")
+    if model.language.hidden_size % layout.tensor:  # the projector's inner layer
+        raise ConfigError(
+            f"model.language.hidden_size={model.language.hidden_size} is not divisible by parallel.tensor={layout.tensor}"
+        )
+
+
+def _validate_pipeline(layers: int, layout: ParallelConfig) -> None:
+    stages, chunks, first = layout.pipeline, layout.virtual_pipeline, layout.first_stage_layers
+    if chunks > 1 and stages == 1:
+        raise ConfigError(f"parallel.virtual_pipeline={chunks} needs parallel.pipeline of at least 2")
+    if first is not None and (stages == 1 or not 1 <= first < layers):
+        raise ConfigError(
+            f"parallel.first_stage_layers={first} must be 1 to {layers - 1} and needs parallel.pipeline of at least 2"
+        )
+    rest, rest_stages = (layers, stages) if first is None else (layers - first, stages - 1)
+    what = f"model.language.num_layers={layers}" + ("" if first is None else f" less parallel.first_stage_layers={first}")
+    if rest % (rest_stages * chunks) or (first or 0) % chunks:
+        raise ConfigError(f"{what} cannot be split evenly over {rest_stages} pipeline stages x {chunks} chunks")
+
+
+def validate_batch(cfg: RunConfig, data_parallel: int) -> None:
+    """Check that the global batch can be split into equal micro batches over the data-parallel ranks.
+
+    Raises:
+        ConfigError: one line with the numbers that do not fit.
+    """
+    total, layout = cfg.train.global_batch_size, cfg.parallel
+    micro = cfg.train.micro_batch_size or max(1, total // data_parallel)
+    if total % (data_parallel * micro):
+        raise ConfigError(
+            f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} x "
+            f"{data_parallel} data-parallel ranks"
+        )
+    micro_batches = total // (data_parallel * micro)
+    if layout.virtual_pipeline > 1 and micro_batches % layout.pipeline:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={layout.virtual_pipeline} needs a number of micro batches that "
+            f"parallel.pipeline={layout.pipeline} divides, but train.global_batch_size={total} with "
+            f"train.micro_batch_size={micro} gives {micro_batches}"
+        )
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """All-gather in forward, reduce-scatter (sum) in backward, for equal numbers of rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
+def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+    """Number of rows each rank of the group holds, in rank order."""
+    if group is None or group.size() == 1:
+        return [rows.shape[0]]
+    counts = torch.zeros(group.size(), dtype=torch.int64, device=rows.device)
+    own = torch.full((1,), rows.shape[0], dtype=torch.int64, device=rows.device)
+    dist.all_gather_into_tensor(counts, own, group=group)
+    return counts.tolist()
+
+
+def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Concatenate the rows of all ranks: all-gather in forward, reduce-scatter (sum) in backward.
+
+    Args:
+        rows: [counts[rank], ...] this rank's rows; the numbers may differ between ranks.
+        counts: rows per rank, from `row_counts`.
+        group: ranks to gather over; None or a single rank returns `rows`.
+
+    Returns:
+        [sum(counts), ...] in rank order.
+    """
+    if group is None or group.size() == 1:
+        return rows
+    longest = max(counts)
+    padding = rows.new_zeros((longest - rows.shape[0], *rows.shape[1:]))
+    gathered = _AllGatherRows.apply(torch.cat([rows, padding]), group)  # [ranks * longest, ...]
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts)])

@@ -1,0 +1,150 @@
+"""Ranking candidates for queries, and the numbers read off the ranking: pure functions of tensors and a process group.
+
+Used by evaluation, after the embedder. Shapes: q queries, c candidates over all ranks (c_local on this one), n of them
+in one block, d embedding. The ranking does not depend on sharding, chunking or device, bit for bit, for embeddings of
+length up to sqrt(2): see `_fixed_point`. Equal similarities are ordered by candidate index, as numpy's argmax does in
+the released evaluation.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CANDIDATES_PER_BLOCK = 16384
+LOW_WORD = 2**32 - 1
+# Below the key of every similarity: the bits of a NaN, which no similarity is.
+ABSENT = torch.iinfo(torch.int64).min
+
+
+@dataclass
+class Ranking:
+    """The best candidates of each query."""
+
+    top: Tensor
+    """[q, k] int64 global candidate indices, best first; -1 where there are fewer than k candidates."""
+    positive: Tensor
+    """[q] float32 similarity of the positive."""
+    hardest_negative: Tensor
+    """[q] float32 largest similarity of a candidate that is not the positive; -inf where there is none."""
+
+
+def rank_candidates(
+    queries: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    k: int,
+    offset: int = 0,
+    group: dist.ProcessGroup | None = None,
+    chunk: int = 1024,
+) -> Ranking:
+    """Rank the candidates of all ranks of `group` for each query; the result is the same on all of them.
+
+    Args:
+        queries: [q, d] L2-normalised, the same on all ranks.
+        candidates: [c_local, d] L2-normalised, rows [offset, offset + c_local) of all candidates; may be empty.
+        positives: [q] int64 global index of each query's right candidate, the same on all ranks.
+        k: candidates to keep per query.
+        offset: global index of this rank's first candidate.
+        group: ranks the candidates are spread over; None: all of them are here.
+        chunk: queries whose similarities are held at a time.
+
+    Raises:
+        ValueError: k is below 1, or a positive is not among the candidates.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    best = torch.full((len(queries), k), ABSENT, dtype=torch.int64, device=queries.device)  # [q, k]
+    scores = torch.full((2, len(queries)), -math.inf, device=queries.device)  # [2, q] positive, hardest negative
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, start + chunk)
+        best[rows], scores[:, rows] = _rank_chunk(queries[rows], candidates, positives[rows], k, offset)
+    if group is not None and group.size() > 1 and len(queries) > 0:
+        gathered = [torch.empty_like(best) for _ in range(group.size())]
+        dist.all_gather(gathered, best, group=group)
+        best = torch.cat(gathered, dim=1).topk(k, dim=1).values  # [q, ranks * k] -> [q, k]
+        dist.all_reduce(scores, dist.ReduceOp.MAX, group=group)
+    missing = positives[scores[0] == -math.inf]
+    if len(missing) > 0:
+        raise ValueError(f"positive {int(missing[0])} is not the index of a candidate")
+    top = torch.where(best == ABSENT, -1, LOW_WORD - (best & LOW_WORD))  # [q, k]
+    return Ranking(top, scores[0], scores[1])
+
+
+def _rank_chunk(queries: Tensor, candidates: Tensor, positives: Tensor, k: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Keys [q, k] of the best local candidates, and [2, q] similarities of the positive and the hardest negative."""
+    queries = _fixed_point(queries)
+    best = torch.full((len(queries), k), ABSENT, dtype=torch.int64, device=queries.device)
+    scores = torch.full((2, len(queries)), -math.inf, device=queries.device)
+    for start in range(0, len(candidates), CANDIDATES_PER_BLOCK):
+        block = _fixed_point(candidates[start : start + CANDIDATES_PER_BLOCK])  # [n, d]
+        similarity = (queries @ block.T).float()  # [q, n]
+        # A broken embedding ranks behind every other; adding 0 turns -0 into 0, which equals it but has other bits.
+        similarity = similarity.nan_to_num(nan=torch.finfo(torch.float32).min) + 0.0
+        index = torch.arange(len(block), device=queries.device) + offset + start  # [n]
+        best = torch.cat([best, _sort_key(similarity, index)], dim=1).topk(k, dim=1).values  # [q, k + n] -> [q, k]
+        is_positive = index == positives[:, None]  # [q, n]
+        in_block = torch.stack(
+            [
+                similarity.masked_fill(~is_positive, -math.inf).amax(dim=1),
+                similarity.masked_fill(is_positive, -math.inf).amax(dim=1),
+            ]
+        )
+        scores = torch.maximum(scores, in_block)
+    return best, scores
+
+
+def _fixed_point(embedding: Tensor) -> Tensor:
+    """Round to multiples of 2^-26, in float64: their dot products are then free of rounding.
+
+    Every product is a multiple of 2^-52 and, for lengths up to sqrt(2), every partial sum is at most 2, so all of them
+    fit the 53 bits of a float64: the order in which a matrix product adds up, which differs between shapes and devices,
+    no longer matters. The similarity moves by about 1e-8, less than the spacing of float32 near 1.
+    """
+    return torch.round(embedding.double() * 2**26) / 2**26
+
+
+def _sort_key(similarity: Tensor, index: Tensor) -> Tensor:
+    """[q, n] int64, all different: larger for a larger similarity [q, n] and, among equal ones, a smaller index [n]."""
+    bits = similarity.view(torch.int32).long()
+    # The bits of a float rise with its size; of a negative one they must fall.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return ordered * 2**32 + (LOW_WORD - index)
+
+
+def precision_at_1(ranking: Ranking, positives: Tensor) -> float:
+    """Queries whose best candidate is the positive, in percent."""
+    return recall_at_k(ranking, positives, 1)
+
+
+def recall_at_k(ranking: Ranking, positives: Tensor, k: int) -> float:
+    """Queries whose positive is among the k best candidates, in percent.
+
+    Raises:
+        ValueError: there are no queries, or the ranking holds fewer than k candidates per query.
+    """
+    num_queries, kept = ranking.top.shape
+    if not 1 <= k <= kept or num_queries == 0:
+        raise ValueError(f"recall at {k} needs queries and a ranking of at least {k}, not {num_queries} x {kept}")
+    hits = (ranking.top[:, :k] == positives[:, None]).any(dim=1)  # [q, k] -> [q]
+    return 100.0 * int(hits.sum()) / num_queries
+
+
+def overlap_coefficient(a: Tensor, b: Tensor, bins: int = 50) -> float:
+    """Area shared by the histograms of two samples, each of area 1: 0 for separate samples, 1 for equal histograms.
+
+    Both use `bins` equal bins from the smallest to the largest value of the two; values that are not finite (a hardest
+    negative where there is none) are left out, and without any value in a sample the overlap is 0. Between the
+    similarities of positives and hardest negatives it is the paper's sign of a model that cannot tell them apart.
+    """
+    a, b = (x.detach().double().cpu() for x in (a, b))
+    a, b = a[a.isfinite()], b[b.isfinite()]
+    if len(a) == 0 or len(b) == 0:
+        return 0.0
+    low, high = (float(f(torch.cat([a, b]))) for f in (torch.amin, torch.amax))
+    if low == high:
+        return 1.0
+    shares = [torch.histc(x, bins, low, high) / len(x) for x in (a, b)]
+    return float(torch.minimum(*shares).sum())

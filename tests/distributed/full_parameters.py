@@ -1,0 +1,60 @@
+"""Whole parameters and gradients under their global names, put together from all ranks: for comparing layouts."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_llave.model.initialization import GATED, named_global_parameters
+from megatron_llave.optimizer import Trainable
+
+
+def full_gradients(trainable: Trainable, groups: ProcessGroupCollection) -> dict[str, Tensor]:
+    """Gradients after forward_backward, on every rank; the distributed optimizer left each rank only its share."""
+    for chunk in trainable.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                share = bucket.grad_data.chunk(groups.dp_cp.size())[groups.dp_cp.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=groups.dp_cp)
+    return _full([chunk.module for chunk in trainable.chunks], groups, lambda parameter: parameter.main_grad)
+
+
+def full_weights(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Tensor]:
+    """Weights, on every rank."""
+    return _full(chunks, groups, lambda parameter: parameter)
+
+
+def _full(chunks, groups, value) -> dict[str, Tensor]:
+    own = {}
+    for chunk in chunks:
+        for name, parameter in named_global_parameters(chunk):
+            if parameter.requires_grad:
+                own[name] = _gather_tensor_parallel(value(parameter).detach(), parameter, name, groups.tp)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {name: tensor for part in everyone for name, tensor in part.items()}
+
+
+def _gather_tensor_parallel(part, parameter, name, group) -> Tensor:
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return part.clone()
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    if name.startswith("language.") and name.endswith(GATED):
+        return torch.cat([p.chunk(2)[0] for p in parts] + [p.chunk(2)[1] for p in parts])
+    return torch.cat(parts, dim=parameter.partition_dim)
+
+
+def worst_relative_error(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[str, float]:
+    """The parameter whose difference from the reference is largest, relative to the reference's norm."""
+    assert set(ours) == set(reference), set(ours) ^ set(reference)
+    errors = {name: _relative_error(ours[name], reference[name]) for name in ours}
+    name = max(errors, key=errors.get)
+    return name, errors[name]
+
+
+def _relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Rows that only one of them has are padding of the vocabulary, and must be zero."""
+    rows = max(len(ours), len(reference))
+    ours, reference = (torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]) for x in (ours, reference))
+    return float((ours - reference).norm() / reference.norm().clamp_min(1e-12))
