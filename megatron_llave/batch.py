@@ -48,7 +48,7 @@ class PackedSequences:
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
     visual_source: Tensor
-    """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p], row k * p being image_newline."""
+    """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline."""
     visual_position: Tensor
     """[v] int64: where visual token i stands in the packed row."""
 

@@ -3,8 +3,8 @@
     OUTPUT/checkpoints/step-0002400/    weights, optimizer, schedule, step, and config.yaml
     OUTPUT/checkpoints/latest           the name of the newest whole one
 
-A checkpoint is written under a temporary name, renamed when whole, and made current by replacing `latest` in one move: a
-killed save leaves the previous one current.
+A checkpoint is written under a temporary name, renamed when whole, and made current by replacing `latest` in one move:
+a killed save leaves the previous one current.
 """
 
 import os
@@ -13,26 +13,34 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
 from megatron_llave import config
 from megatron_llave.config import RunConfig
 from megatron_llave.errors import CheckpointError
-from megatron_llave.optimizer import Trainable
 
 FOLDER = "checkpoints"
 POINTER = "latest"
 CONFIG = "config.yaml"
 
 
-def save(output: str | Path, step: int, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection) -> Path:
-    """Write a checkpoint after `step` steps and make it current; every rank takes part.
+def save(
+    cfg: RunConfig,
+    step: int,
+    chunks: list[Module],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    groups: ProcessGroupCollection,
+) -> Path:
+    """Write a checkpoint after `step` steps into the run's folder and make it current; every rank takes part.
 
     Returns:
         The checkpoint's folder.
     """
-    folder = Path(output) / FOLDER
+    folder = Path(cfg.train.output) / FOLDER
     final = folder / f"step-{step:07d}"
     partial = folder / f"{final.name}.partial"
     if dist.get_rank() == 0:
@@ -40,12 +48,11 @@ def save(output: str | Path, step: int, cfg: RunConfig, trainable: Trainable, gr
         partial.mkdir(parents=True)
         config.save(cfg, partial / CONFIG)
     dist.barrier()
-    chunks = [chunk.module for chunk in trainable.chunks]
     metadata = _metadata(groups)
     state = _model_state(chunks, metadata)
     optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
-    state["optimizer"] = trainable.optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
-    state["schedule"] = trainable.schedule.state_dict()
+    state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
+    state["schedule"] = schedule.state_dict()
     state["step"] = step
     metadata.pop("dp_cp_group")
     dist_checkpointing.save(state, str(partial), content_metadata=metadata)

@@ -1,7 +1,7 @@
 """The one configuration tree: RunConfig, read from YAML plus `section.key=value` overrides.
 
-An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was read is
-written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
+An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was
+read is written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
 """
 
 import difflib
@@ -84,7 +84,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     """Decoder."""
     image_grids: list[list[int]] = field(default_factory=list)
-    """Anyres tile grids [columns, rows] to choose from, in order of preference on ties; empty: one squashed tile, no anyres."""
+    """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile, no anyres."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
     kernels: str = "local"
@@ -168,7 +168,9 @@ class LossConfig:
     temperature: float = 0.02
     """Divisor of the cosine similarities, tau."""
     temperature_start: float | None = None
-    """Temperature at step 0, lowered geometrically to `temperature`; null: no warmup. From scratch 0.02 collapses at once."""
+    """Temperature at step 0, lowered geometrically to `temperature`; null: no warmup.
+
+    Random weights collapse to one point under 0.02 from the first step on."""
     temperature_warmup_steps: int = 0
     """Steps the temperature warmup takes."""
     alpha: float = 9.0
@@ -332,7 +334,8 @@ def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> Non
             _check_keys(inner, value, source, f"{prefix}{key}.")
         elif isinstance(value, dict) and get_args(inner) and is_dataclass(get_args(inner)[-1]):
             for name, item in value.items():
-                _require(isinstance(item, dict), f"{prefix}{key}.{name} in {source} must be a section ({{}} for its defaults)")
+                what = f"{prefix}{key}.{name} in {source}"
+                _require(isinstance(item, dict), f"{what} must be a section ({{}} for its defaults)")
                 _check_keys(get_args(inner)[-1], item, source, f"{prefix}{key}.{name}.")
 
 

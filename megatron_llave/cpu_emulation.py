@@ -1,8 +1,8 @@
-"""Lets megatron-core run on CPU over gloo: stand-ins for the few torch.cuda calls it makes. The only file that patches anything.
+"""Lets megatron-core run on CPU over gloo: stand-ins for the few torch.cuda calls it makes. Nothing else is patched.
 
 Entry points and tests call `enable()` before they build anything; importing the package changes nothing. Where CUDA is
-available it does nothing, so that a real GPU is never hidden. Everything is looked up by megatron-core when it is called, so
-attributes are replaced once; a torch function mode would cost every operation (measured: +24 % on a tiny model's step).
+available it does nothing, so that a real GPU is never hidden. megatron-core looks everything up when it calls it, so
+attributes are replaced once; a torch function mode would cost every operation (measured: +24 % of a tiny model's step).
 """
 
 import functools

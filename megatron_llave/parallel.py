@@ -1,7 +1,7 @@
 """Process groups from a ParallelConfig, and collectives with gradients. The only file that names parallel_state.
 
-Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron-core's order "tp-cp-ep-dp-pp"). Every other
-module takes a group, or the ProcessGroupCollection, as an argument.
+Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron-core's order "tp-cp-ep-dp-pp"). Every
+other module takes a group, or the ProcessGroupCollection, as an argument.
 """
 
 import os
@@ -53,10 +53,15 @@ def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def leave_layout() -> None:
+    """Give up the groups of `init`; the processes stay joined and may take up another layout."""
+    parallel_state.destroy_model_parallel()
+
+
 def shut_down() -> None:
     """Leave the process groups, so that a normal end is not reported as an abort."""
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         dist.destroy_process_group()
 
 
@@ -82,7 +87,7 @@ def validate_layout(model: ModelConfig, layout: ParallelConfig, world_size: int)
     _validate_tensor(model, layout)
     _validate_pipeline(model.language.num_layers, layout)
     if layout.context > 1:
-        raise ConfigError(f"parallel.context={layout.context}: packed sequences are not split over context ranks; use 1")
+        raise ConfigError(f"parallel.context={layout.context}: packed sequences cannot be split over context ranks; use 1")
     return world_size // model_parallel
 
 
@@ -94,10 +99,9 @@ def _validate_tensor(model: ModelConfig, layout: ParallelConfig) -> None:
             value = getattr(values, name, layout.tensor)
             if value % layout.tensor:
                 raise ConfigError(f"model.{part}.{name}={value} is not divisible by parallel.tensor={layout.tensor}")
-    if model.language.hidden_size % layout.tensor:  # the projector's inner layer
-        raise ConfigError(
-            f"model.language.hidden_size={model.language.hidden_size} is not divisible by parallel.tensor={layout.tensor}"
-        )
+    hidden = model.language.hidden_size  # width of the projector's inner layer, which is split
+    if hidden % layout.tensor:
+        raise ConfigError(f"model.language.hidden_size={hidden} is not divisible by parallel.tensor={layout.tensor}")
 
 
 def _validate_pipeline(layers: int, layout: ParallelConfig) -> None:
@@ -109,9 +113,12 @@ def _validate_pipeline(layers: int, layout: ParallelConfig) -> None:
             f"parallel.first_stage_layers={first} must be 1 to {layers - 1} and needs parallel.pipeline of at least 2"
         )
     rest, rest_stages = (layers, stages) if first is None else (layers - first, stages - 1)
-    what = f"model.language.num_layers={layers}" + ("" if first is None else f" less parallel.first_stage_layers={first}")
+    less = "" if first is None else f" less parallel.first_stage_layers={first}"
     if rest % (rest_stages * chunks) or (first or 0) % chunks:
-        raise ConfigError(f"{what} cannot be split evenly over {rest_stages} pipeline stages x {chunks} chunks")
+        raise ConfigError(
+            f"model.language.num_layers={layers}{less} cannot be split evenly over {rest_stages} pipeline stages x "
+            f"{chunks} chunks"
+        )
 
 
 def validate_batch(cfg: RunConfig, data_parallel: int) -> None:

@@ -31,7 +31,6 @@ LINE_STYLES = ("-", "--", ":")
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
-SEEN = "seen"
 FIGURE_DPI = 120
 
 # Montage, in pixels.
@@ -76,7 +75,7 @@ def summarise(results: list[SetResult]) -> dict[str, Any]:
     Returns:
         meta_tasks: {meta-task: mean}, and the means over the sets of split ind and ood and over both (held_out).
     """
-    held_out = [result for result in results if result.split != SEEN]
+    held_out = [result for result in results if result.split != "seen"]
     meta_tasks = dict.fromkeys(result.meta_task for result in held_out)
     return {
         "meta_tasks": {task: _mean([r for r in held_out if r.meta_task == task]) for task in meta_tasks},
@@ -159,23 +158,25 @@ def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
         chosen = np.array([one == subset for one in subsets])
         _dots_and_mean(loss, steps[chosen], column["loss"][chosen], colour, subset, style)
     if records:
-        loss.legend(title="subset (line: running mean)", ncols=2, frameon=False, loc="upper right")
-    _label(loss, "loss", "contrastive loss (nats)")
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    _label(loss, "loss by subset (line: running mean)", "contrastive loss (nats)")
 
     rate = figure.add_subplot(grid[1, 0])
     rate.plot(steps, column["learning_rate"], color=BLUE)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.yaxis.set_major_formatter("{x:g}")
     _label(rate, "learning rate", "learning rate")
 
     temperature = figure.add_subplot(grid[1, 1])
     temperature.plot(steps, column["temperature"], color=BLUE)
     temperature.set_ylim(bottom=0)
     _label(temperature, "temperature and hardness weight", "temperature")
+    temperature.yaxis.label.set_color(BLUE)
     alpha = temperature.twinx()
-    alpha.plot(steps, column["alpha"], color=ORANGE, linestyle="--")
+    alpha.plot(steps, column["alpha"], color=RED, linestyle="--")
     alpha.set_ylabel("alpha (dashed)", color=RED)
     alpha.spines["top"].set_visible(False)
-    alpha.set_ylim(bottom=0)
+    alpha.margins(x=0.01)
+    alpha.set_ylim(0, 1.25 * np.max(column["alpha"], initial=0.8))  # a constant alpha lies below a constant temperature
 
     similarity = figure.add_subplot(grid[1, 2])
     for name, label, colour in (
@@ -194,14 +195,14 @@ def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, style: str) -> None:
-    """Faint dots, and over them the mean of each value and those before it, over a twentieth of the series."""
+    """Faint dots, and over them the mean of each value and its neighbours, about a twentieth of all."""
     valid = np.isfinite(values)
     steps, values = steps[valid], values[valid]
-    axes.scatter(steps, values, s=7, color=colour, alpha=0.22, linewidths=0, rasterized=True)
-    window = max(1, len(values) // 20)
+    axes.scatter(steps, values, s=7, color=colour, alpha=0.3, linewidths=0)
+    reach = max(4, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - window)
+    index = np.arange(len(values))
+    start, end = np.maximum(0, index - reach), np.minimum(len(values), index + reach + 1)
     axes.plot(steps, (sums[end] - sums[start]) / (end - start), color=colour, linestyle=style, linewidth=2, label=label)
 
 
@@ -212,6 +213,7 @@ def _label(axes: Axes, title: str, quantity: str, along: str = "step") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
+    axes.margins(x=0.01)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -219,20 +221,20 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, format="png", dpi=FIGURE_DPI, facecolor=WHITE)
 
 
-def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 40) -> None:
+def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30) -> None:
     """One histogram panel per set, positives against hardest negatives, as a PNG."""
     across = min(4, max(1, len(results)))
     down = max(1, -(-len(results) // across))
-    figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.5 * down), layout="constrained")
+    figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.7 * down), layout="constrained")
     for index, result in enumerate(results):
         axes = figure.add_subplot(down, across, index + 1)
         samples = [[x for x in sample if np.isfinite(x)] for sample in (result.positive, result.hardest_negative)]
         edges = np.histogram_bin_edges(samples[0] + samples[1], bins)
         for sample, colour, label in zip(samples, (BLUE, ORANGE), ("positive", "hardest negative"), strict=True):
             weights = np.full(len(sample), 100 / max(1, len(sample)))
-            axes.hist(sample, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.35)
-            axes.hist(sample, edges, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label)
-        _label(axes, f"{result.name}: overlap {result.overlap:.2f}", "", "")
+            colours = {"facecolor": (colour, 0.35), "edgecolor": colour}
+            axes.hist(sample, edges, weights=weights, histtype="stepfilled", linewidth=1.4, label=label, **colours)
+        _label(axes, f"{result.name}\noverlap {result.overlap:.2f}", "", "")
         if index % across == 0:
             axes.set_ylabel("share of queries (%)")
         if index + across >= len(results):
@@ -317,7 +319,8 @@ def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], 
     is_wide = right - left > 2 * (bottom - top)
     if side.images:
         height = bottom - top if is_wide or not text else (bottom - top) * 3 // 5
-        picture = _picture(side.images[0], (right - left, height))
+        width = (right - left) // 2 if is_wide and text else right - left
+        picture = _picture(side.images[0], (width, height))
         x = left if is_wide else (left + right - picture.width) // 2
         canvas.paste(picture, (x, top + (height - picture.height) // 2))
         left, top = (left + picture.width, top) if is_wide else (left, top + height)
@@ -338,8 +341,8 @@ def _picture(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Matplotlib's own font, which is there on every machine."""
-    weight = "bold" if bold else "normal"
-    return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties("DejaVu Sans", weight=weight)), size)
+    wanted = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
+    return ImageFont.truetype(font_manager.findfont(wanted), size)
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], size: int) -> None:

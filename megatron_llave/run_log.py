@@ -4,13 +4,21 @@
 """
 
 import json
+import logging
 import math
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 from megatron_llave.errors import DataError
 
 LOG_FILE = "log.jsonl"
+
+
+def quiet_dependencies() -> None:
+    """Silence what megatron-core and torch say about their own internals; whoever trains can do nothing about it."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
 
 
 class RunLog:

@@ -25,7 +25,7 @@ from megatron_llave.errors import exit_with_one_line
 from megatron_llave.loss import alpha_at, hardness_weighted_contrastive_loss, temperature_at
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
-from megatron_llave.run_log import RunLog
+from megatron_llave.run_log import RunLog, quiet_dependencies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
     args = parser.parse_args(argv)
     with exit_with_one_line():
+        quiet_dependencies()
         cpu_emulation.enable()
         train(config.load(args.config, args.overrides))
 
@@ -67,7 +68,7 @@ def train(cfg: RunConfig) -> Path:
         log.step(record)
         is_last = step + 1 == cfg.train.steps
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            saved = checkpoint.save(cfg.train.output, step + 1, cfg, trainable, groups)
+            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups)
     log.close()
     parallel.shut_down()
     return saved
@@ -133,8 +134,8 @@ def contrastive_step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one micro batch on the last stage: embeddings [2 * b, d], queries first.
 
-    The schedule divides by the number of micro batches and the data-parallel wrapper averages over ranks, so the share that
-    the loss function returns needs no factor.
+    The schedule divides by the number of micro batches and the data-parallel wrapper averages over ranks, so the share
+    that the loss function returns needs no factor.
     """
     query, target = embeddings.split(num_pairs)
     loss, seen = hardness_weighted_contrastive_loss(query, target, temperature, alpha, group)

@@ -1,4 +1,4 @@
-"""The whole LLaVE model: tower -> projector -> visual tokens spliced into the text -> decoder -> last token -> unit vector.
+"""The whole LLaVE model: tower -> projector -> visual tokens among the text -> decoder -> last token -> unit vector.
 
 One LlaveEmbedder is one chunk of the pipeline. The first has tower, projector and token embedding, the last pools.
 """
@@ -23,7 +23,7 @@ from megatron_llave.model.vision import VisionTower
 
 
 class LlaveEmbedder(MegatronModule):
-    """PackedSequences in; embeddings [n, h] float32 of unit length out of the last chunk, hidden states out of others."""
+    """PackedSequences in; embeddings [n, h] float32 of unit length out of the last chunk, hidden states of others."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Random weights that are the same model at every layout: each parameter is drawn from a generator seeded by its global name.
+"""Random weights that are the same model at every layout: each parameter's generator is seeded by its global name.
 
-megatron-core's own initialisation slices a gated MLP's matrix plainly and starts every pipeline stage from one random state,
-so that equal seeds give different models at different layouts.
+megatron-core's own initialisation slices a gated MLP's matrix plainly and starts every pipeline stage from one random
+state, so that equal seeds give different models at different layouts.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ GATED = "mlp.linear_fc1.weight"
 
 
 def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
-    """Parameters of one pipeline chunk under the names they have in the whole model (layers counted over all stages)."""
+    """Parameters of one pipeline chunk under their names in the whole model (layers counted over all stages)."""
     layers = chunk.language.decoder.layers
     offset = layers[0].layer_number - 1 if len(layers) else 0
     prefix = "language.decoder.layers."

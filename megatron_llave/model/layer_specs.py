@@ -60,7 +60,7 @@ class PackedLayout(PackedSeqParams):
     """megatron-core's packed-sequence record, with what the local attention needs, worked out once per batch."""
 
     bucket_rows: list[Tensor] = field(default_factory=list)
-    """Per bucket of similar lengths: [sequences, longest] int64 positions in the packed row; a short sequence repeats its last."""
+    """Per bucket of similar lengths [sequences, longest] int64: positions in the packed row, the last one repeated."""
     from_buckets: Tensor | None = None
     """[t] int64: where each packed token stands in the concatenation of the flattened buckets."""
     positions: Tensor | None = None
@@ -70,8 +70,8 @@ class PackedLayout(PackedSeqParams):
 def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLayout:
     """Describe a packed row to the attention of the chosen kernels.
 
-    Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the same
-    powers of two: few large calls in place of one per sequence, at most four times the attention arithmetic.
+    Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the
+    same powers of two: few large calls in place of one per sequence, at most four times the attention arithmetic.
     """
     if kernels == "transformer_engine":
         ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
@@ -155,7 +155,7 @@ class LocalAttention(MegatronModule):
 
 
 def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
-    """One pre-norm transformer layer. `norm` is RMSNorm or LayerNorm; Transformer Engine takes its own, fused, of that kind.
+    """One pre-norm transformer layer. `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own of that kind.
 
     Checkpoints of both kernels have the same keys (Transformer Engine's).
     """

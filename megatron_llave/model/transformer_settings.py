@@ -22,7 +22,7 @@ def shared_settings(model: ModelConfig) -> dict[str, Any]:
         bf16=model.precision == "bf16",
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights are filled by initialization.py or a checkpoint; built on the CPU, then moved, the same way everywhere.
+        # Weights are filled by initialization.py or a checkpoint; built on the CPU everywhere, then moved.
         # megatron-core marks parameters as split over tensor-parallel ranks only while it initialises them.
         use_cpu_initialization=True,
         init_method=_leave_unfilled,

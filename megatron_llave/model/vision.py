@@ -1,4 +1,4 @@
-"""SigLIP vision tower: uint8 tiles in, patch features of the last layer that is built out (no post-layernorm, as released)."""
+"""SigLIP vision tower: uint8 tiles in, patch features of the last layer out (no post-layernorm, as released)."""
 
 from functools import partial
 
@@ -64,5 +64,5 @@ class VisionTower(MegatronModule):
 
 
 def normalise(tiles: Tensor) -> Tensor:
-    """uint8 pixels to [-1, 1] float32, bit for bit as the released SigLipImageProcessor (1/255 in float64, then float32)."""
+    """uint8 pixels to [-1, 1] float32, bit for bit as the released SigLipImageProcessor: 1/255 in float64, the rest not."""
     return ((tiles.double() * (1 / 255)).to(torch.float32) - 0.5) / 0.5

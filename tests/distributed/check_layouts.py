@@ -38,7 +38,7 @@ STEPS = 3
 def small_config(layout: ParallelConfig, freeze: list[str]) -> RunConfig:
     """Four decoder layers, so that every layout has something to split."""
     model = ModelConfig(
-        vision=VisionConfig(hidden_size=32, num_layers=2, num_heads=4, ffn_hidden_size=64, image_size=30, patch_size=14),
+        vision=VisionConfig(hidden_size=32, num_layers=2, num_heads=4, ffn_hidden_size=64, image_size=30),
         language=LanguageConfig(
             hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=80, vocab_size=300
         ),
@@ -102,9 +102,9 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     losses = [train_step(trainable, batches, cfg.loss, step, groups)["loss"] for step in range(STEPS)]
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
-        print("LAYOUT", layout, freeze, f"worst gradient error {worst[1]:.1e} ({worst[0]})", "losses", losses, flush=True)
+        print(f"{layout} freeze={freeze}: worst gradient error {worst[1]:.1e} ({worst[0]}), losses {losses}", flush=True)
         save_losses(directory, freeze, losses)
-    parallel.parallel_state.destroy_model_parallel()
+    parallel.leave_layout()
 
 
 def save_losses(directory: Path, freeze: list[str], losses: list[float]) -> None:

@@ -1,0 +1,67 @@
+# make demo: the whole of LLaVE at a size for a laptop. make test: all tests. Nothing outside this folder is changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+PYTHON ?= python3
+PROCS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+DATA ?= runs/openmoji
+OUT ?= runs/tiny
+ARGS ?=
+TESTS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# A few processes share the cores: more threads each make all of them slower.
+ifeq ($(GPUS),0)
+export OMP_NUM_THREADS := 1
+endif
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, evaluate it"
+	@echo "make test    run all tests (TESTS=tests/test_loss.py: only these)"
+	@echo "make lint    check the style of the code"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+	@echo
+	@echo "PYTHON=$(PYTHON)  interpreter that .venv is made with, 3.11 or later"
+	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, 2 without"
+	@echo "DATA=$(DATA)  OUT=$(OUT)  folders of the demo's data and of its run"
+	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml"
+
+$(STAMP): requirements.txt setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name a Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but the demo's data needs 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, some minutes the first time."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "$(VENV) is ready."
+
+$(DATA)/index.json: | $(STAMP)
+	@echo "Preparing pairs of OpenMoji pictures and texts in $(DATA)."
+	@$(VENV)/bin/python tools/prepare_data.py openmoji --out $(DATA)
+
+demo: $(STAMP) $(DATA)/index.json
+	@echo "Training examples/tiny.yaml on $(PROCS) processes; the run's folder is $(OUT)."
+	@PROCS=$(PROCS) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/pretrain_llave_tiny.sh data.path=$(DATA) train.output=$(OUT) $(ARGS)
+	@echo "Evaluating the checkpoint in $(OUT) on held-out data."
+	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report $(filter parallel.%,$(ARGS))
+	@echo "Table and pictures are in $(OUT)/report:"
+	@ls -1 $(OUT)/report
+
+test: $(STAMP)
+	@echo "Running the tests; a hang ends after 25 minutes."
+	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q $(TESTS)
+
+lint: $(STAMP)
+	@echo "Checking the style with ruff."
+	@$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) build megatron_llave.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

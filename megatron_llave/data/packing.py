@@ -1,0 +1,193 @@
+"""Pairs -> one packed row per micro batch: all queries, then all targets, end to end, padded only at the row's end.
+
+Encoder turns one side of a pair into ids, tiles and layouts; pack_sequences lays encoded sequences into the row and
+resolves every visual token to its row of the tiles' features.
+Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
+from megatron_llave.config import DataConfig, ModelConfig
+from megatron_llave.data import images
+from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt
+from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_llave.errors import ConfigError, DataError
+
+# The released code feeds a tensor of zeros for a placeholder without an image; normalised, 127 is the nearest to zero.
+BLANK_LEVEL = 127
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What a packed row needs to know about tiles."""
+
+    size: int
+    """Pixels along one side."""
+    patches: int
+    """p, feature rows per tile."""
+
+
+@dataclass
+class EncodedSequence:
+    """One sequence before packing."""
+
+    tokens: list[int]
+    """Ids, with IMAGE once per image."""
+    tiles: list[np.ndarray]
+    """Per image uint8 [k_i, 3, size, size]."""
+    layouts: list[np.ndarray]
+    """Per image int64 [v_i], rows of the image's own features [k_i * p] or images.NEWLINE."""
+
+    @property
+    def length(self) -> int:
+        """Tokens once every IMAGE is expanded."""
+        return len(self.tokens) - len(self.layouts) + sum(map(len, self.layouts))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything that turns a Side into an EncodedSequence; holds no state."""
+
+    tokenizer: Tokenizer
+    template: str
+    """qwen or plain."""
+    max_length: int
+    """Longest sequence in tokens, visual tokens counted."""
+    grids: images.Grids
+    """Anyres grids (columns, rows); empty: one squashed tile."""
+    tile_size: int
+    """Side of a tile, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+
+    @property
+    def tile_shape(self) -> TileShape:
+        """Pixels and patches of the tiles this encoder makes."""
+        return TileShape(self.tile_size, (self.tile_size // self.patch_size) ** 2)
+
+    def encode(self, side: Side) -> EncodedSequence:
+        """Tokenize, decode, cut tiles. A `qwen` placeholder in a text without any image stands for a blank tile.
+
+        Raises:
+            BadImageError: an image cannot be read.
+            DataError: the images alone exceed max_length, or there are more placeholders than images.
+        """
+        patches = self.tile_size // self.patch_size
+        pictures = [images.decode_image(data) for data in side.images]
+        layouts = [images.visual_layout(*p.size, self.grids, self.tile_size, patches) for p in pictures]
+        num_blank = count_placeholders(side.text) if not pictures and self.template == "qwen" else 0
+        layouts += [images.visual_layout(self.tile_size, self.tile_size, (), self.tile_size, patches)] * num_blank
+        visual_tokens = sum(map(len, layouts))
+        tokens = encode_prompt(side.text, len(layouts), self.tokenizer, self.template, self.max_length, visual_tokens)
+        tiles = [images.cut_tiles(p, self.grids, self.tile_size) for p in pictures]
+        tiles += [np.full((1, 3, self.tile_size, self.tile_size), BLANK_LEVEL, np.uint8) for _ in range(num_blank)]
+        return EncodedSequence(tokens, tiles, layouts)
+
+
+def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
+    """The encoder of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConfigError: the tokenizer has more ids than the model's embedding.
+    """
+    path = Path(cfg_data.tokenizer) if cfg_data.tokenizer else _find_tokenizer(Path(cfg_data.path))
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > cfg_model.language.vocab_size:
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab_size} token ids, more than "
+            f"model.language.vocab_size={cfg_model.language.vocab_size}"
+        )
+    return Encoder(
+        tokenizer=tokenizer,
+        template=cfg_data.prompt,
+        max_length=cfg_data.max_length,
+        grids=tuple((columns, rows) for columns, rows in cfg_model.image_grids),
+        tile_size=cfg_model.vision.image_size,
+        patch_size=cfg_model.vision.patch_size,
+    )
+
+
+def _find_tokenizer(directory: Path) -> Path:
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (directory / name).is_file():
+            return directory / name
+    raise DataError(f"{directory} has neither tokenizer.model nor tokenizer.json; set data.tokenizer")
+
+
+def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, tile_shape: TileShape) -> PackedSequences:
+    """Lay the sequences end to end; padding up to a multiple of `pad_to_multiple` tokens is one more sequence.
+
+    No sequences make one padding sequence of `pad_to_multiple` tokens, so that a rank left without data can take part.
+    """
+    ids = np.array([token for sequence in encoded for token in sequence.tokens], np.int64)
+    layouts = [layout for sequence in encoded for layout in sequence.layouts]
+    tiles = [tile for sequence in encoded for tile in sequence.tiles]
+    is_image = ids == IMAGE
+    sizes = np.ones(len(ids), np.int64)  # packed tokens per id
+    visual_lengths = np.array([len(layout) for layout in layouts], np.int64)
+    sizes[is_image] = visual_lengths
+    start = np.cumsum(sizes) - sizes
+
+    lengths = [sequence.length for sequence in encoded]
+    total = sum(lengths)
+    padding = -total % pad_to_multiple if encoded else pad_to_multiple
+    bounds = np.cumsum([0, *lengths] + [padding] * (padding > 0))
+    tokens = np.zeros(total + padding, np.int64)  # [t]
+    tokens[start[~is_image]] = ids[~is_image]
+
+    num_tiles = np.array([len(tile) for tile in tiles], np.int64)
+    tiles_before = np.cumsum(num_tiles) - num_tiles
+    own_row = np.concatenate([*layouts, np.zeros(0, np.int64)])  # [v]
+    shift = np.repeat(tiles_before * tile_shape.patches, visual_lengths)
+    source = np.where(own_row == images.NEWLINE, num_tiles.sum() * tile_shape.patches, own_row + shift)
+    image_start = start[is_image] - (np.cumsum(visual_lengths) - visual_lengths)
+    position = np.repeat(image_start, visual_lengths) + np.arange(len(own_row))  # [v]
+
+    no_tile = np.zeros((0, 3, tile_shape.size, tile_shape.size), np.uint8)
+    return PackedSequences(
+        tokens=torch.from_numpy(tokens),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=max([*lengths, padding]),
+        num_sequences=len(encoded),
+        tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
+        visual_source=torch.from_numpy(source),
+        visual_position=torch.from_numpy(position),
+    )
+
+
+def pack_pairs(pairs: Sequence[Pair], encoder: Encoder, pad_to_multiple: int, subset: str) -> PairBatch:
+    """Encode and pack a micro batch; a pair that cannot be encoded is left out, counted and named in the log."""
+    queries, targets, kept = [], [], []
+    for pair in pairs:
+        try:
+            query, target = encoder.encode(pair.query), encoder.encode(pair.target)
+        except DataError as error:
+            logger.warning("left out pair %s of subset %s: %s", pair.key, pair.subset, error)
+            continue
+        queries.append(query)
+        targets.append(target)
+        kept.append(pair)
+    return PairBatch(
+        sequences=pack_sequences(queries + targets, pad_to_multiple, encoder.tile_shape),
+        query_ids=torch.tensor([stable_hash(pair.query_id) for pair in kept], dtype=torch.int64),
+        target_ids=torch.tensor([stable_hash(pair.target_id) for pair in kept], dtype=torch.int64),
+        subset=subset,
+        keys=[pair.key for pair in kept],
+        num_skipped=len(pairs) - len(kept),
+    )
+
+
+def stable_hash(text: str) -> int:
+    """Signed 64-bit hash, the same in every process and run (Python's own hash is salted)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

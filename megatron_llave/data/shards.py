@@ -1,0 +1,386 @@
+"""Pairs on disk: WebDataset tar shards with an `index.json` beside them.
+
+The first stage of the data pipeline, and the last step of every source. A sample is `KEY.json` (subset, ids, texts,
+names and sizes of the images) and one member per image, byte for byte as it came (`KEY.query.0.jpg`). Members are read
+as raw bytes: nothing is decoded by file extension, so nothing is ever unpickled.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from webdataset import TarWriter
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from megatron_llave.batch import Pair, Side
+from megatron_llave.errors import DataError
+
+FORMAT = "megatron_llave pairs"
+VERSION = 1
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+INDEX_FILE = "index.json"
+AGAIN = "make it again or copy it again"
+
+# WebDataset cuts a member's name at its first dot; tar's own limit for a name is 100 characters.
+KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
+END_OF_ARCHIVE = bytes(1024)
+SUFFIXES = {"JPEG": "jpg"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file, as the index describes it."""
+
+    file: str
+    """Name within the folder of the index."""
+    pairs: int
+    """Samples in the file."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Checksum of the file, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The shards of one subset, in order."""
+
+    meta_task: str
+    """One of META_TASKS."""
+    shards: list[Shard]
+    """In the order of their numbers."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in all shards."""
+        return sum(shard.pairs for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything in one folder of shards."""
+
+    subsets: dict[str, Subset]
+    """By name of the subset."""
+
+
+class _HashingFile:
+    """A binary file that is checksummed and counted while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+def write_samples(samples: Iterable[tuple[str, dict[str, bytes]]], path: str | Path) -> Shard:
+    """Write (key, {suffix: bytes}) samples as one tar; the file takes its name only when it is whole.
+
+    Raises:
+        DataError: a key that WebDataset could not group, or one that comes twice.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    keys: set[str] = set()
+    with open(partial, "wb") as file:
+        hashing = _HashingFile(file)
+        # A fixed mtime and owner: the same samples give the same bytes.
+        with TarWriter(hashing, encoder=False, mtime=0, user="llave", group="llave") as writer:
+            for key, members in samples:
+                if not KEY.fullmatch(key):
+                    raise DataError(f"{path}: key {key!r} must be 1 to 80 letters, digits, - or _, not __ first")
+                if key in keys:
+                    raise DataError(f"{path}: key {key!r} comes twice; keys must be unique in a shard")
+                keys.add(key)
+                writer.write({"__key__": key, **members})
+    os.replace(partial, path)
+    return Shard(path.name, len(keys), hashing.bytes, hashing.sha256.hexdigest())
+
+
+def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Stream the samples of one tar in order: `__key__` and the raw bytes of each member by its suffix.
+
+    Raises:
+        DataError: the file is missing, truncated, or no tar.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            _check_end(path, file)
+            source = [{"url": str(path), "stream": file}]
+            members = tar_file_expander(source, handler=reraise_exception)
+            yield from group_by_keys(members, handler=reraise_exception)
+            # tarfile takes a damaged header for the end of the archive and says nothing.
+            if file.read().strip(b"\0"):
+                raise DataError(f"{path} is damaged: there is more behind a header that cannot be read; {AGAIN}")
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        # WebDataset appends " @ <file object>" to the first argument.
+        reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+        raise DataError(f"{path} cannot be read as a tar ({reason}); {AGAIN}") from error
+
+
+def _check_end(path: Path, file: BinaryIO) -> None:
+    """A tar ends in two blocks of zeros; one cut between two members is otherwise taken for a shorter one."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - len(END_OF_ARCHIVE)))
+    if size % 512 or file.read() != END_OF_ARCHIVE:
+        raise DataError(f"{path} is truncated or not a tar: its end-of-archive mark is missing ({size} bytes); {AGAIN}")
+    file.seek(0)
+
+
+def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Text, image names and sizes of one side for the JSON, and its images by member suffix (`<prefix>0.png`).
+
+    Raises:
+        DataError: an image whose header cannot be read; the message begins with `where`.
+    """
+    members: dict[str, bytes] = {}
+    sizes = []
+    for number, image in enumerate(side.images):
+        try:
+            with Image.open(io.BytesIO(image)) as header:
+                image_format, size = header.format or "", header.size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{where}: image {prefix}{number} is not a picture that Pillow can read") from error
+        members[f"{prefix}{number}.{SUFFIXES.get(image_format, image_format.lower())}"] = image
+        sizes.append(list(size))
+    return {"text": side.text, "images": list(members), "sizes": sizes}, members
+
+
+def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
+    """The inverse of `pack_side`.
+
+    Raises:
+        DataError: the description is malformed or names an image that the sample lacks.
+    """
+    try:
+        text, names = described["text"], described["images"]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{where}: a side must be an object with text and images") from error
+    if not isinstance(text, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: text must be a string and images a list of member names")
+    for name in names:
+        if name.startswith("__") or name not in sample:
+            raise DataError(f"{where}: image member {name!r} is named in the JSON but not in the tar; {AGAIN}")
+    return Side(text, [sample[name] for name in names])
+
+
+def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
+    """The JSON member of a sample.
+
+    Raises:
+        DataError: it is missing or no JSON object.
+    """
+    if "json" not in sample:
+        raise DataError(f"{where} has no .json member; {AGAIN}")
+    try:
+        described = json.loads(sample["json"])
+    except ValueError as error:
+        raise DataError(f"{where}: its .json member is not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(described, dict):
+        raise DataError(f"{where}: its .json member must be an object")
+    return described
+
+
+def to_json_bytes(value: Any) -> bytes:
+    """Compact JSON with a fixed order of keys, so that equal values give equal bytes."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, number: int) -> Shard:
+    """Write all of `pairs` as shard `number` of a subset, `<subset>-000000.tar`.
+
+    Raises:
+        DataError: a pair of another subset, an unusable or repeated key, or an unreadable image.
+    """
+    path = Path(directory) / f"{subset}-{number:06d}.tar"
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for pair in pairs:
+            where = f"{path}: pair {pair.key}"
+            if pair.subset != subset:
+                raise DataError(f"{where} belongs to subset {pair.subset!r}, not {subset!r}")
+            query, query_images = pack_side(pair.query, "query.", where)
+            target, target_images = pack_side(pair.target, "target.", where)
+            described = {
+                "subset": subset,
+                "query": {"id": pair.query_id, **query},
+                "target": {"id": pair.target_id, **target},
+            }
+            yield pair.key, {"json": to_json_bytes(described), **query_images, **target_images}
+
+    return write_samples(samples(), path)
+
+
+def write_subset(
+    pairs: Iterable[Pair], directory: str | Path, subset: str, meta_task: str, pairs_per_shard: int = 1000
+) -> Subset:
+    """Write pairs as the shards of one subset; the folder is made when missing. The index is `write_index`'s.
+
+    Raises:
+        DataError: no pairs, a bad name, or what `write_shard` refuses.
+    """
+    if not KEY.fullmatch(subset):
+        raise DataError(f"subset name {subset!r} must be letters, digits, - or _")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    stream = iter(pairs)
+    shards: list[Shard] = []
+    for first in stream:
+        chunk = chain([first], islice(stream, pairs_per_shard - 1))
+        shards.append(write_shard(chunk, directory, subset, len(shards)))
+    if not shards:
+        raise DataError(f"subset {subset!r} in {directory} would be empty; give it at least one pair")
+    return Subset(meta_task, shards)
+
+
+def read_shard(path: str | Path) -> Iterator[Pair]:
+    """Stream the pairs of one shard in the order of the tar.
+
+    Raises:
+        DataError: the file is truncated or unreadable, or a sample lacks its JSON or an image that the JSON names.
+    """
+    for sample in read_samples(path):
+        yield _unpack_pair(sample, f"{path}: sample {sample['__key__']}")
+
+
+def _unpack_pair(sample: dict[str, Any], where: str) -> Pair:
+    described = unpack_json(sample, where)
+    query = unpack_side(described.get("query"), sample, f"{where}, query")
+    target = unpack_side(described.get("target"), sample, f"{where}, target")
+    names = (described.get("subset"), described["query"].get("id"), described["target"].get("id"))
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: subset, query.id and target.id must be strings, not {names}")
+    subset, query_id, target_id = names
+    return Pair(sample["__key__"], subset, query, target, query_id, target_id)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON; the file takes its name only when it is whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: str | Path, file_format: str, hint: str) -> dict[str, Any]:
+    """Read what `write_json` wrote and check its `format` and `version`.
+
+    Raises:
+        DataError: the file is missing (the message ends in `hint`), no JSON, or of another format or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; {hint}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(value, dict) or value.get("format") != file_format:
+        raise DataError(f"{path} is not a {file_format!r} file; {hint}")
+    if value.get("version") != VERSION:
+        version = value.get("version")
+        raise DataError(f"{path} has version {version!r}, this code reads version {VERSION}; make it again")
+    return value
+
+
+def write_index(directory: str | Path, index: Index) -> None:
+    """Write `index.json`, which makes a folder of shards a whole one: write it last."""
+    subsets = {
+        name: {"meta_task": subset.meta_task, "pairs": subset.pairs, "shards": [asdict(s) for s in subset.shards]}
+        for name, subset in index.subsets.items()
+    }
+    write_json(Path(directory) / INDEX_FILE, {"format": FORMAT, "version": VERSION, "subsets": subsets})
+
+
+def clear_finished(directory: str | Path, overwrite: bool) -> None:
+    """Make a folder ready to be written: made when missing, without index, and without the shards an old index names.
+
+    Raises:
+        DataError: the folder holds a finished index and `overwrite` is false.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"folder {directory} cannot be made: {error.strerror}") from error
+    path = directory / INDEX_FILE
+    if not path.is_file():
+        return
+    if not overwrite:
+        raise DataError(f"{directory} already holds finished shards ({INDEX_FILE}); choose another or pass --overwrite")
+    try:
+        old = [s.file for subset in read_index(directory).subsets.values() for s in subset.shards]
+    except DataError:
+        # A damaged index names no shards that could be trusted; those of the same names are replaced anyway.
+        old = []
+    # The index first: an interruption must not leave one that names missing shards.
+    path.unlink()
+    for file in old:
+        (directory / file).unlink()
+
+
+def read_index(directory: str | Path) -> Index:
+    """Read `index.json` and check that every shard is there with the size it should have (checksums are not computed).
+
+    Raises:
+        DataError: the folder, the index or a shard is missing, malformed, or of another size.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
+    path = directory / INDEX_FILE
+    value = read_json(path, FORMAT, "the folder is unfinished or holds no shards: run tools/prepare_data.py")
+    try:
+        subsets = {
+            str(name): Subset(str(subset["meta_task"]), [parse_shard(shard) for shard in subset["shards"]])
+            for name, subset in value["subsets"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
+    for name, subset in subsets.items():
+        if subset.meta_task not in META_TASKS:
+            raise DataError(f"{path}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
+        for shard in subset.shards:
+            check_size(directory, shard)
+    return Index(subsets)
+
+
+def parse_shard(value: dict[str, Any]) -> Shard:
+    """One shard of an index; TypeError or KeyError where a field is missing or of the wrong type."""
+    shard = Shard(value["file"], value["pairs"], value["bytes"], value["sha256"])
+    if not (isinstance(shard.file, str) and isinstance(shard.pairs, int) and isinstance(shard.bytes, int)):
+        raise TypeError(f"shard {value} needs file, pairs and bytes")
+    return shard
+
+
+def check_size(directory: Path, shard: Shard) -> None:
+    """Compare a shard's size on disk with the index.
+
+    Raises:
+        DataError: the file is missing, outside the folder, or of another size.
+    """
+    path = directory / shard.file
+    if Path(shard.file).name != shard.file:
+        raise DataError(f"{directory}: shard {shard.file!r} must be a plain file name in the folder of its index")
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing, though the index names it; {AGAIN}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise DataError(f"shard {path} is truncated or changed: {size} bytes, the index says {shard.bytes}; {AGAIN}")

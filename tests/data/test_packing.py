@@ -1,0 +1,231 @@
+"""The packed row against a naive walk over the sequences, and the encoder in front of it."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+from megatron_llave.batch import Pair, Side
+from megatron_llave.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.data.images import NEWLINE, BadImageError, visual_layout
+from megatron_llave.data.packing import (
+    BLANK_LEVEL,
+    EncodedSequence,
+    Encoder,
+    TileShape,
+    build_encoder,
+    pack_pairs,
+    pack_sequences,
+    stable_hash,
+)
+from megatron_llave.data.prompts import IMAGE
+from megatron_llave.errors import ConfigError, DataError
+
+TILE, PATCH = 28, 14
+SHAPE = TileShape(size=TILE, patches=4)
+GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2))
+
+
+class Letters:
+    """One id per character."""
+
+    vocab_size = 128
+    eos_id = 1
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+def encoder(template="plain", max_length=400, grids=GRIDS):
+    return Encoder(Letters(), template, max_length, grids, TILE, PATCH)
+
+
+def png(width, height, level):
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), (level,) * 3).save(data, "PNG")
+    return data.getvalue()
+
+
+def random_sequence(rng):
+    """Up to three images of random sizes between random text ids; every tile has its own pixel level."""
+    tokens = rng.integers(2, 100, rng.integers(1, 6)).tolist()
+    tiles, layouts = [], []
+    for _ in range(rng.integers(0, 4)):
+        grids = GRIDS if rng.random() < 0.7 else ()
+        layouts.append(visual_layout(int(rng.integers(5, 90)), int(rng.integers(5, 90)), grids, TILE, 2))
+        num_tiles = layouts[-1].max() // SHAPE.patches + 1
+        levels = rng.integers(0, 256, num_tiles).astype(np.uint8)
+        tiles.append(np.broadcast_to(levels[:, None, None, None], (num_tiles, 3, TILE, TILE)))
+        tokens.insert(rng.integers(0, len(tokens) + 1), IMAGE)
+    return EncodedSequence(tokens, tiles, layouts)
+
+
+def naive(sequence):
+    """The sequence as a list of text ids, "newline" and (tile level, patch)."""
+    expanded, images = [], iter(zip(sequence.tiles, sequence.layouts))
+    for token in sequence.tokens:
+        if token != IMAGE:
+            expanded.append(token)
+            continue
+        tiles, layout = next(images)
+        for row in layout.tolist():
+            tile, patch = divmod(row, SHAPE.patches)
+            expanded.append("newline" if row == NEWLINE else (int(tiles[tile, 0, 0, 0]), patch))
+    return expanded
+
+
+def unpacked(packed):
+    """Every sequence of the packed row in the form of `naive`."""
+    row = packed.tokens.tolist()
+    num_features = len(packed.tiles) * SHAPE.patches
+    for position, source in zip(packed.visual_position.tolist(), packed.visual_source.tolist()):
+        assert row[position] == 0, "two sources for one position, or a source on a text token"
+        tile, patch = divmod(source, SHAPE.patches)
+        row[position] = "newline" if source == num_features else (int(packed.tiles[tile, 0, 0, 0]), patch)
+    bounds = packed.cu_seqlens.tolist()
+    return [row[a:b] for a, b in zip(bounds, bounds[1:])]
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 16])
+def test_packed_row_equals_the_naive_walk(multiple):
+    rng = np.random.default_rng(multiple)
+    for count in (1, 2, 7, 20):
+        sequences = [random_sequence(rng) for _ in range(count)]
+        packed = pack_sequences(sequences, multiple, SHAPE)
+        expected = [naive(sequence) for sequence in sequences]
+        total = sum(map(len, expected))
+        padding = -total % multiple
+        assert unpacked(packed) == expected + [[0] * padding] * (padding > 0)
+        assert [sequence.length for sequence in sequences] == [len(e) for e in expected]
+        assert packed.tokens.shape == (total + padding,)
+        assert packed.max_seqlen == max(map(len, [*expected, [0] * padding]))
+        assert packed.num_sequences == count
+        assert packed.last_token.tolist() == (np.cumsum([len(e) for e in expected]) - 1).tolist()
+        types = packed.tokens.dtype, packed.cu_seqlens.dtype, packed.visual_source.dtype, packed.visual_position.dtype
+        assert types == (torch.int64, torch.int32, torch.int64, torch.int64)
+        assert packed.tiles.dtype == torch.uint8 and packed.tiles.is_contiguous()
+        assert packed.tiles.shape[0] == sum(len(tiles) for s in sequences for tiles in s.tiles)
+
+
+def test_text_only_costs_no_tiles():
+    packed = pack_sequences([EncodedSequence([5, 6, 7], [], []), EncodedSequence([8], [], [])], 1, SHAPE)
+    assert packed.tokens.tolist() == [5, 6, 7, 8] and packed.cu_seqlens.tolist() == [0, 3, 4]
+    assert packed.tiles.shape == (0, 3, TILE, TILE)
+    assert packed.visual_source.shape == packed.visual_position.shape == (0,)
+    assert packed.visual_source.dtype == torch.int64
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_nothing_packs_into_one_padding_sequence(multiple):
+    packed = pack_sequences([], multiple, SHAPE)
+    assert packed.tokens.tolist() == [0] * multiple and packed.cu_seqlens.tolist() == [0, multiple]
+    assert packed.max_seqlen == multiple and packed.num_sequences == 0
+    assert packed.last_token.shape == (0,) and packed.tiles.shape == (0, 3, TILE, TILE)
+
+
+def pair(key, query, target, target_id=None):
+    return Pair(key, "birds", query, target, f"q-{key}", target_id or f"t-{key}")
+
+
+def test_pairs_are_queries_then_targets():
+    pairs = [
+        pair("a", Side("ab", []), Side("", [png(28, 28, 10)]), "same"),
+        pair("b", Side("c", [png(70, 28, 20)]), Side("def", []), "same"),
+    ]
+    batch = pack_pairs(pairs, encoder(), 4, "birds")
+    encode = encoder().encode
+    expected = [naive(encode(side)) for side in (pairs[0].query, pairs[1].query, pairs[0].target, pairs[1].target)]
+    assert unpacked(batch.sequences)[:4] == expected
+    assert expected[0] == [97, 98, 1] and expected[2][-1] == 1
+    assert batch.keys == ["a", "b"] and batch.num_pairs == 2 and batch.num_skipped == 0 and batch.subset == "birds"
+    assert batch.query_ids.tolist() == [stable_hash("q-a"), stable_hash("q-b")]
+    assert batch.target_ids[0] == batch.target_ids[1] and batch.query_ids.dtype == torch.int64
+
+
+def test_hash_is_the_same_everywhere():
+    assert stable_hash("t-a") == -150981774169436957  # b2sum -l 64, little endian
+    assert stable_hash("t-a") != stable_hash("t-b")
+
+
+def test_unreadable_pair_is_left_out_and_named(caplog):
+    good = [pair(key, Side(key, [png(28, 28, level)]), Side("x", [])) for key, level in (("a", 1), ("c", 3))]
+    bad = pair("broken-one", Side("q", []), Side("t", [png(28, 28, 2)[:60]]))
+    long = pair("too-long", Side("q", [png(56, 56, 2)] * 40), Side("t", []))
+    with caplog.at_level(logging.WARNING):
+        batch = pack_pairs([good[0], bad, long, good[1]], encoder(), 1, "birds")
+    assert batch.keys == ["a", "c"] and batch.num_skipped == 2
+    assert "broken-one of subset birds" in caplog.text and "not a readable image" in caplog.text
+    assert "too-long of subset birds" in caplog.text and "data.max_length=400" in caplog.text
+    alone = pack_pairs(good, encoder(), 1, "birds")
+    assert unpacked(batch.sequences) == unpacked(alone.sequences)
+    empty = pack_pairs([bad], encoder(), 8, "birds")
+    assert empty.num_pairs == 0 and empty.num_skipped == 1 and empty.query_ids.shape == (0,)
+    assert empty.sequences.tokens.shape == (8,)
+
+
+def test_encoder_raises_for_a_bad_image():
+    with pytest.raises(BadImageError):
+        encoder().encode(Side("", [b"nothing"]))
+
+
+def test_encoder_uses_the_grids():
+    sequence = encoder().encode(Side("hi", [png(70, 20, 9), png(10, 10, 8)]))
+    assert sequence.tokens == [IMAGE, IMAGE, ord("h"), ord("i"), 1]
+    assert [tile.shape for tile in sequence.tiles] == [(3, 3, TILE, TILE), (2, 3, TILE, TILE)]
+    assert sequence.length == 3 + sum(map(len, sequence.layouts))
+    squashed = encoder(grids=()).encode(Side("hi", [png(70, 20, 9)]))
+    assert squashed.tiles[0].shape == (1, 3, TILE, TILE)
+    assert squashed.layouts[0].tolist() == [0, 1, 2, 3, NEWLINE]
+
+
+def test_placeholder_without_image_is_a_blank_tile_in_the_released_template_only():
+    side = Side("<|image_1|>\nFind it", [])
+    released = encoder("qwen").encode(side)
+    assert released.tokens.count(IMAGE) == 1 and released.layouts[0].tolist() == [0, 1, 2, 3, NEWLINE]
+    assert released.tiles[0].shape == (1, 3, TILE, TILE) and (released.tiles[0] == BLANK_LEVEL).all()
+    plain = encoder("plain").encode(side)
+    assert plain.tiles == plain.layouts == [] and plain.tokens == [*map(ord, "Find it"), 1]
+
+
+def test_encoded_length_keeps_to_max_length():
+    side = Side("x" * 1000, [png(90, 50, 1)])
+    assert encoder("qwen", max_length=300).encode(side).length == 300
+    assert encoder("plain", max_length=60).encode(side).length == 60
+
+
+def configs(tmp_path, vocab_size=10, **data):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 7}, unk_token="[UNK]"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    vision = VisionConfig(image_size=56, patch_size=14)
+    language = LanguageConfig(vocab_size=vocab_size)
+    return (
+        DataConfig(path=str(tmp_path), prompt="plain", max_length=99, **data),
+        ModelConfig(vision=vision, language=language, image_grids=[[1, 1], [2, 1]]),
+    )
+
+
+def test_build_encoder_from_the_configuration(tmp_path):
+    built = build_encoder(*configs(tmp_path))
+    assert (built.template, built.max_length, built.grids) == ("plain", 99, ((1, 1), (2, 1)))
+    assert built.tile_shape == TileShape(size=56, patches=16) and built.tokenizer.eos_id == 7
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    data, model = configs(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    data.path = str(elsewhere)
+    assert build_encoder(data, model).tokenizer.vocab_size == 8
+
+
+def test_build_encoder_errors(tmp_path):
+    with pytest.raises(ConfigError, match="has 8 token ids, more than model.language.vocab_size=7"):
+        build_encoder(*configs(tmp_path, vocab_size=7))
+    data, model = configs(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="neither tokenizer.model nor tokenizer.json"):
+        build_encoder(data, model)
+    data.tokenizer = str(tmp_path / "absent.model")
+    with pytest.raises(DataError, match="absent.model does not exist"):
+        build_encoder(data, model)

@@ -1,0 +1,243 @@
+"""The training stream: the same pairs at every layout, every pair once an epoch, resume, mixture, damaged pairs."""
+
+import io
+import itertools
+import logging
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from megatron_llave.batch import Pair, Side
+from megatron_llave.config import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.data import pipeline
+from megatron_llave.data.packing import Encoder
+from megatron_llave.data.pipeline import build_train_stream, draw_subsets, rank_shares, shuffled_positions
+from megatron_llave.data.shards import Index, Shard, Subset, write_index, write_subset
+from megatron_llave.errors import ConfigError, DataError
+
+BATCH = 8
+SIZES = {"birds": 43, "trees": 20, "words": 8}
+
+
+class Letters:
+    """One id per character."""
+
+    vocab_size = 128
+    eos_id = 1
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+ENCODER = Encoder(Letters(), "plain", 64, (), 28, 14)
+
+
+def png(level):
+    data = io.BytesIO()
+    Image.new("RGB", (28, 28), (level, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+def make_pair(subset, number, picture=None):
+    key = f"{subset}-{number}"
+    images = [] if subset == "words" else [picture or png(number)]
+    return Pair(key, subset, Side(key, []), Side("", images) if images else Side("same", []), key, key)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shards of three subsets."""
+    directory = tmp_path_factory.mktemp("pairs")
+    subsets = {
+        name: write_subset((make_pair(name, i) for i in range(size)), directory, name, "retrieval", 10)
+        for name, size in SIZES.items()
+    }
+    write_index(directory, Index(subsets))
+    return directory
+
+
+def config(folder, subsets=None, micro=None, seed=0, batch=BATCH):
+    chosen = {name: SubsetConfig(*values) for name, values in (subsets or {}).items()}
+    return RunConfig(
+        data=DataConfig(path=str(folder), prompt="plain", max_length=64, subsets=chosen),
+        train=TrainConfig(global_batch_size=batch, micro_batch_size=micro, seed=seed),
+    )
+
+
+def steps(cfg, count, rank=0, world=1, start_step=0, encoder=ENCODER):
+    return list(itertools.islice(build_train_stream(cfg, encoder, rank, world, 4, start_step), count))
+
+
+def keys(step):
+    return [key for batch in step for key in batch.keys]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, None), (2, 1), (2, 2), (4, None), (4, 1)])
+def test_pairs_of_a_step_do_not_depend_on_the_layout(folder, world, micro):
+    whole = [keys(step) for step in steps(config(folder), 12)]
+    ranks = [steps(config(folder, micro=micro), 12, rank, world) for rank in range(world)]
+    for number, expected in enumerate(whole):
+        micro_batches = [ranks[rank][number] for rank in range(world)]
+        assert {len(batches) for batches in micro_batches} == {BATCH // world // (micro or BATCH // world)}
+        # Micro batch 0 of every rank, then micro batch 1 of every rank: the order of the whole batch.
+        joined = [key for same_micro in zip(*micro_batches) for batch in same_micro for key in batch.keys]
+        assert joined == expected
+
+
+def test_every_pair_comes_once_per_epoch(folder):
+    stream = [key for step in steps(config(folder, {"birds": ()}), 16) for key in keys(step)]
+    epochs = [stream[0:43], stream[43:86]]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(f"birds-{i}" for i in range(43))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [f"birds-{i}" for i in range(43)]
+
+
+def test_shards_and_pairs_within_a_shard_are_both_shuffled():
+    subset = Subset("retrieval", [Shard(f"{i}.tar", 50, 0, "") for i in range(20)])
+    order = list(itertools.islice(shuffled_positions(subset, "birds", 0, 0), 1000))
+    shards = [shard for shard, _ in order]
+    assert [shard for shard, _ in itertools.groupby(shards)] != list(range(20))
+    assert all(len(set(shards[i : i + 50])) == 1 for i in range(0, 1000, 50))
+    within = [[pair for shard, pair in order if shard == number] for number in (0, 1)]
+    assert sorted(within[0]) == list(range(50)) and within[0] != sorted(within[0]) and within[0] != within[1]
+    other_seed = list(itertools.islice(shuffled_positions(subset, "birds", 1, 0), 1000))
+    other_name = list(itertools.islice(shuffled_positions(subset, "trees", 0, 0), 1000))
+    assert order != other_seed and order != other_name
+
+
+@pytest.mark.parametrize("start", [0, 1, 42, 43, 44, 86, 100, 4321])
+def test_skipping_equals_walking(start):
+    subset = Subset("retrieval", [Shard(f"{i}.tar", pairs, 0, "") for i, pairs in enumerate((10, 10, 0, 10, 13))])
+    walked = itertools.islice(shuffled_positions(subset, "birds", 3, 0), start, start + 90)
+    assert list(itertools.islice(shuffled_positions(subset, "birds", 3, start), 90)) == list(walked)
+
+
+@pytest.mark.parametrize("start_step", [1, 5, 23])
+def test_resumed_stream_equals_the_uninterrupted_one(folder, start_step):
+    cfg = config(folder, {"birds": (2.0,), "trees": (1.0, 7)}, micro=2)
+    walked = steps(cfg, 30, rank=1, world=2)[start_step:]
+    resumed = steps(cfg, 30 - start_step, rank=1, world=2, start_step=start_step)
+    assert [keys(step) for step in resumed] == [keys(step) for step in walked]
+    for ours, theirs in zip(itertools.chain(*resumed), itertools.chain(*walked)):
+        assert ours.sequences.tokens.equal(theirs.sequences.tokens)
+        assert ours.sequences.tiles.equal(theirs.sequences.tiles)
+
+
+def test_same_seed_same_stream_other_seed_other_stream(folder):
+    first, again, other = ([keys(step) for step in steps(config(folder, seed=seed), 6)] for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_a_step_holds_one_subset_and_its_pictures(folder):
+    seen = set()
+    for step in steps(config(folder, micro=4), 20):
+        names = {batch.subset for batch in step} | {key.split("-")[0] for key in keys(step)}
+        assert len(names) == 1
+        seen |= names
+        for batch in step:
+            numbers = [int(key.split("-")[1]) for key in batch.keys]
+            assert batch.sequences.num_sequences == 2 * batch.num_pairs == 8
+            assert batch.sequences.tokens.shape[0] % 4 == 0
+            expected = [] if batch.subset == "words" else numbers
+            assert batch.sequences.tiles[:, 0, 0, 0].tolist() == expected
+    assert seen == set(SIZES)
+
+
+def test_subsets_start_at_their_step_and_keep_their_weights():
+    mixture = {"birds": SubsetConfig(3.0), "trees": SubsetConfig(1.0), "words": SubsetConfig(4.0, 1000)}
+    drawn = list(itertools.islice(draw_subsets(mixture, 0, 0), 5000))
+    assert "words" not in drawn[:1000] and "words" in drawn[1000:1010]
+    early, late = Counter(drawn[:1000]), Counter(drawn[1000:])
+    assert 0.70 < early["birds"] / 1000 < 0.80
+    assert 0.47 < late["words"] / 4000 < 0.53 and 0.10 < late["trees"] / 4000 < 0.15
+    assert list(itertools.islice(draw_subsets(mixture, 0, 700), 600)) == drawn[700:1300]
+
+
+def test_without_a_mixture_subsets_are_weighted_by_their_pairs(folder):
+    drawn = Counter(step[0].subset for step in steps(config(folder), 400))
+    for name, size in SIZES.items():
+        assert abs(drawn[name] / 400 - size / sum(SIZES.values())) < 0.07, drawn
+
+
+def test_order_does_not_depend_on_how_the_mixture_is_written(folder):
+    one = steps(config(folder, {"birds": (1.0,), "trees": (2.0,)}), 10)
+    two = steps(config(folder, {"trees": (2.0,), "birds": (1.0,)}), 10)
+    assert [keys(step) for step in one] == [keys(step) for step in two]
+
+
+def test_unknown_subset_names_what_there_is(folder):
+    with pytest.raises(ConfigError, match="data.subsets.fish is not in the index, which has birds, trees, words"):
+        build_train_stream(config(folder, {"fish": ()}), ENCODER, 0, 1, 1)
+
+
+def test_batch_larger_than_a_subset_is_refused(folder):
+    with pytest.raises(ConfigError, match="subset words has 8 pairs, fewer than train.global_batch_size=16"):
+        build_train_stream(config(folder, batch=16), ENCODER, 0, 1, 1)
+    assert len(keys(steps(config(folder, {"trees": ()}, batch=20), 1)[0])) == 20
+
+
+def test_missing_index_is_named(tmp_path):
+    with pytest.raises(DataError, match="index.json"):
+        build_train_stream(config(tmp_path), ENCODER, 0, 1, 1)
+
+
+def test_damaged_picture_costs_one_pair_only(tmp_path, caplog):
+    pairs = [make_pair("birds", i, png(i)[:60] if i == 5 else None) for i in range(16)]
+    write_index(tmp_path, Index({"birds": write_subset(pairs, tmp_path, "birds", "retrieval", 5)}))
+    with caplog.at_level(logging.WARNING):
+        epoch = list(itertools.chain(*steps(config(tmp_path, micro=4), 2)))
+    assert [batch.num_skipped for batch in epoch].count(1) == 1 and sum(batch.num_skipped for batch in epoch) == 1
+    assert sorted(int(key.split("-")[1]) for key in keys(epoch)) == [i for i in range(16) if i != 5]
+    for batch in epoch:
+        assert batch.num_pairs == 4 - batch.num_skipped
+        assert batch.sequences.tiles[:, 0, 0, 0].tolist() == [int(key.split("-")[1]) for key in batch.keys]
+    assert "birds-5 of subset birds" in caplog.text
+
+
+def test_large_subsets_give_the_same_stream_one_shard_in_memory(folder, monkeypatch):
+    kept = [keys(step) for step in steps(config(folder), 15)]
+    read = []
+    original = pipeline.read_shard
+    monkeypatch.setattr(pipeline, "read_shard", lambda path: read.append(path.name) or original(path))
+    steps(config(folder, {"birds": ()}), 15)
+    assert sorted(read) == [f"birds-{i:06d}.tar" for i in range(5)]  # small: each shard read once in three epochs
+    monkeypatch.setattr(pipeline, "KEEP_BYTES", 0)
+    assert [keys(step) for step in steps(config(folder), 15)] == kept
+    reader = pipeline.PairReader(
+        folder, Subset("retrieval", [Shard(f"birds-{i:06d}.tar", 10, 1, "") for i in range(2)])
+    )
+    read.clear()
+    assert [reader.read(p).key for p in ((0, 3), (0, 1), (1, 2), (1, 0))] == [
+        "birds-3",
+        "birds-1",
+        "birds-12",
+        "birds-10",
+    ]
+    assert read == ["birds-000000.tar", "birds-000001.tar"]
+
+
+def test_shard_with_another_number_of_pairs_than_indexed(folder):
+    reader = pipeline.PairReader(folder, Subset("retrieval", [Shard("birds-000000.tar", 11, 1, "")]))
+    with pytest.raises(DataError, match="birds-000000.tar holds 10 pairs, index.json says 11"):
+        reader.read((0, 0))
+
+
+def test_rank_reads_only_its_own_pairs(folder):
+    class Counting(Letters):
+        texts = []
+
+        def encode(self, text):
+            self.texts.append(text)
+            return super().encode(text)
+
+    encoder = Encoder(Counting(), "plain", 64, (), 28, 14)
+    steps(config(folder, {"birds": ()}), 3, rank=1, world=4, start_step=50, encoder=encoder)
+    assert len(Counting.texts) == 3 * 2 * BATCH // 4
+
+
+def test_shares_cover_the_batch_once():
+    assert rank_shares(8, 2, 1, 2) == [slice(2, 4), slice(6, 8)]
+    taken = [i for rank in range(3) for share in rank_shares(24, 4, rank, 3) for i in range(24)[share]]
+    assert sorted(taken) == list(range(24))

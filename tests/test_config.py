@@ -1,0 +1,172 @@
+"""Reading, overriding and checking the configuration: what is wrong is refused, and the message says where."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_llave import config
+from megatron_llave.config import RunConfig, load, save, validate
+from megatron_llave.errors import ConfigError
+from megatron_llave.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+TINY = "model: {preset: tiny}\n"
+STEPS = "train: {steps: 3}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(path, overrides)
+    assert "\n" not in str(error.value), "the message must be one line"
+    return str(error.value)
+
+
+def test_file_then_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "train: {steps: 5, seed: 3}\noptimizer: {learning_rate: 1e-3}\n")
+    subsets = ["data.subsets.vqa.start_step=4", "data.subsets.x={}"]
+    cfg = load(path, ["train.steps=7", "optimizer.warmup_steps=2", *subsets])
+    assert (cfg.train.steps, cfg.train.seed) == (7, 3)
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.warmup_steps) == (0.001, 2)
+    assert {name: subset.start_step for name, subset in cfg.data.subsets.items()} == {"vqa": 4, "x": 0}
+    assert cfg.loss == RunConfig().loss
+
+
+def test_unknown_key_in_file_names_key_file_and_suggestion(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "train: {global_batchsize: 5}\n")
+    assert message(path) == f"unknown key train.global_batchsize in {path}; did you mean train.global_batch_size?"
+    path = write(tmp_path, TINY + "qqq: 1\n")
+    assert message(path).startswith(f"unknown key qqq in {path}; known keys: model, parallel, data")
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("train.step=3", "train.steps"),
+        ("trian.steps=3", "train"),
+        ("model.vision.hidden=3", "model.vision.hidden_size"),
+        ("data.subsets.vqa.wieght=3", "data.subsets.vqa.weight"),
+    ],
+)
+def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggestion: str) -> None:
+    text = message(write(tmp_path, TINY), override)
+    assert "unknown key" in text and "the command line" in text
+    assert text.endswith(f"did you mean {suggestion}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.steps=many", ["train.steps", "many"]),
+        ("train.steps=1.5", ["train.steps", "1.5"]),
+        ("train.steps=-1", ["train.steps", "-1"]),
+        ("train=3", ["train", "section", "3"]),
+        ("model.preset=3b", ["model.preset", "3b", "tiny, 0.5b, 2b, 7b"]),
+        ("model.freeze=[vison]", ["model.freeze", "vison", "vision, projector, language"]),
+        ("model.image_grids=[[1,2,3]]", ["model.image_grids", "[1, 2, 3]"]),
+        ("model.language.num_heads=3", ["model.language.hidden_size=128", "num_heads=3"]),
+        ("parallel.tensor=0", ["parallel.tensor=0", "at least 1"]),
+        ("loss.temperature=0", ["loss.temperature=0", "positive"]),
+        ("data.subsets.a.weight=0", ["data.subsets.a.weight=0", "positive"]),
+        ("data.subsets.a.start_step=9", ["data.subsets", "a", "step 0"]),
+        ("train.global_batch_size=0", ["train.global_batch_size=0", "at least 1"]),
+        ("train.steps", ["train.steps", "section.key=value"]),
+        ("data.subsets=[unclosed", ["data.subsets=[unclosed"]),
+    ],
+)
+def test_values_that_cannot_work(tmp_path: Path, override: str, parts: list[str]) -> None:
+    text = message(write(tmp_path, TINY + STEPS), override)
+    for part in parts:
+        assert part in text
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.yaml"
+    assert message(missing) == f"configuration file {missing} does not exist"
+    path = write(tmp_path, "model: [unclosed\n")
+    assert message(path).startswith(f"{path} is not valid YAML")
+    path = write(tmp_path, "- a\n- b\n")
+    assert message(path).startswith(f"{path} must hold sections")
+    path = write(tmp_path, TINY + "train: 5\n")
+    assert message(path) == f"train in {path} must be a section with keys, not 5"
+
+
+def test_no_sizes_at_all_is_refused(tmp_path: Path) -> None:
+    assert "model.preset" in message(write(tmp_path, "train: {steps: 5}\n"))
+
+
+def test_preset_fills_and_given_keys_win(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {preset: tiny, language: {num_layers: 5}}\n" + STEPS)
+    cfg = load(path, ["model.vision.num_layers=1"])
+    expected = PRESETS["tiny"]
+    assert (cfg.model.language.num_layers, cfg.model.vision.num_layers) == (5, 1)
+    assert cfg.model.language.hidden_size == expected["language"]["hidden_size"]
+    assert cfg.model.vision.image_size == expected["vision"]["image_size"]
+    other = load(write(tmp_path, TINY + STEPS), ["model.preset=0.5b"])
+    assert other.model.language.hidden_size == PRESETS["0.5b"]["language"]["hidden_size"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_a_valid_config(tmp_path: Path, preset: str) -> None:
+    cfg = load(write(tmp_path, f"model: {{preset: {preset}}}\n{STEPS}"))
+    validate(cfg)
+    assert cfg.model.language.num_heads % cfg.model.language.num_kv_heads == 0
+    assert cfg.model.image_grids == PRESETS[preset]["image_grids"]
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    subsets = ["data.subsets.vqa.weight=2.5", "data.subsets.a={}"]
+    path = write(tmp_path, "model: {preset: 2b}\n" + STEPS)
+    cfg = load(path, ["model.freeze=[vision]", "train.micro_batch_size=4", *subsets])
+    save(cfg, tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == cfg
+    assert load(tmp_path / "saved.yaml", ["train.seed=1"]) != cfg
+
+
+def test_sections_left_out_are_not_taken_from_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + STEPS + "parallel: {tensor: 4, sequence: true}\n")
+    assert load(path).parallel.tensor == 4
+    cfg = load(path, ["parallel.pipeline=2"], leave_out=["parallel"])
+    assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.sequence) == (1, 2, False)
+
+
+def test_every_field_has_a_docstring_under_it() -> None:
+    bare, documented = [], 0
+    for cls in ast.parse(Path(config.__file__).read_text()).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        for statement, following in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                value = following.value if isinstance(following, ast.Expr) else None
+                is_text = isinstance(value, ast.Constant) and isinstance(value.value, str) and bool(value.value.strip())
+                documented += is_text
+                bare += [] if is_text else [f"{cls.name}.{statement.target.id}"]
+    assert bare == []
+    classes = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+    assert documented == sum(len(dataclasses.fields(cls)) for cls in classes) > 0
+
+
+def test_number_of_keys_stays_small() -> None:
+    def count(cls: type) -> int:
+        nested = [field.default_factory for field in dataclasses.fields(cls)]
+        return sum(count(inner) if dataclasses.is_dataclass(inner) else 1 for inner in nested)
+
+    assert 40 < count(RunConfig) <= 100
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_loads(path: Path) -> None:
+    cfg = load(path)
+    assert cfg.train.steps > 0 and cfg.model.preset in PRESETS
+
+
+def test_there_are_examples() -> None:
+    assert (ROOT / "examples" / "tiny.yaml") in EXAMPLES

@@ -1,0 +1,218 @@
+"""Imports go one way through the package, and some names stay in the one file they belong to.
+
+Reads the source, imports nothing. The rules are checked on made-up offenders too, so that they are known to bite.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_llave"
+
+# From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
+# (a folder is one entry); the first layer's files may see each other.
+LAYERS = [
+    ["config", "presets", "errors", "cpu_emulation", "batch"],
+    ["parallel"],
+    ["data", "model", "loss", "retrieval"],
+    ["gradient_cache", "optimizer", "checkpoint", "hf_weights", "run_log", "report", "fault_tolerance"],
+    ["embedding"],
+    ["evaluate"],
+    ["train"],
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+MAY_NAME_PARALLEL_STATE = {"megatron_llave.parallel", "megatron_llave.cpu_emulation"}
+MAY_IMPORT_TRANSFORMERS = {"megatron_llave.hf_weights", "megatron_llave.data.tokenizer"}
+
+
+def source_files() -> list[Path]:
+    folders = [PACKAGE, "tools", "benchmarks", "examples"]
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+KNOWN_MODULES = {module_name(path) for path in source_files()}
+
+
+def imported_names(node: ast.AST, module: str) -> list[str]:
+    """Full dotted names that an import statement binds; `from a import b` gives a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            base = ".".join([*module.split(".")[: -node.level], *filter(None, [base])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    return []
+
+
+def own_part(name: str) -> str | None:
+    """Entry of LAYERS that an import of ours refers to; "" for the package itself, None for foreign code."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    is_module = ".".join(parts[:2]) in KNOWN_MODULES or parts[1:2] and parts[1] in LEVEL
+    return parts[1] if is_module else ""
+
+
+def offences(module: str, source: str) -> Iterator[str]:
+    """One line for each rule that this source breaks."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for name in imported_names(node, module):
+            yield from order_offences(module, name)
+            yield from foreign_offences(module, name)
+        yield from name_offences(module, node)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            for node in ast.walk(function):
+                for name in imported_names(node, module):
+                    if own_part(name) is not None:
+                        yield f"{module}: imports {name} inside a function"
+
+
+def order_offences(module: str, name: str) -> Iterator[str]:
+    """Imports of our own modules that go upward or sideways."""
+    own, target = own_part(module), own_part(name)
+    if own is None:
+        return  # tools, benchmarks and examples stand above the package and see all of it
+    if name.split(".")[0] in ("tools", "tests", "benchmarks", "examples"):
+        yield f"{module}: imports {name}, which is not part of the package"
+    if not target or target == own:
+        return
+    if own == "":
+        yield f"{module}: imports {name}; the package itself imports nothing of its own"
+    elif target not in LEVEL:
+        yield f"{module}: imports {name}, which has no place in LAYERS"
+    elif LEVEL[target] > LEVEL[own]:
+        yield f"{module}: imports {name} from a layer above"
+    elif LEVEL[target] == LEVEL[own] > 0:
+        yield f"{module}: imports its sibling {name}"
+
+
+def foreign_offences(module: str, name: str) -> Iterator[str]:
+    """Imports of packages that are not wanted, or not wanted here."""
+    parts = name.split(".")
+    if parts[0] == "megatron" and parts[1:2] != ["core"]:
+        yield f"{module}: imports {name}; only megatron.core is used"
+    if parts[0] == "apex":
+        yield f"{module}: imports apex; megatron-core uses it where it is there"
+    if parts[0] == "transformers" and module not in MAY_IMPORT_TRANSFORMERS:
+        yield f"{module}: imports transformers, which is the tests' reference"
+    if name.startswith("torch.distributed") and module.startswith("megatron_llave.data"):
+        yield f"{module}: imports {name}; rank and world come into data/ as ints"
+
+
+def name_offences(module: str, node: ast.AST) -> Iterator[str]:
+    """Names and attributes, imported or reached through another module, that belong to one file."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = {word for name in imported_names(node, module) for word in name.split(".")}
+    elif isinstance(node, ast.Attribute):
+        names = {node.attr}
+    else:
+        names = {node.id} if isinstance(node, ast.Name) else set()
+    if "parallel_state" in names and module not in MAY_NAME_PARALLEL_STATE:
+        yield f"{module}: names parallel_state; process groups are arguments"
+    through_torch = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+    if through_torch and "distributed" in names and module.startswith("megatron_llave.data"):
+        yield f"{module}: uses torch.distributed; rank and world come into data/ as ints"
+
+
+def cycles(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that reach themselves through `imports`."""
+    found = []
+    for start in sorted(imports):
+        seen: set[str] = set()
+        waiting = list(imports[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting.extend(imports.get(module, ()))
+        if start in seen:
+            found.append(start)
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which module of the package imports which, as far as the named thing is a module."""
+    graph = {}
+    for path in source_files():
+        module = module_name(path)
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = {name for node in nodes for name in imported_names(node, module)}
+        holders = {name.rpartition(".")[0] for name in names - KNOWN_MODULES}
+        graph[module] = (names | holders) & KNOWN_MODULES - {PACKAGE}
+    return graph
+
+
+@pytest.mark.parametrize("path", source_files(), ids=module_name)
+def test_source_keeps_the_order(path: Path) -> None:
+    assert list(offences(module_name(path), path.read_text())) == []
+
+
+def test_every_module_has_a_place() -> None:
+    parts = {path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert parts - {"__init__"} <= set(LEVEL), "add the new module to LAYERS"
+
+
+def test_every_folder_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == [], "setup.py would leave it out"
+
+
+def test_no_cycles() -> None:
+    graph = import_graph()
+    assert sum(len(targets) for targets in graph.values()) > 0
+    assert cycles(graph) == []
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("loss", "from megatron_llave.train import train", "from a layer above"),
+        ("config", "import megatron_llave.parallel", "from a layer above"),
+        ("data.packing", "from megatron_llave.parallel import init", None),
+        ("data.packing", "from megatron_llave.model.pooling import pool", "sibling"),
+        ("data.packing", "from megatron_llave import loss", "sibling"),
+        ("data.packing", "from ..retrieval import rank", "sibling"),
+        ("data.packing", "from megatron_llave.data.images import tiles", None),
+        ("data.packing", "from .images import tiles", None),
+        ("checkpoint", "from megatron_llave.optimizer import build", "sibling"),
+        ("config", "from megatron_llave.presets import PRESETS", None),
+        ("train", "from megatron_llave import __version__", None),
+        ("train", "from tools.plot import curve", "not part of the package"),
+        ("train", "def f():\n    from megatron_llave import loss", "inside a function"),
+        ("train", "def f():\n    import wandb", None),
+        ("train", "from megatron.training import get_args", "only megatron.core"),
+        ("train", "import megatron.training.checkpointing", "only megatron.core"),
+        ("train", "from megatron import training", "only megatron.core"),
+        ("train", "from megatron.core import tensor_parallel", None),
+        ("optimizer", "import apex.optimizers", "apex"),
+        ("optimizer", "from megatron.core import parallel_state as ps", "parallel_state"),
+        ("optimizer", "from megatron.core.parallel_state import get_data_parallel_group", "parallel_state"),
+        ("optimizer", "import megatron.core as core\ncore.parallel_state.destroy()", "parallel_state"),
+        ("parallel", "from megatron.core import parallel_state", None),
+        ("model.vision", "from transformers import SiglipVisionModel", "transformers"),
+        ("data.tokenizer", "from transformers import AutoTokenizer", None),
+        ("data.pipeline", "import torch.distributed as dist", "as ints"),
+        ("data.pipeline", "from torch import distributed", "as ints"),
+        ("data.pipeline", "import torch\nrank = torch.distributed.get_rank()", "as ints"),
+        ("loss", "import torch.distributed as dist", None),
+    ],
+)
+def test_rules_bite(module: str, source: str, expected: str | None) -> None:
+    found = list(offences(f"{PACKAGE}.{module}", source))
+    if expected is None:
+        assert found == []
+    else:
+        assert any(expected in line for line in found), found

@@ -1,0 +1,61 @@
+"""The loss: the released code's numbers on 1, 2 and 4 real ranks, its schedules, and what the stop-gradient is for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference import dense_contrastive_loss
+from run_ranks import run_ranks
+
+from megatron_llave.config import LossConfig
+from megatron_llave.loss import alpha_at, hardness_weighted_contrastive_loss, temperature_at
+
+CHECK = Path(__file__).parent / "distributed" / "check_loss.py"
+
+
+def unit_rows(count: int, seed: int) -> torch.Tensor:
+    rows = torch.randn(count, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+@pytest.mark.parametrize(("world", "cases"), [(1, 7), (2, 4), (4, 5)])
+def test_golden_cases_and_unequal_rows_on_real_ranks(world: int, cases: int) -> None:
+    assert f"{cases} golden cases hold on {world} ranks" in run_ranks(world, CHECK)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 9.0])
+def test_equals_the_formula_written_out(alpha: float) -> None:
+    ours = [unit_rows(7, seed).requires_grad_() for seed in (0, 1)]
+    plain = [x.detach().clone().requires_grad_() for x in ours]
+    loss, _ = hardness_weighted_contrastive_loss(*ours, temperature=0.05, alpha=alpha)
+    expected = dense_contrastive_loss(*plain, temperature=0.05, alpha=alpha)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for x, y in zip(ours, plain):
+        torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-12)
+
+
+def test_bfloat16_embeddings_are_compared_in_float32() -> None:
+    query, target = unit_rows(6, 0).bfloat16(), unit_rows(6, 1).bfloat16()
+    loss, _ = hardness_weighted_contrastive_loss(query, target, 0.02, 9.0)
+    assert loss.dtype == torch.float32
+    expected = dense_contrastive_loss(query.double(), target.double(), 0.02, 9.0)
+    assert abs(loss.item() - expected.item()) < 1e-4
+
+
+def test_a_single_pair_has_no_negative() -> None:
+    loss, seen = hardness_weighted_contrastive_loss(unit_rows(1, 0), unit_rows(1, 1), 0.05, 9.0)
+    assert loss.item() == 0
+    assert seen.hardest_negative.tolist() == [-1]
+
+
+def test_temperature_falls_geometrically_and_alpha_rises_linearly() -> None:
+    config = LossConfig(
+        temperature=0.04, temperature_start=0.16, temperature_warmup_steps=100, alpha=9.0, alpha_warmup_steps=10
+    )
+    assert [temperature_at(config, step) for step in (0, 100, 5000)] == [0.16, 0.04, 0.04]
+    assert temperature_at(config, 50) == pytest.approx(0.08)
+    assert [alpha_at(config, step) for step in (0, 5, 10, 99)] == [0, 4.5, 9, 9]
+    assert temperature_at(LossConfig(), 0) == 0.02
+    assert alpha_at(LossConfig(), 0) == 9

@@ -1,0 +1,318 @@
+"""The report: means, tables, files, and what the pictures show, read from their pixels."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image, ImageFont
+
+from megatron_llave import report
+from megatron_llave.batch import Side
+from megatron_llave.report import SetResult
+
+GREEN, RED = (0, 158, 115), (213, 94, 0)
+
+
+def set_result(name="names", meta_task="retrieval", split="ind", precision=50.0, top=((0, 1), (0, 1)), **given):
+    """A set of two queries q0, q1 with right candidates c0, c1."""
+    values = {
+        "chance": 100 / 3,
+        "num_queries": 2,
+        "num_candidates": 3,
+        "overlap": 0.25,
+        "positive": [0.9, 0.5],
+        "hardest_negative": [0.4, 0.6],
+        "top": [list(row) for row in top],
+        "positives": [0, 1],
+        "queries": ["q0", "q1"],
+        "candidates": ["c0", "c1", "c2"],
+    }
+    return SetResult(name=name, meta_task=meta_task, split=split, precision_at_1=precision, **(values | given))
+
+
+def picture(colour: str, size: tuple[int, int] = (56, 56)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+INPUTS = {
+    "q0": Side("Find the colour.", [picture("navy")]),
+    "q1": Side("Find the colour. " + "A long explanation. " * 40, [picture("navy", (300, 40))]),
+    "c0": Side("Represent the given image.", [picture("cyan")]),
+    "c1": Side("Represent the given image.", [picture("magenta", (9, 70))]),
+    "c2": Side("Represent the given image.", [picture("yellow")]),
+}
+MIXED = [
+    set_result("a", "classification", "ind", 40.0),
+    set_result("b", "classification", "ood", 10.0),
+    set_result("c", "retrieval", "ind", 60.0),
+    set_result("d", "retrieval", "seen", 99.0),
+]
+
+
+def log_records(steps: int = 60) -> list[dict]:
+    return [
+        {
+            "step": step,
+            "subset": ("i2t", "t2i")[step % 2],
+            "loss": 3.0 / step,
+            "learning_rate": 1e-3,
+            "temperature": 0.05,
+            "alpha": 9.0,
+            "positive_similarity": 0.6,
+            "hardest_negative_similarity": 0.4,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def pixels(path) -> np.ndarray:
+    """[height, width, 3] of a PNG, which is checked to be one."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def has(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """[height, width] bool: pixels of exactly this colour."""
+    return (image == colour).all(axis=2)
+
+
+def test_means_are_per_set_and_leave_out_the_seen_ones():
+    assert report.summarise(MIXED) == {
+        "meta_tasks": {"classification": 25.0, "retrieval": 60.0},
+        "ind": 50.0,
+        "ood": 10.0,
+        "held_out": pytest.approx(110 / 3),
+    }
+    assert report.summarise([]) == {"meta_tasks": {}, "ind": None, "ood": None, "held_out": None}
+    assert report.summarise(MIXED[3:]) == report.summarise([])
+
+
+def test_markdown_table():
+    lines = report.markdown_table(MIXED).splitlines()
+    assert lines[0] == "| data set | meta-task | split | queries | candidates | chance | Precision@1 |"
+    assert lines[1].count("|") == lines[0].count("|")
+    assert lines[2] == "| a | classification | ind | 2 | 3 | 33.3 | 40.0 |"
+    assert lines[5] == "| d | retrieval | seen | 2 | 3 | 33.3 | 99.0 |"
+    means = {line.split("|")[1].strip(" *"): line.split("|")[-2].strip(" *") for line in lines[6:]}
+    assert means == {
+        "mean classification": "25.0",
+        "mean retrieval": "60.0",
+        "mean IND": "50.0",
+        "mean OOD": "10.0",
+        "mean of all held-out sets": "36.7",
+    }
+    assert r"| a\|b |" in report.markdown_table([set_result("a|b")])
+    assert len(report.markdown_table([]).splitlines()) == 2
+
+
+def test_terminal_table_is_not_cut_in_a_log_file(capsys):
+    name = "a_rather_long_name_of_a_set[1]"
+    report.print_table([set_result(name, precision=12.34), *MIXED])
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if name in line)
+    assert "12.3" in row and "retrieval" in row
+    assert "mean of all held-out sets" in out
+
+
+def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
+    report.write_json(MIXED, tmp_path / "report.json", {"checkpoint": "step 7"})
+    value = json.loads((tmp_path / "report.json").read_text())
+    assert value["checkpoint"] == "step 7" and value["means"] == report.summarise(MIXED)
+    assert [one["name"] for one in value["sets"]] == ["a", "b", "c", "d"]
+    assert value["sets"][0] == {
+        "name": "a",
+        "meta_task": "classification",
+        "split": "ind",
+        "precision_at_1": 40.0,
+        "chance": 100 / 3,
+        "num_queries": 2,
+        "num_candidates": 3,
+        "overlap": 0.25,
+    }
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    report.write_json(MIXED, tmp_path / "report.json", {})
+    before = (tmp_path / "report.json").read_text()
+    with pytest.raises(TypeError):
+        report.write_json(MIXED, tmp_path / "report.json", {"broken": object()})
+    assert (tmp_path / "report.json").read_text() == before
+
+
+def test_report_writes_all_files(tmp_path):
+    report.write_report(MIXED, log_records(), INPUTS, tmp_path / "new" / "report")
+    names = {"report.json", "report.md", "loss.png", "similarities.png", "montage.png"}
+    assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == names
+    text = (tmp_path / "new" / "report" / "report.md").read_text()
+    assert report.markdown_table(MIXED) in text
+    for name in ("loss.png", "similarities.png", "montage.png"):
+        assert f"]({name})" in text
+        with Image.open(tmp_path / "new" / "report" / name) as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 20
+    assert json.loads((tmp_path / "new" / "report" / "report.json").read_text())["steps"] == 60
+
+
+def test_report_without_records_speaks_of_no_training(tmp_path):
+    report.write_report(MIXED[:1], [], INPUTS, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json",
+        "report.md",
+        "similarities.png",
+        "montage.png",
+    }
+    assert "loss.png" not in (tmp_path / "report.md").read_text()
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_loss_curve_falls_and_each_subset_has_its_colour(tmp_path):
+    report.plot_loss(log_records(), tmp_path / "loss.png")
+    image = pixels(tmp_path / "loss.png")
+    height, width = image.shape[:2]
+    for colour in report.SUBSET_COLOURS[:2]:
+        # Below the legend; the loss panel takes the upper half.
+        rows, columns = np.nonzero(has(image, rgb(colour))[80 : height // 2])
+        assert columns.max() - columns.min() > 0.8 * width
+        # The vertical axis of pictures points down.
+        assert rows[columns < width * 0.15].mean() < rows[columns > width * 0.85].mean() - 50
+    assert not has(image, rgb(report.SUBSET_COLOURS[2])).any()
+
+
+@pytest.mark.parametrize("records", [[], log_records(1), log_records(3)])
+def test_loss_plot_of_a_run_that_has_hardly_begun(records, tmp_path):
+    report.plot_loss(records, tmp_path / "loss.png")
+    assert pixels(tmp_path / "loss.png").std() > 1
+
+
+def test_loss_plot_leaves_out_what_was_not_finite(tmp_path):
+    records = log_records()
+    records[10]["loss"] = None
+    records[20] |= {"positive_similarity": None, "loss": float("inf")}
+    report.plot_loss(records, tmp_path / "loss.png")
+    assert has(pixels(tmp_path / "loss.png"), rgb(report.SUBSET_COLOURS[1])).sum() > 500
+
+
+def test_running_mean_spans_the_neighbours():
+    axes = Figure().add_subplot()
+    values = np.arange(400.0)
+    values[200] = math.nan
+    report._dots_and_mean(axes, np.arange(400.0), values, report.BLUE, "x", "-")
+    x, y = axes.lines[0].get_data()
+    assert 200 not in x and len(x) == 399
+    assert y[100] == pytest.approx(100)  # symmetric around the step
+    assert y[0] == pytest.approx(np.mean(values[: 399 // 40 + 1]))
+
+
+def test_similarity_panels_show_both_samples(tmp_path):
+    apart = set_result(positive=[0.9] * 20, hardest_negative=[0.1] * 20)
+    report.plot_similarities([apart], tmp_path / "one.png")
+    image = pixels(tmp_path / "one.png")[80:]  # below the legend
+    _, positive = np.nonzero(has(image, rgb(report.BLUE)))
+    _, negative = np.nonzero(has(image, rgb(report.ORANGE)))
+    tall = [np.bincount(columns).argmax() for columns in (negative, positive)]
+    assert tall[0] < image.shape[1] / 2 < tall[1]
+    report.plot_similarities([apart] * 5, tmp_path / "five.png")
+    assert pixels(tmp_path / "five.png").shape[0] > 1.5 * pixels(tmp_path / "one.png").shape[0]
+
+
+def test_similarity_panels_bear_empty_and_infinite_samples(tmp_path):
+    alone = set_result(hardest_negative=[-math.inf, -math.inf])
+    report.plot_similarities([alone], tmp_path / "alone.png")
+    assert has(pixels(tmp_path / "alone.png"), rgb(report.BLUE)).any()
+    report.plot_similarities([], tmp_path / "none.png")
+    assert pixels(tmp_path / "none.png").shape[0] > 10
+
+
+def frames(image: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) drawn in a colour below the legend, in the order of rows."""
+    mask = has(image, colour)
+    mask[: report.LEGEND_HEIGHT] = False
+    found = []
+    rows = np.flatnonzero(mask.any(axis=1))
+    for block in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
+        columns = np.flatnonzero(mask[block].any(axis=0))
+        found.append((int(columns[0]), int(block[0]), int(columns[-1]), int(block[-1])))
+    return found
+
+
+def test_montage_frames_the_right_candidate_green_and_a_wrong_best_one_red(tmp_path):
+    # First query: right at once. Second: c2 is best but wrong, the right c1 is third.
+    one = set_result(top=[[0, 1, 2], [2, 0, 1]])
+    report.plot_montage([one], INPUTS, tmp_path / "montage.png")
+    image = pixels(tmp_path / "montage.png")
+    (first, third), (wrong,) = frames(image, GREEN), frames(image, RED)
+    assert first[0] == wrong[0] and first[1] < wrong[1]  # both at rank 1, one row below the other
+    assert third[1] == wrong[1]
+    assert third[0] - wrong[0] == 2 * (report.CELL + report.GAP)
+    for left, top, right, bottom in (first, third, wrong):
+        assert right - left == bottom - top == report.CELL
+    for (left, top, right, bottom), colour in ((first, "cyan"), (third, "magenta"), (wrong, "yellow")):
+        centre = image[(top + bottom) // 2, (left + right) // 2]
+        assert tuple(centre) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+    assert has(image, (0, 0, 128)).sum() > 5000  # the queries' pictures
+
+
+def test_montage_shows_no_more_than_asked_for(tmp_path):
+    many = set_result(top=[[0, 1, 2]] * 90, positives=[0] * 90, queries=["q0"] * 90)
+    report.plot_montage([many], INPUTS, tmp_path / "montage.png", per_set=4, k=2)
+    image = pixels(tmp_path / "montage.png")
+    assert len(frames(image, GREEN)) == 4
+    assert has(image, (255, 0, 255)).any() and not has(image, (255, 255, 0)).any()  # c2 has rank 3
+
+
+def test_montage_spreads_its_queries_over_the_set(tmp_path):
+    # Only queries 0, 30 and 60 of 90 are right: the three that are shown.
+    top = [[0] if number % 30 == 0 else [1] for number in range(90)]
+    one = set_result(top=top, positives=[0] * 90, queries=["q0"] * 90)
+    report.plot_montage([one], INPUTS, tmp_path / "montage.png")
+    image = pixels(tmp_path / "montage.png")
+    assert len(frames(image, GREEN)) == 3 and not frames(image, RED)
+
+
+def test_montage_of_texts_and_of_missing_candidates(tmp_path):
+    inputs = INPUTS | {"c0": Side("x" * 300, []), "c1": Side("cat", []), "c2": Side("dog", [])}
+    one = set_result(top=[[1, -1, -1], [1, 0, -1]])
+    report.plot_montage([one], inputs, tmp_path / "montage.png")
+    image = pixels(tmp_path / "montage.png")
+    (wrong,), (right,) = frames(image, RED), frames(image, GREEN)
+    assert wrong[0] == right[0]
+    # Nothing is drawn for the missing second candidate of the first query.
+    step = report.CELL + report.GAP
+    assert (image[wrong[1] : wrong[3], wrong[0] + step : wrong[2] + step] == 255).all()
+    # The text inside a frame is dark on pale, and stays inside.
+    inside = image[right[1] + 10 : right[3] - 10, right[0] + 10 : right[2] - 10]
+    assert inside.min() < 90
+    cell = image[right[1] : right[3], right[0] + step : right[2] + step]
+    assert cell.min() < 90 and (cell[:, -3:] > 200).all()
+
+
+def test_montage_lays_sets_out_in_two_columns_in_order(tmp_path):
+    right, wrong = set_result(top=[[0], [1]]), set_result(top=[[2], [2]])
+    report.plot_montage([right, wrong, right], INPUTS, tmp_path / "three.png")
+    report.plot_montage([right], INPUTS, tmp_path / "one.png")
+    three, one = pixels(tmp_path / "three.png"), pixels(tmp_path / "one.png")
+    assert three.shape[1] > 1.9 * one.shape[1] and three.shape[0] < 2 * one.shape[0]
+    left, right_half = np.split(three, [three.shape[1] // 2], axis=1)
+    # The second set is below the first, the third beside it.
+    assert frames(left, RED)[0][1] > frames(left, GREEN)[-1][1]
+    assert frames(right_half, GREEN) and not frames(right_half, RED)
+    report.plot_montage([], {}, tmp_path / "none.png")
+    assert pixels(tmp_path / "none.png").shape[1] > 100
+
+
+def test_wrapped_lines_fit_and_lose_no_letter():
+    font = ImageFont.load_default(14)
+    text = "a short text with one Donaudampfschifffahrtsgesellschaftskapitaen in it"
+    lines = report.wrap_text(text, font, 90)
+    assert all(font.getlength(line) <= 90 for line in lines) and len(lines) > 3
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert report.wrap_text("", font, 90) == []
+    assert report.wrap_text("two words", font, 400) == ["two words"]
