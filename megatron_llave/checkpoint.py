@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from megatron_llave import config
@@ -95,10 +96,17 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
     state = _model_state(chunks, _metadata(groups))
     try:
         loaded = dist_checkpointing.load(state, str(path))
-    except Exception as error:  # megatron-core and torch raise many kinds, all meaning an unusable checkpoint
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
     for key, chunk in zip(_model_keys(chunks), chunks):
         chunk.load_state_dict(loaded[key])
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch wraps what went wrong on each rank into an error of its own."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_llave.errors import ConfigError
@@ -84,7 +84,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     """Decoder."""
     image_grids: list[list[int]] = field(default_factory=list)
-    """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile, no anyres."""
+    """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
     kernels: str = "local"
@@ -296,18 +296,31 @@ def load(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequence[st
     except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     _require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
-    for override in overrides:
-        _require("=" in override, f"override {override!r} must look like section.key=value")
-    from_command_line = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    from_command_line = _read_overrides(overrides)
     _check_keys(RunConfig, from_file, str(path))
     _check_keys(RunConfig, from_command_line, "the command line")
     from_file = {name: section for name, section in from_file.items() if name not in leave_out}
-    given = OmegaConf.merge(from_file, from_command_line)
-    return _build(given)
+    return build(OmegaConf.merge(from_file, from_command_line))
 
 
-def _build(given: Any) -> RunConfig:
-    """Defaults, then the preset, then what was given; typed and checked."""
+def _read_overrides(overrides: Sequence[str]) -> dict:
+    tree = OmegaConf.create({})
+    for override in overrides:
+        _require("=" in override, f"override {override!r} must look like section.key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+            raise ConfigError(f"override {override!r} has a value that is not valid YAML") from error
+    return OmegaConf.to_container(tree)
+
+
+def build(given: dict | DictConfig) -> RunConfig:
+    """Defaults, then the preset, then what was given; typed and checked, but for unknown keys.
+
+    Raises:
+        ConfigError: a value has the wrong type or cannot work.
+    """
+    given = OmegaConf.create(given)
     preset = OmegaConf.select(given, "model.preset")
     if preset is not None:
         _one_of("model.preset", str(preset), tuple(PRESETS))

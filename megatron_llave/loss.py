@@ -57,8 +57,8 @@ def hardness_weighted_contrastive_loss(
             numbers of rows may differ.
 
     Returns:
-        This rank's share of the loss, a scalar of at least float32: the mean of the ranks' values is the mean over all B rows and
-        both directions, and averaging parameter gradients over the ranks gives its exact gradient.
+        This rank's share of the loss, a scalar of at least float32: the mean of the ranks' values is the mean over all
+        B rows and both directions, and averaging parameter gradients over the ranks gives its exact gradient.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(precise), target.to(precise)

@@ -87,7 +87,7 @@ def validate_layout(model: ModelConfig, layout: ParallelConfig, world_size: int)
     _validate_tensor(model, layout)
     _validate_pipeline(model.language.num_layers, layout)
     if layout.context > 1:
-        raise ConfigError(f"parallel.context={layout.context}: packed sequences cannot be split over context ranks; use 1")
+        raise ConfigError(f"parallel.context={layout.context}: packed sequences are not split over context ranks")
     return world_size // model_parallel
 
 

@@ -18,7 +18,7 @@ LOG_FILE = "log.jsonl"
 def quiet_dependencies() -> None:
     """Silence what megatron-core and torch say about their own internals; whoever trains can do nothing about it."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
+    warnings.filterwarnings("ignore", module=r"torch\b")
 
 
 class RunLog:

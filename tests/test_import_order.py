@@ -59,7 +59,7 @@ def own_part(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != PACKAGE:
         return None
-    is_module = ".".join(parts[:2]) in KNOWN_MODULES or parts[1:2] and parts[1] in LEVEL
+    is_module = len(parts) > 1 and (".".join(parts[:2]) in KNOWN_MODULES or parts[1] in LEVEL)
     return parts[1] if is_module else ""
 
 
@@ -157,6 +157,11 @@ def import_graph() -> dict[str, set[str]]:
 @pytest.mark.parametrize("path", source_files(), ids=module_name)
 def test_source_keeps_the_order(path: Path) -> None:
     assert list(offences(module_name(path), path.read_text())) == []
+
+
+def test_package_itself_imports_nothing_of_its_own() -> None:
+    assert list(offences(PACKAGE, "import warnings")) == []
+    assert len(list(offences(PACKAGE, "from megatron_llave import config"))) == 1
 
 
 def test_every_module_has_a_place() -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, _build
+from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, build
 from megatron_llave.errors import ConfigError
 from megatron_llave.parallel import validate_batch, validate_layout
 
 
 def tiny() -> ModelConfig:
-    return _build({"model": {"preset": "tiny"}, "train": {"steps": 1}}).model
+    return build({"model": {"preset": "tiny"}, "train": {"steps": 1}}).model
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def padded_vocab_size(language: LanguageConfig, tensor: int) -> int:
 
 
 def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Qwen2's layers (HF Qwen2Model: q/k/v biases, no others, gated SiLU) and the pipeline's rules for megatron-core."""
+    """Qwen2's layers (HF Qwen2Model: q/k/v biases, no others, gated SiLU) and the pipeline's rules."""
     language, interleaved = model.language, parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=language.num_layers,

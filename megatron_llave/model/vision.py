@@ -64,5 +64,5 @@ class VisionTower(MegatronModule):
 
 
 def normalise(tiles: Tensor) -> Tensor:
-    """uint8 pixels to [-1, 1] float32, bit for bit as the released SigLipImageProcessor: 1/255 in float64, the rest not."""
+    """uint8 pixels to [-1, 1] float32, bit for bit as the released SigLipImageProcessor (1/255 in float64)."""
     return ((tiles.double() * (1 / 255)).to(torch.float32) - 0.5) / 0.5

@@ -3,8 +3,12 @@
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -288,6 +292,31 @@ def test_interrupted_folder_is_not_whole_and_can_be_made_again(rendered, shards_
         read_index(tmp_path)
     openmoji.prepare(tmp_path, workers=1, pairs_scale=SCALE)
     assert read_index(tmp_path) == read_index(openmoji_data)
+
+
+def test_workers_of_a_killed_process_end():
+    script = """
+import os, signal
+from megatron_llave.data.sources.openmoji import _executor
+with _executor(2) as executor:
+    print(executor.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    worker = int(killed.stdout)
+    deadline = time.monotonic() + 20
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(worker)
+
+
+def is_running(pid):
+    """False also for a process that has ended and that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_tokenizer_ends_texts_and_knows_every_name(world, openmoji_data):

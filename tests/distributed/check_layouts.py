@@ -2,6 +2,7 @@
 
     check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
     check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
+    and the names of frozen parts
 """
 
 import sys
@@ -102,7 +103,7 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     losses = [train_step(trainable, batches, cfg.loss, step, groups)["loss"] for step in range(STEPS)]
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
-        print(f"{layout} freeze={freeze}: worst gradient error {worst[1]:.1e} ({worst[0]}), losses {losses}", flush=True)
+        print(f"{layout} freeze={freeze}: gradient of {worst[0]} off by {worst[1]:.1e}, losses {losses}", flush=True)
         save_losses(directory, freeze, losses)
     parallel.leave_layout()
 

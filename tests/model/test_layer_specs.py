@@ -7,13 +7,15 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_llave.config import LanguageConfig, ModelConfig, ParallelConfig
 from megatron_llave.errors import ConfigError
-from megatron_llave.model.language import LanguageModel, language_transformer_config
 from megatron_llave.model.initialization import initialize_parameters
-from megatron_llave.model.layer_specs import LocalAttention, layer_spec, packed_layout, RMSNorm
+from megatron_llave.model.language import LanguageModel, language_transformer_config
+from megatron_llave.model.layer_specs import LocalAttention, RMSNorm, layer_spec, packed_layout
 
 LENGTHS = [5, 1, 17, 16, 2, 9, 33]
 MODEL = ModelConfig(
-    language=LanguageConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=64)
+    language=LanguageConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=64
+    )
 )
 
 
@@ -29,7 +31,8 @@ def test_layout_restarts_positions_and_finds_every_token() -> None:
     buckets = torch.cat([row[rows.flatten()] for rows in layout.bucket_rows])
     assert torch.equal(buckets[layout.from_buckets], row)
     # A bucket holds lengths between the same powers of two: 1 | 2 | 5 | 9 and 16 | 17 | 33.
-    assert sorted(tuple(rows.shape) for rows in layout.bucket_rows) == [(1, 1), (1, 2), (1, 5), (1, 17), (1, 33), (2, 16)]
+    shapes = sorted(tuple(rows.shape) for rows in layout.bucket_rows)
+    assert shapes == [(1, 1), (1, 2), (1, 5), (1, 17), (1, 33), (2, 16)]
 
 
 def test_packed_attention_equals_one_sequence_at_a_time(groups) -> None:

@@ -1,0 +1,68 @@
+"""Under torchrun with 4 ranks: weights saved at one layout are bit-equal when loaded at others."""
+
+import sys
+from pathlib import Path
+
+import torch
+from check_layouts import parse_layout, small_config
+from full_parameters import full_weights
+from reference import pack_pair_batch, random_pairs
+
+from megatron_llave import checkpoint, cpu_emulation, parallel
+from megatron_llave.errors import CheckpointError
+from megatron_llave.model.embedder import build_model
+from megatron_llave.optimizer import build_trainable
+from megatron_llave.train import train_step
+
+
+def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
+    """Train a step, save, and load into models of other seeds at other layouts."""
+    layout, freeze = parse_layout(saved_at)
+    cfg = small_config(layout, freeze)
+    cfg.train.output = output
+    groups = parallel.init(layout)
+    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
+    trainable = build_trainable(cfg, chunks, groups)
+    share = 4 // groups.dp.size()
+    pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
+    multiple = layout.tensor if layout.sequence else 1
+    batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
+    train_step(trainable, batches, cfg.loss, 0, groups)
+    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups)
+    assert checkpoint.find(output) == folder
+    saved = full_weights(chunks, groups)
+    parallel.leave_layout()
+    for text in loaded_at:
+        layout, freeze = parse_layout(text)
+        groups = parallel.init(layout)
+        chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=1)
+        checkpoint.load_weights(folder, chunks, groups)
+        for name, value in full_weights(chunks, groups).items():
+            rows = min(len(value), len(saved[name]))  # the vocabulary's padding differs
+            assert torch.equal(value[:rows], saved[name][:rows]), f"{saved_at} -> {text}: {name}"
+        parallel.leave_layout()
+    check_other_model(cfg, folder)
+    print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
+
+
+def check_other_model(cfg, folder: Path) -> None:
+    """A wider model cannot take these weights, and says which checkpoint it was given."""
+    layout, _ = parse_layout("1,1,1,0,0")
+    groups = parallel.init(layout)
+    cfg.model.language.ffn_hidden_size *= 2
+    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
+    try:
+        checkpoint.load_weights(folder, chunks, groups)
+    except CheckpointError as error:
+        message = str(error)
+        assert str(folder) in message and "linear_fc1" in message and "\n" not in message, message
+    else:
+        raise AssertionError("weights of another model were loaded")
+    parallel.leave_layout()
+
+
+if __name__ == "__main__":
+    cpu_emulation.enable()
+    parallel.start_processes(120)
+    check(sys.argv[1], sys.argv[2], sys.argv[3:])
+    parallel.shut_down()

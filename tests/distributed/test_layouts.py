@@ -1,0 +1,42 @@
+"""Every parallel layout against one plain process: embeddings, gradients (1e-5), losses over steps, checkpoints."""
+
+from pathlib import Path
+
+import pytest
+from run_ranks import run_ranks
+
+HERE = Path(__file__).parent
+CHECK = HERE / "check_layouts.py"
+# tensor, pipeline, virtual pipeline, sequence parallel, layers on the first stage (0: even), frozen parts
+LAYOUTS = {
+    1: ["1,1,1,0,0", "1,1,1,0,0,vision", "1,1,1,0,0,projector", "1,1,1,0,0,vision,language"],
+    2: [
+        *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,1,0,1", "1,2,2,0,0"),
+        *("1,1,1,0,0,vision", "1,2,1,0,0,vision,language"),
+    ],
+    4: [
+        *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", "2,2,1,0,0", "2,2,1,1,0", "1,4,1,0,0"),
+        *("2,2,2,1,0,vision", "2,2,1,1,1,projector"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    run_ranks(1, CHECK, "reference", str(folder))
+    run_ranks(1, CHECK, "compare", str(folder), *LAYOUTS[1])  # first, since it sets the losses others must follow
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_layouts_equal_one_process(reference: Path, world: int) -> None:
+    output = run_ranks(world, CHECK, "compare", str(reference), *LAYOUTS[world])
+    assert output.count("gradient of") == len(LAYOUTS[world])
+
+
+@pytest.mark.parametrize("saved_at", ["2,2,1,1,0", "1,2,2,0,0"])
+def test_checkpoint_loads_bit_equal_at_other_layouts(tmp_path: Path, saved_at: str) -> None:
+    loaded_at = ["1,1,1,0,0", "2,1,1,1,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]
+    output = run_ranks(4, HERE / "check_checkpoint.py", str(tmp_path), saved_at, *loaded_at)
+    assert "loads bit-equal" in output

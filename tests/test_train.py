@@ -1,0 +1,149 @@
+"""Whole runs through the command line: the same run at every layout, its checkpoint, and what a user gets wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_ranks import run_ranks
+
+from megatron_llave.data.shards import read_index
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
+EVALUATE = ROOT / "tools" / "evaluate.py"
+SHORT = ["train.steps=2", "train.global_batch_size=16"]
+LAYOUTS = {
+    "one": (1, []),
+    "data2": (2, []),
+    "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+}
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same two steps at three layouts."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, (world, layout) in LAYOUTS.items():
+        run_ranks(world, TRAIN, f"data.path={openmoji_data}", f"train.output={folder / name}", *SHORT, *layout)
+    return {name: folder / name for name in LAYOUTS}
+
+
+@pytest.mark.parametrize("name", ["data2", "tensor2_pipeline2"])
+def test_loss_is_the_same_at_every_layout(runs: dict[str, Path], name: str) -> None:
+    for one, other in zip(log_of(runs["one"]), log_of(runs[name]), strict=True):
+        assert one["subset"] == other["subset"]
+        for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
+            assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
+        assert (other["pairs"], other["tokens"]) == (16, one["tokens"])
+
+
+def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
+    runs: dict[str, Path], openmoji_data: Path, tmp_path: Path
+) -> None:
+    """Saved at tensor 2 x pipeline 2 with sequence parallel; Precision@1 is equal, or a near tie has flipped."""
+    reports = []
+    for world, layout in [(1, []), (2, ["parallel.pipeline=2"]), (2, [])]:
+        out = tmp_path / str(len(reports))
+        arguments = ["--checkpoint", str(runs["tensor2_pipeline2"]), "--data", str(openmoji_data), "--out", str(out)]
+        run_ranks(world, EVALUATE, *arguments, *layout)
+        reports.append(json.loads((out / "report.json").read_text()))
+        assert {file.name for file in out.iterdir()} >= {"report.md", "loss.png", "similarities.png", "montage.png"}
+    for other in reports[1:]:
+        for one, two in zip(reports[0]["sets"], other["sets"], strict=True):
+            assert one["name"] == two["name"]
+            assert two["precision_at_1"] == pytest.approx(one["precision_at_1"], abs=100 / one["num_queries"] + 1e-6)
+
+
+def test_run_folder_says_how_it_was_made(runs: dict[str, Path]) -> None:
+    run = runs["tensor2_pipeline2"]
+    current = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    assert current.name == "step-0000002"
+    assert "tensor: 2" in (current / "config.yaml").read_text()
+    assert (run / "config.yaml").read_text() == (current / "config.yaml").read_text()
+    assert not list(run.rglob("*.partial"))
+
+
+def copy_data(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "data"))
+
+
+def a_shard(data: Path) -> Path:
+    return data / read_index(data).subsets["name_to_image"].shards[0].file
+
+
+def fails_with(*overrides: str, config: Path = ROOT / "examples" / "tiny.yaml") -> str:
+    """The one line of a run that ends with status 2 and no traceback."""
+    command = [sys.executable, "-m", "megatron_llave.train", "--config", str(config), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_wrong_key_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {preset: tiny}\ntrain: {steps: 1}\nloss: {alhpa: 9}\n")
+    line = fails_with(config=config)
+    assert "loss.alhpa" in line and "mine.yaml" in line and "loss.alpha" in line
+
+
+def test_impossible_layout_is_named(openmoji_data: Path) -> None:
+    line = fails_with(f"data.path={openmoji_data}", "parallel.tensor=2")
+    assert "1 processes" in line and "parallel.tensor=2" in line
+
+
+def test_missing_shard_is_named(openmoji_data: Path, tmp_path: Path) -> None:
+    data = copy_data(openmoji_data, tmp_path)
+    shard = a_shard(data)
+    shard.unlink()
+    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}")
+
+
+def test_truncated_tar_is_named(openmoji_data: Path, tmp_path: Path) -> None:
+    data = copy_data(openmoji_data, tmp_path)
+    shard = a_shard(data)
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}")
+
+
+def test_missing_data_and_missing_checkpoint_are_named(tmp_path: Path, openmoji_data: Path) -> None:
+    assert str(tmp_path / "nowhere") in fails_with(f"data.path={tmp_path / 'nowhere'}")
+    command = [sys.executable, str(EVALUATE), "--checkpoint", str(tmp_path / "none"), "--data", str(openmoji_data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2
+    assert f"error: {tmp_path / 'none'}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_corrupt_image_is_skipped_and_counted(openmoji_data: Path, tmp_path: Path) -> None:
+    """Five pictures of a subset damaged on disk: their pairs are left out, the run goes on to its end on both ranks."""
+    data = copy_data(openmoji_data, tmp_path)
+    shard = a_shard(data)
+    content = shard.read_bytes()
+    damaged = content.replace(b"IDAT", b"IDAX", 5)  # the data chunk of five PNG files
+    assert damaged != content
+    shard.write_bytes(damaged)
+    text = (ROOT / "examples" / "tiny.yaml").read_text()
+    mixture = text[text.index("  subsets:") : text.index("\nloss:")]
+    config = tmp_path / "only.yaml"
+    config.write_text(text.replace(mixture, "  subsets: {name_to_image: {weight: 1}}\n"))
+    script = tmp_path / "start.py"
+    script.write_text("from megatron_llave.train import main\nif __name__ == '__main__':\n    main()\n")
+    pairs = read_index(data).subsets["name_to_image"].pairs
+    steps = pairs // 16
+    arguments = [f"data.path={data}", f"train.output={tmp_path / 'run'}", f"train.steps={steps}"]
+    output = run_ranks(2, script, "--config", str(config), *arguments, "train.global_batch_size=16")
+    records = log_of(tmp_path / "run")
+    seen = sum(record["skipped"] for record in records)
+    assert 0 < seen <= 5
+    assert all(record["pairs"] + record["skipped"] == 16 for record in records)
+    assert all(record["loss"] > 0 for record in records)
+    assert output.count("left out pair") == seen
