@@ -1,8 +1,12 @@
 """Errors a user can mend: each message is one line that names the culprit and says what would be right."""
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SECONDS_FOR_FIRST_RANK = 5
 
 
 class UserError(ValueError):
@@ -27,5 +31,9 @@ def exit_with_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # Most errors meet all ranks alike: torchrun ends the others when the first of a node has failed, before they
+        # say the same. What only another rank has met is said a little later.
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

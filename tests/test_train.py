@@ -115,6 +115,19 @@ def test_truncated_tar_is_named(openmoji_data: Path, tmp_path: Path) -> None:
     assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}")
 
 
+def test_error_that_all_ranks_meet_is_said_once(openmoji_data: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        run_ranks(2, TRAIN, f"data.path={openmoji_data}", "parallel.tensor=3")
+    assert str(failure.value).count("error: 2 processes cannot be split into parallel.tensor=3") == 1
+
+
+def test_bf16_follows_fp32(runs: dict[str, Path], openmoji_data: Path, tmp_path: Path) -> None:
+    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "model.precision=bf16")
+    for exact, rounded in zip(log_of(runs["one"]), log_of(tmp_path), strict=True):
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+        assert rounded["loss"] != exact["loss"]
+
+
 def test_missing_data_and_missing_checkpoint_are_named(tmp_path: Path, openmoji_data: Path) -> None:
     assert str(tmp_path / "nowhere") in fails_with(f"data.path={tmp_path / 'nowhere'}")
     command = [sys.executable, str(EVALUATE), "--checkpoint", str(tmp_path / "none"), "--data", str(openmoji_data)]
