@@ -1,9 +1,14 @@
 """Hardness-weighted contrastive loss (LLaVE section 3.2): pure functions of embeddings and a process group.
 
-Shapes: b local rows, B rows of all ranks, d embedding.
+No [B, B] matrix is ever held: rows are taken in chunks, each chunk's logits are made, folded into running log-sum-exps,
+and made again in the backward. Every rank multiplies its own queries with all targets once per pass; both directions
+of the symmetric loss come from that one product.
+
+Shapes: b local rows, B rows of all ranks, M explicit hard negatives of all ranks, C = B + M columns, n rows of a chunk,
+d embedding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -11,17 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.config import LossConfig
-from megatron_llave.parallel import all_gather_rows, row_counts
+from megatron_llave.parallel import all_gather_rows, reduce_scatter_rows, row_counts
+
+CHUNK = 256
+"""Rows whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class NegativeRules:
+    """What counts as a negative, and which negatives are weighted by their hardness."""
+
+    mask_same_target: bool = False
+    """Pairs with equal target ids (equal query ids in the other direction) are not each other's negatives."""
+    mask_margin: float | None = None
+    """A negative more similar than the positive plus this is taken for a false one and left out; None: none is."""
+    hardness: str = "all"
+    """Weighted negatives: in_batch, hard_negatives or all."""
+    directions: str = "symmetric"
+    """symmetric, or query_to_target alone."""
 
 
 @dataclass
 class SimilarityStatistics:
-    """What the loss saw, detached; each over this rank's b queries."""
+    """What the loss saw, detached; over this rank's b queries, the last two over its first chunk of them."""
 
     positive: Tensor
     """[b] cosine of each query and its own target."""
     hardest_negative: Tensor
-    """[b] largest cosine of each query and another pair's target; -1 where the batch holds no other pair."""
+    """[b] largest cosine of each query and a negative; -1 where there is none."""
+    effective_negatives: Tensor
+    """[n] number of equally weighted negatives that would spread as widely: (sum w)^2 / sum w^2 of their softmax."""
+    hardest_share: Tensor
+    """[n] share of the negatives' softmax that lies on the hardest 1 % of them."""
 
 
 def temperature_at(config: LossConfig, step: int) -> float:
@@ -43,6 +69,11 @@ def hardness_weighted_contrastive_loss(
     temperature: float,
     alpha: float,
     group: dist.ProcessGroup | None = None,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    rules: NegativeRules = NegativeRules(),
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, SimilarityStatistics]:
     """Symmetric InfoNCE in which a negative's logit is raised by alpha times its own, detached, cosine.
 
@@ -55,6 +86,11 @@ def hardness_weighted_contrastive_loss(
         alpha: hardness weight; 0 is plain symmetric InfoNCE.
         group: ranks whose rows are each other's negatives: the data-parallel group, never a model-parallel one. The
             numbers of rows may differ.
+        hard_negatives: [m, d] further targets that are nobody's positive; negatives of every query of every rank.
+        query_ids: [b] int64, needed by rules.mask_same_target.
+        target_ids: [b] int64, likewise.
+        rules: which pairs are negatives and which are weighted.
+        chunk: rows whose logits are held at a time.
 
     Returns:
         This rank's share of the loss, a scalar of at least float32: the mean of the ranks' values is the mean over all
@@ -62,29 +98,202 @@ def hardness_weighted_contrastive_loss(
     """
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(precise), target.to(precise)
+    hard_negatives = query.new_zeros(0, query.shape[1]) if hard_negatives is None else hard_negatives.to(precise)
     counts = row_counts(query, group)
-    rank = 0 if group is None else group.rank()
-    first = sum(counts[:rank])
-    all_queries = all_gather_rows(query, counts, group)  # [B, d]
-    all_targets = all_gather_rows(target, counts, group)
-    own = torch.arange(first, first + len(query), device=query.device)  # [b] columns of the positives
-
-    cosines = query @ all_targets.T  # [b, B]
-    to_target = _row_losses(cosines, own, temperature, alpha)
-    to_query = _row_losses(target @ all_queries.T, own, temperature, alpha)
-    share = len(counts) / max(1, sum(counts))  # ranks / B: the mean over ranks becomes the mean over rows
-    loss = (to_target.sum() + to_query.sum()) * (0.5 * share)
-    return loss, _statistics(cosines.detach(), own)
+    terms = _Terms(temperature, alpha, rules, group, chunk, counts, row_counts(hard_negatives, group))
+    if rules.mask_same_target:
+        if query_ids is None or target_ids is None:
+            raise ValueError("mask_same_target needs query_ids and target_ids")
+        ids = [all_gather_rows(x, counts, group) for x in (query_ids, target_ids)]
+        terms = replace(terms, query_ids=ids[0], target_ids=ids[1])
+    loss, *statistics = _ContrastiveLoss.apply(query, target, hard_negatives, terms)
+    return loss, SimilarityStatistics(*statistics)
 
 
-def _row_losses(cosines: Tensor, own: Tensor, temperature: float, alpha: float) -> Tensor:
-    """[b, B] cosines and [b] columns of the positives -> [b] losses."""
-    hardness = alpha * cosines.detach()
-    hardness = hardness.scatter(1, own[:, None], 0.0)  # the positive is not weighted
-    return F.cross_entropy(cosines / temperature + hardness, own, reduction="none")
+def matryoshka_loss(
+    query: Tensor, target: Tensor, dims: list[int], hard_negatives: Tensor | None = None, **settings: object
+) -> tuple[Tensor, SimilarityStatistics]:
+    """Mean of the loss over prefixes of the embedding, each renormalised (arXiv 2205.13147); statistics of the longest.
+
+    Args:
+        query: [b, d].
+        target: [b, d].
+        dims: lengths of the prefixes, rising.
+        hard_negatives: [m, d].
+        settings: the further arguments of `hardness_weighted_contrastive_loss`.
+    """
+    losses = []
+    for dim in dims:
+        hard = None if hard_negatives is None else _prefix(hard_negatives, dim)
+        loss, statistics = hardness_weighted_contrastive_loss(
+            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, **settings
+        )
+        losses.append(loss)
+    return torch.stack(losses).mean(), statistics
 
 
-def _statistics(cosines: Tensor, own: Tensor) -> SimilarityStatistics:
-    positive = cosines.gather(1, own[:, None]).squeeze(1)
-    negatives = cosines.scatter(1, own[:, None], -1.0)
-    return SimilarityStatistics(positive, negatives.amax(dim=1) if len(own) else positive)
+def _prefix(embeddings: Tensor, dim: int) -> Tensor:
+    return F.normalize(embeddings[:, :dim], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Everything but the embeddings."""
+
+    temperature: float
+    alpha: float
+    rules: NegativeRules
+    group: dist.ProcessGroup | None
+    chunk: int
+    counts: list[int]
+    hard_counts: list[int]
+    query_ids: Tensor | None = field(default=None)
+    target_ids: Tensor | None = field(default=None)
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return sum(self.counts)
+
+    @property
+    def first(self) -> int:
+        """Column of this rank's first positive."""
+        return sum(self.counts[: 0 if self.group is None else self.group.rank()])
+
+    @property
+    def share(self) -> float:
+        """Ranks / B, halved for two directions: the mean over ranks becomes the mean over rows."""
+        directions = 2 if self.rules.directions == "symmetric" else 1
+        return len(self.counts) / max(1, self.num_rows) / directions
+
+
+def _logits(cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms) -> tuple[Tensor, Tensor | None]:
+    """Weighted logits of a chunk's negatives: [n, C] towards the targets, [n, B] towards the queries (None: unwanted).
+
+    Positives and masked pairs are -inf. `cosines` [n, C] are overwritten; positives [B] are the cosines of all pairs.
+    """
+    rules, rows_all = terms.rules, terms.num_rows
+    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first  # [n, 1]
+    masks = [_mask(cosines, own, positives, terms, of_queries) for of_queries in (False, True)]
+    in_batch = 1 / terms.temperature + (terms.alpha if rules.hardness != "hard_negatives" else 0.0)
+    explicit = 1 / terms.temperature + (terms.alpha if rules.hardness != "in_batch" else 0.0)
+    cosines[:, :rows_all] *= in_batch
+    cosines[:, rows_all:] *= explicit
+    logits = cosines.scatter_(1, own, -torch.inf)
+    if rules.directions != "symmetric":
+        return (logits if masks[0] is None else logits.masked_fill_(masks[0], -torch.inf)), None
+    to_query = logits[:, :rows_all]
+    if masks[0] is not None or masks[1] is not None:
+        to_query = to_query.masked_fill(masks[1][:, :rows_all], -torch.inf)
+        logits = logits.masked_fill_(masks[0], -torch.inf)
+    return logits, to_query
+
+
+def _mask(cosines: Tensor, own: Tensor, positives: Tensor, terms: _Terms, of_queries: bool) -> Tensor | None:
+    """[n, C] pairs that are no negatives in one direction, the positives never among them; None: every pair is one."""
+    rules, rows_all = terms.rules, terms.num_rows
+    if not rules.mask_same_target and rules.mask_margin is None:
+        return None
+    mask = torch.zeros_like(cosines, dtype=torch.bool)
+    if rules.mask_margin is not None:
+        # A row's own positive; in the other direction the positive of the column's target.
+        bound = F.pad(positives, (0, cosines.shape[1] - rows_all), value=torch.inf) if of_queries else positives[own]
+        mask |= cosines > bound + rules.mask_margin
+    if rules.mask_same_target:
+        ids = terms.query_ids if of_queries else terms.target_ids
+        mask[:, :rows_all] |= ids[own] == ids
+    return mask.scatter_(1, own, False)
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    """The loss in chunks of rows; the backward makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, terms: _Terms) -> tuple[Tensor, ...]:
+        columns = torch.cat(
+            [all_gather_rows(target, terms.counts, terms.group), all_gather_rows(hard, terms.hard_counts, terms.group)]
+        )  # [C, d]
+        own_positives = (query * target).sum(1)  # [b]
+        positives = all_gather_rows(own_positives, terms.counts, terms.group)  # [B]
+        hardest = torch.empty_like(own_positives)
+        # Negatives alone: set against the positive's logit they give loss and gradient without cancellation.
+        of_rows, of_columns = torch.empty_like(own_positives), query.new_full((terms.num_rows,), -torch.inf)
+        spread = (query.new_zeros(0), query.new_zeros(0))
+        for start in range(0, len(query), terms.chunk):
+            rows = slice(start, min(start + terms.chunk, len(query)))
+            cosines = query[rows] @ columns.T  # [n, C]
+            hardest[rows] = _hardest(cosines, rows, terms)
+            to_target, to_query = _logits(cosines, rows, positives, terms)
+            of_rows[rows] = to_target.logsumexp(1)
+            if to_query is not None:
+                of_columns = torch.logaddexp(of_columns, to_query.logsumexp(0))
+            if start == 0:
+                spread = _spread(to_target)
+        of_columns = _log_sum_over_ranks(of_columns, terms) - positives / terms.temperature
+        of_rows = of_rows - own_positives / terms.temperature
+        own = slice(terms.first, terms.first + len(query))
+        losses = -F.logsigmoid(-of_rows)  # log(1 + negatives / positive)
+        if terms.rules.directions == "symmetric":
+            losses = losses - F.logsigmoid(-of_columns[own])
+        ctx.terms = terms
+        ctx.save_for_backward(query, columns, positives, of_rows, of_columns)
+        statistics = own_positives.clone(), hardest, *spread
+        ctx.mark_non_differentiable(*statistics)
+        return losses.sum() * terms.share, *statistics
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, columns, positives, of_rows, of_columns = ctx.saved_tensors
+        terms: _Terms = ctx.terms
+        own = slice(terms.first, terms.first + len(query))
+        column_lse = positives / terms.temperature - F.logsigmoid(-of_columns)  # [B] positive and negatives together
+        row_lse = positives[own] / terms.temperature - F.logsigmoid(-of_rows)  # [b]
+        of_positives = torch.sigmoid(of_rows)  # [b] one minus the softmax of the positive
+        if terms.rules.directions == "symmetric":
+            of_positives = of_positives + torch.sigmoid(of_columns[own])
+        query_gradient, columns_gradient = torch.empty_like(query), torch.zeros_like(columns)
+        for start in range(0, len(query), terms.chunk):
+            rows = slice(start, min(start + terms.chunk, len(query)))
+            to_target, to_query = _logits(query[rows] @ columns.T, rows, positives, terms)
+            # Without masks both are the same logits, so the other direction's softmax comes first.
+            other = None if to_query is None else (to_query - column_lse).exp_()
+            slope = to_target.sub_(row_lse[rows, None]).exp_()  # [n, C] d loss / d logit: the softmax of the negatives
+            if other is not None:
+                slope[:, : terms.num_rows] += other
+            slope.diagonal(terms.first + start).copy_(-of_positives[rows])
+            query_gradient[rows] = slope @ columns
+            columns_gradient.addmm_(slope.T, query[rows])
+        # Hardness is detached, so a logit depends on its cosine through the temperature alone.
+        scale = gradient * terms.share / terms.temperature
+        targets_gradient, hard_gradient = columns_gradient.mul_(scale).split([terms.num_rows, sum(terms.hard_counts)])
+        return (
+            query_gradient.mul_(scale),
+            reduce_scatter_rows(targets_gradient, terms.counts, terms.group),
+            reduce_scatter_rows(hard_gradient, terms.hard_counts, terms.group),
+            None,
+        )
+
+
+def _hardest(cosines: Tensor, rows: slice, terms: _Terms) -> Tensor:
+    """[n] largest cosine of a negative; -1 without one."""
+    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
+    own_cosines = cosines.gather(1, own)
+    hardest = cosines.scatter_(1, own, -1.0).amax(1)
+    cosines.scatter_(1, own, own_cosines)
+    return hardest
+
+
+def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] effective number of negatives and share of the hardest 1 %, from their softmax; 0 without negatives."""
+    weights = logits.softmax(1).nan_to_num(0.0)  # [n, C]
+    top = max(1, (logits.shape[1] - 1) // 100)
+    return weights.sum(1) / weights.square().sum(1).clamp_min(1e-30), weights.topk(top, dim=1).values.sum(1)
+
+
+def _log_sum_over_ranks(values: Tensor, terms: _Terms) -> Tensor:
+    """[B] log-sum-exp over the ranks' own parts."""
+    if terms.group is None or terms.group.size() == 1:
+        return values
+    parts = values.new_empty(terms.group.size(), len(values))
+    dist.all_gather_into_tensor(parts, values[None], group=terms.group)
+    return parts.logsumexp(0)

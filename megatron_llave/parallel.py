@@ -1,4 +1,4 @@
-"""Process groups from a ParallelConfig, and collectives with gradients. The only file that names parallel_state.
+"""Process groups from a ParallelConfig, and collectives over rows. The only file that names parallel_state.
 
 Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron-core's order "tp-cp-ep-dp-pp"). Every
 other module takes a group, or the ProcessGroupCollection, as an argument.
@@ -143,23 +143,6 @@ def validate_batch(cfg: RunConfig, data_parallel: int) -> None:
         )
 
 
-class _AllGatherRows(torch.autograd.Function):
-    """All-gather in forward, reduce-scatter (sum) in backward, for equal numbers of rows."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        own = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-        return own, None
-
-
 def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     """Number of rows each rank of the group holds, in rank order."""
     if group is None or group.size() == 1:
@@ -171,7 +154,7 @@ def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
 
 
 def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Concatenate the rows of all ranks: all-gather in forward, reduce-scatter (sum) in backward.
+    """Concatenate the rows of all ranks, without a gradient.
 
     Args:
         rows: [counts[rank], ...] this rank's rows; the numbers may differ between ranks.
@@ -185,7 +168,21 @@ def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | 
         return rows
     longest = max(counts)
     padding = rows.new_zeros((longest - rows.shape[0], *rows.shape[1:]))
-    gathered = _AllGatherRows.apply(torch.cat([rows, padding]), group)  # [ranks * longest, ...]
+    gathered = rows.new_empty((group.size() * longest, *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, torch.cat([rows.detach(), padding]), group=group)
     if min(counts) == longest:
         return gathered
     return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts)])
+
+
+def reduce_scatter_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Sum [sum(counts), ...] over the ranks and keep this rank's rows; the adjoint of all_gather_rows."""
+    if group is None or group.size() == 1:
+        return rows
+    longest, own = max(counts), counts[group.rank()]
+    if min(counts) != longest:
+        parts = [torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])]) for part in rows.split(counts)]
+        rows = torch.cat(parts)
+    kept = rows.new_empty((longest, *rows.shape[1:]))
+    dist.reduce_scatter_tensor(kept, rows.contiguous(), group=group)
+    return kept[:own]

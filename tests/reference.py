@@ -8,24 +8,43 @@ from megatron_llave.batch import PackedSequences, PairBatch
 from megatron_llave.config import ModelConfig
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE
+from megatron_llave.loss import NegativeRules
 
 
-def dense_contrastive_loss(query: Tensor, target: Tensor, temperature: float, alpha: float) -> Tensor:
-    """The paper's formula written out, pair by pair, over all rows at once."""
-    cosines = query @ target.T
-    directions = []
-    for similarity in (cosines, cosines.T):
-        rows = []
-        for i in range(len(similarity)):
-            positive = torch.exp(similarity[i, i] / temperature)
-            negatives = [
-                torch.exp(similarity[i, j] / temperature + alpha * similarity[i, j].detach())
-                for j in range(len(similarity))
-                if j != i
-            ]
-            rows.append(-torch.log(positive / (positive + sum(negatives))))
-        directions.append(torch.stack(rows).mean())
-    return (directions[0] + directions[1]) / 2
+def dense_contrastive_loss(
+    query: Tensor,
+    target: Tensor,
+    temperature: float,
+    alpha: float,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    rules: NegativeRules = NegativeRules(),
+) -> Tensor:
+    """The paper's formula and the rules for negatives written out, pair by pair, over all rows at once."""
+    hard = [] if hard_negatives is None else list(hard_negatives)
+    to_target = _direction(query, target, hard, target_ids, temperature, alpha, rules)
+    if rules.directions == "query_to_target":
+        return to_target
+    return (to_target + _direction(target, query, [], query_ids, temperature, alpha, rules)) / 2
+
+
+def _direction(rows, columns, hard, ids, temperature, alpha, rules) -> Tensor:
+    losses = []
+    for i, row in enumerate(rows):
+        positive = row @ columns[i]
+        total = torch.exp(positive / temperature)
+        for j, column in enumerate([*columns, *hard]):
+            is_hard, cosine = j >= len(columns), row @ column
+            if j == i or (rules.mask_margin is not None and cosine > positive + rules.mask_margin):
+                continue
+            if rules.mask_same_target and not is_hard and ids[i] == ids[j]:
+                continue
+            weighted = rules.hardness in ("all", "hard_negatives" if is_hard else "in_batch")
+            hardness = alpha * cosine.detach() if weighted else 0.0
+            total = total + torch.exp(cosine / temperature + hardness)
+        losses.append(torch.log(total) - positive / temperature)
+    return torch.stack(losses).mean()
 
 
 def random_sequence(model: ModelConfig, seed: int, with_image: bool) -> EncodedSequence:

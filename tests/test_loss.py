@@ -8,7 +8,13 @@ from reference import dense_contrastive_loss
 from run_ranks import run_ranks
 
 from megatron_llave.config import LossConfig
-from megatron_llave.loss import alpha_at, hardness_weighted_contrastive_loss, temperature_at
+from megatron_llave.loss import (
+    NegativeRules,
+    alpha_at,
+    hardness_weighted_contrastive_loss,
+    matryoshka_loss,
+    temperature_at,
+)
 
 CHECK = Path(__file__).parent / "distributed" / "check_loss.py"
 
@@ -59,3 +65,65 @@ def test_temperature_falls_geometrically_and_alpha_rises_linearly() -> None:
     assert [alpha_at(config, step) for step in (0, 5, 10, 99)] == [0, 4.5, 9, 9]
     assert temperature_at(LossConfig(), 0) == 0.02
     assert alpha_at(LossConfig(), 0) == 9
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_chunks_do_not_change_the_result(chunk: int) -> None:
+    whole, parts = ([unit_rows(7, seed).requires_grad_() for seed in (0, 1)] for _ in range(2))
+    one, _ = hardness_weighted_contrastive_loss(*whole, 0.05, 9.0)
+    other, _ = hardness_weighted_contrastive_loss(*parts, 0.05, 9.0, chunk=chunk)
+    one.backward()
+    other.backward()
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    for x, y in zip(whole, parts):
+        torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_masked_duplicate_is_not_pushed_away(mask: bool) -> None:
+    """Pairs 0 and 1 share their target. Orthogonal queries let each similarity's slope be read off the gradient."""
+    query, target = torch.eye(6, 24, dtype=torch.float64), unit_rows(6, 1)
+    target[1] = target[0]
+    target.requires_grad_()
+    ids = {"query_ids": torch.arange(6), "target_ids": torch.tensor([0, 0, 2, 3, 4, 5])}
+    rules = NegativeRules(mask_same_target=mask, directions="query_to_target")
+    loss, _ = hardness_weighted_contrastive_loss(query, target, 0.05, 9.0, rules=rules, **ids)
+    loss.backward()
+    slope = query @ target.grad.T  # [6, 6] d loss / d cosine
+    assert (slope[0, 1] == 0 and slope[1, 0] == 0) if mask else (slope[0, 1] > 1e-3 and slope[1, 0] > 1e-3)
+    assert (slope[0, 2:] > 0).all() and (slope.diagonal() < 0).all()
+
+
+def test_mask_without_ids_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs query_ids and target_ids"):
+        hardness_weighted_contrastive_loss(
+            unit_rows(2, 0), unit_rows(2, 1), 0.05, 9.0, rules=NegativeRules(mask_same_target=True)
+        )
+
+
+def test_matryoshka_is_the_mean_over_renormalised_prefixes() -> None:
+    ours = [unit_rows(5, seed).requires_grad_() for seed in (0, 1)]
+    plain = [x.detach().clone().requires_grad_() for x in ours]
+    loss, _ = matryoshka_loss(*ours, dims=[4, 8, 24], temperature=0.1, alpha=2.0)
+    normalize = torch.nn.functional.normalize
+    expected = sum(
+        dense_contrastive_loss(normalize(plain[0][:, :k], dim=1), normalize(plain[1][:, :k], dim=1), 0.1, 2.0)
+        for k in (4, 8, 24)
+    )
+    loss.backward()
+    (expected / 3).backward()
+    torch.testing.assert_close(loss, expected / 3, rtol=0, atol=1e-12)
+    for x, y in zip(ours, plain):
+        torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-12)
+
+
+def test_statistics_of_a_known_batch() -> None:
+    """Three negatives equally far from each query count as three; one that is much nearer counts as one."""
+    query = torch.eye(4, dtype=torch.float64)
+    _, even = hardness_weighted_contrastive_loss(query, query, 0.1, 0.0)
+    assert even.effective_negatives.tolist() == pytest.approx([3.0] * 4)
+    assert even.hardest_share.tolist() == pytest.approx([1 / 3] * 4)
+    near = query[[0, 0, 2, 3]]
+    _, uneven = hardness_weighted_contrastive_loss(near, near, 0.02, 0.0)
+    assert uneven.effective_negatives[0].item() == pytest.approx(1.0, abs=1e-6)
+    assert uneven.hardest_negative[0].item() == pytest.approx(1.0)
