@@ -51,6 +51,8 @@ class PackedSequences:
     """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline."""
     visual_position: Tensor
     """[v] int64: where visual token i stands in the packed row."""
+    features: Tensor | None = None
+    """[k, p, vision hidden] what a frozen tower made of the tiles in the first pass over them, kept for the second."""
 
     @property
     def last_token(self) -> Tensor:

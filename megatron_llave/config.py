@@ -177,9 +177,20 @@ class LossConfig:
     """Hardness weight of the negatives; 0 is plain InfoNCE."""
     alpha_warmup_steps: int = 0
     """Steps over which alpha rises linearly from 0."""
+    negatives: str = "global_batch"
+    """Negatives of a pair: global_batch (every other pair of the step, at any micro-batch size; costs one more forward
+    when a rank has several micro batches) or micro_batch (its micro batch on all data-parallel ranks, as released)."""
+    mask_same_target: bool = False
+    """Pairs with equal target ids (equal query ids in the other direction) are not each other's negatives."""
+    mask_margin: float | None = None
+    """A negative whose cosine exceeds the positive's by more than this is taken for a false one; null: none is."""
+    directions: str = "symmetric"
+    """Compare symmetric (query to target and back, as in the paper) or query_to_target alone."""
 
     def __post_init__(self) -> None:
-        """Check signs."""
+        """Check names and signs."""
+        _one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
+        _one_of("loss.directions", self.directions, ("symmetric", "query_to_target"))
         _require(self.temperature > 0, f"loss.temperature={self.temperature} must be positive")
         start = self.temperature_start
         _require(start is None or start > 0, f"loss.temperature_start={start} must be positive")

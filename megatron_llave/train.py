@@ -5,16 +5,13 @@
 
 import argparse
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn import Module
 
 from megatron_llave import checkpoint, config, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch
@@ -22,10 +19,25 @@ from megatron_llave.config import LossConfig, RunConfig
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.loss import alpha_at, hardness_weighted_contrastive_loss, temperature_at
+from megatron_llave.gradient_cache import Seen, forward_backward
+from megatron_llave.loss import (
+    NegativeRules,
+    SimilarityStatistics,
+    alpha_at,
+    hardness_weighted_contrastive_loss,
+    temperature_at,
+)
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
 from megatron_llave.run_log import RunLog, quiet_dependencies
+
+PER_QUERY = {
+    "positive": "positive_similarity",
+    "hardest_negative": "hardest_negative_similarity",
+    "effective_negatives": "effective_negatives",
+    "hardest_share": "hardest_share",
+}
+"""What the loss saw of each query -> under which name its mean stands in the step's record."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,76 +105,45 @@ def train_step(
         The step's record; the loss and the similarities are there on the last pipeline stage only.
     """
     temperature, alpha = temperature_at(loss_cfg, step), alpha_at(loss_cfg, step)
+    compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=groups.dp)
+    batches = [batch.to(parallel.device()) for batch in batches]
     trainable.zero_gradients()
-    outputs = forward_backward(trainable, batches, temperature, alpha, groups.dp)
+    seen = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives)
     gradient_norm = trainable.update()
     record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
-    return record | reduce_metrics(outputs, batches, groups.dp)
+    return record | reduce_metrics(seen, batches, groups.dp)
 
 
-def forward_backward(
-    trainable: Trainable, batches: list[PairBatch], temperature: float, alpha: float, group: dist.ProcessGroup
-) -> list[dict[str, Tensor]]:
-    """Leave the gradient of the mean loss over the micro batches in the chunks' gradient buffers.
-
-    The negatives of a micro batch are those of the same micro batch on all ranks of `group`.
-
-    Returns:
-        Per micro batch the sums that `contrastive_step_loss` reports, on the last pipeline stage; elsewhere nothing.
-    """
-    compare = partial(contrastive_step_loss, temperature=temperature, alpha=alpha, group=group)
-    num_chunks = len(trainable.chunks)
-    return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, compare=compare),
-        data_iterator=[iter(batches) for _ in range(num_chunks)] if num_chunks > 1 else iter(batches),
-        model=trainable.chunks,
-        num_microbatches=len(batches),
-        seq_length=1,  # unused: every micro batch sends its own shape along
-        micro_batch_size=1,
-        forward_only=False,
+def contrast(
+    query: Tensor,
+    target: Tensor,
+    query_ids: Tensor,
+    target_ids: Tensor,
+    config: LossConfig,
+    temperature: float,
+    alpha: float,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, SimilarityStatistics]:
+    """The configured loss over [b, d] local queries and targets and those of the other ranks of `group`."""
+    rules = NegativeRules(config.mask_same_target, config.mask_margin, directions=config.directions)
+    return hardness_weighted_contrastive_loss(
+        query, target, temperature, alpha, group, query_ids=query_ids, target_ids=target_ids, rules=rules
     )
 
 
-def forward_step(batches: Iterator[PairBatch], model: Module, compare: partial) -> tuple[Tensor, partial]:
-    """One micro batch through this stage, as megatron-core's schedules call it."""
-    batch = next(batches).to(parallel.device())
-    return model(batch.sequences), partial(compare, num_pairs=batch.num_pairs)
-
-
-def contrastive_step_loss(
-    embeddings: Tensor, num_pairs: int, temperature: float, alpha: float, group: dist.ProcessGroup
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro batch on the last stage: embeddings [2 * b, d], queries first.
-
-    The schedule divides by the number of micro batches and the data-parallel wrapper averages over ranks, so the share
-    that the loss function returns needs no factor.
-    """
-    query, target = embeddings.split(num_pairs)
-    loss, seen = hardness_weighted_contrastive_loss(query, target, temperature, alpha, group)
-    # A copy, because the schedule divides the loss in place.
-    sums = {"loss": loss.detach().clone(), "positive": seen.positive.sum(), "hardest": seen.hardest_negative.sum()}
-    return loss, sums
-
-
-def reduce_metrics(
-    outputs: list[dict[str, Tensor]], batches: list[PairBatch], group: dist.ProcessGroup
-) -> dict[str, float]:
-    """Means over the step's pairs and counts over all data-parallel ranks."""
-    names = ("loss", "positive", "hardest")
-    sums = [sum(float(output[name]) for output in outputs) for name in names]  # zeros before the last stage
+def reduce_metrics(seen: list[Seen], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float]:
+    """Means over the step's pairs and counts over all data-parallel ranks; nothing is seen before the last stage."""
+    losses = torch.stack([loss for loss, _ in seen]).mean() if seen else torch.zeros(())
+    sums = [sum(float(getattr(x, name).sum()) for _, x in seen) for name in PER_QUERY]
+    counts = [sum(len(getattr(x, name)) for _, x in seen) for name in PER_QUERY]
     tokens = sum(int(batch.sequences.cu_seqlens[batch.sequences.num_sequences]) for batch in batches)
-    counts = [sum(batch.num_pairs for batch in batches), tokens, sum(batch.num_skipped for batch in batches)]
-    totals = torch.tensor(sums + counts, dtype=torch.float64, device=parallel.device())
+    pairs = [sum(batch.num_pairs for batch in batches), tokens, sum(batch.num_skipped for batch in batches)]
+    totals = torch.tensor([float(losses), *pairs, *sums, *counts], dtype=torch.float64, device=parallel.device())
     dist.all_reduce(totals, group=group)
-    loss, positive, hardest, pairs, tokens, skipped = totals.tolist()
-    return {
-        "loss": loss / (len(batches) * group.size()),
-        "positive_similarity": positive / max(1, pairs),
-        "hardest_negative_similarity": hardest / max(1, pairs),
-        "pairs": int(pairs),
-        "tokens": int(tokens),
-        "skipped": int(skipped),
-    }
+    loss, *totals = totals.tolist()
+    pairs, sums, counts = totals[:3], totals[3 : 3 + len(PER_QUERY)], totals[3 + len(PER_QUERY) :]
+    means = {record: total / max(1, count) for record, total, count in zip(PER_QUERY.values(), sums, counts)}
+    return {"loss": loss / group.size(), **means, **dict(zip(("pairs", "tokens", "skipped"), map(int, pairs)))}
 
 
 if __name__ == "__main__":

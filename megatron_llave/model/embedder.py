@@ -89,8 +89,12 @@ class LlaveEmbedder(MegatronModule):
         """
         if len(sequences.visual_source) == 0:
             return None
-        with torch.no_grad() if self.vision_is_frozen else nullcontext():
-            features = self.vision(sequences.tiles)  # [k, p, vision h]
+        features = sequences.features
+        if features is None:
+            with torch.no_grad() if self.vision_is_frozen else nullcontext():
+                features = self.vision(sequences.tiles)  # [k, p, vision h]
+            if self.vision_is_frozen:
+                sequences.features = features
         features = self.projector(features.flatten(0, 1))  # [k * p, h]
         rows = torch.cat([features, self.image_newline[None].to(features.dtype)])  # [k * p + 1, h]
         return rows.index_select(0, sequences.visual_source)
