@@ -23,10 +23,8 @@ REQUIRES = [
     "omegaconf",
     "pillow",
     "numpy",
-    "tensorboard",
     "rich",
     "matplotlib",
-    "pyarrow",
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]"],

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
-from megatron_llave import config
+from megatron_llave import config_file
 from megatron_llave.config import RunConfig
 from megatron_llave.errors import CheckpointError
 
@@ -47,20 +47,25 @@ def save(
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config.save(cfg, partial / CONFIG)
+        config_file.save(cfg, partial / CONFIG)
     dist.barrier()
     metadata = _metadata(groups)
     state = _model_state(chunks, metadata)
-    optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
-    state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
+    if any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
+        # A pipeline stage that is all frozen has no optimizer state, which megatron-core does not expect.
+        optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
+        state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
     state["schedule"] = schedule.state_dict()
     state["step"] = step
     metadata.pop("dp_cp_group")
     dist_checkpointing.save(state, str(partial), content_metadata=metadata)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = folder / f"{final.name}.replaced"
+        if final.exists():
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         pointer = folder / f"{POINTER}.partial"
         pointer.write_text(final.name + "\n")
         os.replace(pointer, folder / POINTER)
@@ -75,11 +80,15 @@ def find(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / POINTER).is_file():
-        path = path / (path / POINTER).read_text().strip()
-    elif (path / FOLDER / POINTER).is_file():
-        path = path / FOLDER / (path / FOLDER / POINTER).read_text().strip()
-    if not (path / CONFIG).is_file() or not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+    for folder in (path, path / FOLDER):
+        if (folder / POINTER).is_file():
+            path = folder / (folder / POINTER).read_text(errors="replace").strip()
+            break
+    try:
+        is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint(str(path))
+    except ValueError as error:  # its JSON is damaged
+        raise CheckpointError(f"{path}/metadata.json is damaged: {error}") from error
+    if not (path / CONFIG).is_file() or not is_checkpoint:
         raise CheckpointError(
             f"{path} is neither a checkpoint (it would hold {CONFIG} and metadata.json) nor a run's folder with "
             f"{FOLDER}/{POINTER}"

@@ -1,31 +1,34 @@
-"""The one configuration tree: RunConfig, read from YAML plus `section.key=value` overrides.
+"""The one configuration tree: RunConfig, a dataclass per section, and what its values must satisfy.
 
-An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was
-read is written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
+config_file.py reads it from YAML and the command line.
 """
 
-import difflib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from megatron_llave.errors import ConfigError
-from megatron_llave.presets import PRESETS
 
 PARTS = ("vision", "projector", "language")
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
+    """Raise ConfigError(message) unless `ok`."""
     if not ok:
         raise ConfigError(message)
 
 
-def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")
+def _at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(section, name)
+        ok = value is None or (math.isfinite(value) and value >= lowest)
+        require(ok, f"{prefix}.{name}={value} must be a number of at least {lowest}")
+
+
+def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise a ConfigError that names the key unless its value is among the allowed ones."""
+    require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")
 
 
 @dataclass
@@ -95,12 +98,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check what can be said without the other sections."""
         for part in self.freeze:
-            _one_of("model.freeze", part, PARTS)
-        _one_of("model.kernels", self.kernels, ("local", "transformer_engine"))
-        _one_of("model.precision", self.precision, ("fp32", "bf16"))
+            one_of("model.freeze", part, PARTS)
+        one_of("model.kernels", self.kernels, ("local", "transformer_engine"))
+        one_of("model.precision", self.precision, ("fp32", "bf16"))
         for grid in self.image_grids:
             ok = len(grid) == 2 and min(grid) >= 1
-            _require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
+            require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
 
 
 @dataclass
@@ -124,8 +127,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Every size is at least 1."""
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+        _at_least(self, "parallel", 1, ("tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds"))
 
 
 @dataclass
@@ -155,10 +157,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check names and sizes."""
-        _one_of("data.prompt", self.prompt, ("qwen", "plain"))
-        _require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
+        one_of("data.prompt", self.prompt, ("qwen", "plain"))
+        require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
         for name, subset in self.subsets.items():
-            _require(subset.weight > 0, f"data.subsets.{name}.weight={subset.weight} must be positive")
+            ok = math.isfinite(subset.weight) and subset.weight > 0
+            require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
+            _at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
 
 
 @dataclass
@@ -189,12 +193,13 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Check names and signs."""
-        _one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
-        _one_of("loss.directions", self.directions, ("symmetric", "query_to_target"))
-        _require(self.temperature > 0, f"loss.temperature={self.temperature} must be positive")
-        start = self.temperature_start
-        _require(start is None or start > 0, f"loss.temperature_start={start} must be positive")
-        _require(self.alpha >= 0, f"loss.alpha={self.alpha} must not be negative")
+        one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
+        one_of("loss.directions", self.directions, ("symmetric", "query_to_target"))
+        for name in ("temperature", "temperature_start"):
+            value = getattr(self, name)
+            ok = value is None or 0 < value < math.inf
+            require(ok, f"loss.{name}={value} must be positive")
+        _at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
 
 
 @dataclass
@@ -218,6 +223,14 @@ class OptimizerConfig:
     clip_gradient: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
+        _at_least(self, "optimizer", 0, names)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
+
 
 @dataclass
 class TrainConfig:
@@ -236,9 +249,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check sizes."""
-        for name in ("global_batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name}={value} must be at least 1")
+        _at_least(self, "train", 2, ("global_batch_size",))  # one pair has no negative
+        _at_least(self, "train", 1, ("micro_batch_size",))
+        _at_least(self, "train", 0, ("seed",))
 
 
 @dataclass
@@ -248,13 +261,21 @@ class CheckpointConfig:
     interval: int = 0
     """Steps between checkpoints; 0: only at the end. The last step is always saved."""
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _at_least(self, "checkpoint", 0, ("interval",))
+
 
 @dataclass
 class LogConfig:
     """Progress."""
 
     interval: int = 10
-    """Steps between progress lines; every step is in log.jsonl."""
+    """Steps between progress lines; every step is in log.jsonl. 0: no lines."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _at_least(self, "log", 0, ("interval",))
 
 
 @dataclass
@@ -263,6 +284,10 @@ class EvaluateConfig:
 
     tokens_per_batch: int = 8192
     """Tokens packed into one forward pass."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _at_least(self, "evaluate", 1, ("tokens_per_batch",))
 
 
 @dataclass
@@ -289,80 +314,6 @@ class RunConfig:
     """Evaluation."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `section.key=value` overrides, fill in the model preset, and check the result.
-
-    Args:
-        path: the YAML file.
-        overrides: win over the file.
-        leave_out: sections of the file that are not taken over, such as the layout a checkpoint was trained at.
-
-    Raises:
-        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or cannot work.
-    """
-    path = Path(path)
-    _require(path.is_file(), f"configuration file {path} does not exist")
-    try:
-        from_file = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    _require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
-    from_command_line = _read_overrides(overrides)
-    _check_keys(RunConfig, from_file, str(path))
-    _check_keys(RunConfig, from_command_line, "the command line")
-    from_file = {name: section for name, section in from_file.items() if name not in leave_out}
-    return build(OmegaConf.merge(from_file, from_command_line))
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict:
-    tree = OmegaConf.create({})
-    for override in overrides:
-        _require("=" in override, f"override {override!r} must look like section.key=value")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
-            raise ConfigError(f"override {override!r} has a value that is not valid YAML") from error
-    return OmegaConf.to_container(tree)
-
-
-def build(given: dict | DictConfig) -> RunConfig:
-    """Defaults, then the preset, then what was given; typed and checked, but for unknown keys.
-
-    Raises:
-        ConfigError: a value has the wrong type or cannot work.
-    """
-    given = OmegaConf.create(given)
-    preset = OmegaConf.select(given, "model.preset")
-    if preset is not None:
-        _one_of("model.preset", str(preset), tuple(PRESETS))
-        given = OmegaConf.merge({"model": PRESETS[str(preset)]}, given)
-    try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
-    validate(cfg)
-    return cfg
-
-
-def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:
-    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
-    hints = get_type_hints(section)
-    for key, value in given.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {prefix}{key} in {source}; {hint}")
-        inner = hints[key]
-        if is_dataclass(inner):
-            _require(isinstance(value, dict), f"{prefix}{key} in {source} must be a section with keys, not {value!r}")
-            _check_keys(inner, value, source, f"{prefix}{key}.")
-        elif isinstance(value, dict) and get_args(inner) and is_dataclass(get_args(inner)[-1]):
-            for name, item in value.items():
-                what = f"{prefix}{key}.{name} in {source}"
-                _require(isinstance(item, dict), f"{what} must be a section ({{}} for its defaults)")
-                _check_keys(get_args(inner)[-1], item, source, f"{prefix}{key}.{name}.")
-
-
 def validate(cfg: RunConfig) -> None:
     """Checks that need more than one section or that hold for every run, whatever the number of processes.
 
@@ -372,19 +323,29 @@ def validate(cfg: RunConfig) -> None:
     for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
         for f in fields(values):
             value = getattr(values, f.name)
-            _require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
     for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
         ok = values.hidden_size % values.num_heads == 0
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
-        _require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
-    _require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
+        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
+    _validate_model(cfg.model)
+    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
-    _require(
+    require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),
         f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
     )
 
 
-def save(cfg: RunConfig, path: str | Path) -> None:
-    """Write the merged configuration as YAML; `load` reads it back to an equal RunConfig."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+def _validate_model(model: ModelConfig) -> None:
+    vision, language = model.vision, model.language
+    ok = vision.image_size >= vision.patch_size
+    sizes = f"model.vision.image_size={vision.image_size}"
+    require(ok, f"{sizes} is smaller than model.vision.patch_size={vision.patch_size}")
+    heads = f"model.language.num_heads={language.num_heads}"
+    ok = language.num_heads % language.num_kv_heads == 0
+    require(ok, f"{heads} is not a multiple of model.language.num_kv_heads={language.num_kv_heads}")
+    ok = language.hidden_size // language.num_heads % 2 == 0
+    sizes = f"model.language.hidden_size={language.hidden_size} / {heads}"
+    require(ok, f"{sizes} must be even, as rotary embeddings turn pairs of channels")
+    require(set(model.freeze) != set(PARTS), f"model.freeze={model.freeze} leaves nothing to train")

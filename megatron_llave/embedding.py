@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave import checkpoint, config, parallel
+from megatron_llave import checkpoint, config_file, parallel
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
+from megatron_llave.errors import DataError
 from megatron_llave.model.embedder import build_model
 
 
@@ -42,7 +44,7 @@ def load_model(path: str | Path, data: str | Path, overrides: Sequence[str] = ()
         UserError: no checkpoint, an unknown override, or a layout that does not fit the model.
     """
     folder = checkpoint.find(path)
-    cfg = config.load(folder / checkpoint.CONFIG, [f"data.path={data}", *overrides], leave_out=["parallel"])
+    cfg = config_file.load(folder / checkpoint.CONFIG, [f"data.path={data}", *overrides], leave_out=["parallel"])
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_layout(cfg.model, cfg.parallel, world_size)
     groups = parallel.init(cfg.parallel, cfg.train.seed)
@@ -51,11 +53,14 @@ def load_model(path: str | Path, data: str | Path, overrides: Sequence[str] = ()
     return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
 
 
-def embed(model: LoadedModel, sides: list[Side]) -> Tensor:
-    """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank."""
+def embed(model: LoadedModel, sides: dict[str, Side]) -> Tensor:
+    """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank.
+
+    Raises:
+        DataError: an input cannot be read; the message has its key.
+    """
     groups = model.groups
-    mine = range(groups.dp.rank(), len(sides), groups.dp.size())
-    encoded = [model.encoder.encode(sides[index]) for index in mine]
+    encoded = [_encode(model, *item) for item in islice(sides.items(), groups.dp.rank(), None, groups.dp.size())]
     # Sequences of like length share a row, which keeps the attention's buckets full.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
     rows = list(packed_rows([encoded[index] for index in order], model))
@@ -72,6 +77,13 @@ def embed(model: LoadedModel, sides: list[Side]) -> Tensor:
     embeddings = torch.empty_like(gathered)
     embeddings[places.to(gathered.device)] = gathered
     return embeddings
+
+
+def _encode(model: LoadedModel, key: str, side: Side) -> EncodedSequence:
+    try:
+        return model.encoder.encode(side)
+    except DataError as error:
+        raise DataError(f"input {key} cannot be embedded: {error}") from error
 
 
 def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[PackedSequences]:

@@ -19,7 +19,7 @@ TOP_K = 5
 
 def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
     """Precision@1 of every set, its similarities and the best candidates; the same result on every rank."""
-    embeddings = embed(model, list(inputs.values()))  # [inputs, d]
+    embeddings = embed(model, inputs)  # [inputs, d]
     row = {key: index for index, key in enumerate(inputs)}
     return [score(one, embeddings, row, model.groups.dp) for one in sets]
 

@@ -74,7 +74,7 @@ def _compare_step(items: Iterator[PairBatch], chunk: Module, compare: Compare) -
     batch = next(items)
 
     def loss_of(embeddings: Tensor) -> tuple[Tensor, Seen]:
-        query, target = embeddings.split(batch.num_pairs)
+        query, target = embeddings.split([batch.num_pairs, batch.num_pairs])
         loss, statistics = compare(query, target, batch.query_ids, batch.target_ids)
         # A copy, because the schedule divides the loss in place. It divides by the number of micro batches, and the
         # data-parallel wrapper averages over ranks: just the means that the step's loss is.
@@ -88,7 +88,7 @@ def _loss_gradients(
 ) -> tuple[list[Tensor], list[Seen]]:
     """Gradient [2b, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
     leaves = [x.detach().requires_grad_() for x in embeddings]
-    halves = [leaf.split(batch.num_pairs) for leaf, batch in zip(leaves, batches)]
+    halves = [leaf.split([batch.num_pairs, batch.num_pairs]) for leaf, batch in zip(leaves, batches)]
     query, target = (torch.cat(side) for side in zip(*halves))  # [all local b, d]
     ids = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("query_ids", "target_ids"))
     loss, statistics = compare(query, target, *ids)

@@ -47,7 +47,7 @@ def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
-        distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+        distributed_timeout_minutes=config.timeout_seconds / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
@@ -130,9 +130,9 @@ def validate_batch(cfg: RunConfig, data_parallel: int) -> None:
     total, layout = cfg.train.global_batch_size, cfg.parallel
     micro = cfg.train.micro_batch_size or max(1, total // data_parallel)
     if total % (data_parallel * micro):
+        times = f"train.micro_batch_size={micro} x " if cfg.train.micro_batch_size else ""
         raise ConfigError(
-            f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} x "
-            f"{data_parallel} data-parallel ranks"
+            f"train.global_batch_size={total} is not a multiple of {times}{data_parallel} data-parallel ranks"
         )
     micro_batches = total // (data_parallel * micro)
     if layout.virtual_pipeline > 1 and micro_batches % layout.pipeline:

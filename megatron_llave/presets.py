@@ -17,7 +17,7 @@ SIGLIP_SO400M = {
 GRIDS_2X2 = [[1, 1], [1, 2], [2, 1], [2, 2]]
 
 PRESETS = {
-    # A whole LLaVE of 0.8 M parameters for the embedded demo: 56 px pictures, 16 patches, no anyres.
+    # A whole LLaVE of 1 M parameters for the embedded demo: 56 px pictures, 16 patches, no anyres.
     "tiny": {
         "vision": {
             "hidden_size": 128,

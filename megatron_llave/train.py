@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave import checkpoint, config, cpu_emulation, parallel
+from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch
 from megatron_llave.config import LossConfig, RunConfig
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import ConfigError, exit_with_one_line
 from megatron_llave.gradient_cache import Seen, forward_backward
 from megatron_llave.loss import (
     NegativeRules,
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        train(config.load(args.config, args.overrides))
+        train(config_file.load(args.config, args.overrides))
 
 
 def train(cfg: RunConfig) -> Path:
@@ -90,8 +90,11 @@ def start_run_log(cfg: RunConfig, groups: ProcessGroupCollection) -> RunLog:
     """Write the merged configuration into the run's folder and open its log."""
     output = Path(cfg.train.output)
     if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, output / "config.yaml")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            config_file.save(cfg, output / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error
     dist.barrier()
     return RunLog(output, cfg.log.interval, cfg.train.steps, enabled=parallel.is_reporting_rank(groups))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_llave import config
-from megatron_llave.config import RunConfig, load, save, validate
+from megatron_llave.config import RunConfig, validate
+from megatron_llave.config_file import build, load, save
 from megatron_llave.errors import ConfigError
 from megatron_llave.presets import PRESETS
 
@@ -77,7 +78,7 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("loss.temperature=0", ["loss.temperature=0", "positive"]),
         ("data.subsets.a.weight=0", ["data.subsets.a.weight=0", "positive"]),
         ("data.subsets.a.start_step=9", ["data.subsets", "a", "step 0"]),
-        ("train.global_batch_size=0", ["train.global_batch_size=0", "at least 1"]),
+        ("train.global_batch_size=0", ["train.global_batch_size=0", "at least 2"]),
         ("train.steps", ["train.steps", "section.key=value"]),
         ("data.subsets=[unclosed", ["data.subsets=[unclosed"]),
     ],
@@ -170,3 +171,43 @@ def test_every_example_loads(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert (ROOT / "examples" / "tiny.yaml") in EXAMPLES
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "seed", -1),
+        ("train", "global_batch_size", 1),
+        ("optimizer", "learning_rate", -1.0),
+        ("optimizer", "learning_rate", float("nan")),
+        ("optimizer", "beta1", 1.5),
+        ("optimizer", "warmup_steps", -5),
+        ("loss", "temperature", float("inf")),
+        ("loss", "temperature_warmup_steps", -3),
+        ("loss", "negatives", "all"),
+        ("checkpoint", "interval", -1),
+        ("evaluate", "tokens_per_batch", 0),
+        ("parallel", "timeout_seconds", 0),
+        ("data", "subsets", {"a": {"weight": float("inf")}}),
+    ],
+)
+def test_value_out_of_range_is_named(section: str, key: str, value: object) -> None:
+    given = {"model": {"preset": "tiny"}, "train": {"steps": 1}}
+    given[section] = given.get(section, {}) | {key: value}
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}.*") as error:
+        build(given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vision": {"image_size": 10}}, "model.vision.image_size=10"),
+        ({"language": {"num_kv_heads": 3}}, "model.language.num_kv_heads=3"),
+        ({"language": {"hidden_size": 132, "num_heads": 44, "num_kv_heads": 44}}, "must be even"),
+        ({"freeze": ["vision", "projector", "language"]}, "leaves nothing to train"),
+    ],
+)
+def test_model_that_cannot_work_is_named(changes: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        build({"model": {"preset": "tiny"} | changes, "train": {"steps": 1}})

@@ -15,7 +15,7 @@ PACKAGE = "megatron_llave"
 # From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
 # (a folder is one entry); the first layer's files may see each other.
 LAYERS = [
-    ["config", "presets", "errors", "cpu_emulation", "batch"],
+    ["config", "config_file", "presets", "errors", "cpu_emulation", "batch"],
     ["parallel"],
     ["data", "model", "loss", "retrieval"],
     ["gradient_cache", "optimizer", "checkpoint", "hf_weights", "run_log", "report", "fault_tolerance"],
@@ -25,7 +25,7 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-MAY_NAME_PARALLEL_STATE = {"megatron_llave.parallel", "megatron_llave.cpu_emulation"}
+MAY_NAME_PARALLEL_STATE = {"megatron_llave.parallel"}
 MAY_IMPORT_TRANSFORMERS = {"megatron_llave.hf_weights", "megatron_llave.data.tokenizer"}
 
 

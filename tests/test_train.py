@@ -1,5 +1,6 @@
 """Whole runs through the command line: the same run at every layout, its checkpoint, and what a user gets wrong."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from megatron_llave.data.shards import read_index
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
 EVALUATE = ROOT / "tools" / "evaluate.py"
-SHORT = ["train.steps=2", "train.global_batch_size=16"]
+SHORT = ["train.steps=3", "train.global_batch_size=16", "optimizer.warmup_steps=0"]
 LAYOUTS = {
     "one": (1, []),
     "data2": (2, []),
@@ -28,7 +29,7 @@ def log_of(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same two steps at three layouts."""
+    """The same three steps at three layouts."""
     folder = tmp_path_factory.mktemp("runs")
     for name, (world, layout) in LAYOUTS.items():
         run_ranks(world, TRAIN, f"data.path={openmoji_data}", f"train.output={folder / name}", *SHORT, *layout)
@@ -64,7 +65,7 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
 def test_run_folder_says_how_it_was_made(runs: dict[str, Path]) -> None:
     run = runs["tensor2_pipeline2"]
     current = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    assert current.name == "step-0000002"
+    assert current.name == "step-0000003"
     assert "tensor: 2" in (current / "config.yaml").read_text()
     assert (run / "config.yaml").read_text() == (current / "config.yaml").read_text()
     assert not list(run.rglob("*.partial"))
@@ -126,6 +127,28 @@ def test_bf16_follows_fp32(runs: dict[str, Path], openmoji_data: Path, tmp_path:
     for exact, rounded in zip(log_of(runs["one"]), log_of(tmp_path), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
         assert rounded["loss"] != exact["loss"]
+
+
+def test_output_that_cannot_be_written_is_named(openmoji_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = fails_with(f"data.path={openmoji_data}", f"train.output={tmp_path / 'file'}")
+    assert f"train.output={tmp_path / 'file'} cannot be written" in line
+
+
+def test_kernels_that_are_not_installed_are_named(openmoji_data: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("Transformer Engine is installed")
+    line = fails_with(
+        f"data.path={openmoji_data}", f"train.output={tmp_path}", "model.kernels=transformer_engine", *SHORT
+    )
+    assert "model.kernels=transformer_engine needs Transformer Engine" in line
+
+
+def test_step_without_a_single_readable_pair_goes_on(openmoji_data: Path, tmp_path: Path) -> None:
+    """No sequence fits eight tokens once it has a picture: every micro batch is empty on both ranks."""
+    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "data.max_length=8")
+    for record in log_of(tmp_path):
+        assert (record["pairs"], record["skipped"], record["loss"]) == (0, 16, 0)
 
 
 def test_missing_data_and_missing_checkpoint_are_named(tmp_path: Path, openmoji_data: Path) -> None:

@@ -14,7 +14,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_llave.errors import DataError
 
@@ -42,6 +42,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.width * image.height <= max_pixels:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"not a readable image in a known format ({len(data)} bytes)") from error
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
         raise BadImageError(f"not a readable image ({len(data)} bytes): {' '.join(str(error).split())}") from error
     raise BadImageError(f"image of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels")

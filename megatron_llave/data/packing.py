@@ -166,10 +166,13 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     )
 
 
-def pack_pairs(pairs: Sequence[Pair], encoder: Encoder, pad_to_multiple: int, subset: str) -> PairBatch:
-    """Encode and pack a micro batch; a pair that cannot be encoded is left out, counted and named in the log."""
+def pack_pairs(pairs: Sequence[Pair | DataError], encoder: Encoder, pad_to_multiple: int, subset: str) -> PairBatch:
+    """Encode and pack a micro batch; a pair that cannot be read or encoded is left out, counted and logged."""
     queries, targets, kept = [], [], []
     for pair in pairs:
+        if isinstance(pair, DataError):
+            logger.warning("left out pair of subset %s: %s", subset, pair)
+            continue
         try:
             query, target = encoder.encode(pair.query), encoder.encode(pair.target)
         except DataError as error:

@@ -10,13 +10,14 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_llave.batch import Pair, PairBatch
 from megatron_llave.config import RunConfig, SubsetConfig
 from megatron_llave.data.packing import Encoder, pack_pairs, stable_hash
-from megatron_llave.data.shards import Index, Subset, read_index, read_shard
+from megatron_llave.data.shards import Index, Subset, read_index, read_samples, unpack_pair
 from megatron_llave.errors import ConfigError, DataError
 
 KEEP_BYTES = 128 * 2**20
@@ -129,10 +130,10 @@ class PairReader:
         self._directory = directory
         self._shards = subset.shards
         self._keep_all = sum(shard.bytes for shard in subset.shards) <= KEEP_BYTES
-        self._held: dict[int, list[Pair]] = {}
+        self._held: dict[int, list[Pair | DataError]] = {}
 
-    def read(self, position: Position) -> Pair:
-        """The pair at a position.
+    def read(self, position: Position) -> Pair | DataError:
+        """The pair at a position, or what is wrong with that one sample.
 
         Raises:
             DataError: the shard is damaged or holds another number of pairs than its index says.
@@ -144,10 +145,18 @@ class PairReader:
             self._held[shard] = self._read_shard(shard)
         return self._held[shard][pair]
 
-    def _read_shard(self, number: int) -> list[Pair]:
+    def _read_shard(self, number: int) -> list[Pair | DataError]:
         shard = self._shards[number]
         path = self._directory / shard.file
-        pairs = list(read_shard(path))
+        pairs = [_unpack(sample, f"{path}: sample {sample['__key__']}") for sample in read_samples(path)]
         if len(pairs) != shard.pairs:
             raise DataError(f"{path} holds {len(pairs)} pairs, index.json says {shard.pairs}; prepare the data again")
         return pairs
+
+
+def _unpack(sample: dict[str, Any], where: str) -> Pair | DataError:
+    """One damaged sample must not cost the shard: it is left out later, where it can be counted."""
+    try:
+        return unpack_pair(sample, where)
+    except DataError as error:
+        return error

@@ -257,10 +257,15 @@ def read_shard(path: str | Path) -> Iterator[Pair]:
         DataError: the file is truncated or unreadable, or a sample lacks its JSON or an image that the JSON names.
     """
     for sample in read_samples(path):
-        yield _unpack_pair(sample, f"{path}: sample {sample['__key__']}")
+        yield unpack_pair(sample, f"{path}: sample {sample['__key__']}")
 
 
-def _unpack_pair(sample: dict[str, Any], where: str) -> Pair:
+def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
+    """The pair of one sample.
+
+    Raises:
+        DataError: the sample lacks its JSON or an image that the JSON names; the message begins with `where`.
+    """
     described = unpack_json(sample, where)
     query = unpack_side(described.get("query"), sample, f"{where}, query")
     target = unpack_side(described.get("target"), sample, f"{where}, target")

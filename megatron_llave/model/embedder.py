@@ -16,7 +16,7 @@ from megatron_llave.batch import PackedSequences
 from megatron_llave.config import ModelConfig, ParallelConfig
 from megatron_llave.model.initialization import initialize_parameters
 from megatron_llave.model.language import LanguageModel
-from megatron_llave.model.layer_specs import packed_layout
+from megatron_llave.model.layer_specs import packed_layout, transformer_engine
 from megatron_llave.model.pooling import last_token_pool
 from megatron_llave.model.projector import build_projector
 from megatron_llave.model.vision import VisionTower
@@ -116,6 +116,8 @@ def build_model(
     seed: int,
 ) -> list[LlaveEmbedder]:
     """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout."""
+    if model.kernels == "transformer_engine":
+        transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
     stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
     chunks = []
     for chunk in range(num_chunks):

@@ -183,7 +183,12 @@ def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def _transformer_engine() -> Any:
+def transformer_engine() -> Any:
+    """megatron-core's wrappers of Transformer Engine.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import transformer_engine  # noqa: F401  (megatron-core's wrappers exist without it, as broken stubs)
         from megatron.core.extensions import transformer_engine as wrappers
@@ -196,7 +201,7 @@ def _transformer_engine() -> Any:
 
 
 def _transformer_engine_layer_spec(mask: AttnMaskType) -> ModuleSpec:
-    te = _transformer_engine()
+    te = transformer_engine()
     attention = SelfAttentionSubmodules(
         linear_qkv=te.TELayerNormColumnParallelLinear,
         core_attention=te.TEDotProductAttention,
@@ -219,11 +224,11 @@ def _transformer_engine_layer_spec(mask: AttnMaskType) -> ModuleSpec:
 def mlp_submodules(kernels: str) -> MLPSubmodules:
     """Linear layers of an MLP that has no norm of its own before it: the projector's, or a local layer's."""
     if kernels == "transformer_engine":
-        te = _transformer_engine()
+        te = transformer_engine()
         return MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 def final_norm(kernels: str, norm: type) -> type:
     """The norm after the last layer."""
-    return _transformer_engine().TENorm if kernels == "transformer_engine" else norm
+    return transformer_engine().TENorm if kernels == "transformer_engine" else norm

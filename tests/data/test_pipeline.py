@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import shutil
 from collections import Counter
 
 import pytest
@@ -199,8 +200,8 @@ def test_damaged_picture_costs_one_pair_only(tmp_path, caplog):
 def test_large_subsets_give_the_same_stream_one_shard_in_memory(folder, monkeypatch):
     kept = [keys(step) for step in steps(config(folder), 15)]
     read = []
-    original = pipeline.read_shard
-    monkeypatch.setattr(pipeline, "read_shard", lambda path: read.append(path.name) or original(path))
+    original = pipeline.read_samples
+    monkeypatch.setattr(pipeline, "read_samples", lambda path: read.append(path.name) or original(path))
     steps(config(folder, {"birds": ()}), 15)
     assert sorted(read) == [f"birds-{i:06d}.tar" for i in range(5)]  # small: each shard read once in three epochs
     monkeypatch.setattr(pipeline, "KEEP_BYTES", 0)
@@ -241,3 +242,18 @@ def test_shares_cover_the_batch_once():
     assert rank_shares(8, 2, 1, 2) == [slice(2, 4), slice(6, 8)]
     taken = [i for rank in range(3) for share in rank_shares(24, 4, rank, 3) for i in range(24)[share]]
     assert sorted(taken) == list(range(24))
+
+
+def test_sample_with_a_damaged_json_is_left_out(folder, tmp_path, caplog):
+    """The tar is whole, one member in it is not: its pair is skipped and counted, its neighbours stay."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    shard = damaged / "words-000000.tar"
+    content = shard.read_bytes()
+    assert content.count(b'"id":"words-3"') == 2
+    shard.write_bytes(content.replace(b'{"subset"', b'!"subset"', 1))
+    streams = (build_train_stream(config(path, {"words": ()}), ENCODER, 0, 1, 1) for path in (folder, damaged))
+    (whole,), (step,) = map(next, streams)
+    assert (step.num_pairs, step.num_skipped) == (BATCH - 1, 1)
+    assert set(step.keys) < set(whole.keys)
+    assert "words-000000.tar" in caplog.text and "not valid JSON" in caplog.text

@@ -35,7 +35,8 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
     assert output.count("gradients off by") == len(LAYOUTS[world])
 
 
-@pytest.mark.parametrize("saved_at", ["2,2,1,1,0", "1,2,2,0,0"])
+# The last: a stage on which nothing is trained.
+@pytest.mark.parametrize("saved_at", ["2,2,1,1,0", "1,2,2,0,0", "1,2,1,0,0,vision,language"])
 def test_checkpoint_loads_bit_equal_at_other_layouts(tmp_path: Path, saved_at: str) -> None:
     loaded_at = ["1,1,1,0,0", "2,1,1,1,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]
     output = run_ranks(4, HERE / "check_checkpoint.py", str(tmp_path), saved_at, *loaded_at)

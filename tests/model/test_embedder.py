@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from reference import pack, random_pairs, random_sequence
 
-from megatron_llave import config
+from megatron_llave import config_file
 from megatron_llave.config import ModelConfig, ParallelConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.data.prompts import IMAGE
@@ -15,7 +15,7 @@ from megatron_llave.presets import PRESETS
 
 
 def tiny(**changes) -> ModelConfig:
-    cfg = config.build({"model": {"preset": "tiny"} | changes, "train": {"steps": 1}})
+    cfg = config_file.build({"model": {"preset": "tiny"} | changes, "train": {"steps": 1}})
     return cfg.model
 
 

@@ -1,0 +1,104 @@
+"""Time and peak memory of the loss, forward and backward, beside the dense ways of writing it, in one run.
+
+    python benchmarks/contrastive_loss.py [--batch 1024 4096] [--dim 256 1024] [--repeats 3]
+
+Peers: `dense`, as the released code writes it (two logit matrices, weights as log(exp(alpha * cos)), two cross
+entropies; llava/model/language_model/loss.py), and `infonce`, plain symmetric cross entropy without weights. Every case
+runs in a process of its own, since peak memory is a process's high-water mark above what its inputs take.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_llave.loss import hardness_weighted_contrastive_loss
+
+TEMPERATURE, ALPHA = 0.02, 9.0
+
+
+def ours(query: Tensor, target: Tensor) -> Tensor:
+    """The package's loss."""
+    return hardness_weighted_contrastive_loss(query, target, TEMPERATURE, ALPHA)[0]
+
+
+def dense(query: Tensor, target: Tensor) -> Tensor:
+    """Every matrix written out, as the released loss does on one device."""
+    labels = torch.arange(len(query))
+    losses = []
+    for one, other in ((query, target), (target, query)):
+        logits = one @ other.T / TEMPERATURE
+        with torch.no_grad():
+            weights = torch.log(torch.exp(ALPHA * logits * TEMPERATURE))
+            weights.fill_diagonal_(0.0)
+        losses.append(F.cross_entropy(logits + weights, labels))
+    return (losses[0] + losses[1]) / 2
+
+
+def infonce(query: Tensor, target: Tensor) -> Tensor:
+    """Plain symmetric InfoNCE from one logit matrix."""
+    logits = query @ target.T / TEMPERATURE
+    labels = torch.arange(len(query))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+WAYS = {"ours": ours, "dense": dense, "infonce": infonce}
+
+
+def measure(way: str, batch: int, dim: int, repeats: int) -> dict[str, float]:
+    """Seconds of a forward and backward (median), MB of memory above the inputs, and the loss; in this process."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [F.normalize(torch.randn(batch, dim, generator=generator), dim=1).requires_grad_() for _ in range(2)]
+    F.cross_entropy(rows[0][:8] @ rows[1][:8].T, torch.arange(8)).backward()  # loads the libraries
+    rows[0].grad.zero_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(repeats):
+        for x in rows:
+            x.grad = None
+        started = time.perf_counter()
+        loss = WAYS[way](*rows)
+        loss.backward()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(seconds), "megabytes": (peak - before) / 1024, "loss": loss.item()}
+
+
+def main() -> None:
+    """One child per case; prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--dim", type=int, nargs="+", default=[256, 1024, 3584])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        way, batch, dim = args.case
+        print(json.dumps(measure(way, int(batch), int(dim), args.repeats)))
+        return
+    print(f"{torch.get_num_threads()} threads; seconds and extra MB of a forward and backward\n")
+    print("| B | d | ours s | dense s | InfoNCE s | ours MB | dense MB | InfoNCE MB | time / dense | memory / dense |")
+    print("|" + "---:|" * 10)
+    for batch in args.batch:
+        for dim in args.dim:
+            case = {}
+            for way in WAYS:
+                settings = ["--repeats", str(args.repeats), "--case", way, str(batch), str(dim)]
+                command = [sys.executable, __file__, *settings]
+                case[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            assert abs(case["ours"]["loss"] - case["dense"]["loss"]) < 1e-4, case
+            seconds, megabytes = ([case[way][key] for way in WAYS] for key in ("seconds", "megabytes"))
+            cells = [f"{x:.3f}" for x in seconds] + [f"{x:.0f}" for x in megabytes]
+            ratios = [f"{seconds[0] / seconds[1]:.2f}", f"{megabytes[0] / megabytes[1]:.3f}"]
+            print("|", " | ".join([str(batch), str(dim), *cells, *ratios]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

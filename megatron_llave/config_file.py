@@ -1,0 +1,98 @@
+"""RunConfig from YAML plus `section.key=value` overrides, and back.
+
+An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was
+read is written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_llave.config import RunConfig, one_of, require, validate
+from megatron_llave.errors import ConfigError
+from megatron_llave.presets import PRESETS
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides, fill in the model preset, and check the result.
+
+    Args:
+        path: the YAML file.
+        overrides: win over the file.
+        leave_out: sections of the file that are not taken over, such as the layout a checkpoint was trained at.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or cannot work.
+    """
+    path = Path(path)
+    require(path.is_file(), f"configuration file {path} does not exist")
+    try:
+        from_file = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
+    from_command_line = _read_overrides(overrides)
+    _check_keys(RunConfig, from_file, str(path))
+    _check_keys(RunConfig, from_command_line, "the command line")
+    from_file = {name: section for name, section in from_file.items() if name not in leave_out}
+    return build(OmegaConf.merge(from_file, from_command_line))
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict:
+    tree = OmegaConf.create({})
+    for override in overrides:
+        require(override.find("=") > 0, f"override {override!r} must look like section.key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+            raise ConfigError(f"override {override!r} has a value that is not valid YAML") from error
+    return OmegaConf.to_container(tree)
+
+
+def build(given: dict | DictConfig) -> RunConfig:
+    """Defaults, then the preset, then what was given; typed and checked, but for unknown keys.
+
+    Raises:
+        ConfigError: a value has the wrong type or cannot work.
+    """
+    given = OmegaConf.create(given)
+    preset = OmegaConf.select(given, "model.preset")
+    if preset is not None:
+        one_of("model.preset", str(preset), tuple(PRESETS))
+        given = OmegaConf.merge({"model": PRESETS[str(preset)]}, given)
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "").removeprefix("[") or "configuration"
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    validate(cfg)
+    return cfg
+
+
+def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:
+    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
+    hints = get_type_hints(section)
+    for key, value in given.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key} in {source}; {hint}")
+        inner = hints[key]
+        if is_dataclass(inner):
+            require(isinstance(value, dict), f"{prefix}{key} in {source} must be a section with keys, not {value!r}")
+            _check_keys(inner, value, source, f"{prefix}{key}.")
+        elif isinstance(value, dict) and get_args(inner) and is_dataclass(get_args(inner)[-1]):
+            for name, item in value.items():
+                what = f"{prefix}{key}.{name} in {source}"
+                require(isinstance(item, dict), f"{what} must be a section ({{}} for its defaults)")
+                _check_keys(get_args(inner)[-1], item, source, f"{prefix}{key}.{name}.")
+
+
+def save(cfg: RunConfig, path: str | Path) -> None:
+    """Write the merged configuration as YAML; `load` reads it back to an equal RunConfig."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
