@@ -68,10 +68,22 @@ def build(given: dict | DictConfig) -> RunConfig:
     try:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "").removeprefix("[") or "configuration"
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_key_of(error, given)}: {str(error).splitlines()[0]}") from error
     validate(cfg)
     return cfg
+
+
+def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
+    """The key at fault; within a nested list omegaconf names only the index, so the keys are tried one by one."""
+    if "." in str(error.full_key):
+        return str(error.full_key)
+    for section, values in given.items():
+        for key, value in values.items():
+            try:
+                OmegaConf.merge(OmegaConf.structured(RunConfig), {section: {key: value}})
+            except OmegaConfBaseException:
+                return f"{section}.{key}"
+    return "configuration"
 
 
 def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:

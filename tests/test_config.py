@@ -72,6 +72,7 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("train=3", ["train", "section", "3"]),
         ("model.preset=3b", ["model.preset", "3b", "tiny, 0.5b, 2b, 7b"]),
         ("model.freeze=[vison]", ["model.freeze", "vison", "vision, projector, language"]),
+        ("model.image_grids=[[1,1],3]", ["model.image_grids: Invalid value"]),
         ("model.image_grids=[[1,2,3]]", ["model.image_grids", "[1, 2, 3]"]),
         ("model.language.num_heads=3", ["model.language.hidden_size=128", "num_heads=3"]),
         ("parallel.tensor=0", ["parallel.tensor=0", "at least 1"]),

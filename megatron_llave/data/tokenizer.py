@@ -88,7 +88,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"tokenizer {path} does not exist; it must be a SentencePiece .model or a tokenizer.json")
+        raise DataError(f"tokenizer {path} is no file; it must be a SentencePiece .model or a tokenizer.json")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

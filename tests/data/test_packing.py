@@ -227,5 +227,5 @@ def test_build_encoder_errors(tmp_path):
     with pytest.raises(DataError, match="neither tokenizer.model nor tokenizer.json"):
         build_encoder(data, model)
     data.tokenizer = str(tmp_path / "absent.model")
-    with pytest.raises(DataError, match="absent.model does not exist"):
+    with pytest.raises(DataError, match="absent.model is no file"):
         build_encoder(data, model)
