@@ -1,9 +1,10 @@
 """The records that cross data -> model -> loss.
 
-Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, b pairs.
+Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, b pairs, m hard
+negatives.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class Pair:
     """Two queries with equal ids are the same query."""
     target_id: str
     """Two targets with equal ids are the same target: not a negative when `loss.mask_same_target` is on."""
+    hard_negatives: list[Side] = field(default_factory=list)
+    """Further targets, wrong for this query and nobody's positive."""
+    hard_negative_ids: list[str] = field(default_factory=list)
+    """One per hard negative; equal to a target_id where they are the same thing."""
 
 
 @dataclass
@@ -67,24 +72,31 @@ class PackedSequences:
 
 @dataclass
 class PairBatch:
-    """A micro batch: b queries, then their b targets, packed into one row."""
+    """A micro batch: b queries, then their b targets, then m hard negatives, packed into one row."""
 
     sequences: PackedSequences
-    """2 * b sequences; b may be 0 when every pair of the micro batch was unreadable."""
+    """2 * b + m sequences; b may be 0 when every pair of the micro batch was unreadable."""
     query_ids: Tensor
     """[b] int64 hash of each query_id."""
     target_ids: Tensor
     """[b] int64 hash of each target_id."""
+    hard_negative_ids: Tensor
+    """[m] int64 hash of each hard negative's id; pairs may have different numbers of them, or none."""
     subset: str
     keys: list[str]
     """b shard keys."""
     num_skipped: int = 0
-    """Pairs left out of this micro batch because they could not be read."""
+    """Pairs left out because they could not be read; over the micro batches of a step they sum up to all of them."""
 
     @property
     def num_pairs(self) -> int:
         """b."""
         return len(self.keys)
+
+    @property
+    def num_hard_negatives(self) -> int:
+        """m."""
+        return len(self.hard_negative_ids)
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch with every tensor on `device`."""
@@ -93,4 +105,28 @@ class PairBatch:
             sequences=self.sequences.to(device),
             query_ids=self.query_ids.to(device),
             target_ids=self.target_ids.to(device),
+            hard_negative_ids=self.hard_negative_ids.to(device),
         )
+
+
+@dataclass
+class PairEmbeddings:
+    """What the model made of one or more PairBatches."""
+
+    query: Tensor
+    """[b, d] of unit length."""
+    target: Tensor
+    """[b, d] of unit length; row i belongs with query row i."""
+    hard_negatives: Tensor
+    """[m, d] of unit length."""
+
+    @staticmethod
+    def of(rows: Tensor, batch: PairBatch) -> "PairEmbeddings":
+        """Take the model's output [2 * b + m, d] for a batch apart."""
+        return PairEmbeddings(*rows.split([batch.num_pairs, batch.num_pairs, batch.num_hard_negatives]))
+
+    @staticmethod
+    def concatenate(parts: list["PairEmbeddings"]) -> "PairEmbeddings":
+        """All queries, all targets, all hard negatives of several batches."""
+        names = [f.name for f in fields(PairEmbeddings)]
+        return PairEmbeddings(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -9,6 +9,8 @@ a killed save leaves the previous one current.
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from megatron_llave.errors import CheckpointError
 FOLDER = "checkpoints"
 POINTER = "latest"
 CONFIG = "config.yaml"
+AVERAGE = "average."
+"""Before the names of averaged weights."""
 
 
 def save(
@@ -35,8 +39,18 @@ def save(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     groups: ProcessGroupCollection,
+    averaged: Callable[[], AbstractContextManager] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` steps into the run's folder and make it current; every rank takes part.
+
+    Args:
+        cfg: the run.
+        step: steps done.
+        chunks: this rank's model chunks.
+        optimizer: its states are saved with it.
+        schedule: of the learning rate.
+        groups: the layout.
+        averaged: a context in which the chunks hold their averaged weights, saved too; None: there are none.
 
     Returns:
         The checkpoint's folder.
@@ -55,6 +69,9 @@ def save(
         # A pipeline stage that is all frozen has no optimizer state, which megatron-core does not expect.
         optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
         state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
+    if averaged is not None:
+        with averaged():
+            state |= _average_state(chunks, metadata)
     state["schedule"] = schedule.state_dict()
     state["step"] = step
     metadata.pop("dp_cp_group")
@@ -96,19 +113,36 @@ def find(path: str | Path) -> Path:
     return path
 
 
-def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection) -> None:
+def load_weights(
+    path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False
+) -> None:
     """Fill the chunks with the weights of checkpoint folder `path`, whatever layout it was saved at.
 
+    Args:
+        path: the checkpoint.
+        chunks: this rank's model chunks.
+        groups: the layout of this run.
+        average: take the averaged weights of a run with loss.reward=ema.
+
     Raises:
-        CheckpointError: the files are damaged or hold another model.
+        CheckpointError: the files are damaged or hold another model, or there are no averaged weights.
     """
-    state = _model_state(chunks, _metadata(groups))
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
+    metadata = _metadata(groups)
+    loaded = _load(path, _model_state(chunks, metadata))
     for key, chunk in zip(_model_keys(chunks), chunks):
         chunk.load_state_dict(loaded[key])
+    if average:
+        loaded = _load(path, _average_state(chunks, metadata))
+        for key, chunk in zip(_model_keys(chunks), chunks):
+            weights = {name.removeprefix(AVERAGE): value for name, value in loaded[AVERAGE + key].items()}
+            chunk.load_state_dict(weights, strict=False)  # frozen weights have no average
+
+
+def _load(path: str | Path, state: dict) -> dict:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -134,3 +168,15 @@ def _model_keys(chunks: list[Module]) -> list[str]:
 
 def _model_state(chunks: list[Module], metadata: dict) -> dict:
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
+
+
+def _average_state(chunks: list[Module], metadata: dict) -> dict:
+    """What the chunks' trained parameters hold now, under names of its own; it stays when they hold something else."""
+    states = {}
+    for key, chunk in zip(_model_keys(chunks), chunks):
+        state = chunk.sharded_state_dict(prefix=AVERAGE, metadata=metadata)
+        trained = {name: part for name, part in state.items() if getattr(part.data, "requires_grad", False)}
+        for part in trained.values():
+            part.data = part.data.detach()
+        states[AVERAGE + key] = trained
+    return states

@@ -1,11 +1,11 @@
-"""The one configuration tree: RunConfig, a dataclass per section, and what its values must satisfy.
+"""The one configuration tree: RunConfig, a dataclass per section, and what a section's own values must satisfy.
 
-config_file.py reads it from YAML and the command line.
+config_file.py reads it from YAML and the command line, config_checks.py looks at the sections together.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_llave.errors import ConfigError
@@ -24,6 +24,11 @@ def _at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) ->
         value = getattr(section, name)
         ok = value is None or (math.isfinite(value) and value >= lowest)
         require(ok, f"{prefix}.{name}={value} must be a number of at least {lowest}")
+
+
+def _is_margin(key: str, value: float | None) -> None:
+    ok = value is None or value >= -2  # the least difference of two cosines; of nan this is false
+    require(ok, f"{key}={value} must be a difference of cosines, or .inf to mask nothing")
 
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -94,6 +99,8 @@ class ModelConfig:
     """Layer implementation: local (torch) or transformer_engine."""
     precision: str = "fp32"
     """Parameters and activations: fp32 or bf16. Gradients, optimizer and loss are float32 in both."""
+    dropout: float = 0.0
+    """Share of the decoder's hidden channels set to 0 in training, after the embedding and after every sublayer."""
 
     def __post_init__(self) -> None:
         """Check what can be said without the other sections."""
@@ -101,6 +108,7 @@ class ModelConfig:
             one_of("model.freeze", part, PARTS)
         one_of("model.kernels", self.kernels, ("local", "transformer_engine"))
         one_of("model.precision", self.precision, ("fp32", "bf16"))
+        require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be at least 0 and below 1")
         for grid in self.image_grids:
             ok = len(grid) == 2 and min(grid) >= 1
             require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
@@ -138,6 +146,10 @@ class SubsetConfig:
     """Share of the steps this subset gets, relative to the others."""
     start_step: int = 0
     """First step (from 0) at which the subset is drawn: a curriculum for models trained from scratch."""
+    mask_same_target: bool | None = None
+    """loss.mask_same_target in this subset's steps; null: as there."""
+    mask_margin: float | None = None
+    """loss.mask_margin in this subset's steps, .inf to mask nothing; null: as there."""
 
 
 @dataclass
@@ -152,6 +164,8 @@ class DataConfig:
     """Prompt template: qwen (the released one) or plain (text and end of sequence)."""
     max_length: int = 4096
     """Longest sequence in tokens; longer text is cut before the template's tail, never the pooled token."""
+    hard_negatives: int = 0
+    """Most hard negatives of a pair that are used, the first in its list; every query of the step sees all of them."""
     subsets: dict[str, SubsetConfig] = field(default_factory=dict)
     """Mixture by subset name; empty: every subset of the index, weighted by its number of pairs."""
 
@@ -159,10 +173,12 @@ class DataConfig:
         """Check names and sizes."""
         one_of("data.prompt", self.prompt, ("qwen", "plain"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
+        _at_least(self, "data", 0, ("hard_negatives",))
         for name, subset in self.subsets.items():
             ok = math.isfinite(subset.weight) and subset.weight > 0
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
             _at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
+            _is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)
 
 
 @dataclass
@@ -188,13 +204,31 @@ class LossConfig:
     """Pairs with equal target ids (equal query ids in the other direction) are not each other's negatives."""
     mask_margin: float | None = None
     """A negative whose cosine exceeds the positive's by more than this is taken for a false one; null: none is."""
+    hardness: str = "all"
+    """Negatives that are weighted by their hardness: in_batch, hard_negatives (those that data.hard_negatives adds) or
+    all; the others count as in plain InfoNCE."""
     directions: str = "symmetric"
     """Compare symmetric (query to target and back, as in the paper) or query_to_target alone."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """The loss is the mean over prefixes of the embedding of these lengths, each renormalised; empty: all of it."""
+    reward: str = "self"
+    """Whose cosines are the hardness: self (the model's own, as in the paper) or ema (those of an exponential moving
+    average of its weights, which costs one more forward and a float32 copy of the trained weights)."""
+    ema_decay: float = 0.999
+    """Share of the average that a step keeps, for reward ema; less in the first steps, where it is
+    (1 + step) / (10 + step)."""
 
     def __post_init__(self) -> None:
         """Check names and signs."""
         one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
         one_of("loss.directions", self.directions, ("symmetric", "query_to_target"))
+        one_of("loss.hardness", self.hardness, ("in_batch", "hard_negatives", "all"))
+        one_of("loss.reward", self.reward, ("self", "ema"))
+        _is_margin("loss.mask_margin", self.mask_margin)
+        require(0 <= self.ema_decay < 1, f"loss.ema_decay={self.ema_decay} must be at least 0 and below 1")
+        dims = self.matryoshka_dims
+        ok = dims == sorted(set(dims)) and min(dims, default=1) >= 1
+        require(ok, f"loss.matryoshka_dims={dims} must be rising lengths of at least 1")
         for name in ("temperature", "temperature_start"):
             value = getattr(self, name)
             ok = value is None or 0 < value < math.inf
@@ -272,10 +306,12 @@ class LogConfig:
 
     interval: int = 10
     """Steps between progress lines; every step is in log.jsonl. 0: no lines."""
+    histogram_interval: int = 100
+    """Steps between histograms of the similarities in log.jsonl; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the range."""
-        _at_least(self, "log", 0, ("interval",))
+        _at_least(self, "log", 0, ("interval", "histogram_interval"))
 
 
 @dataclass
@@ -314,38 +350,8 @@ class RunConfig:
     """Evaluation."""
 
 
-def validate(cfg: RunConfig) -> None:
-    """Checks that need more than one section or that hold for every run, whatever the number of processes.
-
-    Raises:
-        ConfigError: names the key and the numbers that do not fit.
-    """
-    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
-        for f in fields(values):
-            value = getattr(values, f.name)
-            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
-    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
-        ok = values.hidden_size % values.num_heads == 0
-        sizes = f"model.{part}.hidden_size={values.hidden_size}"
-        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
-    _validate_model(cfg.model)
-    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
-    late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
-    require(
-        not cfg.data.subsets or len(late) < len(cfg.data.subsets),
-        f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
-    )
-
-
-def _validate_model(model: ModelConfig) -> None:
-    vision, language = model.vision, model.language
-    ok = vision.image_size >= vision.patch_size
-    sizes = f"model.vision.image_size={vision.image_size}"
-    require(ok, f"{sizes} is smaller than model.vision.patch_size={vision.patch_size}")
-    heads = f"model.language.num_heads={language.num_heads}"
-    ok = language.num_heads % language.num_kv_heads == 0
-    require(ok, f"{heads} is not a multiple of model.language.num_kv_heads={language.num_kv_heads}")
-    ok = language.hidden_size // language.num_heads % 2 == 0
-    sizes = f"model.language.hidden_size={language.hidden_size} / {heads}"
-    require(ok, f"{sizes} must be even, as rotary embeddings turn pairs of channels")
-    require(set(model.freeze) != set(PARTS), f"model.freeze={model.freeze} leaves nothing to train")
+def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
+    """The loss of a step drawn from `subset`: `loss`, with what data.subsets says otherwise."""
+    own = cfg.data.subsets.get(subset, SubsetConfig())
+    given = {"mask_same_target": own.mask_same_target, "mask_margin": own.mask_margin}
+    return replace(cfg.loss, **{name: value for name, value in given.items() if value is not None})

@@ -16,7 +16,7 @@ from megatron_llave import checkpoint, config_file, parallel
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
-from megatron_llave.errors import DataError
+from megatron_llave.errors import CheckpointError, DataError
 from megatron_llave.model.embedder import build_model
 
 
@@ -35,21 +35,27 @@ class LoadedModel:
         return self.cfg.parallel.tensor if self.cfg.parallel.sequence else 1
 
 
-def load_model(path: str | Path, data: str | Path, overrides: Sequence[str] = ()) -> LoadedModel:
+def load_model(
+    path: str | Path, data: str | Path, overrides: Sequence[str] = (), average: bool = False
+) -> LoadedModel:
     """Build the model a checkpoint holds. Its training layout is not taken over: every process is a data-parallel rank
     unless `overrides` (parallel.tensor=2, ...) say otherwise. A tokenizer that the run found beside its data is looked
-    for in `data`.
+    for in `data`. With `average` it gets the averaged weights of a run with loss.reward=ema.
 
     Raises:
-        UserError: no checkpoint, an unknown override, or a layout that does not fit the model.
+        UserError: no checkpoint, no averaged weights in it, an unknown override, or a layout that cannot work.
     """
     folder = checkpoint.find(path)
     cfg = config_file.load(folder / checkpoint.CONFIG, [f"data.path={data}", *overrides], leave_out=["parallel"])
+    if average and cfg.loss.reward != "ema":
+        raise CheckpointError(f"{folder} has no averaged weights: its run had loss.reward={cfg.loss.reward}, not ema")
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_layout(cfg.model, cfg.parallel, world_size)
     groups = parallel.init(cfg.parallel, cfg.train.seed)
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
-    checkpoint.load_weights(folder, chunks, groups)
+    checkpoint.load_weights(folder, chunks, groups, average)
+    for chunk in chunks:
+        chunk.eval()
     return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
 
 

@@ -1,7 +1,7 @@
 """Gradients of a contrastive loss over several micro batches, through megatron-core's own pipeline schedules.
 
 `global_batch`: the negatives of a pair are all other pairs of the step, whatever the micro-batch size:
-  1. embed pass: forward only over all micro batches; the last stage keeps the embeddings [2b, d] of each;
+  1. embed pass: forward only over all micro batches; the last stage keeps the embeddings [2b + m, d] of each;
   2. loss on all of them, gathered over the data-parallel ranks, and its gradient with respect to the local ones;
   3. replay pass: forward and backward over the same micro batches with the surrogate sum(embeddings * gradient).
 The parameters' gradient is that of one process with the whole batch at once (GradCache, arXiv 2101.06983). The price is
@@ -9,27 +9,35 @@ one more forward, without the tower when that is frozen: its features are kept f
 
 `micro_batch`: one pass; the negatives of a pair are those of its own micro batch on all data-parallel ranks, as in the
 released code. With one micro batch per step both are the same, and the single pass is taken.
+
+A reward model other than the model itself embeds all micro batches once more, before anything else.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.batch import PairBatch
-from megatron_llave.loss import SimilarityStatistics
+from megatron_llave.batch import PairBatch, PairEmbeddings
+from megatron_llave.loss import Seen
 
-Compare = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, SimilarityStatistics]]
-"""(query [b, d], target [b, d], query_ids [b], target_ids [b]) -> this rank's share of the loss, what it saw."""
+Compare = Callable[..., Seen]
+"""(embeddings: PairEmbeddings, reward: PairEmbeddings | None, query_ids [b], target_ids [b], hard_negative_ids [m]) ->
+this rank's share of the loss, what it saw."""
 
-Seen = tuple[Tensor, SimilarityStatistics]
-"""Detached share of the loss, and the statistics."""
+Reward = Callable[[], AbstractContextManager]
+"""A context in which the chunks are the reward model."""
 
 
-def forward_backward(chunks: list[Module], batches: list[PairBatch], compare: Compare, negatives: str) -> list[Seen]:
+def forward_backward(
+    chunks: list[Module], batches: list[PairBatch], compare: Compare, negatives: str, reward: Reward | None = None
+) -> list[Seen]:
     """Leave the gradient of the step's loss in the chunks' gradient buffers.
 
     Args:
@@ -37,18 +45,28 @@ def forward_backward(chunks: list[Module], batches: list[PairBatch], compare: Co
         batches: this rank's micro batches, on its device.
         compare: the loss.
         negatives: global_batch or micro_batch.
+        reward: whose cosines are the hardness; None: the model's own.
 
     Returns:
         What the loss saw, once per loss computed; on the last pipeline stage, elsewhere nothing. The step's loss is the
         mean over them and over the data-parallel ranks.
     """
+    judged: list[Tensor | None] = [None] * len(batches)
+    if reward is not None:
+        with reward():
+            judged = _embed(chunks, batches) or judged
     if negatives == "micro_batch" or len(batches) == 1:
-        return _run(chunks, batches, partial(_compare_step, compare=compare))
-    with torch.no_grad():  # megatron-core's forward_only alone would keep every graph
-        embeddings = _run(chunks, batches, _embed_step, forward_only=True)
+        return _run(chunks, list(zip(batches, judged)), partial(_compare_step, compare=compare))
+    states = _RandomStates(chunks)
+    embeddings = _embed(chunks, batches, states)
     is_last_stage = len(embeddings) > 0
-    gradients, seen = _loss_gradients(embeddings, batches, compare) if is_last_stage else ([None] * len(batches), [])
-    _run(chunks, list(zip(batches, gradients)), partial(_replay_step, num_micro_batches=len(batches)))
+    gradients, seen = [None] * len(batches), []
+    if is_last_stage:
+        gradients, seen = _loss_gradients(embeddings, judged, batches, compare)
+    after = states.current()
+    replay = partial(_replay_step, num_micro_batches=len(batches), states=states)
+    _run(chunks, list(zip(range(len(batches)), batches, gradients)), replay)
+    states.restore(after)
     return seen
 
 
@@ -66,16 +84,56 @@ def _run(chunks: list[Module], items: list, step: Callable, forward_only: bool =
     )
 
 
-def _embed_step(items: Iterator[PairBatch], chunk: Module) -> tuple[Tensor, Callable]:
-    return chunk(next(items).sequences), lambda embeddings, non_loss_data: embeddings
+class _RandomStates:
+    """Random states of the embed pass, so that dropout drops the same channels in the replay pass.
+
+    Kept per micro batch and chunk: the schedules run the two passes in different orders.
+    """
+
+    def __init__(self, chunks: list[Module]) -> None:
+        self.needed = get_model_config(chunks[0]).hidden_dropout > 0
+        self._states: dict[tuple[int, int], tuple] = {}
+
+    def current(self) -> tuple | None:
+        if not self.needed:
+            return None
+        return torch.get_rng_state(), torch.cuda.get_rng_state(), get_cuda_rng_tracker().get_states()
+
+    def keep(self, micro_batch: int, chunk: Module) -> None:
+        self._states[micro_batch, id(chunk)] = self.current()
+
+    def replay(self, micro_batch: int, chunk: Module) -> None:
+        self.restore(self._states[micro_batch, id(chunk)])
+
+    def restore(self, state: tuple | None) -> None:
+        if state is not None:
+            torch.set_rng_state(state[0])
+            torch.cuda.set_rng_state(state[1])
+            get_cuda_rng_tracker().set_states(state[2])
 
 
-def _compare_step(items: Iterator[PairBatch], chunk: Module, compare: Compare) -> tuple[Tensor, Callable]:
-    batch = next(items)
+def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
+    """Embeddings [2b + m, d] of every micro batch, on the last pipeline stage; elsewhere nothing."""
+    with torch.no_grad():  # megatron-core's forward_only alone would keep every graph
+        return _run(chunks, list(enumerate(batches)), partial(_embed_step, states=states), forward_only=True)
+
+
+def _embed_step(
+    items: Iterator[tuple[int, PairBatch]], chunk: Module, states: _RandomStates | None
+) -> tuple[Tensor, Callable]:
+    micro_batch, batch = next(items)
+    if states is not None:
+        states.keep(micro_batch, chunk)
+    return chunk(batch.sequences), lambda embeddings, non_loss_data: embeddings
+
+
+def _compare_step(
+    items: Iterator[tuple[PairBatch, Tensor | None]], chunk: Module, compare: Compare
+) -> tuple[Tensor, Callable]:
+    batch, judged = next(items)
 
     def loss_of(embeddings: Tensor) -> tuple[Tensor, Seen]:
-        query, target = embeddings.split([batch.num_pairs, batch.num_pairs])
-        loss, statistics = compare(query, target, batch.query_ids, batch.target_ids)
+        loss, statistics = _compare([embeddings], [judged], [batch], compare)
         # A copy, because the schedule divides the loss in place. It divides by the number of micro batches, and the
         # data-parallel wrapper averages over ranks: just the means that the step's loss is.
         return loss, (loss.detach().clone(), statistics)
@@ -83,23 +141,34 @@ def _compare_step(items: Iterator[PairBatch], chunk: Module, compare: Compare) -
     return chunk(batch.sequences), loss_of
 
 
+def _compare(
+    embeddings: list[Tensor], judged: list[Tensor | None], batches: list[PairBatch], compare: Compare
+) -> Seen:
+    """The loss over the pairs of these micro batches, and over the other ranks'."""
+    both = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(embeddings, batches)])
+    reward = None
+    if judged[0] is not None:
+        reward = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(judged, batches)])
+    names = ("query_ids", "target_ids", "hard_negative_ids")
+    ids = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return compare(both, reward, **ids)
+
+
 def _loss_gradients(
-    embeddings: list[Tensor], batches: list[PairBatch], compare: Compare
+    embeddings: list[Tensor], judged: list[Tensor | None], batches: list[PairBatch], compare: Compare
 ) -> tuple[list[Tensor], list[Seen]]:
-    """Gradient [2b, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
+    """Gradient [2b + m, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
     leaves = [x.detach().requires_grad_() for x in embeddings]
-    halves = [leaf.split([batch.num_pairs, batch.num_pairs]) for leaf, batch in zip(leaves, batches)]
-    query, target = (torch.cat(side) for side in zip(*halves))  # [all local b, d]
-    ids = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("query_ids", "target_ids"))
-    loss, statistics = compare(query, target, *ids)
+    loss, statistics = _compare(leaves, judged, batches, compare)
     loss.backward()
     return [leaf.grad for leaf in leaves], [(loss.detach(), statistics)]
 
 
 def _replay_step(
-    items: Iterator[tuple[PairBatch, Tensor | None]], chunk: Module, num_micro_batches: int
+    items: Iterator[tuple[int, PairBatch, Tensor | None]], chunk: Module, num_micro_batches: int, states: _RandomStates
 ) -> tuple[Tensor, Callable]:
-    batch, gradient = next(items)
+    micro_batch, batch, gradient = next(items)
+    states.replay(micro_batch, chunk)
 
     def surrogate(embeddings: Tensor) -> tuple[Tensor, None]:
         # The schedule divides by the number of micro batches, but the gradients are those of the whole step's loss.

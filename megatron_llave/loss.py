@@ -8,13 +8,14 @@ Shapes: b local rows, B rows of all ranks, M explicit hard negatives of all rank
 d embedding.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_llave.batch import PairEmbeddings
 from megatron_llave.config import LossConfig
 from megatron_llave.parallel import all_gather_rows, reduce_scatter_rows, row_counts
 
@@ -43,11 +44,15 @@ class SimilarityStatistics:
     positive: Tensor
     """[b] cosine of each query and its own target."""
     hardest_negative: Tensor
-    """[b] largest cosine of each query and a negative; -1 where there is none."""
+    """[b] largest cosine of each query and a negative that is not masked; -1 where there is none."""
     effective_negatives: Tensor
     """[n] number of equally weighted negatives that would spread as widely: (sum w)^2 / sum w^2 of their softmax."""
     hardest_share: Tensor
     """[n] share of the negatives' softmax that lies on the hardest 1 % of them."""
+
+
+Seen = tuple[Tensor, SimilarityStatistics]
+"""A share of the loss, and what it saw."""
 
 
 def temperature_at(config: LossConfig, step: int) -> float:
@@ -72,6 +77,8 @@ def hardness_weighted_contrastive_loss(
     hard_negatives: Tensor | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    reward: PairEmbeddings | None = None,
     rules: NegativeRules = NegativeRules(),
     chunk: int = CHUNK,
 ) -> tuple[Tensor, SimilarityStatistics]:
@@ -89,6 +96,10 @@ def hardness_weighted_contrastive_loss(
         hard_negatives: [m, d] further targets that are nobody's positive; negatives of every query of every rank.
         query_ids: [b] int64, needed by rules.mask_same_target.
         target_ids: [b] int64, likewise.
+        hard_negative_ids: [m] int64; with rules.mask_same_target a hard negative equal to a query's target is masked.
+            None: no hard negative is anybody's target.
+        reward: the same rows from the reward model, whose cosines are the hardness; None: `query` and `target`
+            themselves, detached, as in the paper.
         rules: which pairs are negatives and which are weighted.
         chunk: rows whose logits are held at a time.
 
@@ -104,14 +115,22 @@ def hardness_weighted_contrastive_loss(
     if rules.mask_same_target:
         if query_ids is None or target_ids is None:
             raise ValueError("mask_same_target needs query_ids and target_ids")
-        ids = [all_gather_rows(x, counts, group) for x in (query_ids, target_ids)]
-        terms = replace(terms, query_ids=ids[0], target_ids=ids[1])
+        terms = replace(terms, **_gather_ids(query_ids, target_ids, hard_negative_ids, terms))
+    if reward is not None:
+        columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), terms)
+        terms = replace(terms, reward_query=reward.query.to(precise), reward_columns=columns)
     loss, *statistics = _ContrastiveLoss.apply(query, target, hard_negatives, terms)
     return loss, SimilarityStatistics(*statistics)
 
 
 def matryoshka_loss(
-    query: Tensor, target: Tensor, dims: list[int], hard_negatives: Tensor | None = None, **settings: object
+    query: Tensor,
+    target: Tensor,
+    *,
+    dims: list[int],
+    hard_negatives: Tensor | None = None,
+    reward: PairEmbeddings | None = None,
+    **settings: object,
 ) -> tuple[Tensor, SimilarityStatistics]:
     """Mean of the loss over prefixes of the embedding, each renormalised (arXiv 2205.13147); statistics of the longest.
 
@@ -120,13 +139,17 @@ def matryoshka_loss(
         target: [b, d].
         dims: lengths of the prefixes, rising.
         hard_negatives: [m, d].
+        reward: hardness comes from prefixes of these, of the same length.
         settings: the further arguments of `hardness_weighted_contrastive_loss`.
     """
     losses = []
     for dim in dims:
         hard = None if hard_negatives is None else _prefix(hard_negatives, dim)
+        judge = None
+        if reward is not None:
+            judge = PairEmbeddings(*(_prefix(getattr(reward, f.name), dim) for f in fields(reward)))
         loss, statistics = hardness_weighted_contrastive_loss(
-            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, **settings
+            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, reward=judge, **settings
         )
         losses.append(loss)
     return torch.stack(losses).mean(), statistics
@@ -147,8 +170,15 @@ class _Terms:
     chunk: int
     counts: list[int]
     hard_counts: list[int]
-    query_ids: Tensor | None = field(default=None)
-    target_ids: Tensor | None = field(default=None)
+    query_ids: Tensor | None = None
+    """[B], as the next."""
+    target_ids: Tensor | None = None
+    hard_negative_ids: Tensor | None = None
+    """[M]."""
+    reward_query: Tensor | None = None
+    """[b, d] of the reward model; None: the model is its own."""
+    reward_columns: Tensor | None = None
+    """[C, d] of the reward model."""
 
     @property
     def num_rows(self) -> int:
@@ -167,42 +197,70 @@ class _Terms:
         return len(self.counts) / max(1, self.num_rows) / directions
 
 
-def _logits(cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms) -> tuple[Tensor, Tensor | None]:
-    """Weighted logits of a chunk's negatives: [n, C] towards the targets, [n, B] towards the queries (None: unwanted).
+def _gather_columns(target: Tensor, hard_negatives: Tensor, terms: _Terms) -> Tensor:
+    """[C, d] targets of all ranks, then their hard negatives."""
+    hard = all_gather_rows(hard_negatives, terms.hard_counts, terms.group)
+    return torch.cat([all_gather_rows(target, terms.counts, terms.group), hard])
 
-    Positives and masked pairs are -inf. `cosines` [n, C] are overwritten; positives [B] are the cosines of all pairs.
+
+def _gather_ids(query: Tensor, target: Tensor, hard: Tensor | None, terms: _Terms) -> dict[str, Tensor | None]:
+    ids = {"query_ids": query, "target_ids": target}
+    gathered = {name: all_gather_rows(own, terms.counts, terms.group) for name, own in ids.items()}
+    if hard is not None:
+        gathered["hard_negative_ids"] = all_gather_rows(hard, terms.hard_counts, terms.group)
+    return gathered
+
+
+def _masks(
+    cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None]:
+    """Columns [n, 1] of a chunk's own positives; pairs [n, C] that are no negatives towards targets and queries.
+
+    Positives are never masked; None: every pair is a negative. positives [B] are the cosines of all pairs.
     """
-    rules, rows_all = terms.rules, terms.num_rows
-    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first  # [n, 1]
-    masks = [_mask(cosines, own, positives, terms, of_queries) for of_queries in (False, True)]
-    in_batch = 1 / terms.temperature + (terms.alpha if rules.hardness != "hard_negatives" else 0.0)
-    explicit = 1 / terms.temperature + (terms.alpha if rules.hardness != "in_batch" else 0.0)
-    cosines[:, :rows_all] *= in_batch
-    cosines[:, rows_all:] *= explicit
-    logits = cosines.scatter_(1, own, -torch.inf)
-    if rules.directions != "symmetric":
-        return (logits if masks[0] is None else logits.masked_fill_(masks[0], -torch.inf)), None
-    to_query = logits[:, :rows_all]
-    if masks[0] is not None or masks[1] is not None:
-        to_query = to_query.masked_fill(masks[1][:, :rows_all], -torch.inf)
-        logits = logits.masked_fill_(masks[0], -torch.inf)
-    return logits, to_query
-
-
-def _mask(cosines: Tensor, own: Tensor, positives: Tensor, terms: _Terms, of_queries: bool) -> Tensor | None:
-    """[n, C] pairs that are no negatives in one direction, the positives never among them; None: every pair is one."""
+    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
     rules, rows_all = terms.rules, terms.num_rows
     if not rules.mask_same_target and rules.mask_margin is None:
-        return None
-    mask = torch.zeros_like(cosines, dtype=torch.bool)
+        return own, None, None
+    to_target, to_query = (torch.zeros_like(cosines, dtype=torch.bool) for _ in range(2))
     if rules.mask_margin is not None:
         # A row's own positive; in the other direction the positive of the column's target.
-        bound = F.pad(positives, (0, cosines.shape[1] - rows_all), value=torch.inf) if of_queries else positives[own]
-        mask |= cosines > bound + rules.mask_margin
+        to_target |= cosines > positives[own] + rules.mask_margin
+        to_query[:, :rows_all] |= cosines[:, :rows_all] > positives + rules.mask_margin
     if rules.mask_same_target:
-        ids = terms.query_ids if of_queries else terms.target_ids
-        mask[:, :rows_all] |= ids[own] == ids
-    return mask.scatter_(1, own, False)
+        to_target[:, :rows_all] |= terms.target_ids[own] == terms.target_ids
+        to_query[:, :rows_all] |= terms.query_ids[own] == terms.query_ids
+        if terms.hard_negative_ids is not None:
+            to_target[:, rows_all:] |= terms.target_ids[own] == terms.hard_negative_ids
+    return own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False)
+
+
+def _logits(
+    cosines: Tensor, rows: slice, masks: tuple[Tensor, Tensor | None, Tensor | None], terms: _Terms
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted logits of a chunk's negatives: [n, C] towards the targets, [n, B] towards the queries (None: unwanted).
+
+    Positives and masked pairs are -inf. `cosines` [n, C] are overwritten.
+    """
+    rules, rows_all = terms.rules, terms.num_rows
+    own, not_target, not_query = masks
+    in_batch = terms.alpha if rules.hardness != "hard_negatives" else 0.0
+    explicit = terms.alpha if rules.hardness != "in_batch" else 0.0
+    parts = (slice(None, rows_all), in_batch), (slice(rows_all, None), explicit)
+    if terms.reward_query is None:
+        for columns, alpha in parts:
+            cosines[:, columns] *= 1 / terms.temperature + alpha
+    else:
+        hardness = terms.reward_query[rows] @ terms.reward_columns.T  # [n, C]
+        cosines *= 1 / terms.temperature
+        for columns, alpha in parts:
+            cosines[:, columns] += hardness[:, columns].mul_(alpha)
+    logits = cosines.scatter_(1, own, -torch.inf)
+    to_query = logits[:, :rows_all] if rules.directions == "symmetric" else None
+    if not_target is not None:
+        to_query = None if to_query is None else to_query.masked_fill(not_query[:, :rows_all], -torch.inf)
+        logits = logits.masked_fill_(not_target, -torch.inf)
+    return logits, to_query
 
 
 class _ContrastiveLoss(torch.autograd.Function):
@@ -210,9 +268,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, terms: _Terms) -> tuple[Tensor, ...]:
-        columns = torch.cat(
-            [all_gather_rows(target, terms.counts, terms.group), all_gather_rows(hard, terms.hard_counts, terms.group)]
-        )  # [C, d]
+        columns = _gather_columns(target, hard, terms)  # [C, d]
         own_positives = (query * target).sum(1)  # [b]
         positives = all_gather_rows(own_positives, terms.counts, terms.group)  # [B]
         hardest = torch.empty_like(own_positives)
@@ -222,8 +278,9 @@ class _ContrastiveLoss(torch.autograd.Function):
         for start in range(0, len(query), terms.chunk):
             rows = slice(start, min(start + terms.chunk, len(query)))
             cosines = query[rows] @ columns.T  # [n, C]
-            hardest[rows] = _hardest(cosines, rows, terms)
-            to_target, to_query = _logits(cosines, rows, positives, terms)
+            masks = _masks(cosines, rows, positives, terms)
+            hardest[rows] = _hardest(cosines, masks)
+            to_target, to_query = _logits(cosines, rows, masks, terms)
             of_rows[rows] = to_target.logsumexp(1)
             if to_query is not None:
                 of_columns = torch.logaddexp(of_columns, to_query.logsumexp(0))
@@ -254,7 +311,8 @@ class _ContrastiveLoss(torch.autograd.Function):
         query_gradient, columns_gradient = torch.empty_like(query), torch.zeros_like(columns)
         for start in range(0, len(query), terms.chunk):
             rows = slice(start, min(start + terms.chunk, len(query)))
-            to_target, to_query = _logits(query[rows] @ columns.T, rows, positives, terms)
+            cosines = query[rows] @ columns.T
+            to_target, to_query = _logits(cosines, rows, _masks(cosines, rows, positives, terms), terms)
             # Without masks both are the same logits, so the other direction's softmax comes first.
             other = None if to_query is None else (to_query - column_lse).exp_()
             slope = to_target.sub_(row_lse[rows, None]).exp_()  # [n, C] d loss / d logit: the softmax of the negatives
@@ -274,9 +332,11 @@ class _ContrastiveLoss(torch.autograd.Function):
         )
 
 
-def _hardest(cosines: Tensor, rows: slice, terms: _Terms) -> Tensor:
+def _hardest(cosines: Tensor, masks: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
     """[n] largest cosine of a negative; -1 without one."""
-    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
+    own, not_target, _ = masks
+    if not_target is not None:
+        return cosines.masked_fill(not_target, -1.0).scatter_(1, own, -1.0).amax(1)
     own_cosines = cosines.gather(1, own)
     hardest = cosines.scatter_(1, own, -1.0).amax(1)
     cosines.scatter_(1, own, own_cosines)

@@ -14,30 +14,25 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
-from megatron_llave.batch import PairBatch
-from megatron_llave.config import LossConfig, RunConfig
+from megatron_llave.batch import PairBatch, PairEmbeddings
+from megatron_llave.config import LossConfig, RunConfig, loss_of_subset
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.diagnostics import histograms, step_metrics
 from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.gradient_cache import Seen, forward_backward
+from megatron_llave.gradient_cache import forward_backward
 from megatron_llave.loss import (
     NegativeRules,
-    SimilarityStatistics,
+    Seen,
     alpha_at,
     hardness_weighted_contrastive_loss,
+    matryoshka_loss,
     temperature_at,
 )
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
 from megatron_llave.run_log import RunLog, quiet_dependencies
-
-PER_QUERY = {
-    "positive": "positive_similarity",
-    "hardest_negative": "hardest_negative_similarity",
-    "effective_negatives": "effective_negatives",
-    "hardest_share": "hardest_share",
-}
-"""What the loss saw of each query -> under which name its mean stands in the step's record."""
+from megatron_llave.weight_average import WeightAverage
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,17 +65,22 @@ def train(cfg: RunConfig) -> Path:
     )
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
     trainable = build_trainable(cfg, chunks, groups)
+    average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
+    averaged = None if average is None else partial(average.applied, torch.float32)
     log = start_run_log(cfg, groups)
     for step in range(cfg.train.steps):
         started = time.perf_counter()
         rate = learning_rate(trainable)
-        batches = next(stream)
-        record = train_step(trainable, batches, cfg.loss, step, groups)
+        batches = [batch.to(parallel.device()) for batch in next(stream)]
+        loss_cfg = loss_of_subset(cfg, batches[0].subset)
+        record, seen = train_step(trainable, batches, loss_cfg, step, groups, average)
+        if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
+            record |= histograms(seen, groups.dp, parallel.device())
         record |= {"step": step + 1, "learning_rate": rate, "seconds": time.perf_counter() - started}
         log.step(record)
         is_last = step + 1 == cfg.train.steps
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups)
+            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, averaged)
     log.close()
     parallel.shut_down()
     return saved
@@ -100,53 +100,58 @@ def start_run_log(cfg: RunConfig, groups: ProcessGroupCollection) -> RunLog:
 
 
 def train_step(
-    trainable: Trainable, batches: list[PairBatch], loss_cfg: LossConfig, step: int, groups: ProcessGroupCollection
-) -> dict[str, float | str]:
-    """Embed, compare, weight by hardness, update: one step over this rank's micro batches.
+    trainable: Trainable,
+    batches: list[PairBatch],
+    loss_cfg: LossConfig,
+    step: int,
+    groups: ProcessGroupCollection,
+    average: WeightAverage | None = None,
+) -> tuple[dict[str, float | str], list[Seen]]:
+    """Embed, compare, weight by hardness, update: one step over this rank's micro batches, which are on its device.
 
     Returns:
-        The step's record; the loss and the similarities are there on the last pipeline stage only.
+        The step's record, and what the loss saw; both have the loss and the similarities on the last pipeline stage.
     """
     temperature, alpha = temperature_at(loss_cfg, step), alpha_at(loss_cfg, step)
     compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=groups.dp)
-    batches = [batch.to(parallel.device()) for batch in batches]
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives)
+    reward = None if average is None else average.applied
+    seen = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward)
     gradient_norm = trainable.update()
+    if average is not None:
+        average.update()
     record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
-    return record | reduce_metrics(seen, batches, groups.dp)
+    return record | step_metrics(seen, batches, groups.dp), seen
 
 
 def contrast(
-    query: Tensor,
-    target: Tensor,
+    embeddings: PairEmbeddings,
+    reward: PairEmbeddings | None,
     query_ids: Tensor,
     target_ids: Tensor,
+    hard_negative_ids: Tensor,
     config: LossConfig,
     temperature: float,
     alpha: float,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, SimilarityStatistics]:
-    """The configured loss over [b, d] local queries and targets and those of the other ranks of `group`."""
-    rules = NegativeRules(config.mask_same_target, config.mask_margin, directions=config.directions)
-    return hardness_weighted_contrastive_loss(
-        query, target, temperature, alpha, group, query_ids=query_ids, target_ids=target_ids, rules=rules
+) -> Seen:
+    """The configured loss over the local embeddings and those of the other ranks of `group`."""
+    compare = hardness_weighted_contrastive_loss
+    if config.matryoshka_dims:
+        compare = partial(matryoshka_loss, dims=config.matryoshka_dims)
+    return compare(
+        embeddings.query,
+        embeddings.target,
+        temperature=temperature,
+        alpha=alpha,
+        group=group,
+        hard_negatives=embeddings.hard_negatives,
+        query_ids=query_ids,
+        target_ids=target_ids,
+        hard_negative_ids=hard_negative_ids,
+        reward=reward,
+        rules=NegativeRules(config.mask_same_target, config.mask_margin, config.hardness, config.directions),
     )
-
-
-def reduce_metrics(seen: list[Seen], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float]:
-    """Means over the step's pairs and counts over all data-parallel ranks; nothing is seen before the last stage."""
-    losses = torch.stack([loss for loss, _ in seen]).mean() if seen else torch.zeros(())
-    sums = [sum(float(getattr(x, name).sum()) for _, x in seen) for name in PER_QUERY]
-    counts = [sum(len(getattr(x, name)) for _, x in seen) for name in PER_QUERY]
-    tokens = sum(int(batch.sequences.cu_seqlens[batch.sequences.num_sequences]) for batch in batches)
-    pairs = [sum(batch.num_pairs for batch in batches), tokens, sum(batch.num_skipped for batch in batches)]
-    totals = torch.tensor([float(losses), *pairs, *sums, *counts], dtype=torch.float64, device=parallel.device())
-    dist.all_reduce(totals, group=group)
-    loss, *totals = totals.tolist()
-    pairs, sums, counts = totals[:3], totals[3 : 3 + len(PER_QUERY)], totals[3 + len(PER_QUERY) :]
-    means = {record: total / max(1, count) for record, total, count in zip(PER_QUERY.values(), sums, counts)}
-    return {"loss": loss / group.size(), **means, **dict(zip(("pairs", "tokens", "skipped"), map(int, pairs)))}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
 from megatron_llave.config import ModelConfig
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE
@@ -19,29 +19,38 @@ def dense_contrastive_loss(
     hard_negatives: Tensor | None = None,
     query_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    reward: PairEmbeddings | None = None,
     rules: NegativeRules = NegativeRules(),
 ) -> Tensor:
     """The paper's formula and the rules for negatives written out, pair by pair, over all rows at once."""
-    hard = [] if hard_negatives is None else list(hard_negatives)
-    to_target = _direction(query, target, hard, target_ids, temperature, alpha, rules)
+    no_rows = query.new_zeros(0, query.shape[1])
+    hard = no_rows if hard_negatives is None else hard_negatives
+    judge = reward or PairEmbeddings(query, target, hard)
+    if hard_negative_ids is None:
+        hard_negative_ids = torch.full((len(hard),), -1)
+    ids = None if target_ids is None else torch.cat([target_ids, hard_negative_ids])
+    judged = judge.query @ torch.cat([judge.target, judge.hard_negatives]).T  # [B, C]
+    to_target = _direction(query, target, hard, ids, judged, temperature, alpha, rules)
     if rules.directions == "query_to_target":
         return to_target
-    return (to_target + _direction(target, query, [], query_ids, temperature, alpha, rules)) / 2
+    judged = judge.target @ judge.query.T
+    return (to_target + _direction(target, query, no_rows, query_ids, judged, temperature, alpha, rules)) / 2
 
 
-def _direction(rows, columns, hard, ids, temperature, alpha, rules) -> Tensor:
+def _direction(rows, columns, hard, ids, judged, temperature, alpha, rules) -> Tensor:
     losses = []
     for i, row in enumerate(rows):
         positive = row @ columns[i]
         total = torch.exp(positive / temperature)
         for j, column in enumerate([*columns, *hard]):
-            is_hard, cosine = j >= len(columns), row @ column
+            cosine = row @ column
             if j == i or (rules.mask_margin is not None and cosine > positive + rules.mask_margin):
                 continue
-            if rules.mask_same_target and not is_hard and ids[i] == ids[j]:
+            if rules.mask_same_target and ids[i] == ids[j]:
                 continue
-            weighted = rules.hardness in ("all", "hard_negatives" if is_hard else "in_batch")
-            hardness = alpha * cosine.detach() if weighted else 0.0
+            weighted = rules.hardness in ("all", "hard_negatives" if j >= len(columns) else "in_batch")
+            hardness = alpha * judged[i, j].detach() if weighted else 0.0
             total = total + torch.exp(cosine / temperature + hardness)
         losses.append(torch.log(total) - positive / temperature)
     return torch.stack(losses).mean()
@@ -81,10 +90,14 @@ def pack(sequences: list[EncodedSequence], model: ModelConfig, multiple: int = 1
 
 
 def pack_pair_batch(
-    pairs: list[tuple[EncodedSequence, EncodedSequence]], model: ModelConfig, multiple: int = 1
+    pairs: list[tuple[EncodedSequence, EncodedSequence]],
+    model: ModelConfig,
+    multiple: int = 1,
+    hard_negatives: list[EncodedSequence] = (),
 ) -> PairBatch:
-    """One micro batch: queries, then targets."""
-    sequences = [query for query, _ in pairs] + [target for _, target in pairs]
+    """One micro batch: queries, then targets, then hard negatives."""
+    sequences = [query for query, _ in pairs] + [target for _, target in pairs] + list(hard_negatives)
     ids = torch.arange(len(pairs))
     keys = [str(i) for i in range(len(pairs))]
-    return PairBatch(pack(sequences, model, multiple), ids, ids, "random", keys)
+    hard_ids = torch.arange(len(hard_negatives)) + 1000
+    return PairBatch(pack(sequences, model, multiple), ids, ids, hard_ids, "random", keys)

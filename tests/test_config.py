@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_llave import config
-from megatron_llave.config import RunConfig, validate
+from megatron_llave.config import RunConfig, loss_of_subset
+from megatron_llave.config_checks import validate
 from megatron_llave.config_file import build, load, save
 from megatron_llave.errors import ConfigError
 from megatron_llave.presets import PRESETS
@@ -186,10 +187,23 @@ def test_there_are_examples() -> None:
         ("loss", "temperature", float("inf")),
         ("loss", "temperature_warmup_steps", -3),
         ("loss", "negatives", "all"),
+        ("loss", "hardness", "everything"),
+        ("loss", "hardness", "hard_negatives"),  # of which there are none
+        ("loss", "reward", "teacher"),
+        ("loss", "ema_decay", 1.0),
+        ("loss", "mask_margin", float("nan")),
+        ("loss", "mask_margin", -3.0),
+        ("loss", "matryoshka_dims", [64, 32]),
+        ("loss", "matryoshka_dims", [0, 32]),
+        ("loss", "matryoshka_dims", [64, 129]),
+        ("model", "dropout", 1.0),
+        ("log", "histogram_interval", -1),
         ("checkpoint", "interval", -1),
         ("evaluate", "tokens_per_batch", 0),
         ("parallel", "timeout_seconds", 0),
+        ("data", "hard_negatives", -1),
         ("data", "subsets", {"a": {"weight": float("inf")}}),
+        ("data", "subsets", {"a": {"mask_margin": float("nan")}}),
     ],
 )
 def test_value_out_of_range_is_named(section: str, key: str, value: object) -> None:
@@ -212,3 +226,19 @@ def test_value_out_of_range_is_named(section: str, key: str, value: object) -> N
 def test_model_that_cannot_work_is_named(changes: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         build({"model": {"preset": "tiny"} | changes, "train": {"steps": 1}})
+
+
+def test_a_subset_has_rules_of_its_own_or_those_of_the_loss() -> None:
+    subsets = {"a": {"mask_same_target": False, "mask_margin": float("inf")}, "b": {}, "c": {"mask_margin": 0.0}}
+    cfg = build(
+        {
+            "model": {"preset": "tiny"},
+            "train": {"steps": 1},
+            "loss": {"mask_same_target": True, "mask_margin": 0.1, "alpha": 3},
+            "data": {"subsets": subsets},
+        }
+    )
+    rules = {name: loss_of_subset(cfg, name) for name in ("a", "b", "c", "elsewhere")}
+    assert [rule.mask_same_target for rule in rules.values()] == [False, True, True, True]
+    assert [rule.mask_margin for rule in rules.values()] == [float("inf"), 0.1, 0.0, 0.1]
+    assert all(rule.alpha == 3 for rule in rules.values())

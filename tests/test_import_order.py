@@ -15,10 +15,13 @@ PACKAGE = "megatron_llave"
 # From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
 # (a folder is one entry); the first layer's files may see each other.
 LAYERS = [
-    ["config", "config_file", "presets", "errors", "cpu_emulation", "batch"],
+    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch"],
     ["parallel"],
     ["data", "model", "loss", "retrieval"],
-    ["gradient_cache", "optimizer", "checkpoint", "hf_weights", "run_log", "report", "fault_tolerance"],
+    [
+        *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
+        *("hf_weights", "run_log", "report", "fault_tolerance"),
+    ],
     ["embedding"],
     ["evaluate"],
     ["train"],

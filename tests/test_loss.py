@@ -7,6 +7,7 @@ import torch
 from reference import dense_contrastive_loss
 from run_ranks import run_ranks
 
+from megatron_llave.batch import PairEmbeddings
 from megatron_llave.config import LossConfig
 from megatron_llave.loss import (
     NegativeRules,
@@ -101,18 +102,24 @@ def test_mask_without_ids_is_refused() -> None:
         )
 
 
-def test_matryoshka_is_the_mean_over_renormalised_prefixes() -> None:
+@pytest.mark.parametrize("has_reward", [False, True])
+def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> None:
     ours = [unit_rows(5, seed).requires_grad_() for seed in (0, 1)]
     plain = [x.detach().clone().requires_grad_() for x in ours]
-    loss, _ = matryoshka_loss(*ours, dims=[4, 8, 24], temperature=0.1, alpha=2.0)
-    normalize = torch.nn.functional.normalize
-    expected = sum(
-        dense_contrastive_loss(normalize(plain[0][:, :k], dim=1), normalize(plain[1][:, :k], dim=1), 0.1, 2.0)
-        for k in (4, 8, 24)
-    )
+    judge = PairEmbeddings(unit_rows(5, 2), unit_rows(5, 3), unit_rows(0, 4)) if has_reward else None
+    loss, _ = matryoshka_loss(*ours, dims=[4, 8, 24], temperature=0.1, alpha=2.0, reward=judge)
+    losses = []
+    for k in (4, 8, 24):
+        query, target = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain)
+        reward = None
+        if has_reward:
+            parts = (judge.query, judge.target, judge.hard_negatives)
+            reward = PairEmbeddings(*(torch.nn.functional.normalize(x[:, :k], dim=1) for x in parts))
+        losses.append(dense_contrastive_loss(query, target, 0.1, 2.0, reward=reward))
+    expected = sum(losses) / 3
     loss.backward()
-    (expected / 3).backward()
-    torch.testing.assert_close(loss, expected / 3, rtol=0, atol=1e-12)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     for x, y in zip(ours, plain):
         torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-12)
 

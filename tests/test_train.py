@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_ranks import run_ranks
 
-from megatron_llave.data.shards import read_index
+from megatron_llave.data.index import read_index
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it

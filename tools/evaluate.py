@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a run's folder (its newest checkpoint) or one checkpoint")
     parser.add_argument("--data", required=True, help="folder that tools/prepare_data.py made, with its eval/")
     parser.add_argument("--out", help="folder of the report; default: evaluation/ in the run's or checkpoint's folder")
+    parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
     args = parser.parse_args()
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
         inputs, sets = read_evaluation(args.data)
-        model = load_model(args.checkpoint, args.data, args.overrides)
+        model = load_model(args.checkpoint, args.data, args.overrides, args.average)
         results = evaluate(model, inputs, sets)
         if dist.get_rank() == 0:
             log = Path(args.checkpoint) / LOG_FILE

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_llave.data.shards import Index
+from megatron_llave.data.index import Index
 from megatron_llave.data.sources import openmoji
 from megatron_llave.errors import exit_with_one_line
 

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llave.batch import Side
+from megatron_llave.data.index import META_TASKS, VERSION, Shard, check_size, parse_shard, read_json, write_json
 from megatron_llave.data.shards import (
-    META_TASKS,
-    VERSION,
-    Shard,
-    check_size,
     pack_side,
-    parse_shard,
-    read_json,
     read_samples,
     to_json_bytes,
     unpack_json,
     unpack_side,
-    write_json,
     write_samples,
 )
 from megatron_llave.errors import DataError

@@ -1,18 +1,19 @@
-"""Pairs -> one packed row per micro batch: all queries, then all targets, end to end, padded only at the row's end.
+"""Pairs -> one packed row per micro batch: queries, targets, hard negatives, end to end, padded only at the row's end.
 
-Encoder turns one side of a pair into ids, tiles and layouts; pack_sequences lays encoded sequences into the row and
-resolves every visual token to its row of the tiles' features.
+Encoder turns one side of a pair into ids, tiles and layouts, encode_pairs all sides of many; pack_sequences lays
+encoded sequences into the row and resolves every visual token to its row of the tiles' features.
 Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens.
 """
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
 from megatron_llave.config import DataConfig, ModelConfig
@@ -52,6 +53,28 @@ class EncodedSequence:
     def length(self) -> int:
         """Tokens once every IMAGE is expanded."""
         return len(self.tokens) - len(self.layouts) + sum(map(len, self.layouts))
+
+
+@dataclass
+class EncodedPair:
+    """One pair before packing."""
+
+    pair: Pair
+    """As it came out of the shard."""
+    query: EncodedSequence
+    target: EncodedSequence
+    hard_negatives: list[EncodedSequence]
+    """The first of the pair's hard negatives, as many as are used."""
+
+    @property
+    def hard_negative_ids(self) -> list[str]:
+        """One per hard negative that is used."""
+        return self.pair.hard_negative_ids[: len(self.hard_negatives)]
+
+    @property
+    def length(self) -> int:
+        """Tokens of all its sequences."""
+        return sum(sequence.length for sequence in (self.query, self.target, *self.hard_negatives))
 
 
 @dataclass(frozen=True)
@@ -166,29 +189,47 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     )
 
 
-def pack_pairs(pairs: Sequence[Pair | DataError], encoder: Encoder, pad_to_multiple: int, subset: str) -> PairBatch:
-    """Encode and pack a micro batch; a pair that cannot be read or encoded is left out, counted and logged."""
-    queries, targets, kept = [], [], []
+def encode_pairs(
+    pairs: Sequence[Pair | DataError], encoder: Encoder, hard_negatives: int, subset: str
+) -> list[EncodedPair]:
+    """Encode pairs with the first `hard_negatives` of each; one of which a part is unreadable is left out and logged.
+
+    A DataError in place of a pair says why that one could not be unpacked; it is left out and logged too.
+    """
+    encoded = []
     for pair in pairs:
         if isinstance(pair, DataError):
             logger.warning("left out pair of subset %s: %s", subset, pair)
             continue
+        sides = [pair.query, pair.target, *pair.hard_negatives[:hard_negatives]]
         try:
-            query, target = encoder.encode(pair.query), encoder.encode(pair.target)
+            query, target, *negatives = [encoder.encode(side) for side in sides]
         except DataError as error:
             logger.warning("left out pair %s of subset %s: %s", pair.key, pair.subset, error)
             continue
-        queries.append(query)
-        targets.append(target)
-        kept.append(pair)
+        encoded.append(EncodedPair(pair, query, target, negatives))
+    return encoded
+
+
+def pack_pairs(
+    pairs: Sequence[EncodedPair], num_skipped: int, subset: str, pad_to_multiple: int, tile_shape: TileShape
+) -> PairBatch:
+    """Pack a micro batch: the pairs' queries, their targets, then the hard negatives pair by pair."""
+    sequences = [pair.query for pair in pairs] + [pair.target for pair in pairs]
+    sequences += [negative for pair in pairs for negative in pair.hard_negatives]
     return PairBatch(
-        sequences=pack_sequences(queries + targets, pad_to_multiple, encoder.tile_shape),
-        query_ids=torch.tensor([stable_hash(pair.query_id) for pair in kept], dtype=torch.int64),
-        target_ids=torch.tensor([stable_hash(pair.target_id) for pair in kept], dtype=torch.int64),
+        sequences=pack_sequences(sequences, pad_to_multiple, tile_shape),
+        query_ids=_hashes(pair.pair.query_id for pair in pairs),
+        target_ids=_hashes(pair.pair.target_id for pair in pairs),
+        hard_negative_ids=_hashes(name for pair in pairs for name in pair.hard_negative_ids),
         subset=subset,
-        keys=[pair.key for pair in kept],
-        num_skipped=len(pairs) - len(kept),
+        keys=[pair.pair.key for pair in pairs],
+        num_skipped=num_skipped,
     )
+
+
+def _hashes(names: Iterable[str]) -> Tensor:
+    return torch.tensor([stable_hash(name) for name in names], dtype=torch.int64)
 
 
 def stable_hash(text: str) -> int:

@@ -1,9 +1,9 @@
 """The training stream: per optimizer step the micro batches of one data-parallel rank.
 
 Stages: draw_subsets (which subset a step takes) -> shuffled_positions (which of its pairs, in which order) ->
-PairReader (raw pairs from shards) -> pack_pairs. The first two are pure functions of (seed, step) and (seed, subset,
-epoch): every rank walks the same order without talking to the others and decodes only its own share, and a resumed
-run goes on where it stopped.
+PairReader (raw pairs from shards) -> encode_pairs -> deal (micro batches of like length) -> pack_pairs. The first two
+are pure functions of (seed, step) and (seed, subset, epoch): every rank walks the same order without talking to the
+others and decodes only its own share, and a resumed run goes on where it stopped.
 """
 
 import itertools
@@ -16,8 +16,10 @@ import numpy as np
 
 from megatron_llave.batch import Pair, PairBatch
 from megatron_llave.config import RunConfig, SubsetConfig
-from megatron_llave.data.packing import Encoder, pack_pairs, stable_hash
-from megatron_llave.data.shards import Index, Subset, read_index, read_samples, unpack_pair
+from megatron_llave.data.balance import deal
+from megatron_llave.data.index import Index, Subset, read_index
+from megatron_llave.data.packing import Encoder, encode_pairs, pack_pairs, stable_hash
+from megatron_llave.data.shards import read_samples, unpack_pair
 from megatron_llave.errors import ConfigError, DataError
 
 KEEP_BYTES = 128 * 2**20
@@ -26,6 +28,9 @@ KEEP_BYTES = 128 * 2**20
 Position = tuple[int, int]
 """(number of the shard in the index, number of the pair in the shard)."""
 
+RawStep = tuple[str, list[list[Pair | DataError]]]
+"""(subset, this rank's pairs per micro batch as they come)."""
+
 
 def build_train_stream(
     cfg: RunConfig, encoder: Encoder, rank: int, world: int, pad_to_multiple: int, start_step: int = 0
@@ -33,7 +38,9 @@ def build_train_stream(
     """Endless stream of steps: the micro batches of data-parallel rank `rank` of `world`, from step `start_step` on.
 
     A step's pairs and their order depend on seed and step alone; over ranks and micro batches they are
-    `train.global_batch_size` pairs of one subset. A batch may run from the end of one epoch into the next.
+    `train.global_batch_size` pairs of one subset. A batch may run from the end of one epoch into the next. With
+    `loss.negatives: global_batch`, whose loss is the same however they are dealt, a rank deals its own pairs to its
+    micro batches by their tokens.
 
     Raises:
         ConfigError: a subset that the index lacks, or that has fewer pairs than a global batch.
@@ -48,25 +55,36 @@ def build_train_stream(
     }
     readers = {name: PairReader(directory, index.subsets[name]) for name in mixture}
     shares = rank_shares(batch_size, cfg.train.micro_batch_size or batch_size // world, rank, world)
-    names = draw_subsets(mixture, seed, start_step)
-    return _steps(names, orders, readers, shares, batch_size, encoder, pad_to_multiple)
+    steps = _read_steps(draw_subsets(mixture, seed, start_step), orders, readers, shares, batch_size)
+    balance = cfg.loss.negatives == "global_batch"
+    return (_pack_step(step, encoder, cfg.data.hard_negatives, balance, pad_to_multiple) for step in steps)
 
 
-def _steps(
+def _read_steps(
     subsets: Iterator[str],
     orders: dict[str, Iterator[Position]],
     readers: dict[str, "PairReader"],
     shares: list[slice],
     batch_size: int,
-    encoder: Encoder,
-    pad_to_multiple: int,
-) -> Iterator[list[PairBatch]]:
+) -> Iterator[RawStep]:
     for name in subsets:
         positions = list(itertools.islice(orders[name], batch_size))
-        yield [
-            pack_pairs([readers[name].read(p) for p in positions[share]], encoder, pad_to_multiple, name)
-            for share in shares
-        ]
+        yield name, [[readers[name].read(p) for p in positions[share]] for share in shares]
+
+
+def _pack_step(
+    step: RawStep, encoder: Encoder, hard_negatives: int, balance: bool, pad_to_multiple: int
+) -> list[PairBatch]:
+    subset, raw = step
+    encoded = [encode_pairs(pairs, encoder, hard_negatives, subset) for pairs in raw]
+    num_skipped = [len(pairs) - len(kept) for pairs, kept in zip(raw, encoded)]
+    if balance:
+        together = list(itertools.chain(*encoded))
+        encoded = [[together[i] for i in part] for part in deal([pair.length for pair in together], len(raw))]
+    return [
+        pack_pairs(pairs, skipped, subset, pad_to_multiple, encoder.tile_shape)
+        for pairs, skipped in zip(encoded, num_skipped)
+    ]
 
 
 def build_mixture(subsets: dict[str, SubsetConfig], index: Index, batch_size: int) -> dict[str, SubsetConfig]:

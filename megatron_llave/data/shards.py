@@ -1,8 +1,9 @@
-"""Pairs on disk: WebDataset tar shards with an `index.json` beside them.
+"""Pairs on disk: WebDataset tar shards, which index.py describes as a whole.
 
 The first stage of the data pipeline, and the last step of every source. A sample is `KEY.json` (subset, ids, texts,
-names and sizes of the images) and one member per image, byte for byte as it came (`KEY.query.0.jpg`). Members are read
-as raw bytes: nothing is decoded by file extension, so nothing is ever unpickled.
+names and sizes of the images) and one member per image, byte for byte as it came (`KEY.query.0.jpg`, and
+`KEY.negative.2.0.jpg` for the first image of hard negative 2, both counted from 0). Members are read as raw bytes:
+nothing is decoded by file extension, so nothing is ever unpickled.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,55 +23,13 @@ from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.data.index import AGAIN, Shard, Subset
 from megatron_llave.errors import DataError
-
-FORMAT = "megatron_llave pairs"
-VERSION = 1
-META_TASKS = ("classification", "vqa", "retrieval", "grounding")
-INDEX_FILE = "index.json"
-AGAIN = "make it again or copy it again"
 
 # WebDataset cuts a member's name at its first dot; tar's own limit for a name is 100 characters.
 KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
 END_OF_ARCHIVE = bytes(1024)
 SUFFIXES = {"JPEG": "jpg"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file, as the index describes it."""
-
-    file: str
-    """Name within the folder of the index."""
-    pairs: int
-    """Samples in the file."""
-    bytes: int
-    """Size of the file."""
-    sha256: str
-    """Checksum of the file, hexadecimal."""
-
-
-@dataclass(frozen=True)
-class Subset:
-    """The shards of one subset, in order."""
-
-    meta_task: str
-    """One of META_TASKS."""
-    shards: list[Shard]
-    """In the order of their numbers."""
-
-    @property
-    def pairs(self) -> int:
-        """Pairs in all shards."""
-        return sum(shard.pairs for shard in self.shards)
-
-
-@dataclass(frozen=True)
-class Index:
-    """Everything in one folder of shards."""
-
-    subsets: dict[str, Subset]
-    """By name of the subset."""
 
 
 class _HashingFile:
@@ -208,7 +166,7 @@ def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, numbe
     """Write all of `pairs` as shard `number` of a subset, `<subset>-000000.tar`.
 
     Raises:
-        DataError: a pair of another subset, an unusable or repeated key, or an unreadable image.
+        DataError: a pair of another subset, an unusable or repeated key, or what `pack_pair` refuses.
     """
     path = Path(directory) / f"{subset}-{number:06d}.tar"
 
@@ -217,16 +175,36 @@ def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, numbe
             where = f"{path}: pair {pair.key}"
             if pair.subset != subset:
                 raise DataError(f"{where} belongs to subset {pair.subset!r}, not {subset!r}")
-            query, query_images = pack_side(pair.query, "query.", where)
-            target, target_images = pack_side(pair.target, "target.", where)
-            described = {
-                "subset": subset,
-                "query": {"id": pair.query_id, **query},
-                "target": {"id": pair.target_id, **target},
-            }
-            yield pair.key, {"json": to_json_bytes(described), **query_images, **target_images}
+            yield pair.key, pack_pair(pair, where)
 
     return write_samples(samples(), path)
+
+
+def pack_pair(pair: Pair, where: str) -> dict[str, bytes]:
+    """The members of a pair's sample by suffix: its JSON, then its images.
+
+    Raises:
+        DataError: an unreadable image, or not one id per hard negative; the message begins with `where`.
+    """
+    if len(pair.hard_negative_ids) != len(pair.hard_negatives):
+        counts = f"{len(pair.hard_negatives)} hard_negatives and {len(pair.hard_negative_ids)} hard_negative_ids"
+        raise DataError(f"{where} has {counts}; there must be one id for each")
+    query, query_images = pack_side(pair.query, "query.", where)
+    target, target_images = pack_side(pair.target, "target.", where)
+    described = {
+        "subset": pair.subset,
+        "query": {"id": pair.query_id, **query},
+        "target": {"id": pair.target_id, **target},
+    }
+    images = {**query_images, **target_images}
+    negatives = []
+    for number, (name, side) in enumerate(zip(pair.hard_negative_ids, pair.hard_negatives)):
+        negative, negative_images = pack_side(side, f"negative.{number}.", where)
+        negatives.append({"id": name, **negative})
+        images |= negative_images
+    if negatives:
+        described["hard_negatives"] = negatives
+    return {"json": to_json_bytes(described), **images}
 
 
 def write_subset(
@@ -261,7 +239,7 @@ def read_shard(path: str | Path) -> Iterator[Pair]:
 
 
 def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
-    """The pair of one sample.
+    """The inverse of `pack_pair`, from a sample of `read_samples`.
 
     Raises:
         DataError: the sample lacks its JSON or an image that the JSON names; the message begins with `where`.
@@ -273,119 +251,19 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: subset, query.id and target.id must be strings, not {names}")
     subset, query_id, target_id = names
-    return Pair(sample["__key__"], subset, query, target, query_id, target_id)
+    negatives, negative_ids = _unpack_hard_negatives(described, sample, where)
+    return Pair(sample["__key__"], subset, query, target, query_id, target_id, negatives, negative_ids)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON; the file takes its name only when it is whole."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_json(path: str | Path, file_format: str, hint: str) -> dict[str, Any]:
-    """Read what `write_json` wrote and check its `format` and `version`.
-
-    Raises:
-        DataError: the file is missing (the message ends in `hint`), no JSON, or of another format or version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; {hint}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
-    if not isinstance(value, dict) or value.get("format") != file_format:
-        raise DataError(f"{path} is not a {file_format!r} file; {hint}")
-    if value.get("version") != VERSION:
-        version = value.get("version")
-        raise DataError(f"{path} has version {version!r}, this code reads version {VERSION}; make it again")
-    return value
-
-
-def write_index(directory: str | Path, index: Index) -> None:
-    """Write `index.json`, which makes a folder of shards a whole one: write it last."""
-    subsets = {
-        name: {"meta_task": subset.meta_task, "pairs": subset.pairs, "shards": [asdict(s) for s in subset.shards]}
-        for name, subset in index.subsets.items()
-    }
-    write_json(Path(directory) / INDEX_FILE, {"format": FORMAT, "version": VERSION, "subsets": subsets})
-
-
-def clear_finished(directory: str | Path, overwrite: bool) -> None:
-    """Make a folder ready to be written: made when missing, without index, and without the shards an old index names.
-
-    Raises:
-        DataError: the folder holds a finished index and `overwrite` is false.
-    """
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"folder {directory} cannot be made: {error.strerror}") from error
-    path = directory / INDEX_FILE
-    if not path.is_file():
-        return
-    if not overwrite:
-        raise DataError(f"{directory} already holds finished shards ({INDEX_FILE}); choose another or pass --overwrite")
-    try:
-        old = [s.file for subset in read_index(directory).subsets.values() for s in subset.shards]
-    except DataError:
-        # A damaged index names no shards that could be trusted; those of the same names are replaced anyway.
-        old = []
-    # The index first: an interruption must not leave one that names missing shards.
-    path.unlink()
-    for file in old:
-        (directory / file).unlink()
-
-
-def read_index(directory: str | Path) -> Index:
-    """Read `index.json` and check that every shard is there with the size it should have (checksums are not computed).
-
-    Raises:
-        DataError: the folder, the index or a shard is missing, malformed, or of another size.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
-    path = directory / INDEX_FILE
-    value = read_json(path, FORMAT, "the folder is unfinished or holds no shards: run tools/prepare_data.py")
-    try:
-        subsets = {
-            str(name): Subset(str(subset["meta_task"]), [parse_shard(shard) for shard in subset["shards"]])
-            for name, subset in value["subsets"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
-    for name, subset in subsets.items():
-        if subset.meta_task not in META_TASKS:
-            raise DataError(f"{path}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
-        for shard in subset.shards:
-            check_size(directory, shard)
-    return Index(subsets)
-
-
-def parse_shard(value: dict[str, Any]) -> Shard:
-    """One shard of an index; TypeError or KeyError where a field is missing or of the wrong type."""
-    shard = Shard(value["file"], value["pairs"], value["bytes"], value["sha256"])
-    if not (isinstance(shard.file, str) and isinstance(shard.pairs, int) and isinstance(shard.bytes, int)):
-        raise TypeError(f"shard {value} needs file, pairs and bytes")
-    return shard
-
-
-def check_size(directory: Path, shard: Shard) -> None:
-    """Compare a shard's size on disk with the index.
-
-    Raises:
-        DataError: the file is missing, outside the folder, or of another size.
-    """
-    path = directory / shard.file
-    if Path(shard.file).name != shard.file:
-        raise DataError(f"{directory}: shard {shard.file!r} must be a plain file name in the folder of its index")
-    if not path.is_file():
-        raise DataError(f"shard {path} is missing, though the index names it; {AGAIN}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise DataError(f"shard {path} is truncated or changed: {size} bytes, the index says {shard.bytes}; {AGAIN}")
+def _unpack_hard_negatives(
+    described: dict[str, Any], sample: dict[str, Any], where: str
+) -> tuple[list[Side], list[str]]:
+    entries = described.get("hard_negatives", [])
+    if not isinstance(entries, list):
+        raise DataError(f"{where}: hard_negatives must be a list, not {entries!r}")
+    sides = [unpack_side(entry, sample, f"{where}, hard negative {i}") for i, entry in enumerate(entries)]
+    ids = [entry.get("id") for entry in entries]
+    for number, name in enumerate(ids):
+        if not isinstance(name, str):
+            raise DataError(f"{where}, hard negative {number}: id must be a string, not {name!r}")
+    return sides, ids

@@ -61,7 +61,7 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) ->
         batch_p2p_comm=not interleaved,
         # gloo keeps a tensor until it is sent, not its storage: freeing the storage early sends rubbish.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        **shared_settings(model),
+        **{**shared_settings(model), "hidden_dropout": model.dropout},
     )
 
 

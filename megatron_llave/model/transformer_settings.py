@@ -15,7 +15,7 @@ def _leave_unfilled(weight: Tensor) -> Tensor:
 
 
 def shared_settings(model: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of TransformerConfig: precision, no dropout, and kernels that exist on this machine."""
+    """Keyword arguments of TransformerConfig: precision, kernels that exist on this machine, no dropout."""
     fused = model.kernels == "transformer_engine"
     return dict(
         params_dtype=DTYPES[model.precision],

@@ -18,7 +18,8 @@ from PIL import Image
 
 from megatron_llave.batch import Side
 from megatron_llave.data.evaluation_sets import input_key, read_evaluation
-from megatron_llave.data.shards import read_index, read_shard
+from megatron_llave.data.index import read_index
+from megatron_llave.data.shards import read_shard
 from megatron_llave.data.sources import openmoji, openmoji_catalogue
 from megatron_llave.data.sources.openmoji_catalogue import (
     COMPARED_SIZE,

@@ -18,6 +18,7 @@ from megatron_llave.data.packing import (
     Encoder,
     TileShape,
     build_encoder,
+    encode_pairs,
     pack_pairs,
     pack_sequences,
     stable_hash,
@@ -127,8 +128,14 @@ def test_nothing_packs_into_one_padding_sequence(multiple):
     assert packed.last_token.shape == (0,) and packed.tiles.shape == (0, 3, TILE, TILE)
 
 
-def pair(key, query, target, target_id=None):
-    return Pair(key, "birds", query, target, f"q-{key}", target_id or f"t-{key}")
+def pair(key, query, target, target_id=None, negatives=()):
+    ids = [f"n-{key}-{i}" for i in range(len(negatives))]
+    return Pair(key, "birds", query, target, f"q-{key}", target_id or f"t-{key}", list(negatives), ids)
+
+
+def packed_pairs(pairs, pad_to_multiple=1, hard_negatives=0):
+    encoded = encode_pairs(pairs, encoder(), hard_negatives, "birds")
+    return pack_pairs(encoded, len(pairs) - len(encoded), "birds", pad_to_multiple, SHAPE)
 
 
 def test_pairs_are_queries_then_targets():
@@ -136,7 +143,7 @@ def test_pairs_are_queries_then_targets():
         pair("a", Side("ab", []), Side("", [png(28, 28, 10)]), "same"),
         pair("b", Side("c", [png(70, 28, 20)]), Side("def", []), "same"),
     ]
-    batch = pack_pairs(pairs, encoder(), 4, "birds")
+    batch = packed_pairs(pairs, 4)
     encode = encoder().encode
     expected = [naive(encode(side)) for side in (pairs[0].query, pairs[1].query, pairs[0].target, pairs[1].target)]
     assert unpacked(batch.sequences)[:4] == expected
@@ -144,6 +151,36 @@ def test_pairs_are_queries_then_targets():
     assert batch.keys == ["a", "b"] and batch.num_pairs == 2 and batch.num_skipped == 0 and batch.subset == "birds"
     assert batch.query_ids.tolist() == [stable_hash("q-a"), stable_hash("q-b")]
     assert batch.target_ids[0] == batch.target_ids[1] and batch.query_ids.dtype == torch.int64
+    assert batch.num_hard_negatives == 0 and batch.hard_negative_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("used", "kept"), [(0, (0, 0, 0)), (1, (1, 0, 1)), (2, (2, 0, 1)), (9, (3, 0, 1))])
+def test_first_hard_negatives_come_after_the_targets(used, kept):
+    negatives = [Side("no", []), Side("", [png(70, 28, 30)]), Side("nor this", [])], [], [Side("", [png(28, 28, 40)])]
+    pairs = [
+        pair(key, Side(key, [png(28, 28, level)]), Side("x", []), negatives=sides)
+        for key, level, sides in zip("abc", (10, 20, 50), negatives)
+    ]
+    encoded = encode_pairs(pairs, encoder(), used, "birds")
+    batch = pack_pairs(encoded, 0, "birds", 1, SHAPE)
+    taken = [(side, f"n-{p.key}-{i}") for p, n in zip(pairs, kept) for i, side in enumerate(p.hard_negatives[:n])]
+    sides = [p.query for p in pairs] + [p.target for p in pairs] + [side for side, _ in taken]
+    assert unpacked(batch.sequences) == [naive(encoder().encode(side)) for side in sides]
+    assert batch.hard_negative_ids.tolist() == [stable_hash(name) for _, name in taken]
+    assert (batch.num_pairs, batch.num_hard_negatives) == (3, sum(kept))
+    for p, one, n in zip(pairs, encoded, kept):
+        assert one.length == sum(encoder().encode(side).length for side in (p.query, p.target, *p.hard_negatives[:n]))
+
+
+def test_unreadable_hard_negative_costs_its_pair_only_when_it_is_used(caplog):
+    negatives = [Side("fine", []), Side("", [png(28, 28, 2)[:60]])]
+    pairs = [pair("a", Side("q", []), Side("t", []), negatives=negatives), pair("b", Side("q", []), Side("t", []))]
+    batch = packed_pairs(pairs, hard_negatives=1)
+    assert batch.keys == ["a", "b"] and batch.num_hard_negatives == 1 and not caplog.records
+    batch = packed_pairs(pairs, hard_negatives=2)
+    assert batch.keys == ["b"] and batch.num_skipped == 1 and batch.num_hard_negatives == 0
+    assert batch.sequences.num_sequences == 2
+    assert "left out pair a of subset birds" in caplog.text and "not a readable image" in caplog.text
 
 
 def test_hash_is_the_same_everywhere():
@@ -156,13 +193,13 @@ def test_unreadable_pair_is_left_out_and_named(caplog):
     bad = pair("broken-one", Side("q", []), Side("t", [png(28, 28, 2)[:60]]))
     long = pair("too-long", Side("q", [png(56, 56, 2)] * 40), Side("t", []))
     with caplog.at_level(logging.WARNING):
-        batch = pack_pairs([good[0], bad, long, good[1]], encoder(), 1, "birds")
+        batch = packed_pairs([good[0], bad, long, good[1]])
     assert batch.keys == ["a", "c"] and batch.num_skipped == 2
     assert "broken-one of subset birds" in caplog.text and "not a readable image" in caplog.text
     assert "too-long of subset birds" in caplog.text and "data.max_length=400" in caplog.text
-    alone = pack_pairs(good, encoder(), 1, "birds")
+    alone = packed_pairs(good)
     assert unpacked(batch.sequences) == unpacked(alone.sequences)
-    empty = pack_pairs([bad], encoder(), 8, "birds")
+    empty = packed_pairs([bad], 8)
     assert empty.num_pairs == 0 and empty.num_skipped == 1 and empty.query_ids.shape == (0,)
     assert empty.sequences.tokens.shape == (8,)
 

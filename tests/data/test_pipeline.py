@@ -1,5 +1,6 @@
 """The training stream: the same pairs at every layout, every pair once an epoch, resume, mixture, damaged pairs."""
 
+import dataclasses
 import io
 import itertools
 import logging
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data import pipeline
+from megatron_llave.data.index import Index, Shard, Subset, write_index
 from megatron_llave.data.packing import Encoder
 from megatron_llave.data.pipeline import build_train_stream, draw_subsets, rank_shares, shuffled_positions
-from megatron_llave.data.shards import Index, Shard, Subset, write_index, write_subset
+from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import ConfigError, DataError
 
 BATCH = 8
@@ -58,11 +60,12 @@ def folder(tmp_path_factory):
     return directory
 
 
-def config(folder, subsets=None, micro=None, seed=0, batch=BATCH):
+def config(folder, subsets=None, micro=None, seed=0, batch=BATCH, negatives="global_batch"):
     chosen = {name: SubsetConfig(*values) for name, values in (subsets or {}).items()}
     return RunConfig(
         data=DataConfig(path=str(folder), prompt="plain", max_length=64, subsets=chosen),
         train=TrainConfig(global_batch_size=batch, micro_batch_size=micro, seed=seed),
+        loss=LossConfig(negatives=negatives),
     )
 
 
@@ -77,13 +80,78 @@ def keys(step):
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, None), (2, 1), (2, 2), (4, None), (4, 1)])
 def test_pairs_of_a_step_do_not_depend_on_the_layout(folder, world, micro):
     whole = [keys(step) for step in steps(config(folder), 12)]
-    ranks = [steps(config(folder, micro=micro), 12, rank, world) for rank in range(world)]
+    cfg = config(folder, micro=micro, negatives="micro_batch")
+    ranks = [steps(cfg, 12, rank, world) for rank in range(world)]
     for number, expected in enumerate(whole):
         micro_batches = [ranks[rank][number] for rank in range(world)]
         assert {len(batches) for batches in micro_batches} == {BATCH // world // (micro or BATCH // world)}
         # Micro batch 0 of every rank, then micro batch 1 of every rank: the order of the whole batch.
         joined = [key for same_micro in zip(*micro_batches) for batch in same_micro for key in batch.keys]
         assert joined == expected
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Texts of 1 to 60 letters, each with two hard negatives of as many."""
+    directory = tmp_path_factory.mktemp("uneven")
+    pairs = []
+    for i in range(48):
+        text = "x" * (1 + 37 * i % 60)
+        negatives = [Side(text, []), Side(text.upper(), [])]
+        pairs.append(Pair(f"w-{i}", "w", Side(text, []), Side("same", []), f"w-{i}", "t", negatives, [f"n-{i}", "n"]))
+    write_index(directory, Index({"w": write_subset(pairs, directory, "w", "retrieval", 20)}))
+    return directory
+
+
+def tokens(batch):
+    return int(batch.sequences.cu_seqlens[batch.sequences.num_sequences])
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+@pytest.mark.parametrize(("world", "micro"), [(1, 6), (2, 3), (2, 1), (2, 12)])
+def test_global_batch_deals_a_ranks_pairs_by_tokens(uneven, world, micro, hard_negatives):
+    for rank in range(world):
+        dealt, as_they_come = (
+            config(uneven, batch=24, micro=micro, negatives=negatives) for negatives in ("global_batch", "micro_batch")
+        )
+        dealt.data.hard_negatives = as_they_come.data.hard_negatives = hard_negatives
+        dealt, as_they_come = (steps(cfg, 6, rank, world) for cfg in (dealt, as_they_come))
+        for ours, theirs in zip(dealt, as_they_come):
+            order = keys(theirs)
+            assert len(ours) == len(theirs) == 24 // world // micro
+            assert sorted(keys(ours)) == sorted(order) and all(batch.num_pairs for batch in ours)
+            assert sum(map(tokens, ours)) == sum(map(tokens, theirs))
+            for batch in ours:
+                places = [order.index(key) for key in batch.keys]
+                assert places == sorted(places)
+                assert batch.num_hard_negatives == hard_negatives * batch.num_pairs
+        longest = [[max(map(tokens, step)) for step in stream] for stream in (dealt, as_they_come)]
+        assert all(ours <= theirs for ours, theirs in zip(*longest))
+        if micro in (1, 12):  # one pair each, or one micro batch: there is nothing to gain
+            assert longest[0] == longest[1]
+        else:
+            assert sum(longest[0]) < 0.9 * sum(longest[1])
+
+
+@pytest.mark.parametrize("negatives", ["global_batch", "micro_batch"])
+def test_one_micro_batch_is_the_share_as_it_comes(uneven, negatives):
+    whole = [key for step in steps(config(uneven, batch=24), 3) for key in keys(step)]
+    ranks = [steps(config(uneven, batch=24, negatives=negatives), 3, rank, 2) for rank in range(2)]
+    assert [key for pair in zip(*ranks) for step in pair for key in keys(step)] == whole
+
+
+def test_hard_negatives_that_are_not_used_are_not_encoded(uneven):
+    class Counting(Letters):
+        texts = []
+
+        def encode(self, text):
+            self.texts.append(text)
+            return super().encode(text)
+
+    cfg = config(uneven, batch=24)
+    cfg.data.hard_negatives = 1
+    steps(cfg, 1, encoder=dataclasses.replace(ENCODER, tokenizer=Counting()))
+    assert len(Counting.texts) == 3 * 24 and not any("X" in text for text in Counting.texts)
 
 
 def test_every_pair_comes_once_per_epoch(folder):
@@ -184,15 +252,16 @@ def test_missing_index_is_named(tmp_path):
         build_train_stream(config(tmp_path), ENCODER, 0, 1, 1)
 
 
-def test_damaged_picture_costs_one_pair_only(tmp_path, caplog):
+@pytest.mark.parametrize("negatives", ["global_batch", "micro_batch"])
+def test_damaged_picture_costs_one_pair_only(tmp_path, caplog, negatives):
     pairs = [make_pair("birds", i, png(i)[:60] if i == 5 else None) for i in range(16)]
     write_index(tmp_path, Index({"birds": write_subset(pairs, tmp_path, "birds", "retrieval", 5)}))
     with caplog.at_level(logging.WARNING):
-        epoch = list(itertools.chain(*steps(config(tmp_path, micro=4), 2)))
+        epoch = list(itertools.chain(*steps(config(tmp_path, micro=4, negatives=negatives), 2)))
     assert [batch.num_skipped for batch in epoch].count(1) == 1 and sum(batch.num_skipped for batch in epoch) == 1
     assert sorted(int(key.split("-")[1]) for key in keys(epoch)) == [i for i in range(16) if i != 5]
     for batch in epoch:
-        assert batch.num_pairs == 4 - batch.num_skipped
+        assert batch.num_pairs == 4 - batch.num_skipped or negatives == "global_batch"
         assert batch.sequences.tiles[:, 0, 0, 0].tolist() == [int(key.split("-")[1]) for key in batch.keys]
     assert "birds-5 of subset birds" in caplog.text
 

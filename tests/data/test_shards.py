@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -13,15 +14,7 @@ import webdataset
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.shards import (
-    Index,
-    clear_finished,
-    read_index,
-    read_shard,
-    write_index,
-    write_shard,
-    write_subset,
-)
+from megatron_llave.data.shards import read_shard, write_shard, write_subset
 from megatron_llave.errors import DataError
 
 
@@ -37,6 +30,16 @@ def make_pairs(count, subset="cats"):
         yield Pair(f"{subset}-{i:03d}", subset, query, Side("cat" if i % 2 else "", []), f"q{i}", f"t{i % 3}")
 
 
+def with_negatives(pair, *negatives):
+    sides, ids = [side for _, side in negatives], [name for name, _ in negatives]
+    return dataclasses.replace(pair, hard_negatives=sides, hard_negative_ids=ids)
+
+
+def pair_with_negatives():
+    pair = Pair("a", "cats", Side("x", [picture(1)]), Side("y", []), "q", "t")
+    return with_negatives(pair, ("n0", Side("no", [])), ("t", Side("", [picture(2), picture(3, kind="JPEG")])))
+
+
 def write_members(path, members):
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -50,11 +53,6 @@ def members_of(path):
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-def prepared(folder, count=5):
-    write_index(folder, Index({"cats": write_subset(make_pairs(count), folder, "cats", "retrieval", 2)}))
-    return folder
-
-
 def test_round_trip_is_byte_equal_and_in_order(tmp_path):
     subset = write_subset(make_pairs(5), tmp_path / "new", "cats", "retrieval", pairs_per_shard=2)
     assert [(shard.file, shard.pairs) for shard in subset.shards] == [
@@ -65,8 +63,6 @@ def test_round_trip_is_byte_equal_and_in_order(tmp_path):
     assert subset.pairs == 5
     read = [pair for shard in subset.shards for pair in read_shard(tmp_path / "new" / shard.file)]
     assert read == list(make_pairs(5))
-    write_index(tmp_path / "new", Index({"cats": subset}))
-    assert read_index(tmp_path / "new") == Index({"cats": subset})
 
 
 def test_exact_multiple_makes_no_empty_shard(tmp_path):
@@ -98,6 +94,29 @@ def test_layout_is_what_any_webdataset_tool_reads(tmp_path):
     }
     assert described["target"] == {"id": "t1", "text": "cat", "images": [], "sizes": []}
     assert sample["query.1.jpg"] == picture(1, (9, 5), "JPEG")
+
+
+def test_hard_negatives_come_back_byte_for_byte(tmp_path):
+    few, none = pair_with_negatives(), next(make_pairs(1))
+    many = [(f"n{i}", Side(f"no {i}", [picture(i, kind="WEBP")])) for i in range(101)]
+    longest = with_negatives(dataclasses.replace(few, key="k" * 80), *many)  # names of more than 100 characters
+    pairs = [few, none, longest]
+    write_shard(pairs, tmp_path, "cats", 0)
+    assert list(read_shard(tmp_path / "cats-000000.tar")) == pairs
+    members = members_of(tmp_path / "cats-000000.tar")
+    assert members["a.negative.1.0.png"] == picture(2) and members["a.negative.1.1.jpg"] == picture(3, kind="JPEG")
+    assert json.loads(members["a.json"])["hard_negatives"] == [
+        {"id": "n0", "text": "no", "images": [], "sizes": []},
+        {"id": "t", "text": "", "images": ["negative.1.0.png", "negative.1.1.jpg"], "sizes": [[8, 6], [8, 6]]},
+    ]
+
+
+def test_without_hard_negatives_the_json_is_that_of_older_shards(tmp_path):
+    write_shard([Pair("a", "cats", Side("x", []), Side("y", []), "q", "t")], tmp_path, "cats", 0)
+    assert members_of(tmp_path / "cats-000000.tar") == {
+        "a.json": b'{"subset":"cats","query":{"id":"q","text":"x","images":[],"sizes":[]},'
+        b'"target":{"id":"t","text":"y","images":[],"sizes":[]}}'
+    }
 
 
 def test_cut_anywhere_is_an_error_that_names_the_file(tmp_path):
@@ -155,6 +174,30 @@ def test_malformed_sample_names_file_and_sample(tmp_path, change, message):
     assert "sample a" in str(caught.value)
 
 
+PLAIN_SIDE = {"id": "n", "text": "", "images": []}
+
+
+@pytest.mark.parametrize(
+    ("negatives", "message"),
+    [
+        ([PLAIN_SIDE, {"text": "", "images": []}], "hard negative 1: id must be a string, not None"),
+        ([{**PLAIN_SIDE, "id": 3}], "hard negative 0: id must be a string, not 3"),
+        ([PLAIN_SIDE, PLAIN_SIDE, "cat"], "hard negative 2: a side must be an object"),
+        ([{"id": "n", "images": []}], "hard negative 0: a side must be an object"),
+        ({"n": PLAIN_SIDE}, "hard_negatives must be a list, not {'n'"),
+        (None, "hard_negatives must be a list, not None"),
+        ([{**PLAIN_SIDE, "images": ["negative.0.0.png"]}], "hard negative 0: image member 'negative.0.0.png' is named"),
+    ],
+)
+def test_malformed_hard_negative_names_file_and_sample(tmp_path, negatives, message):
+    side = {"id": "x", "text": "", "images": []}
+    described = {"subset": "cats", "query": side, "target": side, "hard_negatives": negatives}
+    path = tmp_path / "bad.tar"
+    write_members(path, {"a.json": json.dumps(described).encode()})
+    with pytest.raises(DataError, match=re.escape(f"{path}: sample a") + ".*" + message):
+        list(read_shard(path))
+
+
 class Trap:
     """Makes a folder when it is unpickled."""
 
@@ -185,6 +228,8 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path):
         ({"key": "cats-000"}, "'cats-000' comes twice"),
         ({"subset": "dogs"}, "belongs to subset 'dogs'"),
         ({"query": Side("", [b"not a picture"])}, "image query.0 is not a picture"),
+        ({"hard_negatives": [Side("", [])]}, "has 1 hard_negatives and 0 hard_negative_ids"),
+        ({"hard_negatives": [Side("", [b"?"])], "hard_negative_ids": ["n"]}, "image negative.0.0 is not a picture"),
     ],
 )
 def test_unusable_pair_leaves_no_shard(tmp_path, changes, message):
@@ -197,77 +242,3 @@ def test_unusable_pair_leaves_no_shard(tmp_path, changes, message):
 def test_empty_subset_is_refused(tmp_path):
     with pytest.raises(DataError, match="'cats'.*would be empty"):
         write_subset([], tmp_path, "cats", "retrieval")
-
-
-def test_index_checks_every_shard(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        read_index(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="index.json does not exist"):
-        read_index(tmp_path)
-    shard = prepared(tmp_path) / "cats-000001.tar"
-    data = shard.read_bytes()
-    shard.write_bytes(data[:-1])
-    with pytest.raises(DataError, match=f"cats-000001.tar is truncated or changed: {len(data) - 1} bytes.*{len(data)}"):
-        read_index(tmp_path)
-    shard.unlink()
-    with pytest.raises(DataError, match="cats-000001.tar is missing"):
-        read_index(tmp_path)
-
-
-def set_version(value):
-    value["version"] = 2
-
-
-def drop_file(value):
-    del value["subsets"]["cats"]["shards"][0]["file"]
-
-
-def leave_folder(value):
-    value["subsets"]["cats"]["shards"][0]["file"] = "../x.tar"
-
-
-def misspell_task(value):
-    value["subsets"]["cats"]["meta_task"] = "retreival"
-
-
-def forget_format(value):
-    del value["format"]
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (set_version, "has version 2, this code reads version 1"),
-        (drop_file, "malformed.*file"),
-        (leave_folder, "plain file name"),
-        (misspell_task, "'retreival' of cats is not one of"),
-        (forget_format, "is not a 'megatron_llave pairs' file"),
-    ],
-)
-def test_malformed_index(tmp_path, edit, message):
-    path = prepared(tmp_path) / "index.json"
-    value = json.loads(path.read_text())
-    edit(value)
-    path.write_text(json.dumps(value))
-    with pytest.raises(DataError, match=message):
-        read_index(tmp_path)
-
-
-def test_index_that_is_no_json(tmp_path):
-    (tmp_path / "index.json").write_text('{"subsets"')
-    with pytest.raises(DataError, match="index.json is not valid JSON"):
-        read_index(tmp_path)
-
-
-def test_finished_folder_is_cleared_only_on_demand(tmp_path):
-    prepared(tmp_path)
-    (tmp_path / "mine-000000.tar").write_bytes(b"not named by the index")
-    with pytest.raises(DataError, match="already holds finished shards.*--overwrite"):
-        clear_finished(tmp_path, overwrite=False)
-    assert read_index(tmp_path).subsets["cats"].pairs == 5
-    clear_finished(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine-000000.tar"]
-    clear_finished(tmp_path / "fresh", overwrite=False)
-    assert (tmp_path / "fresh").is_dir()
-    with pytest.raises(DataError, match="mine-000000.tar.* cannot be made"):
-        clear_finished(tmp_path / "mine-000000.tar", overwrite=False)

@@ -1,6 +1,7 @@
 """Under torchrun with 4 ranks: weights saved at one layout are bit-equal when loaded at others."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from megatron_llave.errors import CheckpointError
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import build_trainable
 from megatron_llave.train import train_step
+from megatron_llave.weight_average import WeightAverage
 
 
 def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
@@ -27,19 +29,25 @@ def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
     pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
     multiple = layout.tensor if layout.sequence else 1
     batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
-    train_step(trainable, batches, cfg.loss, 0, groups)
-    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups)
+    average = WeightAverage(chunks, decay=0.5)
+    train_step(trainable, batches, cfg.loss, 0, groups, average)
+    averaged = partial(average.applied, torch.float32)
+    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups, averaged)
     assert checkpoint.find(output) == folder
     saved = full_weights(chunks, groups)
+    with averaged():
+        saved_average = full_weights(chunks, groups)
+    assert any(not torch.equal(saved[name], saved_average[name]) for name in saved)
     parallel.leave_layout()
     for text in loaded_at:
         layout, freeze = parse_layout(text)
         groups = parallel.init(layout)
         chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=1)
-        checkpoint.load_weights(folder, chunks, groups)
-        for name, value in full_weights(chunks, groups).items():
-            rows = min(len(value), len(saved[name]))  # the vocabulary's padding differs
-            assert torch.equal(value[:rows], saved[name][:rows]), f"{saved_at} -> {text}: {name}"
+        for average, expected in ((False, saved), (True, saved_average)):
+            checkpoint.load_weights(folder, chunks, groups, average)
+            for name, value in full_weights(chunks, groups).items():
+                rows = min(len(value), len(expected[name]))  # the vocabulary's padding differs
+                assert torch.equal(value[:rows], expected[name][:rows]), f"{saved_at} -> {text}: {name} {average}"
         parallel.leave_layout()
     check_other_model(cfg, folder)
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)

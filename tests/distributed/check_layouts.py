@@ -3,21 +3,24 @@
     check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
     check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
     and the names of frozen parts
+    check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from full_parameters import full_gradients, worst_relative_error
 from megatron.core.process_groups_config import ProcessGroupCollection
-from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, tile_shape
+from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.batch import PairBatch
+from megatron_llave import cpu_emulation, gradient_cache, loss, parallel
+from megatron_llave.batch import PairBatch, PairEmbeddings
 from megatron_llave.config import (
     LanguageConfig,
     LossConfig,
@@ -28,17 +31,25 @@ from megatron_llave.config import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.embedding import LoadedModel, forward_only
 from megatron_llave.gradient_cache import forward_backward
+from megatron_llave.loss import Seen
 from megatron_llave.model.embedder import build_model
+from megatron_llave.model.initialization import initialize_parameters
 from megatron_llave.optimizer import Trainable, build_trainable
 from megatron_llave.train import contrast, train_step
+from megatron_llave.weight_average import WeightAverage
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
 POOLS = {"micro_batch": 4, "global_batch": 8}  # pairs that are each other's negatives
 TEMPERATURE, ALPHA = 0.1, 9.0
 STEPS = 3
+REWARD_SEED = 1
+"""Weights of the reward model that compare_reward uses."""
+HARD_SHARES = {1: [4], 2: [3, 1], 4: [2, 1, 0, 1]}
+"""Hard negatives of each data-parallel rank, by their number."""
 
 
 def small_config(layout: ParallelConfig, freeze: list[str]) -> RunConfig:
@@ -67,18 +78,33 @@ def write_reference(directory: Path) -> None:
     (model,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
     pairs = random_pairs(cfg.model, GLOBAL_BATCH)
     embeddings = torch.cat([model(pack([side], cfg.model)) for pair in pairs for side in pair])
+    hard = torch.cat([model(pack([side], cfg.model)) for side in hard_negatives(cfg)])
     save_file({"embeddings": embeddings.detach()}, directory / "embeddings.safetensors")
     for negatives, pool in POOLS.items():
         losses = []
         for start in range(0, GLOBAL_BATCH, pool):
             both = embeddings[2 * start : 2 * (start + pool)]
             losses.append(dense_contrastive_loss(both[0::2], both[1::2], TEMPERATURE, ALPHA))
-        loss = torch.stack(losses).mean()
-        model.zero_grad()
-        loss.backward(retain_graph=True)
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        save_file(gradients | {"loss": loss.detach()}, directory / f"{negatives}.safetensors")
+        save_gradients(model, torch.stack(losses).mean(), directory / f"{negatives}.safetensors")
+    (judge,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=REWARD_SEED)
+    sides = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs), *hard_negatives(cfg)]
+    judged = torch.cat([judge(pack([side], cfg.model)) for side in sides]).detach()
+    reward = PairEmbeddings(*judged.split([GLOBAL_BATCH, GLOBAL_BATCH, len(hard)]))
+    whole = dense_contrastive_loss(embeddings[0::2], embeddings[1::2], TEMPERATURE, ALPHA, hard, reward=reward)
+    save_gradients(model, whole, directory / "reward.safetensors")
     parallel.shut_down()
+
+
+def hard_negatives(cfg: RunConfig) -> list[EncodedSequence]:
+    """Four hard negatives, every other one with a picture."""
+    return [random_sequence(cfg.model, 100 + index, index % 2 == 0) for index in range(4)]
+
+
+def save_gradients(model: torch.nn.Module, value: torch.Tensor, path: Path) -> None:
+    model.zero_grad()
+    value.backward(retain_graph=True)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    save_file(gradients | {"loss": value.detach()}, path)
 
 
 def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
@@ -94,11 +120,13 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
         num_micro_batches, rest = divmod(GLOBAL_BATCH, micro_batch * groups.dp.size())
         if rest == 0 and (layout.virtual_pipeline == 1 or num_micro_batches % layout.pipeline == 0):
             worst.append(compare_gradients(directory, "global_batch", micro_batch, cfg, trainable, groups))
+    if not freeze:
+        worst.append(compare_reward(directory, cfg, trainable, groups))
     pairs = random_pairs(cfg.model, GLOBAL_BATCH)
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     cfg.loss.negatives = "micro_batch"
     batches = micro_batches(pairs, share, cfg, groups)
-    losses = [train_step(trainable, batches, cfg.loss, step, groups)["loss"] for step in range(STEPS)]
+    losses = [train_step(trainable, batches, cfg.loss, step, groups)[0]["loss"] for step in range(STEPS)]
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
         print(f"{layout} freeze={freeze}: gradients off by {', '.join(f'{x:.1e}' for x in worst)}, losses {losses}")
         save_losses(directory, freeze, losses)
@@ -116,28 +144,105 @@ def compare_gradients(
     directory: Path, negatives: str, size: int, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection
 ) -> float:
     """Every parameter's gradient and the loss against the plain process; returns the worst relative error."""
-    reference = load_file(directory / f"{negatives}.safetensors")
-    expected = float(reference.pop("loss"))
     calls = TowerCalls(trainable.chunks)
-    compare = partial(contrast, config=cfg.loss, temperature=TEMPERATURE, alpha=ALPHA, group=groups.dp)
     batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), size, cfg, groups)
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, compare, negatives)
+    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), negatives)
+    what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
+    error = check_step(directory / f"{negatives}.safetensors", seen, cfg, trainable, groups, what)
+    passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in cfg.model.freeze else 1
+    with_images = sum(len(batch.sequences.tiles) > 0 for batch in batches)
+    assert calls.stop() in (0, passes * with_images), f"{what}: the tower ran {calls.count} times"
+    return error
+
+
+def comparison(cfg: RunConfig, groups: ProcessGroupCollection) -> Callable:
+    return partial(contrast, config=cfg.loss, temperature=TEMPERATURE, alpha=ALPHA, group=groups.dp)
+
+
+def check_step(
+    path: Path, seen: list[Seen], cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection, what: str
+) -> float:
+    """The gradients left in the buffers, and the loss, against those in `path`."""
+    reference = load_file(path)
+    expected = float(reference.pop("loss"))
     gradients = full_gradients(trainable, groups)
     freeze = cfg.model.freeze
     frozen = tuple(freeze) + (("image_newline",) if "projector" in freeze else ())
     trained = {name: value for name, value in reference.items() if not name.startswith(frozen or "nothing")}
     name, error = worst_relative_error(gradients, trained)
-    what = f"{cfg.parallel} freeze={freeze} {negatives} micro batch {size}"
     assert error <= TOLERANCE, f"{what}: gradient of {name} is off by {error:.1e}"
     if seen:
-        loss = torch.stack([loss for loss, _ in seen]).mean()
-        dist.all_reduce(loss, group=groups.dp)
-        assert abs(float(loss) / groups.dp.size() - expected) <= 1e-5 * abs(expected), what
-    passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in freeze else 1
-    with_images = sum(len(batch.sequences.tiles) > 0 for batch in batches)
-    assert calls.stop() in (0, passes * with_images), f"{what}: the tower ran {calls.count} times"
+        mean = torch.stack([share for share, _ in seen]).mean()
+        dist.all_reduce(mean, group=groups.dp)
+        assert abs(float(mean) / groups.dp.size() - expected) <= 1e-5 * abs(expected), what
     return error
+
+
+def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection) -> float:
+    """Another reward model, ragged hard negatives, and micro batches of unequal numbers of pairs, all at once."""
+    chunks = [chunk.module for chunk in trainable.chunks]
+    initialize_parameters(chunks, groups.tp, REWARD_SEED)
+    average = WeightAverage(chunks, decay=0.9)
+    initialize_parameters(chunks, groups.tp, 0)
+    rank, world = groups.dp.rank(), groups.dp.size()
+    share, multiple = GLOBAL_BATCH // world, cfg.parallel.tensor if cfg.parallel.sequence else 1
+    own = random_pairs(cfg.model, GLOBAL_BATCH)[rank * share : (rank + 1) * share]
+    first_hard = sum(HARD_SHARES[world][:rank])
+    hard = hard_negatives(cfg)[first_hard : first_hard + HARD_SHARES[world][rank]]
+    deal = [(own[:1], []), ([], []), (own[2:], hard[:1]), (own[1:2], hard[1:])]  # the second: all unreadable
+    batches = [pack_pair_batch(part, cfg.model, multiple, further) for part, further in deal]
+    trainable.zero_gradients()
+    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch", average.applied)
+    what = f"{cfg.parallel} with a reward model"
+    error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
+    count_negatives(trainable, batches, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]), cfg, groups)
+    return error
+
+
+def count_negatives(
+    trainable: Trainable, batches: list, expected: int, cfg: RunConfig, groups: ProcessGroupCollection
+) -> None:
+    """At a huge temperature all negatives weigh the same without alpha, so their effective number is their number.
+
+    Ranks of one replica hold the same embeddings: if any of them were gathered, it would be larger.
+    """
+    compare = partial(contrast, config=cfg.loss, temperature=1e6, alpha=0.0, group=groups.dp)
+    trainable.zero_gradients()
+    for _, statistics in forward_backward(trainable.chunks, batches, compare, "global_batch"):
+        counted = statistics.effective_negatives
+        torch.testing.assert_close(counted, torch.full_like(counted, expected), rtol=1e-4, atol=0)
+
+
+def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
+    """With any one of the constants off, or with the gather left out, the comparison must fail."""
+    cfg = small_config(layout, [])
+    groups = parallel.init(layout)
+    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
+    trainable = build_trainable(cfg, chunks, groups)
+    compare_gradients(directory, "global_batch", 1, cfg, trainable, groups)
+    replay = gradient_cache._replay_step
+    breaks = {
+        "number of micro batches": patch.object(
+            gradient_cache, "_replay_step", lambda *args, num_micro_batches, states: replay(*args, 1, states)
+        ),
+        "number of ranks": patch.object(loss._Terms, "share", property(lambda terms: 0.5 / terms.num_rows)),
+        "other ranks' gradients": patch.object(loss, "reduce_scatter_rows", this_rank_alone),
+    }
+    for name, broken in breaks.items():
+        try:
+            with broken:
+                compare_gradients(directory, "global_batch", 1, cfg, trainable, groups)
+        except AssertionError as error:
+            assert "gradient of" in str(error)
+            print(f"bites without {name}: {error}")
+        else:
+            raise AssertionError(f"the comparison does not see that {name} is missing")
+    parallel.leave_layout()
+
+
+def this_rank_alone(rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    return rows.split(counts)[group.rank()]
 
 
 class TowerCalls:
@@ -199,7 +304,7 @@ def parse_layout(text: str) -> tuple[ParallelConfig, list[str]]:
 
 
 def main() -> None:
-    """Run one of the two modes."""
+    """Run one of the modes."""
     cpu_emulation.enable()
     mode, directory, *layouts = sys.argv[1:]
     if mode == "reference":
@@ -207,7 +312,10 @@ def main() -> None:
         return
     parallel.start_processes(120)
     for text in layouts:
-        compare(Path(directory), *parse_layout(text))
+        if mode == "broken":
+            check_that_it_bites(Path(directory), parse_layout(text)[0])
+        else:
+            compare(Path(directory), *parse_layout(text))
     parallel.shut_down()
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from reference import dense_contrastive_loss
 
 from megatron_llave import parallel
-from megatron_llave.loss import NegativeRules, hardness_weighted_contrastive_loss
+from megatron_llave.batch import PairEmbeddings
+from megatron_llave.loss import NegativeRules, SimilarityStatistics, hardness_weighted_contrastive_loss
 
 DTYPES = {torch.float64: (1e-12, 1e-12), torch.float32: (5e-6, 1e-5)}  # loss absolute, gradient relative to its maximum
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss"
@@ -40,21 +41,28 @@ RULES = [
 ]
 
 
-def check_unequal_rows(counts: list[int], hard_counts: list[int], rules: NegativeRules, group) -> None:
+def check_unequal_rows(counts: list, hard_counts: list, rules: NegativeRules, has_reward: bool, group) -> None:
     """Ranks with different numbers of rows and hard negatives against all rows in one process, forward and backward."""
     generator = torch.Generator().manual_seed(1)
     sizes = [sum(counts), sum(counts), sum(hard_counts)]
-    rows = [torch.nn.functional.normalize(torch.randn(n, 8, generator=generator).double(), dim=1) for n in sizes]
-    ids = [torch.arange(sum(counts)) // 2, torch.arange(sum(counts)) % 3]  # repeated queries, repeated targets
+    rows, judged = (
+        [torch.nn.functional.normalize(torch.randn(n, 8, generator=generator).double(), dim=1) for n in sizes]
+        for _ in range(2)
+    )
+    # Repeated queries, repeated targets, and hard negatives of which some are targets too.
+    ids = [torch.arange(sizes[0]) // 2, torch.arange(sizes[0]) % 3, torch.arange(sizes[2]) * 2]
     full = [x.clone().requires_grad_() for x in rows]
-    expected = dense_contrastive_loss(*full[:2], 0.1, 9.0, full[2], *ids, rules)
+    reward = PairEmbeddings(*judged) if has_reward else None
+    expected = dense_contrastive_loss(*full[:2], 0.1, 9.0, full[2], *ids, reward, rules)
     expected.backward()
     own = slice(sum(counts[: group.rank()]), sum(counts[: group.rank() + 1]))
     own_hard = slice(sum(hard_counts[: group.rank()]), sum(hard_counts[: group.rank() + 1]))
     slices = [own, own, own_hard]
     local = [x[part].clone().requires_grad_() for x, part in zip(rows, slices)]
+    reward = PairEmbeddings(*(x[part] for x, part in zip(judged, slices))) if has_reward else None
+    own_ids = [x[part] for x, part in zip(ids, slices)]
     loss, seen = hardness_weighted_contrastive_loss(
-        *local[:2], 0.1, 9.0, group, local[2], ids[0][own], ids[1][own], rules, chunk=2
+        *local[:2], 0.1, 9.0, group, local[2], *own_ids, reward, rules, chunk=2
     )
     loss.backward()
     mean = loss.detach().clone()
@@ -63,10 +71,21 @@ def check_unequal_rows(counts: list[int], hard_counts: list[int], rules: Negativ
     for ours, reference, part in zip(local, full, slices):
         if len(reference):
             torch.testing.assert_close(ours.grad / group.size(), reference.grad[part], rtol=0, atol=1e-12)
-    cosines = (full[0] @ torch.cat(full[1:]).T).detach()[own]
+    check_similarities(seen, rows, ids, slices[0], rules)
+
+
+def check_similarities(seen: SimilarityStatistics, rows: list, ids: list, own: slice, rules: NegativeRules) -> None:
+    """A masked pair is nobody's hardest negative."""
+    query, target, hard = rows
+    cosines = (query @ torch.cat([target, hard]).T)[own]
     places = torch.arange(len(cosines)), torch.arange(own.start, own.stop)
-    torch.testing.assert_close(seen.positive, cosines[places])
-    cosines[places] = -2
+    positive = cosines[places]
+    torch.testing.assert_close(seen.positive, positive)
+    if rules.mask_margin is not None:
+        cosines[cosines > positive[:, None] + rules.mask_margin] = -1
+    if rules.mask_same_target:
+        cosines[ids[1][own, None] == torch.cat(ids[1:])] = -1
+    cosines[places] = -1
     torch.testing.assert_close(seen.hardest_negative, cosines.amax(1))
 
 
@@ -85,7 +104,8 @@ def main() -> None:
     }[world]
     for counts, hard_counts in rows_and_hard:
         for rules in RULES:
-            check_unequal_rows(counts, hard_counts, rules, group)
+            for has_reward in (False, True):
+                check_unequal_rows(counts, hard_counts, rules, has_reward, group)
     print(f"{len(cases)} golden cases hold on {world} ranks")
     dist.destroy_process_group()
 

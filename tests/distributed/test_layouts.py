@@ -41,3 +41,15 @@ def test_checkpoint_loads_bit_equal_at_other_layouts(tmp_path: Path, saved_at: s
     loaded_at = ["1,1,1,0,0", "2,1,1,1,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]
     output = run_ranks(4, HERE / "check_checkpoint.py", str(tmp_path), saved_at, *loaded_at)
     assert "loads bit-equal" in output
+
+
+def test_comparison_fails_when_a_constant_is_off(reference: Path) -> None:
+    output = run_ranks(2, CHECK, "broken", str(reference), "1,1,1,0,0")
+    for constant in ("number of micro batches", "number of ranks", "other ranks' gradients"):
+        assert f"bites without {constant}" in output
+
+
+@pytest.mark.parametrize(("world", "layouts"), [(1, ["1,1,1,0,0"]), (2, ["2,1,1,1,0", "1,2,2,0,0"])])
+def test_dropout_is_the_same_in_both_passes(world: int, layouts: list[str]) -> None:
+    output = run_ranks(world, HERE / "check_dropout.py", *layouts)
+    assert output.count("both passes drop the same") == world * len(layouts)

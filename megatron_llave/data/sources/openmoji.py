@@ -22,7 +22,8 @@ import sentencepiece
 
 from megatron_llave.batch import Pair
 from megatron_llave.data.evaluation_sets import write_evaluation
-from megatron_llave.data.shards import Index, Shard, Subset, clear_finished, write_index, write_shard
+from megatron_llave.data.index import Index, Shard, Subset, clear_finished, write_index
+from megatron_llave.data.shards import write_shard
 from megatron_llave.data.sources.openmoji_catalogue import TONES, Catalogue, build_catalogue, demo_package
 from megatron_llave.data.sources.openmoji_evaluation import make_evaluation
 from megatron_llave.data.sources.openmoji_tasks import (

@@ -1,0 +1,84 @@
+"""Time of a step with the negatives of the whole global batch, beside the one-pass step with those of a micro batch.
+
+    torchrun --nproc-per-node 1 benchmarks/gradient_cache.py --data runs/openmoji [--pairs 64] [--micro-batch 8 16]
+
+Peer: `micro_batch`, one forward and backward per micro batch, as the released code does it. Both arms take the same
+micro batches of real pairs through the tiny model, in turn, within one process. By count of operations a frozen tower
+T and a decoder F give (T + 4 F) / (T + 3 F), at most 4/3; with a trained tower it is 4/3.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_llave import config_file, cpu_emulation, parallel
+from megatron_llave.batch import PairBatch
+from megatron_llave.config import RunConfig
+from megatron_llave.data.packing import build_encoder
+from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.model.embedder import build_model
+from megatron_llave.optimizer import build_trainable
+from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.train import train_step
+
+TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
+ARMS = ("micro_batch", "global_batch")
+
+
+def fresh(batches: list[PairBatch]) -> list[PairBatch]:
+    """The same micro batches without the features that an earlier step kept."""
+    return [replace(batch, sequences=replace(batch.sequences, features=None)) for batch in batches]
+
+
+def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int]:
+    """Median seconds of a step of each arm, and the number of tokens of a step."""
+    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    stream = build_train_stream(cfg, build_encoder(cfg.data, cfg.model), groups.dp.rank(), groups.dp.size(), 1)
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
+    trainable = build_trainable(cfg, chunks, groups)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    tokens = []
+    for step in range(repeats + 1):
+        batches = [batch.to(parallel.device()) for batch in next(stream)]
+        for arm in ARMS:
+            started = time.perf_counter()
+            record, _ = train_step(trainable, fresh(batches), replace(cfg.loss, negatives=arm), step, groups)
+            seconds[arm].append(time.perf_counter() - started)
+        tokens.append(record["tokens"])
+    parallel.leave_layout()
+    # The first step also warms up.
+    return {arm: statistics.median(values[1:]) for arm, values in seconds.items()}, round(statistics.fmean(tokens[1:]))
+
+
+def main() -> None:
+    """One row per micro-batch size and tower; prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder that tools/prepare_data.py openmoji made")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs per step")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        parallel.start_processes(600)
+        print("| tower | micro batches | tokens / step | one pass s | two passes s | ratio |")
+        print("|---" + "|---:" * 5 + "|")
+        for frozen in (True, False):
+            for size in args.micro_batch:
+                settings = [f"data.path={args.data}", f"train.global_batch_size={args.pairs}"]
+                settings += [f"train.micro_batch_size={size}", f"model.freeze=[{'vision' * frozen}]"]
+                cfg = config_file.load(TINY, settings)
+                seconds, tokens = measure(cfg, args.repeats)
+                ratio = seconds["global_batch"] / seconds["micro_batch"]
+                cells = [f"{seconds[arm]:.3f}" for arm in ARMS] + [f"{ratio:.2f}"]
+                tower = "frozen" if frozen else "trained"
+                print("|", " | ".join([tower, f"{args.pairs // size} x {size}", str(tokens), *cells]), "|", flush=True)
+        parallel.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Checks of a RunConfig that need more than one of its sections, or that hold for every run.
+
+config_file.py calls `validate` on what it has read; a section's own values are checked as it is built (config.py).
+"""
+
+from dataclasses import fields
+
+from megatron_llave.config import PARTS, ModelConfig, RunConfig, require
+
+
+def validate(cfg: RunConfig) -> None:
+    """Refuse what cannot work, whatever the number of processes.
+
+    Raises:
+        ConfigError: names the key and the numbers that do not fit.
+    """
+    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
+        for f in fields(values):
+            value = getattr(values, f.name)
+            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
+        ok = values.hidden_size % values.num_heads == 0
+        sizes = f"model.{part}.hidden_size={values.hidden_size}"
+        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
+    _validate_model(cfg.model)
+    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
+    dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
+    ok = max(dims, default=0) <= width
+    require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
+    ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
+    require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
+    late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
+    require(
+        not cfg.data.subsets or len(late) < len(cfg.data.subsets),
+        f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
+    )
+
+
+def _validate_model(model: ModelConfig) -> None:
+    vision, language = model.vision, model.language
+    ok = vision.image_size >= vision.patch_size
+    sizes = f"model.vision.image_size={vision.image_size}"
+    require(ok, f"{sizes} is smaller than model.vision.patch_size={vision.patch_size}")
+    heads = f"model.language.num_heads={language.num_heads}"
+    ok = language.num_heads % language.num_kv_heads == 0
+    require(ok, f"{heads} is not a multiple of model.language.num_kv_heads={language.num_kv_heads}")
+    ok = language.hidden_size // language.num_heads % 2 == 0
+    sizes = f"model.language.hidden_size={language.hidden_size} / {heads}"
+    require(ok, f"{sizes} must be even, as rotary embeddings turn pairs of channels")
+    require(set(model.freeze) != set(PARTS), f"model.freeze={model.freeze} leaves nothing to train")

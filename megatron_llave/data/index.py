@@ -1,0 +1,170 @@
+"""What a folder of shards holds: `index.json`, its subsets and their tar files with sizes and checksums.
+
+Written last by every source, read first by the training stream. The tars themselves are shards.py's.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.errors import DataError
+
+FORMAT = "megatron_llave pairs"
+VERSION = 1
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+INDEX_FILE = "index.json"
+AGAIN = "make it again or copy it again"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file, as the index describes it."""
+
+    file: str
+    """Name within the folder of the index."""
+    pairs: int
+    """Samples in the file."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Checksum of the file, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The shards of one subset, in order."""
+
+    meta_task: str
+    """One of META_TASKS."""
+    shards: list[Shard]
+    """In the order of their numbers."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in all shards."""
+        return sum(shard.pairs for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything in one folder of shards."""
+
+    subsets: dict[str, Subset]
+    """By name of the subset."""
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON; the file takes its name only when it is whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: str | Path, file_format: str, hint: str) -> dict[str, Any]:
+    """Read what `write_json` wrote and check its `format` and `version`.
+
+    Raises:
+        DataError: the file is missing (the message ends in `hint`), no JSON, or of another format or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; {hint}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(value, dict) or value.get("format") != file_format:
+        raise DataError(f"{path} is not a {file_format!r} file; {hint}")
+    if value.get("version") != VERSION:
+        version = value.get("version")
+        raise DataError(f"{path} has version {version!r}, this code reads version {VERSION}; make it again")
+    return value
+
+
+def write_index(directory: str | Path, index: Index) -> None:
+    """Write `index.json`, which makes a folder of shards a whole one: write it last."""
+    subsets = {
+        name: {"meta_task": subset.meta_task, "pairs": subset.pairs, "shards": [asdict(s) for s in subset.shards]}
+        for name, subset in index.subsets.items()
+    }
+    write_json(Path(directory) / INDEX_FILE, {"format": FORMAT, "version": VERSION, "subsets": subsets})
+
+
+def clear_finished(directory: str | Path, overwrite: bool) -> None:
+    """Make a folder ready to be written: made when missing, without index, and without the shards an old index names.
+
+    Raises:
+        DataError: the folder holds a finished index and `overwrite` is false.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"folder {directory} cannot be made: {error.strerror}") from error
+    path = directory / INDEX_FILE
+    if not path.is_file():
+        return
+    if not overwrite:
+        raise DataError(f"{directory} already holds finished shards ({INDEX_FILE}); choose another or pass --overwrite")
+    try:
+        old = [s.file for subset in read_index(directory).subsets.values() for s in subset.shards]
+    except DataError:
+        # A damaged index names no shards that could be trusted; those of the same names are replaced anyway.
+        old = []
+    # The index first: an interruption must not leave one that names missing shards.
+    path.unlink()
+    for file in old:
+        (directory / file).unlink()
+
+
+def read_index(directory: str | Path) -> Index:
+    """Read `index.json` and check that every shard is there with the size it should have (checksums are not computed).
+
+    Raises:
+        DataError: the folder, the index or a shard is missing, malformed, or of another size.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
+    path = directory / INDEX_FILE
+    value = read_json(path, FORMAT, "the folder is unfinished or holds no shards: run tools/prepare_data.py")
+    try:
+        subsets = {
+            str(name): Subset(str(subset["meta_task"]), [parse_shard(shard) for shard in subset["shards"]])
+            for name, subset in value["subsets"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
+    for name, subset in subsets.items():
+        if subset.meta_task not in META_TASKS:
+            raise DataError(f"{path}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
+        for shard in subset.shards:
+            check_size(directory, shard)
+    return Index(subsets)
+
+
+def parse_shard(value: dict[str, Any]) -> Shard:
+    """One shard of an index; TypeError or KeyError where a field is missing or of the wrong type."""
+    shard = Shard(value["file"], value["pairs"], value["bytes"], value["sha256"])
+    if not (isinstance(shard.file, str) and isinstance(shard.pairs, int) and isinstance(shard.bytes, int)):
+        raise TypeError(f"shard {value} needs file, pairs and bytes")
+    return shard
+
+
+def check_size(directory: Path, shard: Shard) -> None:
+    """Compare a shard's size on disk with the index.
+
+    Raises:
+        DataError: the file is missing, outside the folder, or of another size.
+    """
+    path = directory / shard.file
+    if Path(shard.file).name != shard.file:
+        raise DataError(f"{directory}: shard {shard.file!r} must be a plain file name in the folder of its index")
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing, though the index names it; {AGAIN}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise DataError(f"shard {path} is truncated or changed: {size} bytes, the index says {shard.bytes}; {AGAIN}")

@@ -1,0 +1,73 @@
+"""Under torchrun: with dropout on, the replay pass of every micro batch drops what its embed pass dropped."""
+
+import sys
+
+import torch
+from check_layouts import ALPHA, GLOBAL_BATCH, TEMPERATURE, comparison, micro_batches, parse_layout, small_config
+from full_parameters import full_gradients, worst_relative_error
+from reference import dense_contrastive_loss, random_pairs
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.batch import PairEmbeddings
+from megatron_llave.gradient_cache import forward_backward
+from megatron_llave.model.embedder import build_model
+from megatron_llave.optimizer import build_trainable
+
+
+def check(text: str) -> None:
+    """Two steps: equal embeddings in both passes of one, others in the next; gradients, where one process can tell."""
+    layout, freeze = parse_layout(text)
+    cfg = small_config(layout, freeze)
+    cfg.model.dropout = 0.2
+    groups = parallel.init(layout)
+    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
+    trainable = build_trainable(cfg, chunks, groups)
+    seen_embeddings: list[torch.Tensor] = []
+    if chunks[-1].post_process:
+        chunks[-1].register_forward_hook(lambda module, inputs, output: seen_embeddings.append(output.detach()))
+    batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), 2, cfg, groups)
+    count = len(batches)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        trainable.zero_gradients()
+        forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+    if seen_embeddings:
+        assert len(seen_embeddings) == 4 * count
+        passes = [torch.cat(seen_embeddings[start : start + count]) for start in range(0, 4 * count, count)]
+        assert torch.equal(passes[0], passes[1]) and torch.equal(passes[2], passes[3]), text
+        assert not torch.allclose(passes[0], passes[2], atol=1e-3), f"{text}: two steps drop the same"
+        check_evaluation(chunks[-1], batches[0], passes[0]) if groups.pp.size() == 1 else None
+    if groups.dp.size() * groups.tp.size() * groups.pp.size() == 1:
+        check_gradients(cfg, trainable, chunks[0], batches, groups, before)
+    parallel.leave_layout()
+    print(f"{text}: both passes drop the same")
+
+
+def check_evaluation(chunk, batch, embeddings) -> None:
+    chunk.eval()
+    with torch.no_grad():
+        outputs = [chunk(batch.sequences) for _ in range(2)]
+    chunk.train()
+    assert torch.equal(*outputs) and not torch.allclose(outputs[0], embeddings[: len(outputs[0])], atol=1e-3)
+
+
+def check_gradients(cfg, trainable, chunk, batches, groups, before) -> None:
+    """Autograd alone, from the same random state: micro batches in order, one loss over all of them."""
+    torch.set_rng_state(before)
+    trainable.zero_gradients()
+    forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+    ours = full_gradients(trainable, groups)
+    torch.set_rng_state(before)
+    trainable.zero_gradients()
+    both = PairEmbeddings.concatenate([PairEmbeddings.of(chunk(batch.sequences), batch) for batch in batches])
+    dense_contrastive_loss(both.query, both.target, TEMPERATURE, ALPHA).backward()
+    name, error = worst_relative_error(ours, full_gradients(trainable, groups))
+    assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
+
+
+if __name__ == "__main__":
+    cpu_emulation.enable()
+    parallel.start_processes(120)
+    for layout in sys.argv[1:]:
+        check(layout)
+    parallel.shut_down()
