@@ -134,7 +134,8 @@ def load_weights(
     if average:
         loaded = _load(path, _average_state(chunks, metadata))
         for key, chunk in zip(_model_keys(chunks), chunks):
-            weights = {name.removeprefix(AVERAGE): value for name, value in loaded[AVERAGE + key].items()}
+            averages = loaded.get(AVERAGE + key, {})  # a stage may have nothing that is trained
+            weights = {name.removeprefix(AVERAGE): value for name, value in averages.items()}
             chunk.load_state_dict(weights, strict=False)  # frozen weights have no average
 
 
@@ -178,5 +179,6 @@ def _average_state(chunks: list[Module], metadata: dict) -> dict:
         trained = {name: part for name, part in state.items() if getattr(part.data, "requires_grad", False)}
         for part in trained.values():
             part.data = part.data.detach()
-        states[AVERAGE + key] = trained
+        if trained:
+            states[AVERAGE + key] = trained
     return states

@@ -351,9 +351,12 @@ def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum_over_ranks(values: Tensor, terms: _Terms) -> Tensor:
-    """[B] log-sum-exp over the ranks' own parts."""
+    """[B] log-sum-exp over the ranks' own parts; two reductions, since a gather would grow with ranks times B."""
     if terms.group is None or terms.group.size() == 1:
         return values
-    parts = values.new_empty(terms.group.size(), len(values))
-    dist.all_gather_into_tensor(parts, values[None], group=terms.group)
-    return parts.logsumexp(0)
+    largest = values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=terms.group)
+    largest = largest.clamp_min(torch.finfo(values.dtype).min)  # of a column without any negative
+    total = (values - largest).exp_()
+    dist.all_reduce(total, group=terms.group)
+    return total.log_().add_(largest)

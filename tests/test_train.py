@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from run_ranks import run_ranks
 
-from megatron_llave.data.index import read_index
+from megatron_llave.batch import Pair, Side
+from megatron_llave.data.index import Index, read_index, write_index
+from megatron_llave.data.shards import write_subset
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
@@ -60,6 +62,58 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
         for one, two in zip(reports[0]["sets"], other["sets"], strict=True):
             assert one["name"] == two["name"]
             assert two["precision_at_1"] == pytest.approx(one["precision_at_1"], abs=100 / one["num_queries"] + 1e-6)
+
+
+@pytest.fixture(scope="module")
+def data_with_hard_negatives(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pairs of words; most have hard negatives, of which some are the targets of other pairs."""
+    folder = tmp_path_factory.mktemp("hard")
+    words = [f"word {number}" for number in range(20)]
+    pairs = []
+    for number, word in enumerate(words):
+        hard = [words[(number + step) % 20] for step in range(1, 1 + number % 4)]
+        sides = [Side(text, []) for text in (f"what is {number}?", word, *hard)]
+        pairs.append(Pair(f"pair-{number}", "words", *sides[:2], f"q{number}", word, sides[2:], hard))
+    write_index(folder, Index({"words": write_subset(pairs, folder, "words", "retrieval")}))
+    shutil.copy(openmoji_data / "tokenizer.model", folder)
+    return folder
+
+
+def test_every_choice_of_the_loss_at_once_is_the_same_at_every_layout(
+    data_with_hard_negatives: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "all.yaml"
+    config.write_text(
+        f"""
+        model: {{preset: tiny}}
+        data: {{path: {data_with_hard_negatives}, prompt: plain, hard_negatives: 2,
+               subsets: {{words: {{mask_same_target: true, mask_margin: .inf}}}}}}
+        loss: {{temperature: 0.1, mask_margin: 0.2, reward: ema, matryoshka_dims: [32, 128], hardness: hard_negatives}}
+        train: {{steps: 3, global_batch_size: 16, micro_batch_size: 4}}
+        optimizer: {{learning_rate: 0.001, epsilon: 0.00001}}
+        log: {{histogram_interval: 2}}
+        """
+    )
+    script = tmp_path / "start.py"
+    script.write_text("from megatron_llave.train import main\nif __name__ == '__main__':\n    main()\n")
+    run_ranks(1, script, "--config", str(config), f"train.output={tmp_path / 'one'}")
+    layout = ["parallel.pipeline=2", "parallel.tensor=1"]
+    run_ranks(4, script, "--config", str(config), f"train.output={tmp_path / 'four'}", *layout)
+    for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "four"), strict=True):
+        for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
+            assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
+        assert other["similarity_overlap"] == pytest.approx(one["similarity_overlap"], abs=0.13)  # two queries of 16
+        assert 0 < one["hard_negatives"] == other["hard_negatives"] <= 32
+        assert 1 < other["effective_negatives"] < 15 + one["hard_negatives"]
+    counts = [sum(record.get("positive_histogram", [])) for record in log_of(tmp_path / "four")]
+    assert counts == [0, 16, 0]
+
+
+def test_averaged_weights_that_are_not_there_are_named(runs: dict[str, Path], openmoji_data: Path) -> None:
+    command = [sys.executable, str(EVALUATE), "--checkpoint", str(runs["one"]), "--data", str(openmoji_data)]
+    done = subprocess.run([*command, "--average"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "has no averaged weights: its run had loss.reward=self, not ema" in done.stderr
 
 
 def test_run_folder_says_how_it_was_made(runs: dict[str, Path]) -> None:
