@@ -49,8 +49,8 @@ class RunLog:
         """Append one step's record and print progress when the interval is over.
 
         Args:
-            record: step (from 1), subset, loss, learning_rate, gradient_norm, temperature, alpha, pairs, tokens,
-                positive_similarity, hardest_negative_similarity, skipped (pairs) and seconds, all of this step alone.
+            record: step (from 1), subset, loss, learning_rate, gradient_norm, temperature, alpha, seconds, what
+                diagnostics.py adds, and now and then its histograms, all of this step alone.
                 A number that is not finite is written as null, since JSON has no word for it.
         """
         if self._file is None:

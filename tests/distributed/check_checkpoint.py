@@ -39,11 +39,12 @@ def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
         saved_average = full_weights(chunks, groups)
     assert any(not torch.equal(saved[name], saved_average[name]) for name in saved)
     parallel.leave_layout()
-    for text in loaded_at:
+    for index, text in enumerate(loaded_at):
         layout, freeze = parse_layout(text)
         groups = parallel.init(layout)
         chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=1)
-        for average, expected in ((False, saved), (True, saved_average)):
+        # The average takes the same way: two layouts are enough for it.
+        for average, expected in ((False, saved), (True, saved_average))[: 2 if index < 2 else 1]:
             checkpoint.load_weights(folder, chunks, groups, average)
             for name, value in full_weights(chunks, groups).items():
                 rows = min(len(value), len(expected[name]))  # the vocabulary's padding differs
