@@ -1,19 +1,19 @@
 """Time and peak memory of the loss, forward and backward, beside the dense ways of writing it, in one run.
 
-    python benchmarks/contrastive_loss.py [--batch 1024 4096] [--dim 256 1024] [--repeats 3]
+    python benchmarks/contrastive_loss.py [--batch 1024 4096] [--dim 256 1024] [--repeats 3] [--device cuda]
 
 Peers: `dense`, as the released code writes it (two logit matrices, weights as log(exp(alpha * cos)), two cross
 entropies; llava/model/language_model/loss.py), and `infonce`, plain symmetric cross entropy without weights. Every case
-runs in a process of its own, since peak memory is a process's high-water mark above what its inputs take.
+runs in a process of its own, since peak memory on the CPU is a process's high-water mark above what its inputs take.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def ours(query: Tensor, target: Tensor) -> Tensor:
 
 def dense(query: Tensor, target: Tensor) -> Tensor:
     """Every matrix written out, as the released loss does on one device."""
-    labels = torch.arange(len(query))
+    labels = torch.arange(len(query), device=query.device)
     losses = []
     for one, other in ((query, target), (target, query)):
         logits = one @ other.T / TEMPERATURE
@@ -45,30 +45,47 @@ def dense(query: Tensor, target: Tensor) -> Tensor:
 def infonce(query: Tensor, target: Tensor) -> Tensor:
     """Plain symmetric InfoNCE from one logit matrix."""
     logits = query @ target.T / TEMPERATURE
-    labels = torch.arange(len(query))
+    labels = torch.arange(len(query), device=query.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 WAYS = {"ours": ours, "dense": dense, "infonce": infonce}
 
 
-def measure(way: str, batch: int, dim: int, repeats: int) -> dict[str, float]:
+def measure(way: str, batch: int, dim: int, repeats: int, device: str) -> dict[str, float]:
     """Seconds of a forward and backward (median), MB of memory above the inputs, and the loss; in this process."""
     generator = torch.Generator().manual_seed(0)
-    rows = [F.normalize(torch.randn(batch, dim, generator=generator), dim=1).requires_grad_() for _ in range(2)]
-    F.cross_entropy(rows[0][:8] @ rows[1][:8].T, torch.arange(8)).backward()  # loads the libraries
-    rows[0].grad.zero_()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = [F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2)]
+    rows = [x.to(device).requires_grad_() for x in rows]
+    F.cross_entropy(rows[0][:8] @ rows[1][:8].T, torch.arange(8, device=device)).backward()  # loads the libraries
     seconds = []
+    before = start_peak(device)
     for _ in range(repeats):
         for x in rows:
             x.grad = None
         started = time.perf_counter()
         loss = WAYS[way](*rows)
         loss.backward()
+        value = loss.item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(seconds), "megabytes": (peak - before) / 1024, "loss": loss.item()}
+    return {"seconds": statistics.median(seconds), "megabytes": read_peak(device) - before, "loss": value}
+
+
+def start_peak(device: str) -> float:
+    """Forget the peak so far; MB in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: reset the high-water mark
+    return read_peak(device)
+
+
+def read_peak(device: str) -> float:
+    """MB at the peak since `start_peak`."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -77,21 +94,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--dim", type=int, nargs="+", default=[256, 1024, 3584])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu (Linux) or cuda")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         way, batch, dim = args.case
-        print(json.dumps(measure(way, int(batch), int(dim), args.repeats)))
+        print(json.dumps(measure(way, int(batch), int(dim), args.repeats, args.device)))
         return
-    print(f"{torch.get_num_threads()} threads; seconds and extra MB of a forward and backward\n")
+    print(f"{args.device}, {torch.get_num_threads()} threads; seconds and extra MB of a forward and backward\n")
     print("| B | d | ours s | dense s | InfoNCE s | ours MB | dense MB | InfoNCE MB | time / dense | memory / dense |")
     print("|" + "---:|" * 10)
     for batch in args.batch:
         for dim in args.dim:
             case = {}
             for way in WAYS:
-                settings = ["--repeats", str(args.repeats), "--case", way, str(batch), str(dim)]
-                command = [sys.executable, __file__, *settings]
+                settings = ["--repeats", str(args.repeats), "--device", args.device]
+                command = [sys.executable, __file__, *settings, "--case", way, str(batch), str(dim)]
                 case[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             assert abs(case["ours"]["loss"] - case["dense"]["loss"]) < 1e-4, case
             seconds, megabytes = ([case[way][key] for way in WAYS] for key in ("seconds", "megabytes"))

@@ -11,6 +11,8 @@ from typing import Any
 from megatron_llave.errors import ConfigError
 
 PARTS = ("vision", "projector", "language")
+HARDNESS = ("in_batch", "hard_negatives", "all")
+DIRECTIONS = ("symmetric", "query_to_target")
 
 
 def require(ok: bool, message: str) -> None:
@@ -165,7 +167,8 @@ class DataConfig:
     max_length: int = 4096
     """Longest sequence in tokens; longer text is cut before the template's tail, never the pooled token."""
     hard_negatives: int = 0
-    """Most hard negatives of a pair that are used, the first in its list; every query of the step sees all of them."""
+    """Most hard negatives of a pair that are used, the first in its list; queries see those of all pairs that
+    they are compared with."""
     subsets: dict[str, SubsetConfig] = field(default_factory=dict)
     """Mixture by subset name; empty: every subset of the index, weighted by its number of pairs."""
 
@@ -201,7 +204,7 @@ class LossConfig:
     """Negatives of a pair: global_batch (every other pair of the step, at any micro-batch size; costs one more forward
     when a rank has several micro batches) or micro_batch (its micro batch on all data-parallel ranks, as released)."""
     mask_same_target: bool = False
-    """Pairs with equal target ids (equal query ids in the other direction) are not each other's negatives."""
+    """Pairs with equal target ids or equal query ids are not each other's negatives, in neither direction."""
     mask_margin: float | None = None
     """A negative whose cosine exceeds the positive's by more than this is taken for a false one; null: none is."""
     hardness: str = "all"
@@ -221,8 +224,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Check names and signs."""
         one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
-        one_of("loss.directions", self.directions, ("symmetric", "query_to_target"))
-        one_of("loss.hardness", self.hardness, ("in_batch", "hard_negatives", "all"))
+        one_of("loss.directions", self.directions, DIRECTIONS)
+        one_of("loss.hardness", self.hardness, HARDNESS)
         one_of("loss.reward", self.reward, ("self", "ema"))
         _is_margin("loss.mask_margin", self.mask_margin)
         require(0 <= self.ema_decay < 1, f"loss.ema_decay={self.ema_decay} must be at least 0 and below 1")

@@ -18,7 +18,6 @@ def validate(cfg: RunConfig) -> None:
         for f in fields(values):
             value = getattr(values, f.name)
             require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
-    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
         ok = values.hidden_size % values.num_heads == 0
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
         require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
@@ -29,6 +28,10 @@ def validate(cfg: RunConfig) -> None:
     require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
     ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
     require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
+    require(
+        cfg.loss.reward == "self" or cfg.loss.alpha > 0,
+        f"loss.reward={cfg.loss.reward} judges hardness, which loss.alpha=0 gives no weight; use reward=self",
+    )
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
     require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PairEmbeddings
-from megatron_llave.config import LossConfig
+from megatron_llave.config import DIRECTIONS, HARDNESS, LossConfig
 from megatron_llave.parallel import all_gather_rows, reduce_scatter_rows, row_counts
 
 CHUNK = 256
@@ -28,13 +28,20 @@ class NegativeRules:
     """What counts as a negative, and which negatives are weighted by their hardness."""
 
     mask_same_target: bool = False
-    """Pairs with equal target ids (equal query ids in the other direction) are not each other's negatives."""
+    """Pairs with equal target ids or equal query ids are not each other's negatives, in neither direction: each one's
+    target is as right for the other's query as its own."""
     mask_margin: float | None = None
     """A negative more similar than the positive plus this is taken for a false one and left out; None: none is."""
     hardness: str = "all"
     """Weighted negatives: in_batch, hard_negatives or all."""
     directions: str = "symmetric"
     """symmetric, or query_to_target alone."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a word that means nothing."""
+        for name, allowed in (("hardness", HARDNESS), ("directions", DIRECTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
 
 @dataclass
@@ -44,15 +51,15 @@ class SimilarityStatistics:
     positive: Tensor
     """[b] cosine of each query and its own target."""
     hardest_negative: Tensor
-    """[b] largest cosine of each query and a negative that is not masked; -1 where there is none."""
+    """[b] largest cosine of each query and a negative that is not masked; -inf where there is none."""
     effective_negatives: Tensor
     """[n] number of equally weighted negatives that would spread as widely: (sum w)^2 / sum w^2 of their softmax."""
     hardest_share: Tensor
-    """[n] share of the negatives' softmax that lies on the hardest 1 % of them."""
+    """[n] share of the negatives' softmax that lies on the hardest 1 % of them, at least one."""
 
 
-Seen = tuple[Tensor, SimilarityStatistics]
-"""A share of the loss, and what it saw."""
+LossShare = tuple[Tensor, SimilarityStatistics]
+"""This rank's share of the loss, a scalar, and what it saw."""
 
 
 def temperature_at(config: LossConfig, step: int) -> float:
@@ -81,7 +88,7 @@ def hardness_weighted_contrastive_loss(
     reward: PairEmbeddings | None = None,
     rules: NegativeRules = NegativeRules(),
     chunk: int = CHUNK,
-) -> tuple[Tensor, SimilarityStatistics]:
+) -> LossShare:
     """Symmetric InfoNCE in which a negative's logit is raised by alpha times its own, detached, cosine.
 
     The released code adds log(exp(alpha * cos)), which is alpha * cos, in bfloat16, which is off by up to 0.065.
@@ -96,8 +103,7 @@ def hardness_weighted_contrastive_loss(
         hard_negatives: [m, d] further targets that are nobody's positive; negatives of every query of every rank.
         query_ids: [b] int64, needed by rules.mask_same_target.
         target_ids: [b] int64, likewise.
-        hard_negative_ids: [m] int64; with rules.mask_same_target a hard negative equal to a query's target is masked.
-            None: no hard negative is anybody's target.
+        hard_negative_ids: [m] int64, likewise; a hard negative equal to a query's target is masked for it.
         reward: the same rows from the reward model, whose cosines are the hardness; None: `query` and `target`
             themselves, detached, as in the paper.
         rules: which pairs are negatives and which are weighted.
@@ -105,17 +111,28 @@ def hardness_weighted_contrastive_loss(
 
     Returns:
         This rank's share of the loss, a scalar of at least float32: the mean of the ranks' values is the mean over all
-        B rows and both directions, and averaging parameter gradients over the ranks gives its exact gradient.
+        B rows and both directions, and averaging parameter gradients over the ranks gives its exact gradient. Then the
+        similarities it saw.
+
+    Raises:
+        ValueError: rules.mask_same_target without ids.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(precise), target.to(precise)
-    hard_negatives = query.new_zeros(0, query.shape[1]) if hard_negatives is None else hard_negatives.to(precise)
-    counts = row_counts(query, group)
-    terms = _Terms(temperature, alpha, rules, group, chunk, counts, row_counts(hard_negatives, group))
+    has_hard_negatives = hard_negatives is not None
+    hard_negatives = hard_negatives.to(precise) if has_hard_negatives else query.new_zeros(0, query.shape[1])
+    terms = _Terms(temperature, alpha, rules, group, chunk, *row_counts(group, query, hard_negatives))
     if rules.mask_same_target:
-        if query_ids is None or target_ids is None:
-            raise ValueError("mask_same_target needs query_ids and target_ids")
-        terms = replace(terms, **_gather_ids(query_ids, target_ids, hard_negative_ids, terms))
+        # Not a question of the number of hard negatives here: all ranks must take part in the gathers.
+        if query_ids is None or target_ids is None or (has_hard_negatives and hard_negative_ids is None):
+            raise ValueError("mask_same_target needs query_ids, target_ids, and hard_negative_ids of hard negatives")
+        hard_ids = target_ids.new_zeros(0) if hard_negative_ids is None else hard_negative_ids
+        terms = replace(
+            terms,
+            query_ids=all_gather_rows(query_ids, terms.counts, group),
+            target_ids=all_gather_rows(target_ids, terms.counts, group),
+            hard_negative_ids=all_gather_rows(hard_ids, terms.hard_counts, group),
+        )
     if reward is not None:
         columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), terms)
         terms = replace(terms, reward_query=reward.query.to(precise), reward_columns=columns)
@@ -131,7 +148,7 @@ def matryoshka_loss(
     hard_negatives: Tensor | None = None,
     reward: PairEmbeddings | None = None,
     **settings: object,
-) -> tuple[Tensor, SimilarityStatistics]:
+) -> LossShare:
     """Mean of the loss over prefixes of the embedding, each renormalised (arXiv 2205.13147); statistics of the longest.
 
     Args:
@@ -140,23 +157,23 @@ def matryoshka_loss(
         dims: lengths of the prefixes, rising.
         hard_negatives: [m, d].
         reward: hardness comes from prefixes of these, of the same length.
-        settings: the further arguments of `hardness_weighted_contrastive_loss`.
+        settings: temperature, alpha, and the further arguments of `hardness_weighted_contrastive_loss`.
     """
     losses = []
     for dim in dims:
         hard = None if hard_negatives is None else _prefix(hard_negatives, dim)
-        judge = None
+        reward_prefix = None
         if reward is not None:
-            judge = PairEmbeddings(*(_prefix(getattr(reward, f.name), dim) for f in fields(reward)))
+            reward_prefix = PairEmbeddings(*(_prefix(getattr(reward, f.name), dim) for f in fields(reward)))
         loss, statistics = hardness_weighted_contrastive_loss(
-            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, reward=judge, **settings
+            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, reward=reward_prefix, **settings
         )
         losses.append(loss)
     return torch.stack(losses).mean(), statistics
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:
-    return F.normalize(embeddings[:, :dim], dim=-1)
+    return F.normalize(embeddings[:, :dim].to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -171,8 +188,9 @@ class _Terms:
     counts: list[int]
     hard_counts: list[int]
     query_ids: Tensor | None = None
-    """[B], as the next."""
+    """[B]."""
     target_ids: Tensor | None = None
+    """[B]."""
     hard_negative_ids: Tensor | None = None
     """[M]."""
     reward_query: Tensor | None = None
@@ -199,51 +217,49 @@ class _Terms:
 
 def _gather_columns(target: Tensor, hard_negatives: Tensor, terms: _Terms) -> Tensor:
     """[C, d] targets of all ranks, then their hard negatives."""
-    hard = all_gather_rows(hard_negatives, terms.hard_counts, terms.group)
-    return torch.cat([all_gather_rows(target, terms.counts, terms.group), hard])
+    targets = all_gather_rows(target, terms.counts, terms.group)
+    if not any(terms.hard_counts):
+        return targets
+    return torch.cat([targets, all_gather_rows(hard_negatives, terms.hard_counts, terms.group)])
 
 
-def _gather_ids(query: Tensor, target: Tensor, hard: Tensor | None, terms: _Terms) -> dict[str, Tensor | None]:
-    ids = {"query_ids": query, "target_ids": target}
-    gathered = {name: all_gather_rows(own, terms.counts, terms.group) for name, own in ids.items()}
-    if hard is not None:
-        gathered["hard_negative_ids"] = all_gather_rows(hard, terms.hard_counts, terms.group)
-    return gathered
+@dataclass
+class _Masks:
+    """Which pairs of a chunk's rows and all columns are no negatives."""
+
+    own: Tensor
+    """[n, 1] column of each row's positive."""
+    to_target: Tensor | None
+    """[n, C] True: not among the negatives of the row's query; False at the positives. None: all are negatives."""
+    to_query: Tensor | None
+    """[n, B] True: not among the negatives of the column's target."""
 
 
-def _masks(
-    cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None]:
-    """Columns [n, 1] of a chunk's own positives; pairs [n, C] that are no negatives towards targets and queries.
-
-    Positives are never masked; None: every pair is a negative. positives [B] are the cosines of all pairs.
-    """
-    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
+def _masks(cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms) -> _Masks:
+    """Masks of a chunk's cosines [n, C]; positives [B] are the cosines of all pairs."""
     rules, rows_all = terms.rules, terms.num_rows
+    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
     if not rules.mask_same_target and rules.mask_margin is None:
-        return own, None, None
-    to_target, to_query = (torch.zeros_like(cosines, dtype=torch.bool) for _ in range(2))
+        return _Masks(own, None, None)
+    to_target = torch.zeros_like(cosines, dtype=torch.bool)
+    if rules.mask_same_target:
+        to_target[:, :rows_all] = terms.target_ids[own] == terms.target_ids
+        to_target[:, :rows_all] |= terms.query_ids[own] == terms.query_ids
+        to_target[:, rows_all:] = terms.target_ids[own] == terms.hard_negative_ids
+    to_query = to_target[:, :rows_all].clone()
     if rules.mask_margin is not None:
         # A row's own positive; in the other direction the positive of the column's target.
         to_target |= cosines > positives[own] + rules.mask_margin
-        to_query[:, :rows_all] |= cosines[:, :rows_all] > positives + rules.mask_margin
-    if rules.mask_same_target:
-        to_target[:, :rows_all] |= terms.target_ids[own] == terms.target_ids
-        to_query[:, :rows_all] |= terms.query_ids[own] == terms.query_ids
-        if terms.hard_negative_ids is not None:
-            to_target[:, rows_all:] |= terms.target_ids[own] == terms.hard_negative_ids
-    return own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False)
+        to_query |= cosines[:, :rows_all] > positives + rules.mask_margin
+    return _Masks(own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False))
 
 
-def _logits(
-    cosines: Tensor, rows: slice, masks: tuple[Tensor, Tensor | None, Tensor | None], terms: _Terms
-) -> tuple[Tensor, Tensor | None]:
+def _logits(cosines: Tensor, rows: slice, masks: _Masks, terms: _Terms) -> tuple[Tensor, Tensor | None]:
     """Weighted logits of a chunk's negatives: [n, C] towards the targets, [n, B] towards the queries (None: unwanted).
 
     Positives and masked pairs are -inf. `cosines` [n, C] are overwritten.
     """
     rules, rows_all = terms.rules, terms.num_rows
-    own, not_target, not_query = masks
     in_batch = terms.alpha if rules.hardness != "hard_negatives" else 0.0
     explicit = terms.alpha if rules.hardness != "in_batch" else 0.0
     parts = (slice(None, rows_all), in_batch), (slice(rows_all, None), explicit)
@@ -255,11 +271,11 @@ def _logits(
         cosines *= 1 / terms.temperature
         for columns, alpha in parts:
             cosines[:, columns] += hardness[:, columns].mul_(alpha)
-    logits = cosines.scatter_(1, own, -torch.inf)
+    logits = cosines.scatter_(1, masks.own, -torch.inf)
     to_query = logits[:, :rows_all] if rules.directions == "symmetric" else None
-    if not_target is not None:
-        to_query = None if to_query is None else to_query.masked_fill(not_query[:, :rows_all], -torch.inf)
-        logits = logits.masked_fill_(not_target, -torch.inf)
+    if masks.to_target is not None:
+        to_query = None if to_query is None else to_query.masked_fill(masks.to_query, -torch.inf)
+        logits = logits.masked_fill_(masks.to_target, -torch.inf)
     return logits, to_query
 
 
@@ -332,22 +348,24 @@ class _ContrastiveLoss(torch.autograd.Function):
         )
 
 
-def _hardest(cosines: Tensor, masks: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
-    """[n] largest cosine of a negative; -1 without one."""
-    own, not_target, _ = masks
-    if not_target is not None:
-        return cosines.masked_fill(not_target, -1.0).scatter_(1, own, -1.0).amax(1)
-    own_cosines = cosines.gather(1, own)
-    hardest = cosines.scatter_(1, own, -1.0).amax(1)
-    cosines.scatter_(1, own, own_cosines)
+def _hardest(cosines: Tensor, masks: _Masks) -> Tensor:
+    """[n] largest cosine of a negative; -inf without one."""
+    if masks.to_target is not None:
+        return cosines.masked_fill(masks.to_target, -torch.inf).scatter_(1, masks.own, -torch.inf).amax(1)
+    own_cosines = cosines.gather(1, masks.own)
+    hardest = cosines.scatter_(1, masks.own, -torch.inf).amax(1)
+    cosines.scatter_(1, masks.own, own_cosines)
     return hardest
 
 
 def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
     """[n] effective number of negatives and share of the hardest 1 %, from their softmax; 0 without negatives."""
-    weights = logits.softmax(1).nan_to_num(0.0)  # [n, C]
-    top = max(1, (logits.shape[1] - 1) // 100)
-    return weights.sum(1) / weights.square().sum(1).clamp_min(1e-30), weights.topk(top, dim=1).values.sum(1)
+    count = (logits > -torch.inf).sum(1, keepdim=True)  # [n, 1]
+    weights = logits.softmax(1).masked_fill(count == 0, 0.0)  # [n, C]
+    hardest = (count // 100).clamp_min(1)
+    top = weights.topk(max(1, logits.shape[1] // 100), dim=1).values
+    top = top.masked_fill(torch.arange(top.shape[1], device=top.device) >= hardest, 0.0)
+    return weights.sum(1).square() / weights.square().sum(1).clamp_min(1e-30), top.sum(1)
 
 
 def _log_sum_over_ranks(values: Tensor, terms: _Terms) -> Tensor:

@@ -49,8 +49,10 @@ def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
         context_parallel_size=config.context,
         distributed_timeout_minutes=config.timeout_seconds / 60,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # As Megatron-LM does, so that no two stages drop the same channels.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
+    return groups
 
 
 def leave_layout() -> None:
@@ -143,14 +145,14 @@ def validate_batch(cfg: RunConfig, data_parallel: int) -> None:
         )
 
 
-def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """Number of rows each rank of the group holds, in rank order."""
+def row_counts(group: dist.ProcessGroup | None, *rows: Tensor) -> list[list[int]]:
+    """For each tensor, the number of rows that each rank of the group holds, in rank order; one collective for all."""
     if group is None or group.size() == 1:
-        return [rows.shape[0]]
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=rows.device)
-    own = torch.full((1,), rows.shape[0], dtype=torch.int64, device=rows.device)
+        return [[len(x)] for x in rows]
+    own = torch.tensor([[len(x) for x in rows]], device=rows[0].device)
+    counts = own.new_empty(group.size(), len(rows))
     dist.all_gather_into_tensor(counts, own, group=group)
-    return counts.tolist()
+    return counts.T.tolist()
 
 
 def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -159,12 +161,12 @@ def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | 
     Args:
         rows: [counts[rank], ...] this rank's rows; the numbers may differ between ranks.
         counts: rows per rank, from `row_counts`.
-        group: ranks to gather over; None or a single rank returns `rows`.
+        group: ranks to gather over; None, a single rank, or no row on any of them returns `rows`.
 
     Returns:
         [sum(counts), ...] in rank order.
     """
-    if group is None or group.size() == 1:
+    if group is None or group.size() == 1 or not any(counts):
         return rows
     longest = max(counts)
     padding = rows.new_zeros((longest - rows.shape[0], *rows.shape[1:]))
@@ -177,7 +179,7 @@ def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | 
 
 def reduce_scatter_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Sum [sum(counts), ...] over the ranks and keep this rank's rows; the adjoint of all_gather_rows."""
-    if group is None or group.size() == 1:
+    if group is None or group.size() == 1 or not any(counts):
         return rows
     longest, own = max(counts), counts[group.rank()]
     if min(counts) != longest:

@@ -29,16 +29,25 @@ def dense_contrastive_loss(
     judge = reward or PairEmbeddings(query, target, hard)
     if hard_negative_ids is None:
         hard_negative_ids = torch.full((len(hard),), -1)
-    ids = None if target_ids is None else torch.cat([target_ids, hard_negative_ids])
     judged = judge.query @ torch.cat([judge.target, judge.hard_negatives]).T  # [B, C]
-    to_target = _direction(query, target, hard, ids, judged, temperature, alpha, rules)
+    same = same_pairs(query_ids, target_ids, hard_negative_ids) if rules.mask_same_target else judged > torch.inf
+    to_target = _direction(query, target, hard, same, judged, temperature, alpha, rules)
     if rules.directions == "query_to_target":
         return to_target
-    judged = judge.target @ judge.query.T
-    return (to_target + _direction(target, query, no_rows, query_ids, judged, temperature, alpha, rules)) / 2
+    same, judged = same[:, : len(query)].T, judged[:, : len(query)].T
+    return (to_target + _direction(target, query, no_rows, same, judged, temperature, alpha, rules)) / 2
 
 
-def _direction(rows, columns, hard, ids, judged, temperature, alpha, rules) -> Tensor:
+def same_pairs(query_ids: Tensor, target_ids: Tensor, hard_negative_ids: Tensor) -> Tensor:
+    """[B, C] queries i and columns j, target or hard negative, that loss.mask_same_target does not hold apart."""
+    rows = []
+    for query_id, target_id in zip(query_ids.tolist(), target_ids.tolist()):
+        pairs = [query_id == q or target_id == t for q, t in zip(query_ids.tolist(), target_ids.tolist())]
+        rows.append(pairs + [target_id == h for h in hard_negative_ids.tolist()])
+    return torch.tensor(rows)
+
+
+def _direction(rows, columns, hard, same, judged, temperature, alpha, rules) -> Tensor:
     losses = []
     for i, row in enumerate(rows):
         positive = row @ columns[i]
@@ -47,7 +56,7 @@ def _direction(rows, columns, hard, ids, judged, temperature, alpha, rules) -> T
             cosine = row @ column
             if j == i or (rules.mask_margin is not None and cosine > positive + rules.mask_margin):
                 continue
-            if rules.mask_same_target and ids[i] == ids[j]:
+            if same[i, j]:
                 continue
             weighted = rules.hardness in ("all", "hard_negatives" if j >= len(columns) else "in_batch")
             hardness = alpha * judged[i, j].detach() if weighted else 0.0

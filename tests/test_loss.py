@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import dense_contrastive_loss
 from run_ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llave.batch import PairEmbeddings
 from megatron_llave.config import LossConfig
@@ -54,7 +55,8 @@ def test_bfloat16_embeddings_are_compared_in_float32() -> None:
 def test_a_single_pair_has_no_negative() -> None:
     loss, seen = hardness_weighted_contrastive_loss(unit_rows(1, 0), unit_rows(1, 1), 0.05, 9.0)
     assert loss.item() == 0
-    assert seen.hardest_negative.tolist() == [-1]
+    assert seen.hardest_negative.tolist() == [-torch.inf]
+    assert seen.effective_negatives.tolist() == seen.hardest_share.tolist() == [0]
 
 
 def test_temperature_falls_geometrically_and_alpha_rises_linearly() -> None:
@@ -80,14 +82,15 @@ def test_chunks_do_not_change_the_result(chunk: int) -> None:
         torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("directions", ["symmetric", "query_to_target"])
 @pytest.mark.parametrize("mask", [False, True])
-def test_masked_duplicate_is_not_pushed_away(mask: bool) -> None:
+def test_masked_duplicate_is_not_pushed_away(mask: bool, directions: str) -> None:
     """Pairs 0 and 1 share their target. Orthogonal queries let each similarity's slope be read off the gradient."""
     query, target = torch.eye(6, 24, dtype=torch.float64), unit_rows(6, 1)
     target[1] = target[0]
     target.requires_grad_()
     ids = {"query_ids": torch.arange(6), "target_ids": torch.tensor([0, 0, 2, 3, 4, 5])}
-    rules = NegativeRules(mask_same_target=mask, directions="query_to_target")
+    rules = NegativeRules(mask_same_target=mask, directions=directions)
     loss, _ = hardness_weighted_contrastive_loss(query, target, 0.05, 9.0, rules=rules, **ids)
     loss.backward()
     slope = query @ target.grad.T  # [6, 6] d loss / d cosine
@@ -96,26 +99,65 @@ def test_masked_duplicate_is_not_pushed_away(mask: bool) -> None:
 
 
 def test_mask_without_ids_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs query_ids and target_ids"):
-        hardness_weighted_contrastive_loss(
-            unit_rows(2, 0), unit_rows(2, 1), 0.05, 9.0, rules=NegativeRules(mask_same_target=True)
+    ids = torch.arange(2)
+    for given in ({}, {"query_ids": ids, "target_ids": ids, "hard_negatives": unit_rows(1, 2)}):
+        with pytest.raises(ValueError, match="needs query_ids, target_ids, and hard_negative_ids"):
+            hardness_weighted_contrastive_loss(
+                unit_rows(2, 0), unit_rows(2, 1), 0.05, 9.0, rules=NegativeRules(mask_same_target=True), **given
+            )
+
+
+@pytest.mark.parametrize(("name", "value"), [("hardness", "none"), ("directions", "target_to_query")])
+def test_rule_that_means_nothing_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='{value}' is not one of"):
+        NegativeRules(**{name: value})
+
+
+class LargestOutput(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("has_reward", [False, True])
+def test_no_matrix_of_all_pairs_is_made(has_reward: bool) -> None:
+    """256 pairs of width 24 in chunks of 8, every rule on: a full matrix would have 256 x 272 elements."""
+    query, target, hard = (unit_rows(n, seed).requires_grad_() for seed, n in enumerate((256, 256, 16)))
+    ids = {"query_ids": torch.arange(256), "target_ids": torch.arange(256) // 2, "hard_negative_ids": torch.arange(16)}
+    reward = PairEmbeddings(unit_rows(256, 3), unit_rows(256, 4), unit_rows(16, 5)) if has_reward else None
+    rules = NegativeRules(mask_same_target=True, mask_margin=0.1)
+    with LargestOutput() as largest:
+        loss, _ = hardness_weighted_contrastive_loss(
+            query, target, 0.05, 9.0, None, hard, **ids, reward=reward, rules=rules, chunk=8
         )
+        loss.backward()
+    assert largest.elements == 272 * 24  # the columns, not 256 x 272 logits
 
 
 @pytest.mark.parametrize("has_reward", [False, True])
 def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> None:
-    ours = [unit_rows(5, seed).requires_grad_() for seed in (0, 1)]
+    ours = [unit_rows(n, seed).requires_grad_() for seed, n in enumerate((5, 5, 2))]
     plain = [x.detach().clone().requires_grad_() for x in ours]
-    judge = PairEmbeddings(unit_rows(5, 2), unit_rows(5, 3), unit_rows(0, 4)) if has_reward else None
-    loss, _ = matryoshka_loss(*ours, dims=[4, 8, 24], temperature=0.1, alpha=2.0, reward=judge)
+    judge = PairEmbeddings(unit_rows(5, 3), unit_rows(5, 4), unit_rows(2, 5)) if has_reward else None
+    query, target, hard = ours
+    loss, _ = matryoshka_loss(
+        query, target, dims=[4, 8, 24], temperature=0.1, alpha=2.0, hard_negatives=hard, reward=judge
+    )
     losses = []
     for k in (4, 8, 24):
-        query, target = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain)
+        query, target, hard = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain)
         reward = None
         if has_reward:
             parts = (judge.query, judge.target, judge.hard_negatives)
             reward = PairEmbeddings(*(torch.nn.functional.normalize(x[:, :k], dim=1) for x in parts))
-        losses.append(dense_contrastive_loss(query, target, 0.1, 2.0, reward=reward))
+        losses.append(dense_contrastive_loss(query, target, 0.1, 2.0, hard, reward=reward))
     expected = sum(losses) / 3
     loss.backward()
     expected.backward()
