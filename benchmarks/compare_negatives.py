@@ -4,7 +4,7 @@
 
 Trains examples/tiny.yaml on two data-parallel ranks, global batch 64 in micro batches of 8, once per seed and arm, and
 evaluates each run. A query sees 64 targets under `global_batch` and 16 under `micro_batch` (its own micro batch on both
-ranks). A run that has its report is not repeated. Prints a Markdown table of Precision@1.
+ranks). A run that has its report is not repeated if its settings were the same. Prints a Markdown table of Precision@1.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_llave import config_file
 from megatron_llave.run_log import LOG_FILE, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,10 +25,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def run(arm: str, seed: int, data: Path, out: Path, overrides: list[str]) -> Path:
     """Train and evaluate one run unless it has its report; returns its folder."""
     folder = out / f"{arm}-seed{seed}"
-    if not (folder / "report" / "report.json").is_file():
-        settings = [f"loss.negatives={arm}", f"train.seed={seed}", f"data.path={data}", f"train.output={folder}"]
-        launcher = [*TORCHRUN, str(ROOT / "examples" / "pretrain_llave_tiny.sh"), "train.micro_batch_size=8"]
-        subprocess.run([*launcher, *settings, *overrides], check=True)
+    settings = [f"loss.negatives={arm}", f"train.seed={seed}", f"data.path={data}", f"train.output={folder}"]
+    settings += ["train.micro_batch_size=8", *overrides]
+    if (folder / "report" / "report.json").is_file():
+        if config_file.load(folder / "config.yaml") != config_file.load(ROOT / "examples" / "tiny.yaml", settings):
+            raise SystemExit(f"error: {folder} holds a run with other settings; choose another --out")
+    else:
+        subprocess.run([*TORCHRUN, str(ROOT / "examples" / "pretrain_llave_tiny.sh"), *settings], check=True)
         evaluate = [str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(folder), "--data", str(data)]
         subprocess.run([*TORCHRUN, *evaluate, "--out", str(folder / "report")], check=True)
     return folder

@@ -33,9 +33,10 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.config import loss_of_subset
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.diagnostics import step_metrics
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.gradient_cache import Compare, forward_backward
-from megatron_llave.loss import Seen
+from megatron_llave.loss import LossShare
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable
 from megatron_llave.presets import PRESETS
@@ -61,7 +62,8 @@ negatives' softmax on the hardest 1 % of them, at least one.
 Bytes a rank receives per step, exactly as measured: (N - 1) * (8 b d + 20 b + 16), for N ranks of b pairs,
 width d, float32. For each other rank: its b targets, and its part of the gradients of this rank's b targets (4 b d
 each); two all-reduces, as rings, for the log-sum-exps of all N b columns (16 b); the cosines of its b positives (4 b);
-two row counts (16). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d.
+two row counts (16). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d, loss.reward=ema 4 b d, and
+loss.matryoshka_dims takes the whole for every prefix, with its length for d.
 
 LLaVE-7B by this formula, MB (1e6 bytes) per GPU and step, beside the reduction of its gradients: 7.6e9 parameters, all
 trained and data parallel, reduce-scatter of float32 gradients and all-gather of bfloat16 weights.
@@ -108,15 +110,16 @@ class Meter:
 
 def run_step(
     trainable: Trainable, batch: PairBatch, compare: Compare, watch: AbstractContextManager = nullcontext()
-) -> tuple[float, Seen]:
+) -> tuple[float, LossShare]:
     """Seconds of a training step on one micro batch, and what its loss saw; `watch` is on until the update."""
     dist.barrier()
     started = time.perf_counter()
     trainable.zero_gradients()
     with watch:
-        [seen] = forward_backward(trainable.chunks, [batch], compare, "global_batch")
+        [share] = forward_backward(trainable.chunks, [batch], compare, "global_batch")
     trainable.update()
-    return time.perf_counter() - started, seen
+    step_metrics([share], [batch], dist.group.WORLD)
+    return time.perf_counter() - started, share
 
 
 def measure(args: argparse.Namespace) -> None:

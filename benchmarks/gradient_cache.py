@@ -70,7 +70,7 @@ def main() -> None:
         for frozen in (True, False):
             for size in args.micro_batch:
                 settings = [f"data.path={args.data}", f"train.global_batch_size={args.pairs}"]
-                settings += [f"train.micro_batch_size={size}", f"model.freeze=[{'vision' * frozen}]"]
+                settings += [f"train.micro_batch_size={size}", f"model.freeze={'[vision]' if frozen else '[]'}"]
                 cfg = config_file.load(TINY, settings)
                 seconds, tokens = measure(cfg, args.repeats)
                 ratio = seconds["global_batch"] / seconds["micro_batch"]

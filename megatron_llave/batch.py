@@ -50,6 +50,8 @@ class PackedSequences:
     """Length in tokens of the longest sequence, padding counted as one."""
     num_sequences: int
     """n, without the padding."""
+    num_tokens: int
+    """t, without the padding."""
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
     visual_source: Tensor

@@ -9,8 +9,6 @@ a killed save leaves the previous one current.
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,8 +16,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from megatron_llave import config_file
 from megatron_llave.config import RunConfig
@@ -39,7 +38,7 @@ def save(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     groups: ProcessGroupCollection,
-    averaged: Callable[[], AbstractContextManager] | None = None,
+    averages: dict[Parameter, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` steps into the run's folder and make it current; every rank takes part.
 
@@ -50,7 +49,7 @@ def save(
         optimizer: its states are saved with it.
         schedule: of the learning rate.
         groups: the layout.
-        averaged: a context in which the chunks hold their averaged weights, saved too; None: there are none.
+        averages: averaged weights of the trained parameters, saved too; None: there are none.
 
     Returns:
         The checkpoint's folder.
@@ -69,9 +68,8 @@ def save(
         # A pipeline stage that is all frozen has no optimizer state, which megatron-core does not expect.
         optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
         state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
-    if averaged is not None:
-        with averaged():
-            state |= _average_state(chunks, metadata)
+    if averages is not None:
+        state |= _average_state(chunks, metadata, averages)
     state["schedule"] = schedule.state_dict()
     state["step"] = step
     metadata.pop("dp_cp_group")
@@ -132,7 +130,8 @@ def load_weights(
     for key, chunk in zip(_model_keys(chunks), chunks):
         chunk.load_state_dict(loaded[key])
     if average:
-        loaded = _load(path, _average_state(chunks, metadata))
+        # Loading takes only shapes from here, and casts the averages to the weights' dtype.
+        loaded = _load(path, _average_state(chunks, metadata, {}))
         for key, chunk in zip(_model_keys(chunks), chunks):
             averages = loaded.get(AVERAGE + key, {})  # a stage may have nothing that is trained
             weights = {name.removeprefix(AVERAGE): value for name, value in averages.items()}
@@ -171,14 +170,16 @@ def _model_state(chunks: list[Module], metadata: dict) -> dict:
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
 
 
-def _average_state(chunks: list[Module], metadata: dict) -> dict:
-    """What the chunks' trained parameters hold now, under names of its own; it stays when they hold something else."""
+def _average_state(chunks: list[Module], metadata: dict, averages: dict[Parameter, Tensor]) -> dict:
+    """The trained parameters of the chunks under names of their own, with these values in place of theirs."""
     states = {}
     for key, chunk in zip(_model_keys(chunks), chunks):
         state = chunk.sharded_state_dict(prefix=AVERAGE, metadata=metadata)
         trained = {name: part for name, part in state.items() if getattr(part.data, "requires_grad", False)}
         for part in trained.values():
-            part.data = part.data.detach()
+            part.data = averages.get(part.data, part.data)
+            if hasattr(part, "dtype"):  # a factory, of a matrix that is saved in parts, has none
+                part.dtype = part.data.dtype
         if trained:
             states[AVERAGE + key] = trained
     return states

@@ -216,7 +216,7 @@ class LossConfig:
     """The loss is the mean over prefixes of the embedding of these lengths, each renormalised; empty: all of it."""
     reward: str = "self"
     """Whose cosines are the hardness: self (the model's own, as in the paper) or ema (those of an exponential moving
-    average of its weights, which costs one more forward and a float32 copy of the trained weights)."""
+    average of its weights; docs/contrastive_step.md says what that costs)."""
     ema_decay: float = 0.999
     """Share of the average that a step keeps, for reward ema; less in the first steps, where it is
     (1 + step) / (10 + step)."""

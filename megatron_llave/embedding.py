@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
@@ -17,6 +16,7 @@ from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
 from megatron_llave.errors import CheckpointError, DataError
+from megatron_llave.gradient_cache import run_schedule
 from megatron_llave.model.embedder import build_model
 
 
@@ -70,8 +70,7 @@ def embed(model: LoadedModel, sides: dict[str, Side]) -> Tensor:
     # Sequences of like length share a row, which keeps the attention's buckets full.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
     rows = list(packed_rows([encoded[index] for index in order], model))
-    with torch.no_grad():
-        outputs = forward_only(model, rows)
+    outputs = forward_only(model, rows)
     width = model.cfg.model.language.hidden_size
     local = torch.zeros(len(encoded), width, device=parallel.device())
     if groups.pp.rank() == groups.pp.size() - 1 and encoded:
@@ -111,17 +110,7 @@ def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor
     missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule wants whole rounds
     empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
     padded = rows + [empty] * missing
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(padded) for _ in range(num_chunks)] if num_chunks > 1 else iter(padded),
-        model=model.chunks,
-        num_microbatches=len(padded),
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return outputs[: len(rows)]
+    return run_schedule(model.chunks, padded, _forward_step, forward_only=True)[: len(rows)]
 
 
 def _forward_step(rows: Iterator[PackedSequences], chunk: Module) -> tuple[Tensor, object]:

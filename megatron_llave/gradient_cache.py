@@ -14,7 +14,7 @@ A reward model other than the model itself embeds all micro batches once more, b
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -25,19 +25,23 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.loss import Seen
+from megatron_llave.loss import LossShare
 
-Compare = Callable[..., Seen]
+Compare = Callable[..., LossShare]
 """(embeddings: PairEmbeddings, reward: PairEmbeddings | None, query_ids [b], target_ids [b], hard_negative_ids [m]) ->
-this rank's share of the loss, what it saw."""
+this rank's share of the loss and what it saw."""
 
-Reward = Callable[[], AbstractContextManager]
+RewardModel = Callable[[], AbstractContextManager]
 """A context in which the chunks are the reward model."""
 
 
 def forward_backward(
-    chunks: list[Module], batches: list[PairBatch], compare: Compare, negatives: str, reward: Reward | None = None
-) -> list[Seen]:
+    chunks: list[Module],
+    batches: list[PairBatch],
+    compare: Compare,
+    negatives: str,
+    reward_model: RewardModel | None = None,
+) -> list[LossShare]:
     """Leave the gradient of the step's loss in the chunks' gradient buffers.
 
     Args:
@@ -45,43 +49,56 @@ def forward_backward(
         batches: this rank's micro batches, on its device.
         compare: the loss.
         negatives: global_batch or micro_batch.
-        reward: whose cosines are the hardness; None: the model's own.
+        reward_model: whose cosines are the hardness; None: the model's own.
 
     Returns:
         What the loss saw, once per loss computed; on the last pipeline stage, elsewhere nothing. The step's loss is the
         mean over them and over the data-parallel ranks.
     """
-    judged: list[Tensor | None] = [None] * len(batches)
-    if reward is not None:
-        with reward():
-            judged = _embed(chunks, batches) or judged
+    nothing: list[None] = [None] * len(batches)  # what stages before the last have of embeddings and gradients
+    rewards = nothing
+    if reward_model is not None:
+        with reward_model():
+            rewards = _embed(chunks, batches) or nothing
     if negatives == "micro_batch" or len(batches) == 1:
-        return _run(chunks, list(zip(batches, judged)), partial(_compare_step, compare=compare))
+        return run_schedule(chunks, list(zip(batches, rewards)), partial(_compare_step, compare=compare))
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)
-    is_last_stage = len(embeddings) > 0
-    gradients, seen = [None] * len(batches), []
-    if is_last_stage:
-        gradients, seen = _loss_gradients(embeddings, judged, batches, compare)
+    gradients, shares = nothing, []
+    if embeddings:
+        gradients, share = _loss_gradients(embeddings, rewards, batches, compare)
+        shares = [share]
     after = states.current()
-    replay = partial(_replay_step, num_micro_batches=len(batches), states=states)
-    _run(chunks, list(zip(range(len(batches)), batches, gradients)), replay)
+    replay = partial(_replay_step, schedule_divisor=len(batches), states=states)
+    run_schedule(chunks, list(zip(range(len(batches)), batches, gradients)), replay)
     states.restore(after)
-    return seen
+    return shares
 
 
-def _run(chunks: list[Module], items: list, step: Callable, forward_only: bool = False) -> list:
-    """All micro batches through megatron-core's schedule for this layout: no pipelining, 1F1B or interleaved."""
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(items) for _ in chunks] if len(chunks) > 1 else iter(items),
-        model=chunks,
-        num_microbatches=len(items),
-        seq_length=1,  # unused, as is the next: every micro batch sends its own shape along
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+def run_schedule(chunks: list[Module], items: list, step: Callable, forward_only: bool = False) -> list:
+    """Micro batches through megatron-core's schedule for this layout: no pipelining, 1F1B or interleaved.
+
+    Args:
+        chunks: this rank's model chunks.
+        items: one per micro batch; each chunk walks through all of them.
+        step: megatron-core's forward step, (iterator of items, chunk) -> (output, what to do with the last stage's).
+        forward_only: without gradients; `step` then returns a function of (output, True) whose results are collected.
+
+    Returns:
+        What the last stage's outputs gave, one per item; on other stages nothing.
+    """
+    # megatron-core's forward_only alone would keep every graph.
+    with torch.no_grad() if forward_only else nullcontext():
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(items) for _ in chunks] if len(chunks) > 1 else iter(items),
+            model=chunks,
+            num_microbatches=len(items),
+            seq_length=1,  # unused, as is the next: every micro batch sends its own shape along
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
 class _RandomStates:
@@ -91,7 +108,8 @@ class _RandomStates:
     """
 
     def __init__(self, chunks: list[Module]) -> None:
-        self.needed = get_model_config(chunks[0]).hidden_dropout > 0
+        config = get_model_config(chunks[0])
+        self.needed = config.hidden_dropout > 0 or config.attention_dropout > 0
         self._states: dict[tuple[int, int], tuple] = {}
 
     def current(self) -> tuple | None:
@@ -114,8 +132,7 @@ class _RandomStates:
 
 def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
     """Embeddings [2b + m, d] of every micro batch, on the last pipeline stage; elsewhere nothing."""
-    with torch.no_grad():  # megatron-core's forward_only alone would keep every graph
-        return _run(chunks, list(enumerate(batches)), partial(_embed_step, states=states), forward_only=True)
+    return run_schedule(chunks, list(enumerate(batches)), partial(_embed_step, states=states), forward_only=True)
 
 
 def _embed_step(
@@ -130,42 +147,46 @@ def _embed_step(
 def _compare_step(
     items: Iterator[tuple[PairBatch, Tensor | None]], chunk: Module, compare: Compare
 ) -> tuple[Tensor, Callable]:
-    batch, judged = next(items)
+    batch, reward = next(items)
 
-    def loss_of(embeddings: Tensor) -> tuple[Tensor, Seen]:
-        loss, statistics = _compare([embeddings], [judged], [batch], compare)
+    def loss_of(embeddings: Tensor) -> tuple[Tensor, LossShare]:
+        if not embeddings.requires_grad:
+            # All that made them is frozen, as for texts with only the projector trained. The schedule would skip this
+            # backward, in which other ranks wait for the gradients of this rank's rows.
+            embeddings = embeddings.detach().requires_grad_()
+        loss, statistics = _loss_over([embeddings], [reward], [batch], compare)
         # A copy, because the schedule divides the loss in place. It divides by the number of micro batches, and the
         # data-parallel wrapper averages over ranks: just the means that the step's loss is.
         return loss, (loss.detach().clone(), statistics)
 
-    return chunk(batch.sequences), loss_of
+    return _last_forward(chunk, batch), loss_of
 
 
-def _compare(
-    embeddings: list[Tensor], judged: list[Tensor | None], batches: list[PairBatch], compare: Compare
-) -> Seen:
+def _loss_over(
+    embeddings: list[Tensor], rewards: list[Tensor | None], batches: list[PairBatch], compare: Compare
+) -> LossShare:
     """The loss over the pairs of these micro batches, and over the other ranks'."""
-    both = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(embeddings, batches)])
+    pairs = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(embeddings, batches)])
     reward = None
-    if judged[0] is not None:
-        reward = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(judged, batches)])
+    if rewards[0] is not None:
+        reward = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(rewards, batches)])
     names = ("query_ids", "target_ids", "hard_negative_ids")
     ids = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-    return compare(both, reward, **ids)
+    return compare(pairs, reward, **ids)
 
 
 def _loss_gradients(
-    embeddings: list[Tensor], judged: list[Tensor | None], batches: list[PairBatch], compare: Compare
-) -> tuple[list[Tensor], list[Seen]]:
+    embeddings: list[Tensor], rewards: list[Tensor | None], batches: list[PairBatch], compare: Compare
+) -> tuple[list[Tensor], LossShare]:
     """Gradient [2b + m, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
     leaves = [x.detach().requires_grad_() for x in embeddings]
-    loss, statistics = _compare(leaves, judged, batches, compare)
+    loss, statistics = _loss_over(leaves, rewards, batches, compare)
     loss.backward()
-    return [leaf.grad for leaf in leaves], [(loss.detach(), statistics)]
+    return [leaf.grad for leaf in leaves], (loss.detach(), statistics)
 
 
 def _replay_step(
-    items: Iterator[tuple[int, PairBatch, Tensor | None]], chunk: Module, num_micro_batches: int, states: _RandomStates
+    items: Iterator[tuple[int, PairBatch, Tensor | None]], chunk: Module, schedule_divisor: int, states: _RandomStates
 ) -> tuple[Tensor, Callable]:
     micro_batch, batch, gradient = next(items)
     states.replay(micro_batch, chunk)
@@ -173,6 +194,13 @@ def _replay_step(
     def surrogate(embeddings: Tensor) -> tuple[Tensor, None]:
         # The schedule divides by the number of micro batches, but the gradients are those of the whole step's loss.
         # The average over data-parallel ranks stays: the loss is a rank's share, whose mean over ranks is the loss.
-        return (embeddings * gradient).sum() * num_micro_batches, None
+        return (embeddings * gradient).sum() * schedule_divisor, None
 
-    return chunk(batch.sequences), surrogate
+    return _last_forward(chunk, batch), surrogate
+
+
+def _last_forward(chunk: Module, batch: PairBatch) -> Tensor:
+    """The forward after which a frozen tower's features are not needed any more, but for the graph."""
+    output = chunk(batch.sequences)
+    batch.sequences.features = None
+    return output

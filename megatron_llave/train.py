@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -22,8 +21,8 @@ from megatron_llave.diagnostics import histograms, step_metrics
 from megatron_llave.errors import ConfigError, exit_with_one_line
 from megatron_llave.gradient_cache import forward_backward
 from megatron_llave.loss import (
+    LossShare,
     NegativeRules,
-    Seen,
     alpha_at,
     hardness_weighted_contrastive_loss,
     matryoshka_loss,
@@ -66,21 +65,21 @@ def train(cfg: RunConfig) -> Path:
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
     trainable = build_trainable(cfg, chunks, groups)
     average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
-    averaged = None if average is None else partial(average.applied, torch.float32)
+    averages = None if average is None else average.tensors()
     log = start_run_log(cfg, groups)
     for step in range(cfg.train.steps):
         started = time.perf_counter()
         rate = learning_rate(trainable)
         batches = [batch.to(parallel.device()) for batch in next(stream)]
         loss_cfg = loss_of_subset(cfg, batches[0].subset)
-        record, seen = train_step(trainable, batches, loss_cfg, step, groups, average)
+        record, shares = train_step(trainable, batches, loss_cfg, step, groups, average)
         if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
-            record |= histograms(seen, groups.dp, parallel.device())
+            record |= histograms(shares, groups.dp, parallel.device())
         record |= {"step": step + 1, "learning_rate": rate, "seconds": time.perf_counter() - started}
         log.step(record)
         is_last = step + 1 == cfg.train.steps
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, averaged)
+            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, averages)
     log.close()
     parallel.shut_down()
     return saved
@@ -106,7 +105,7 @@ def train_step(
     step: int,
     groups: ProcessGroupCollection,
     average: WeightAverage | None = None,
-) -> tuple[dict[str, float | str], list[Seen]]:
+) -> tuple[dict[str, float | str], list[LossShare]]:
     """Embed, compare, weight by hardness, update: one step over this rank's micro batches, which are on its device.
 
     Returns:
@@ -115,13 +114,13 @@ def train_step(
     temperature, alpha = temperature_at(loss_cfg, step), alpha_at(loss_cfg, step)
     compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=groups.dp)
     trainable.zero_gradients()
-    reward = None if average is None else average.applied
-    seen = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward)
+    reward_model = None if average is None else average.applied
+    shares = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward_model)
     gradient_norm = trainable.update()
     if average is not None:
         average.update()
     record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
-    return record | step_metrics(seen, batches, groups.dp), seen
+    return record | step_metrics(shares, batches, groups.dp), shares
 
 
 def contrast(
@@ -134,7 +133,7 @@ def contrast(
     temperature: float,
     alpha: float,
     group: dist.ProcessGroup,
-) -> Seen:
+) -> LossShare:
     """The configured loss over the local embeddings and those of the other ranks of `group`."""
     compare = hardness_weighted_contrastive_loss
     if config.matryoshka_dims:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 
 class WeightAverage:
@@ -35,17 +36,18 @@ class WeightAverage:
         for parameter, average in self._averages:
             average.lerp_(parameter.detach().float(), 1 - decay)
 
-    @contextmanager
-    def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Inside, the chunks hold the average in place of their weights, and do not drop out.
+    def tensors(self) -> dict[Parameter, Tensor]:
+        """Float32 average of each trained parameter."""
+        return dict(self._averages)
 
-        Args:
-            dtype: what the average is cast to; None: to the weights' own.
-        """
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the chunks hold the average in place of their weights, in the weights' dtype, and do not drop out."""
         held = [parameter.data for parameter, _ in self._averages]
         was_training = [chunk.training for chunk in self._chunks]
         for parameter, average in self._averages:
-            parameter.data = average.to(dtype or parameter.dtype)
+            # Of the same dtype: with another one torch would forget the hooks that gather the parameter's gradient.
+            parameter.data = average.to(parameter.dtype)
         for chunk in self._chunks:
             chunk.eval()
         try:

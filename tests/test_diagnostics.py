@@ -12,7 +12,7 @@ def batch(pairs: int, tokens: int, skipped: int) -> PairBatch:
     ids = torch.arange(pairs)
     boundaries = torch.tensor([0] * (2 * pairs) + [tokens, tokens + 3], dtype=torch.int32)  # the last is padding
     empty = torch.zeros(0, dtype=torch.int64)
-    row = PackedSequences(empty, boundaries, tokens, 2 * pairs, empty, empty, empty)
+    row = PackedSequences(empty, boundaries, tokens, 2 * pairs, tokens, empty, empty, empty)
     return PairBatch(row, ids, ids, torch.arange(3), "birds", [str(i) for i in range(pairs)], skipped)
 
 
@@ -44,3 +44,12 @@ def test_histograms_hold_every_query(groups) -> None:
     assert [len(x) for x in counted.values()] == [HISTOGRAM_BINS] * 2
     assert counted["positive_histogram"][-1] == 2 and sum(counted["positive_histogram"]) == 2
     assert counted["hardest_negative_histogram"][0] == 1 and counted["hardest_negative_histogram"][25] == 1
+
+
+def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
+    lonely = [seen(1.0, [0.5, 0.7], [-torch.inf, 0.25])]
+    record = step_metrics(lonely, [batch(2, 40, 0)], groups.dp)
+    assert record["positive_similarity"] == pytest.approx(0.6)
+    assert record["hardest_negative_similarity"] == pytest.approx(0.25)
+    counted = histograms(lonely, groups.dp, torch.device("cpu"))
+    assert [sum(x) for x in counted.values()] == [2, 1]

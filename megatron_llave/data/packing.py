@@ -183,6 +183,7 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=max([*lengths, padding]),
         num_sequences=len(encoded),
+        num_tokens=total,
         tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
         visual_source=torch.from_numpy(source),
         visual_position=torch.from_numpy(position),

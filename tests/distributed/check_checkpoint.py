@@ -1,7 +1,6 @@
 """Under torchrun with 4 ranks: weights saved at one layout are bit-equal when loaded at others."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +16,11 @@ from megatron_llave.train import train_step
 from megatron_llave.weight_average import WeightAverage
 
 
-def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
-    """Train a step, save, and load into models of other seeds at other layouts."""
+def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> None:
+    """Train a step, save, train another, and load what was saved into models of other seeds at other layouts."""
     layout, freeze = parse_layout(saved_at)
     cfg = small_config(layout, freeze)
+    cfg.model.precision = precision
     cfg.train.output = output
     groups = parallel.init(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
@@ -31,24 +31,25 @@ def check(output: str, saved_at: str, loaded_at: list[str]) -> None:
     batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
     average = WeightAverage(chunks, decay=0.5)
     train_step(trainable, batches, cfg.loss, 0, groups, average)
-    averaged = partial(average.applied, torch.float32)
-    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups, averaged)
+    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups, average.tensors())
     assert checkpoint.find(output) == folder
     saved = full_weights(chunks, groups)
-    with averaged():
+    with average.applied():
         saved_average = full_weights(chunks, groups)
     assert any(not torch.equal(saved[name], saved_average[name]) for name in saved)
+    record, _ = train_step(trainable, batches, cfg.loss, 1, groups, average)
+    assert record["gradient_norm"] > 0, "saving and averaging cost the gradients"
     parallel.leave_layout()
     for index, text in enumerate(loaded_at):
         layout, freeze = parse_layout(text)
         groups = parallel.init(layout)
         chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=1)
         # The average takes the same way: two layouts are enough for it.
-        for average, expected in ((False, saved), (True, saved_average))[: 2 if index < 2 else 1]:
-            checkpoint.load_weights(folder, chunks, groups, average)
+        for is_average, expected in ((False, saved), (True, saved_average))[: 2 if index < 2 else 1]:
+            checkpoint.load_weights(folder, chunks, groups, is_average)
             for name, value in full_weights(chunks, groups).items():
                 rows = min(len(value), len(expected[name]))  # the vocabulary's padding differs
-                assert torch.equal(value[:rows], expected[name][:rows]), f"{saved_at} -> {text}: {name} {average}"
+                assert torch.equal(value[:rows], expected[name][:rows]), f"{saved_at} -> {text}: {name} {is_average}"
         parallel.leave_layout()
     check_other_model(cfg, folder)
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
@@ -73,5 +74,5 @@ def check_other_model(cfg, folder: Path) -> None:
 if __name__ == "__main__":
     cpu_emulation.enable()
     parallel.start_processes(120)
-    check(sys.argv[1], sys.argv[2], sys.argv[3:])
+    check(*sys.argv[1:4], sys.argv[4:])
     parallel.shut_down()

@@ -36,7 +36,8 @@ def check(text: str) -> None:
         passes = [torch.cat(seen_embeddings[start : start + count]) for start in range(0, 4 * count, count)]
         assert torch.equal(passes[0], passes[1]) and torch.equal(passes[2], passes[3]), text
         assert not torch.allclose(passes[0], passes[2], atol=1e-3), f"{text}: two steps drop the same"
-        check_evaluation(chunks[-1], batches[0], passes[0]) if groups.pp.size() == 1 else None
+        if groups.pp.size() == 1:
+            check_evaluation(chunks[-1], batches[0], passes[0])
     if groups.dp.size() * groups.tp.size() * groups.pp.size() == 1:
         check_gradients(cfg, trainable, chunks[0], batches, groups, before)
     parallel.leave_layout()

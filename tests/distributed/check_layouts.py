@@ -8,6 +8,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from full_parameters import full_gradients, worst_relative_error
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +36,7 @@ from megatron_llave.config import (
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.embedding import LoadedModel, forward_only
 from megatron_llave.gradient_cache import forward_backward
-from megatron_llave.loss import Seen
+from megatron_llave.loss import LossShare
 from megatron_llave.model.embedder import build_model
 from megatron_llave.model.initialization import initialize_parameters
 from megatron_llave.optimizer import Trainable, build_trainable
@@ -43,7 +45,8 @@ from megatron_llave.weight_average import WeightAverage
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
-POOLS = {"micro_batch": 4, "global_batch": 8}  # pairs that are each other's negatives
+POOLS = (2, 4, 8)
+"""Numbers of pairs that are each other's negatives."""
 TEMPERATURE, ALPHA = 0.1, 9.0
 STEPS = 3
 REWARD_SEED = 1
@@ -80,12 +83,12 @@ def write_reference(directory: Path) -> None:
     embeddings = torch.cat([model(pack([side], cfg.model)) for pair in pairs for side in pair])
     hard = torch.cat([model(pack([side], cfg.model)) for side in hard_negatives(cfg)])
     save_file({"embeddings": embeddings.detach()}, directory / "embeddings.safetensors")
-    for negatives, pool in POOLS.items():
+    for pool in POOLS:
         losses = []
         for start in range(0, GLOBAL_BATCH, pool):
             both = embeddings[2 * start : 2 * (start + pool)]
             losses.append(dense_contrastive_loss(both[0::2], both[1::2], TEMPERATURE, ALPHA))
-        save_gradients(model, torch.stack(losses).mean(), directory / f"{negatives}.safetensors")
+        save_gradients(model, torch.stack(losses).mean(), directory / f"pool{pool}.safetensors")
     (judge,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=REWARD_SEED)
     sides = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs), *hard_negatives(cfg)]
     judged = torch.cat([judge(pack([side], cfg.model)) for side in sides]).detach()
@@ -114,8 +117,11 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     groups = parallel.init(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
-    share = POOLS["micro_batch"] // groups.dp.size()
+    share = 4 // groups.dp.size()
     worst = [compare_gradients(directory, "micro_batch", share, cfg, trainable, groups)]
+    if "language" in freeze and groups.dp.size() == 2:
+        # One pair per rank: the third is text alone, of which nothing is trained.
+        worst.append(compare_gradients(directory, "micro_batch", 1, cfg, trainable, groups))
     for micro_batch in (1, 2, 4):
         num_micro_batches, rest = divmod(GLOBAL_BATCH, micro_batch * groups.dp.size())
         if rest == 0 and (layout.virtual_pipeline == 1 or num_micro_batches % layout.pipeline == 0):
@@ -149,7 +155,9 @@ def compare_gradients(
     trainable.zero_gradients()
     seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), negatives)
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
-    error = check_step(directory / f"{negatives}.safetensors", seen, cfg, trainable, groups, what)
+    pool = GLOBAL_BATCH if negatives == "global_batch" else size * groups.dp.size()
+    error = check_step(directory / f"pool{pool}.safetensors", seen, cfg, trainable, groups, what)
+    assert all(batch.sequences.features is None for batch in batches), f"{what}: features are kept after the step"
     passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in cfg.model.freeze else 1
     with_images = sum(len(batch.sequences.tiles) > 0 for batch in batches)
     assert calls.stop() in (0, passes * with_images), f"{what}: the tower ran {calls.count} times"
@@ -161,12 +169,13 @@ def comparison(cfg: RunConfig, groups: ProcessGroupCollection) -> Callable:
 
 
 def check_step(
-    path: Path, seen: list[Seen], cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection, what: str
+    path: Path, seen: list[LossShare], cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection, what: str
 ) -> float:
     """The gradients left in the buffers, and the loss, against those in `path`."""
     reference = load_file(path)
     expected = float(reference.pop("loss"))
-    gradients = full_gradients(trainable, groups)
+    scale = get_model_config(trainable.chunks[0]).grad_scale_func(torch.ones(()))
+    gradients = {name: gradient / scale for name, gradient in full_gradients(trainable, groups).items()}
     freeze = cfg.model.freeze
     frozen = tuple(freeze) + (("image_newline",) if "projector" in freeze else ())
     trained = {name: value for name, value in reference.items() if not name.startswith(frozen or "nothing")}
@@ -180,7 +189,7 @@ def check_step(
 
 
 def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection) -> float:
-    """Another reward model, ragged hard negatives, and micro batches of unequal numbers of pairs, all at once."""
+    """Another reward model, ragged hard negatives, unequal micro batches, and a scaled loss, all at once."""
     chunks = [chunk.module for chunk in trainable.chunks]
     initialize_parameters(chunks, groups.tp, REWARD_SEED)
     average = WeightAverage(chunks, decay=0.9)
@@ -193,9 +202,12 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
     deal = [(own[:1], []), ([], []), (own[2:], hard[:1]), (own[1:2], hard[1:])]  # the second: all unreadable
     batches = [pack_pair_batch(part, cfg.model, multiple, further) for part, further in deal]
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch", average.applied)
-    what = f"{cfg.parallel} with a reward model"
-    error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
+    with ExitStack() as scaled:
+        for chunk in trainable.chunks:
+            scaled.enter_context(patch.object(get_model_config(chunk), "grad_scale_func", lambda value: 1024 * value))
+        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch", average.applied)
+        what = f"{cfg.parallel} with a reward model"
+        error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
     count_negatives(trainable, batches, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]), cfg, groups)
     return error
 
@@ -224,7 +236,7 @@ def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
     replay = gradient_cache._replay_step
     breaks = {
         "number of micro batches": patch.object(
-            gradient_cache, "_replay_step", lambda *args, num_micro_batches, states: replay(*args, 1, states)
+            gradient_cache, "_replay_step", lambda *args, schedule_divisor, states: replay(*args, 1, states)
         ),
         "number of ranks": patch.object(loss._Terms, "share", property(lambda terms: 0.5 / terms.num_rows)),
         "other ranks' gradients": patch.object(loss, "reduce_scatter_rows", this_rank_alone),
@@ -276,8 +288,7 @@ def check_embeddings(directory, chunks, pairs, cfg, groups) -> None:
     """All sequences packed into one row, on the last stage, against one at a time."""
     model = LoadedModel(cfg, chunks, FakeEncoder(cfg.model), groups)
     row = pack([side for pair in pairs for side in pair], cfg.model, model.pad_to_multiple)
-    with torch.no_grad():
-        outputs = forward_only(model, [row])
+    outputs = forward_only(model, [row])
     if groups.pp.rank() == groups.pp.size() - 1:
         expected = load_file(directory / "embeddings.safetensors")["embeddings"]
         torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-5)

@@ -12,11 +12,12 @@ LAYOUTS = {
     1: ["1,1,1,0,0", "1,1,1,0,0,vision", "1,1,1,0,0,projector", "1,1,1,0,0,vision,language"],
     2: [
         *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,1,0,1", "1,2,2,0,0"),
-        *("1,1,1,0,0,vision", "1,2,1,0,0,vision,language"),
+        *("1,1,1,0,0,vision", "2,1,1,0,0,vision", "1,2,1,0,0,vision", "1,2,2,0,0,vision"),
+        *("1,1,1,0,0,vision,language", "1,2,1,0,0,vision,language"),
     ],
     4: [
         *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", "2,2,1,0,0", "2,2,1,1,0", "1,4,1,0,0"),
-        *("2,2,2,1,0,vision", "2,2,1,1,1,projector"),
+        *("1,2,1,0,0,vision", "2,1,1,0,0,vision", "2,2,1,0,0,vision", "2,2,2,1,0,vision", "2,2,1,1,1,projector"),
     ],
 }
 
@@ -36,10 +37,12 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
 
 
 # The last: a stage on which nothing is trained.
-@pytest.mark.parametrize("saved_at", ["2,2,1,1,0", "1,2,2,0,0", "1,2,1,0,0,vision,language"])
-def test_checkpoint_loads_bit_equal_at_other_layouts(tmp_path: Path, saved_at: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "saved_at"), [("bf16", "2,2,1,1,0"), ("fp32", "1,2,2,0,0"), ("fp32", "1,2,1,0,0,vision,language")]
+)
+def test_checkpoint_loads_bit_equal_at_other_layouts(tmp_path: Path, precision: str, saved_at: str) -> None:
     loaded_at = ["1,1,1,0,0", "2,1,1,1,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]
-    output = run_ranks(4, HERE / "check_checkpoint.py", str(tmp_path), saved_at, *loaded_at)
+    output = run_ranks(4, HERE / "check_checkpoint.py", str(tmp_path), precision, saved_at, *loaded_at)
     assert "loads bit-equal" in output
 
 
