@@ -62,8 +62,8 @@ negatives' softmax on the hardest 1 % of them, at least one.
 Bytes a rank receives per step, exactly as measured: (N - 1) * (8 b d + 20 b + 16), for N ranks of b pairs,
 width d, float32. For each other rank: its b targets, and its part of the gradients of this rank's b targets (4 b d
 each); two all-reduces, as rings, for the log-sum-exps of all N b columns (16 b); the cosines of its b positives (4 b);
-two row counts (16). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d, loss.reward=ema 4 b d, and
-loss.matryoshka_dims takes the whole for every prefix, with its length for d.
+two row counts (16). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d, loss.reward=ema adds
+4 b d, and loss.matryoshka_dims takes the whole for every prefix, with its length for d.
 
 LLaVE-7B by this formula, MB (1e6 bytes) per GPU and step, beside the reduction of its gradients: 7.6e9 parameters, all
 trained and data parallel, reduce-scatter of float32 gradients and all-gather of bfloat16 weights.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS_FOR_FIRST_RANK = 5
+SECONDS_FOR_FIRST_RANK = 10
 
 
 class UserError(ValueError):
