@@ -1,6 +1,6 @@
 """What more negatives are worth on the embedded benchmark: global_batch beside micro_batch, same pairs, same updates.
 
-    python benchmarks/compare_negatives.py --data runs/openmoji [--out runs/negatives] [--seeds 0 1 2] [key=value ...]
+    python benchmarks/compare_negatives.py [key=value ...] --data runs/openmoji [--out runs/negatives] [--seeds 0 1 2]
 
 Trains examples/tiny.yaml on two data-parallel ranks, global batch 64 in micro batches of 8, once per seed and arm, and
 evaluates each run. A query sees 64 targets under `global_batch` and 16 under `micro_batch` (its own micro batch on both

@@ -33,8 +33,9 @@ def fresh(batches: list[PairBatch]) -> list[PairBatch]:
     return [replace(batch, sequences=replace(batch.sequences, features=None)) for batch in batches]
 
 
-def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int]:
-    """Median seconds of a step of each arm, and the number of tokens of a step."""
+def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int, int]:
+    """Median seconds of a step of each arm, the number of tokens of a step, and of micro batches on a rank."""
+    parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, parallel.start_processes(600)))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
     stream = build_train_stream(cfg, build_encoder(cfg.data, cfg.model), groups.dp.rank(), groups.dp.size(), 1)
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
@@ -50,7 +51,8 @@ def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int]:
         tokens.append(record["tokens"])
     parallel.leave_layout()
     # The first step also warms up.
-    return {arm: statistics.median(values[1:]) for arm, values in seconds.items()}, round(statistics.fmean(tokens[1:]))
+    medians = {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
+    return medians, round(statistics.fmean(tokens[1:])), len(batches)
 
 
 def main() -> None:
@@ -64,7 +66,6 @@ def main() -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        parallel.start_processes(600)
         print("| tower | micro batches | tokens / step | one pass s | two passes s | ratio |")
         print("|---" + "|---:" * 5 + "|")
         for frozen in (True, False):
@@ -72,11 +73,11 @@ def main() -> None:
                 settings = [f"data.path={args.data}", f"train.global_batch_size={args.pairs}"]
                 settings += [f"train.micro_batch_size={size}", f"model.freeze={'[vision]' if frozen else '[]'}"]
                 cfg = config_file.load(TINY, settings)
-                seconds, tokens = measure(cfg, args.repeats)
+                seconds, tokens, micro_batches = measure(cfg, args.repeats)
                 ratio = seconds["global_batch"] / seconds["micro_batch"]
                 cells = [f"{seconds[arm]:.3f}" for arm in ARMS] + [f"{ratio:.2f}"]
                 tower = "frozen" if frozen else "trained"
-                print("|", " | ".join([tower, f"{args.pairs // size} x {size}", str(tokens), *cells]), "|", flush=True)
+                print("|", " | ".join([tower, f"{micro_batches} x {size}", str(tokens), *cells]), "|", flush=True)
         parallel.shut_down()
 
 

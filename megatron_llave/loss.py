@@ -115,24 +115,19 @@ def hardness_weighted_contrastive_loss(
         similarities it saw.
 
     Raises:
-        ValueError: rules.mask_same_target without ids.
+        ValueError: query and target differ in shape, or rules.mask_same_target without ids.
     """
+    if query.shape != target.shape:
+        raise ValueError(f"query {tuple(query.shape)} and target {tuple(target.shape)} must have one shape")
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(precise), target.to(precise)
-    has_hard_negatives = hard_negatives is not None
-    hard_negatives = hard_negatives.to(precise) if has_hard_negatives else query.new_zeros(0, query.shape[1])
+    if hard_negatives is None:
+        hard_negatives = query.new_zeros(0, query.shape[1])
+        hard_negative_ids = torch.zeros(0, dtype=torch.int64, device=query.device)
+    hard_negatives = hard_negatives.to(precise)
     terms = _Terms(temperature, alpha, rules, group, chunk, *row_counts(group, query, hard_negatives))
     if rules.mask_same_target:
-        # Not a question of the number of hard negatives here: all ranks must take part in the gathers.
-        if query_ids is None or target_ids is None or (has_hard_negatives and hard_negative_ids is None):
-            raise ValueError("mask_same_target needs query_ids, target_ids, and hard_negative_ids of hard negatives")
-        hard_ids = target_ids.new_zeros(0) if hard_negative_ids is None else hard_negative_ids
-        terms = replace(
-            terms,
-            query_ids=all_gather_rows(query_ids, terms.counts, group),
-            target_ids=all_gather_rows(target_ids, terms.counts, group),
-            hard_negative_ids=all_gather_rows(hard_ids, terms.hard_counts, group),
-        )
+        terms = _gather_ids(query_ids, target_ids, hard_negative_ids, terms)
     if reward is not None:
         columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), terms)
         terms = replace(terms, reward_query=reward.query.to(precise), reward_columns=columns)
@@ -158,7 +153,12 @@ def matryoshka_loss(
         hard_negatives: [m, d].
         reward: hardness comes from prefixes of these, of the same length.
         settings: temperature, alpha, and the further arguments of `hardness_weighted_contrastive_loss`.
+
+    Raises:
+        ValueError: a prefix is longer than the embedding, or what `hardness_weighted_contrastive_loss` refuses.
     """
+    if max(dims) > query.shape[1]:
+        raise ValueError(f"dims={dims} go beyond the embedding's {query.shape[1]}")
     losses = []
     for dim in dims:
         hard = None if hard_negatives is None else _prefix(hard_negatives, dim)
@@ -223,6 +223,18 @@ def _gather_columns(target: Tensor, hard_negatives: Tensor, terms: _Terms) -> Te
     return torch.cat([targets, all_gather_rows(hard_negatives, terms.hard_counts, terms.group)])
 
 
+def _gather_ids(query: Tensor | None, target: Tensor | None, hard: Tensor | None, terms: _Terms) -> _Terms:
+    """The terms with the ids of all ranks."""
+    if query is None or target is None or hard is None:
+        raise ValueError("mask_same_target needs query_ids, target_ids, and hard_negative_ids of hard negatives")
+    return replace(
+        terms,
+        query_ids=all_gather_rows(query, terms.counts, terms.group),
+        target_ids=all_gather_rows(target, terms.counts, terms.group),
+        hard_negative_ids=all_gather_rows(hard, terms.hard_counts, terms.group),
+    )
+
+
 @dataclass
 class _Masks:
     """Which pairs of a chunk's rows and all columns are no negatives."""
@@ -248,9 +260,11 @@ def _masks(cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms) -> _M
         to_target[:, rows_all:] = terms.target_ids[own] == terms.hard_negative_ids
     to_query = to_target[:, :rows_all].clone()
     if rules.mask_margin is not None:
+        # A few roundings more, or a copy of the positive would be above it or not by chance.
+        margin = rules.mask_margin + 8 * torch.finfo(cosines.dtype).eps
         # A row's own positive; in the other direction the positive of the column's target.
-        to_target |= cosines > positives[own] + rules.mask_margin
-        to_query |= cosines[:, :rows_all] > positives + rules.mask_margin
+        to_target |= cosines > positives[own] + margin
+        to_query |= cosines[:, :rows_all] > positives + margin
     return _Masks(own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False))
 
 

@@ -107,6 +107,33 @@ def test_mask_without_ids_is_refused() -> None:
             )
 
 
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"query \(2, 24\) and target \(3, 24\) must have one shape"):
+        hardness_weighted_contrastive_loss(unit_rows(2, 0), unit_rows(3, 1), 0.05, 9.0)
+    with pytest.raises(ValueError, match=r"dims=\[4, 25\] go beyond the embedding's 24"):
+        matryoshka_loss(unit_rows(2, 0), unit_rows(2, 1), dims=[4, 25], temperature=0.05, alpha=9.0)
+
+
+def test_a_copy_of_the_positive_is_not_above_it_by_rounding() -> None:
+    """Every target comes twice; with a margin of 0 the copies stay negatives in every chunk."""
+    query, target = (torch.nn.functional.normalize(torch.randn(64, 256, generator=g), dim=1) for g in generators(2))
+    target[32:] = target[:32]
+    losses = [
+        hardness_weighted_contrastive_loss(
+            query, target, 0.05, 9.0, rules=NegativeRules(mask_margin=0.0, directions="query_to_target"), chunk=chunk
+        )[0].item()
+        for chunk in (1, 7, 64)
+    ]
+    double = hardness_weighted_contrastive_loss(
+        query.double(), target.double(), 0.05, 9.0, rules=NegativeRules(mask_margin=0.0, directions="query_to_target")
+    )
+    assert losses == pytest.approx([double[0].item()] * 3, rel=1e-4)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
 @pytest.mark.parametrize(("name", "value"), [("hardness", "none"), ("directions", "target_to_query")])
 def test_rule_that_means_nothing_is_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='{value}' is not one of"):

@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run's folder (its newest checkpoint) or one checkpoint")
     parser.add_argument("--data", required=True, help="folder that tools/prepare_data.py made, with its eval/")
-    parser.add_argument("--out", help="folder of the report; default: evaluation/ in the run's or checkpoint's folder")
+    parser.add_argument("--out", help="report folder; default: evaluation/ or, with --average, evaluation-average/")
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
     args = parser.parse_args()
@@ -35,7 +35,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             log = Path(args.checkpoint) / LOG_FILE
             records = read_log(log) if log.is_file() else []
-            out = Path(args.out) if args.out else Path(args.checkpoint) / "evaluation"
+            out = Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation")
+            out = Path(args.out) if args.out else out
             write_report(results, records, inputs, out)
             print_table(results)
             print(f"report, table and pictures: {out}")
