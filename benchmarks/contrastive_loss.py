@@ -8,6 +8,7 @@ runs in a process of its own, since peak memory on the CPU is a process's high-w
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -76,6 +77,7 @@ def start_peak(device: str) -> float:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed but kept would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: reset the high-water mark
     return read_peak(device)
 
