@@ -60,6 +60,8 @@ def measure(way: str, batch: int, dim: int, repeats: int, device: str) -> dict[s
     rows = [x.to(device).requires_grad_() for x in rows]
     WAYS[way](*(x[:2] for x in rows)).backward()  # loads the libraries
     seconds = []
+    for x in rows:
+        x.grad = None
     before = start_peak(device)
     for _ in range(repeats):
         for x in rows:
