@@ -95,6 +95,9 @@ class ModelConfig:
     """Decoder."""
     image_grids: list[list[int]] = field(default_factory=list)
     """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile."""
+    anyres_max_tiles: int | None = 9
+    """A picture's feature map of more than 1.21 times this many tiles is interpolated down to them (the 9 of
+    anyres_max_9; never happens with grids up to 2x2); null: every patch is kept."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
     kernels: str = "local"
@@ -114,6 +117,7 @@ class ModelConfig:
         for grid in self.image_grids:
             ok = len(grid) == 2 and min(grid) >= 1
             require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
+        _at_least(self, "model", 1, ("anyres_max_tiles",))
 
 
 @dataclass
@@ -161,11 +165,15 @@ class DataConfig:
     path: str = ""
     """Folder of WebDataset shards with its index.json (tools/prepare_data.py makes one)."""
     tokenizer: str | None = None
-    """SentencePiece .model or Hugging Face tokenizer.json; null: tokenizer.model or tokenizer.json in data.path."""
+    """SentencePiece .model or Hugging Face tokenizer.json; null: that of the checkpoint the run starts from, else
+    tokenizer.model or tokenizer.json in data.path."""
     prompt: str = "qwen"
     """Prompt template: qwen (the released one) or plain (text and end of sequence)."""
     max_length: int = 4096
     """Longest sequence in tokens; longer text is cut before the template's tail, never the pooled token."""
+    image_token_without_image: str = "blank"
+    """An image placeholder in a text that has no image, prompt qwen: blank (a tile of zeros, as released, which the
+    released weights were trained with) or remove."""
     hard_negatives: int = 0
     """Most hard negatives of a pair that are used, the first in its list; queries see those of all pairs that
     they are compared with."""
@@ -175,6 +183,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check names and sizes."""
         one_of("data.prompt", self.prompt, ("qwen", "plain"))
+        one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
         _at_least(self, "data", 0, ("hard_negatives",))
         for name, subset in self.subsets.items():
@@ -288,13 +297,16 @@ class TrainConfig:
         """Check sizes."""
         _at_least(self, "train", 2, ("global_batch_size",))  # one pair has no negative
         _at_least(self, "train", 1, ("micro_batch_size",))
-        _at_least(self, "train", 0, ("seed",))
+        _at_least(self, "train", 0, ("steps", "seed"))
 
 
 @dataclass
 class CheckpointConfig:
-    """Saving."""
+    """Saving, and what the run starts from."""
 
+    init: str | None = None
+    """Folder whose weights the run starts from: a checkpoint (tools/convert_hf.py import makes one), a run, or a
+    Hugging Face folder; null: random weights. Its vocabulary size wins over the preset's."""
     interval: int = 0
     """Steps between checkpoints; 0: only at the end. The last step is always saved."""
 

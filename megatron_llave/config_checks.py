@@ -22,7 +22,6 @@ def validate(cfg: RunConfig) -> None:
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
         require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
     _validate_model(cfg.model)
-    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
     dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
     ok = max(dims, default=0) <= width
     require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
@@ -37,6 +36,27 @@ def validate(cfg: RunConfig) -> None:
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),
         f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
     )
+
+
+def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> None:
+    """Refuse weights of another model. The vocabulary's size may differ: whoever holds the weights knows it better.
+
+    Args:
+        given: what the configuration or the preset says.
+        found: what the weights' own configuration says.
+        source: where `found` comes from, for the message.
+
+    Raises:
+        ConfigError: names the first key that differs and both values.
+    """
+    for part in ("vision", "language"):
+        mine, theirs = getattr(given, part), getattr(found, part)
+        for f in fields(mine):
+            ours, own = getattr(mine, f.name), getattr(theirs, f.name)
+            require(
+                ours == own or f.name == "vocab_size",
+                f"model.{part}.{f.name}={ours} contradicts {source}, where it is {own}",
+            )
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.config import LossConfig, RunConfig, loss_of_subset
+from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, require
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import histograms, step_metrics
@@ -52,6 +52,7 @@ def train(cfg: RunConfig) -> Path:
     Raises:
         UserError: configuration, layout or data cannot work; the message names the culprit.
     """
+    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
