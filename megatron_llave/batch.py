@@ -1,7 +1,7 @@
 """The records that cross data -> model -> loss.
 
-Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, b pairs, m hard
-negatives.
+Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, u blended rows,
+b pairs, m hard negatives.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -55,9 +55,17 @@ class PackedSequences:
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
     visual_source: Tensor
-    """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline."""
+    """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline,
+    row k * p + 1 + j is blended row j."""
     visual_position: Tensor
     """[v] int64: where visual token i stands in the packed row."""
+    blank: Tensor | None = None
+    """[k] bool: tiles whose normalised pixels are zeros, which no uint8 level gives; None: there are none."""
+    blend_source: Tensor | None = None
+    """[u, 4] int64: rows of the tiles' features that a blended row is the weighted sum of (an interpolated feature
+    map is made of such rows); None: there are none."""
+    blend_weights: Tensor | None = None
+    """[u, 4] float32 weights, with blend_source."""
     features: Tensor | None = None
     """[k, p, vision hidden] what a frozen tower made of the tiles in the first pass over them, kept for the second."""
 

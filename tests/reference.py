@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
 from megatron_llave.config import ModelConfig
+from megatron_llave.data.images import VisualLayout
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE
 from megatron_llave.loss import NegativeRules
@@ -76,7 +77,7 @@ def random_sequence(model: ModelConfig, seed: int, with_image: bool) -> EncodedS
     tiles = rng.integers(0, 256, (num_tiles, 3, size, size)).astype(np.uint8)
     layout = np.append(np.arange(num_tiles * patches), -1)  # every patch in order, then a newline
     tokens.insert(int(rng.integers(0, len(tokens))), IMAGE)
-    return EncodedSequence(tokens, [tiles], [layout])
+    return EncodedSequence(tokens, [tiles], [VisualLayout(layout)])
 
 
 def random_pairs(model: ModelConfig, count: int) -> list[tuple[EncodedSequence, EncodedSequence]]:

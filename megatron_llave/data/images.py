@@ -3,15 +3,18 @@
 Pure functions; packing.py calls them. The number of visual tokens follows from width and height alone. A grid is
 (columns, rows) of square tiles; an image gets the whole picture squashed into one base tile, then the tiles of the grid
 that suits its size, row by row. With no grids to choose from there is only the base tile.
-Shapes: k tiles, p patches per tile, v visual tokens.
+Shapes: k tiles, p patches per tile, v visual tokens, u of them blended.
 
-Where an image keeps more than 10.89 tiles' worth of patches the released code shrinks its feature map by interpolation;
-here it keeps every patch. The grids LLaVE is trained with end at 2x2, so there the two never differ.
+Where an image keeps more than 1.21 * `max_tiles` tiles' worth of patches (10.89 for the released anyres_max_9), the
+projected features of its grid are shrunk by bilinear interpolation: such a visual token is a weighted sum of four rows.
+The grids LLaVE is trained with end at 2x2, so there it never happens.
 """
 
 import functools
 import io
 import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -26,13 +29,19 @@ NEWLINE = -1
 MAX_PIXELS = 89_000_000
 """Largest width * height that is decoded (Pillow warns a little above): a small file could fill the memory."""
 
+LARGEST_SHRINKAGE_IGNORED = 1.1
+"""A feature map is interpolated only if both its sides would shrink by more than this factor, as released."""
+
 
 class BadImageError(DataError):
     """Bytes that are no readable picture; the pair they belong to is left out."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes -> RGB picture: alpha is dropped and EXIF rotation ignored, as in the released code.
+    """Encoded bytes -> RGB picture, pixel for pixel Pillow's `Image.open(...).convert("RGB")` as in the released code.
+
+    So alpha is dropped, not blended; of an animation the first frame is taken; EXIF rotation is ignored (but Pillow
+    itself turns a TIFF); 16-bit grey is clipped at 255, not scaled.
 
     Raises:
         BadImageError: not a picture, damaged, or more than `max_pixels`.
@@ -86,59 +95,141 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _resize_and_pad(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture as large as fits with its aspect kept, centred on black."""
-    scale_x, scale_y = width / image.width, height / image.height
-    if scale_x < scale_y:
-        size = width, min(math.ceil(image.height * scale_x), height)
-    else:
-        size = min(math.ceil(image.width * scale_y), width), height
+    size, corner = place(*image.size, width, height)
     if size == (width, height):
         return _resize(image, width, height)
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(_resize(image, *size), ((width - size[0]) // 2, (height - size[1]) // 2))
+    canvas.paste(_resize(image, *size), corner)
     return canvas
 
 
-@functools.lru_cache(maxsize=1024)
-def visual_layout(width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int) -> np.ndarray:
-    """Read-only int64 [v]: visual token i is row layout[i] of the image's own features [k * p], or NEWLINE.
+def place(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of a picture as large as the canvas allows with its aspect kept, and its top left corner."""
+    scale_x, scale_y = canvas_width / width, canvas_height / height
+    if scale_x < scale_y:
+        size = canvas_width, min(math.ceil(height * scale_x), canvas_height)
+    else:
+        size = min(math.ceil(width * scale_y), canvas_width), canvas_height
+    return size, ((canvas_width - size[0]) // 2, (canvas_height - size[1]) // 2)
+
+
+class FeatureMap(NamedTuple):
+    """Sizes of the feature map of an image's grid, in patches; the base tile is not in it."""
+
+    columns: int
+    """Tiles side by side."""
+    rows: int
+    """Tiles on top of each other."""
+    skip_x: int
+    """Patch columns on the left, and as many on the right, that hold only padding."""
+    skip_y: int
+    """Patch rows at the top, and as many at the bottom, that hold only padding."""
+    unpadded: tuple[int, int]
+    """(height, width) without the padding."""
+    final: tuple[int, int]
+    """(height, width) once interpolated; the same as `unpadded` where that is not needed."""
+
+
+def feature_map(
+    width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
+) -> FeatureMap:
+    """Grid choice, spatial unpad and anyres_max of the released code, from an image's size (grids not empty).
+
+    `max_tiles`: tiles' worth of patches that the map is shrunk to where it is much larger; None: never.
+    """
+    columns, rows = select_grid(width, height, grids, tile_size)
+    full_width, full_height = columns * patches_per_side, rows * patches_per_side
+    # In float64 and truncated like the released unpad_image: rounding instead changes the count for some sizes.
+    skip_x = skip_y = 0
+    if width / height > full_width / full_height:
+        skip_y = (full_height - int(height * (full_width / width))) // 2
+    else:
+        skip_x = (full_width - int(width * (full_height / height))) // 2
+    unpadded = final = full_height - 2 * skip_y, full_width - 2 * skip_x
+    if max_tiles is not None:
+        shrinkage = math.sqrt(unpadded[0] * unpadded[1] / (max_tiles * patches_per_side**2))
+        if shrinkage > LARGEST_SHRINKAGE_IGNORED:
+            final = int(unpadded[0] // shrinkage), int(unpadded[1] // shrinkage)
+    return FeatureMap(columns, rows, skip_x, skip_y, unpadded, final)
+
+
+@dataclass(frozen=True, eq=False)
+class VisualLayout:
+    """Where each visual token of an image comes from: one row of its features, several rows blended, or the newline."""
+
+    source: np.ndarray
+    """int64 [v]: row of the image's own features [k * p]; k * p + j for its blended row j; or NEWLINE."""
+    blend_source: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """int64 [u, 4]: rows of the image's own features that a blended row is made of."""
+    blend_weights: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    """float32 [u, 4]: what each of them counts."""
+
+    def __len__(self) -> int:
+        """v."""
+        return len(self.source)
+
+
+@functools.lru_cache(maxsize=256)  # an interpolated layout takes 370 KB
+def visual_layout(
+    width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
+) -> VisualLayout:
+    """The layout of an image of this size; its arrays are read-only.
 
     The base tile's patches come first, without newlines; then the patches of the whole grid, row by row across tile
     borders, without the rows or columns that are padding only (spatial unpad), each row ending in NEWLINE.
-    Without grids: the one tile, then one NEWLINE.
+    Without grids: the one tile, then one NEWLINE. `max_tiles`: see feature_map.
     """
     side = patches_per_side
-    base = np.arange(side * side)  # [p]
+    base = np.arange(side * side, dtype=np.int64)  # [p]
     if not grids:
-        layout = np.append(base, NEWLINE)
+        layout = VisualLayout(np.append(base, NEWLINE))
     else:
-        columns, rows = select_grid(width, height, grids, tile_size)
-        skip_x, skip_y = _padding(width, height, columns * side, rows * side)
-        y = np.arange(skip_y, rows * side - skip_y)[:, None]
-        x = np.arange(skip_x, columns * side - skip_x)[None, :]
-        tile = 1 + y // side * columns + x // side
-        source = tile * side * side + y % side * side + x % side  # [patch rows, patch columns]
-        lines = np.pad(source, ((0, 0), (0, 1)), constant_values=NEWLINE)
-        layout = np.concatenate([base, lines.ravel()])
-    layout = layout.astype(np.int64)
-    layout.flags.writeable = False
+        sizes = feature_map(width, height, grids, tile_size, patches_per_side, max_tiles)
+        y = np.arange(sizes.skip_y, sizes.skip_y + sizes.unpadded[0])[:, None]
+        x = np.arange(sizes.skip_x, sizes.skip_x + sizes.unpadded[1])[None, :]
+        tile = 1 + y // side * sizes.columns + x // side
+        patches = tile * side * side + y % side * side + x % side  # [patch rows, patch columns]
+        blends = ()
+        if sizes.final != sizes.unpadded:
+            blends = _bilinear(patches, *sizes.final)
+            first = (1 + sizes.columns * sizes.rows) * side * side
+            patches = first + np.arange(len(blends[0])).reshape(sizes.final)
+        lines = np.pad(patches, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        layout = VisualLayout(np.concatenate([base, lines.ravel()]), *blends)
+    for array in (layout.source, layout.blend_source, layout.blend_weights):
+        array.flags.writeable = False
     return layout
 
 
-def num_visual_tokens(width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int) -> int:
+def num_visual_tokens(
+    width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
+) -> int:
     """Length of `visual_layout`, from the same sizes."""
-    side = patches_per_side
     if not grids:
-        return side * side + 1
-    columns, rows = select_grid(width, height, grids, tile_size)
-    skip_x, skip_y = _padding(width, height, columns * side, rows * side)
-    return side * side + (rows * side - 2 * skip_y) * (columns * side - 2 * skip_x + 1)
+        return patches_per_side**2 + 1
+    rows, columns = feature_map(width, height, grids, tile_size, patches_per_side, max_tiles).final
+    return patches_per_side**2 + rows * (columns + 1)
 
 
-def _padding(width: int, height: int, patch_columns: int, patch_rows: int) -> tuple[int, int]:
-    """Patch columns (left and right alike) and rows (top and bottom alike) that hold only padding.
+def _bilinear(patches: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The map [h, w] shrunk to [height, width]: which four patches each one is blended from and their weights.
 
-    In float64 and truncated like the released unpad_image: rounding instead changes the count for some sizes.
+    torch's interpolate with mode bilinear, align_corners False, no antialias. int64 and float32 [height * width, 4].
     """
-    if width / height > patch_columns / patch_rows:
-        return 0, (patch_rows - int(height * (patch_columns / width))) // 2
-    return (patch_columns - int(width * (patch_rows / height))) // 2, 0
+    top, down = _between(patches.shape[0], height)
+    left, along = _between(patches.shape[1], width)
+    corners = [patches[np.ix_(top + y, left + x)] for y in (0, 1) for x in (0, 1)]
+    shares = [np.outer(y, x) for y in (1 - down, down) for x in (1 - along, along)]
+    return np.stack(corners, axis=-1).reshape(-1, 4), np.stack(shares, axis=-1).reshape(-1, 4)
+
+
+def _between(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each new place the old one before it, int64 [new_size], and the share of the one after, float32.
+
+    new_size is so much smaller than size that the place after always exists.
+    """
+    scale = np.float32(size) / np.float32(new_size)
+    # torch's float32, whose compilers fuse product and difference: rounded once. Twice, weights are off by up to 3e-5.
+    position = (np.float64(scale) * (np.arange(new_size) + 0.5) - 0.5).astype(np.float32)
+    before = position.astype(np.int64)
+    return before, position - before.astype(np.float32)

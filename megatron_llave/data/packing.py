@@ -2,7 +2,7 @@
 
 Encoder turns one side of a pair into ids, tiles and layouts, encode_pairs all sides of many; pack_sequences lays
 encoded sequences into the row and resolves every visual token to its row of the tiles' features.
-Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens.
+Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens, u blended rows.
 """
 
 import hashlib
@@ -18,12 +18,9 @@ from torch import Tensor
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
 from megatron_llave.config import DataConfig, ModelConfig
 from megatron_llave.data import images
-from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt
+from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
-
-# The released code feeds a tensor of zeros for a placeholder without an image; normalised, 127 is the nearest to zero.
-BLANK_LEVEL = 127
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +43,10 @@ class EncodedSequence:
     """Ids, with IMAGE once per image."""
     tiles: list[np.ndarray]
     """Per image uint8 [k_i, 3, size, size]."""
-    layouts: list[np.ndarray]
-    """Per image int64 [v_i], rows of the image's own features [k_i * p] or images.NEWLINE."""
+    layouts: list[images.VisualLayout]
+    """Per image."""
+    blank: bool = False
+    """Its images are stand-ins, one tile each, which the vision tower sees as zeros."""
 
     @property
     def length(self) -> int:
@@ -92,6 +91,10 @@ class Encoder:
     """Side of a tile, pixels."""
     patch_size: int
     """Side of a patch, pixels."""
+    anyres_max_tiles: int | None = 9
+    """Tiles' worth of patches that a much larger feature map is interpolated to; None: every patch is kept."""
+    image_token_without_image: str = "blank"
+    """What the qwen template does with placeholders in a text without any image: blank or remove."""
 
     @property
     def tile_shape(self) -> TileShape:
@@ -99,22 +102,32 @@ class Encoder:
         return TileShape(self.tile_size, (self.tile_size // self.patch_size) ** 2)
 
     def encode(self, side: Side) -> EncodedSequence:
-        """Tokenize, decode, cut tiles. A `qwen` placeholder in a text without any image stands for a blank tile.
+        """Tokenize, decode, cut tiles.
+
+        A `qwen` placeholder in a text without any image stands for a blank tile, of zeros after normalisation, as in
+        the released code; or it is removed (prompts.remove_placeholders).
 
         Raises:
             BadImageError: an image cannot be read.
             DataError: the images alone exceed max_length, or there are more placeholders than images.
         """
-        patches = self.tile_size // self.patch_size
-        pictures = [images.decode_image(data) for data in side.images]
-        layouts = [images.visual_layout(*p.size, self.grids, self.tile_size, patches) for p in pictures]
-        num_blank = count_placeholders(side.text) if not pictures and self.template == "qwen" else 0
-        layouts += [images.visual_layout(self.tile_size, self.tile_size, (), self.tile_size, patches)] * num_blank
+        text, pictures = side.text, [images.decode_image(data) for data in side.images]
+        layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
+        num_blank = 0
+        if self.template == "qwen" and not pictures:
+            if self.image_token_without_image == "remove":
+                text = remove_placeholders(text)
+            num_blank = count_placeholders(text)
+            layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
         visual_tokens = sum(map(len, layouts))
-        tokens = encode_prompt(side.text, len(layouts), self.tokenizer, self.template, self.max_length, visual_tokens)
-        tiles = [images.cut_tiles(p, self.grids, self.tile_size) for p in pictures]
-        tiles += [np.full((1, 3, self.tile_size, self.tile_size), BLANK_LEVEL, np.uint8) for _ in range(num_blank)]
-        return EncodedSequence(tokens, tiles, layouts)
+        tokens = encode_prompt(text, len(layouts), self.tokenizer, self.template, self.max_length, visual_tokens)
+        tiles = [images.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
+        tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
+        return EncodedSequence(tokens, tiles, layouts, blank=num_blank > 0)
+
+    def _layout(self, width: int, height: int, grids: images.Grids) -> images.VisualLayout:
+        patches = self.tile_size // self.patch_size
+        return images.visual_layout(width, height, grids, self.tile_size, patches, self.anyres_max_tiles)
 
 
 def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
@@ -124,7 +137,7 @@ def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
         DataError: the tokenizer is missing or damaged.
         ConfigError: the tokenizer has more ids than the model's embedding.
     """
-    path = Path(cfg_data.tokenizer) if cfg_data.tokenizer else _find_tokenizer(Path(cfg_data.path))
+    path = find_tokenizer(cfg_data)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > cfg_model.language.vocab_size:
         raise ConfigError(
@@ -138,10 +151,20 @@ def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
         grids=tuple((columns, rows) for columns, rows in cfg_model.image_grids),
         tile_size=cfg_model.vision.image_size,
         patch_size=cfg_model.vision.patch_size,
+        anyres_max_tiles=cfg_model.anyres_max_tiles,
+        image_token_without_image=cfg_data.image_token_without_image,
     )
 
 
-def _find_tokenizer(directory: Path) -> Path:
+def find_tokenizer(cfg_data: DataConfig) -> Path:
+    """The file that `data.tokenizer` names, or the tokenizer beside the data.
+
+    Raises:
+        DataError: there is none beside the data.
+    """
+    if cfg_data.tokenizer:
+        return Path(cfg_data.tokenizer)
+    directory = Path(cfg_data.path)
     for name in ("tokenizer.model", "tokenizer.json"):
         if (directory / name).is_file():
             return directory / name
@@ -170,12 +193,10 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     tokens[start[~is_image]] = ids[~is_image]
 
     num_tiles = np.array([len(tile) for tile in tiles], np.int64)
-    tiles_before = np.cumsum(num_tiles) - num_tiles
-    own_row = np.concatenate([*layouts, np.zeros(0, np.int64)])  # [v]
-    shift = np.repeat(tiles_before * tile_shape.patches, visual_lengths)
-    source = np.where(own_row == images.NEWLINE, num_tiles.sum() * tile_shape.patches, own_row + shift)
+    is_blank = np.array([sequence.blank for sequence in encoded for _ in sequence.tiles], bool)
+    blank = np.repeat(is_blank, num_tiles)  # [k]
     image_start = start[is_image] - (np.cumsum(visual_lengths) - visual_lengths)
-    position = np.repeat(image_start, visual_lengths) + np.arange(len(own_row))  # [v]
+    position = np.repeat(image_start, visual_lengths) + np.arange(visual_lengths.sum())  # [v]
 
     no_tile = np.zeros((0, 3, tile_shape.size, tile_shape.size), np.uint8)
     return PackedSequences(
@@ -185,9 +206,33 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
         num_sequences=len(encoded),
         num_tokens=total,
         tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
-        visual_source=torch.from_numpy(source),
         visual_position=torch.from_numpy(position),
+        blank=torch.from_numpy(blank) if blank.any() else None,
+        **_merge_layouts(layouts, num_tiles * tile_shape.patches),
     )
+
+
+def _merge_layouts(layouts: Sequence[images.VisualLayout], num_rows: np.ndarray) -> dict[str, Tensor]:
+    """The images' layouts as fields of PackedSequences; image i has num_rows[i] rows of features."""
+    num_blended = np.array([len(layout.blend_source) for layout in layouts], np.int64)
+    rows_before = np.cumsum(num_rows) - num_rows  # rows of the images before each image
+    blended_before = np.cumsum(num_blended) - num_blended
+    newline = num_rows.sum()
+    # Three ranges follow each other in the row: all images' features, the newline, all images' blended rows.
+    own_row = np.concatenate([*(layout.source for layout in layouts), np.zeros(0, np.int64)])  # [v]
+    of_image = np.repeat(np.arange(len(layouts)), np.array([len(layout) for layout in layouts], np.int64))  # [v]
+    blended_row = newline + 1 + (blended_before - num_rows)[of_image] + own_row
+    source = np.where(own_row < num_rows[of_image], rows_before[of_image] + own_row, blended_row)
+    source[own_row == images.NEWLINE] = newline
+    if not num_blended.any():
+        return {"visual_source": torch.from_numpy(source)}
+    blend_source = np.concatenate([layout.blend_source + rows for layout, rows in zip(layouts, rows_before)])
+    blend_weights = np.concatenate([layout.blend_weights for layout in layouts])
+    return {
+        "visual_source": torch.from_numpy(source),
+        "blend_source": torch.from_numpy(blend_source),
+        "blend_weights": torch.from_numpy(blend_weights),
+    }
 
 
 def encode_pairs(

@@ -24,6 +24,16 @@ def count_placeholders(text: str) -> int:
     return len(_PLACEHOLDER.findall(text))
 
 
+def remove_placeholders(text: str) -> str:
+    """The text as if it had been written without image placeholders.
+
+    Each goes with the white space after it, one at the end of the text also with that before it.
+    """
+    before, *rest = _PLACEHOLDER.split(text)
+    kept = before + "".join(part.lstrip() for part in rest)
+    return kept.rstrip() if rest and not rest[-1].strip() else kept
+
+
 def user_content(text: str, num_images: int) -> str:
     """The user turn of the released code: placeholders spelled <image>, a single one moved to the front.
 
@@ -53,8 +63,8 @@ def encode_prompt(
     """Token ids of one sequence, with IMAGE once per image.
 
     `visual_tokens` is what all IMAGEs together expand to. When the expanded sequence is longer than `max_length`, the
-    user's text is cut from its right; images and the template's tail stay. (The released code cuts the sequence itself
-    and so loses the pooled token.)
+    user's text is cut from its right; images and the template's tail stay. (The released code cuts the expanded
+    sequence itself from the right: the tail goes first, so that the token pooled is one of the text or of an image.)
 
     Raises:
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.

@@ -85,19 +85,22 @@ class LlaveEmbedder(MegatronModule):
         """Projected patch features and newlines in packed order, [v, h]; None without images.
 
         The base tile and the unpadded grid with a newline per row (spatial_unpad of the released code) are one gather
-        from the features of all tiles; the data pipeline worked out its index from the image sizes.
+        from the features of all tiles; the data pipeline worked out its index from the image sizes. Rows of a feature
+        map that is interpolated (anyres_max of the released code) are blended first, and gathered with the others.
         """
         if len(sequences.visual_source) == 0:
             return None
         features = sequences.features
         if features is None:
             with torch.no_grad() if self.vision_is_frozen else nullcontext():
-                features = self.vision(sequences.tiles)  # [k, p, vision h]
+                features = self.vision(sequences.tiles, sequences.blank)  # [k, p, vision h]
             if self.vision_is_frozen:
                 sequences.features = features
         features = self.projector(features.flatten(0, 1))  # [k * p, h]
-        rows = torch.cat([features, self.image_newline[None].to(features.dtype)])  # [k * p + 1, h]
-        return rows.index_select(0, sequences.visual_source)
+        rows = [features, self.image_newline[None].to(features.dtype)]
+        if sequences.blend_source is not None:
+            rows.append(blend(features, sequences.blend_source, sequences.blend_weights))
+        return torch.cat(rows).index_select(0, sequences.visual_source)  # [k * p + 1 + u, h] -> [v, h]
 
     def splice(self, sequences: PackedSequences, visual: Tensor | None) -> Tensor:
         """Token embeddings with the visual tokens at their positions, [t, 1, h]."""
@@ -108,14 +111,26 @@ class LlaveEmbedder(MegatronModule):
         return text.index_copy(0, sequences.visual_position, visual.to(text.dtype)).unsqueeze(1)
 
 
+def blend(features: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of four rows of features [k * p, h] each, [u, h]; summed in at least float32.
+
+    source [u, 4] int64 and weights [u, 4] float32. Corner by corner, so that autograd keeps no [u, 4, h].
+    """
+    corners = (features.index_select(0, rows) * share[:, None] for rows, share in zip(source.T, weights.T))
+    return sum(corners).to(features.dtype)
+
+
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
     groups: ProcessGroupCollection,
     device: torch.device,
-    seed: int,
+    seed: int | None,
 ) -> list[LlaveEmbedder]:
-    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout."""
+    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout.
+
+    With seed None the parameters are left unfilled, for weights that are loaded.
+    """
     if model.kernels == "transformer_engine":
         transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
     stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
@@ -127,5 +142,6 @@ def build_model(
         built = LlaveEmbedder(model, parallel, groups, is_first, is_last, chunk_index)
         # megatron-core makes some of the tower in float32 whatever the configuration says.
         chunks.append(built.to(device=device, dtype=built.config.params_dtype))
-    initialize_parameters(chunks, groups.tp, seed)
+    if seed is not None:
+        initialize_parameters(chunks, groups.tp, seed)
     return chunks

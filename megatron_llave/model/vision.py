@@ -57,9 +57,11 @@ class VisionTower(MegatronModule):
             pg_collection=groups,
         )
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """tiles [k, 3, size, size] uint8 -> features [k, p, h]."""
+    def forward(self, tiles: Tensor, blank: Tensor | None = None) -> Tensor:
+        """tiles [k, 3, size, size] uint8 -> features [k, p, h]; those marked in blank [k] bool count as zeros."""
         pixels = normalise(tiles[:, :, : self.seen_pixels, : self.seen_pixels])
+        if blank is not None:
+            pixels = pixels.masked_fill(blank[:, None, None, None], 0)
         return self.encoder(pixels.to(self.config.params_dtype))
 
 

@@ -13,7 +13,6 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.data.images import NEWLINE, BadImageError, visual_layout
 from megatron_llave.data.packing import (
-    BLANK_LEVEL,
     EncodedSequence,
     Encoder,
     TileShape,
@@ -41,8 +40,8 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-def encoder(template="plain", max_length=400, grids=GRIDS):
-    return Encoder(Letters(), template, max_length, grids, TILE, PATCH)
+def encoder(template="plain", max_length=400, grids=GRIDS, **options):
+    return Encoder(Letters(), template, max_length, grids, TILE, PATCH, **options)
 
 
 def png(width, height, level):
@@ -55,38 +54,60 @@ def random_sequence(rng):
     """Up to three images of random sizes between random text ids; every tile has its own pixel level."""
     tokens = rng.integers(2, 100, rng.integers(1, 6)).tolist()
     tiles, layouts = [], []
+    blank = rng.random() < 0.2
     for _ in range(rng.integers(0, 4)):
-        grids = GRIDS if rng.random() < 0.7 else ()
-        layouts.append(visual_layout(int(rng.integers(5, 90)), int(rng.integers(5, 90)), grids, TILE, 2))
-        num_tiles = layouts[-1].max() // SHAPE.patches + 1
+        grids = () if blank or rng.random() < 0.3 else GRIDS
+        max_tiles = [None, 1, 2][rng.integers(3)]
+        layout = visual_layout(int(rng.integers(5, 90)), int(rng.integers(5, 90)), grids, TILE, 2, max_tiles)
+        num_tiles = (layout.source.max() - len(layout.blend_source)) // SHAPE.patches + 1
         levels = rng.integers(0, 256, num_tiles).astype(np.uint8)
+        layouts.append(layout)
         tiles.append(np.broadcast_to(levels[:, None, None, None], (num_tiles, 3, TILE, TILE)))
         tokens.insert(rng.integers(0, len(tokens) + 1), IMAGE)
-    return EncodedSequence(tokens, tiles, layouts)
+    return EncodedSequence(tokens, tiles, layouts, blank)
+
+
+def feature(row, tiles, blank):
+    """A row of the tiles' features as (tile level or "blank", patch)."""
+    tile, patch = divmod(int(row), SHAPE.patches)
+    return ("blank" if blank[tile] else int(tiles[tile, 0, 0, 0])), patch
 
 
 def naive(sequence):
-    """The sequence as a list of text ids, "newline" and (tile level, patch)."""
+    """The sequence as a list of text ids, "newline", features, and tuples of features with their weights."""
     expanded, images = [], iter(zip(sequence.tiles, sequence.layouts))
     for token in sequence.tokens:
         if token != IMAGE:
             expanded.append(token)
             continue
         tiles, layout = next(images)
-        for row in layout.tolist():
-            tile, patch = divmod(row, SHAPE.patches)
-            expanded.append("newline" if row == NEWLINE else (int(tiles[tile, 0, 0, 0]), patch))
+        blank = [sequence.blank] * len(tiles)
+        for row in layout.source.tolist():
+            blended = row - len(tiles) * SHAPE.patches
+            if row == NEWLINE:
+                expanded.append("newline")
+            elif blended < 0:
+                expanded.append(feature(row, tiles, blank))
+            else:
+                parts = zip(layout.blend_source[blended], layout.blend_weights[blended].tolist())
+                expanded.append(tuple((feature(row, tiles, blank), weight) for row, weight in parts))
     return expanded
 
 
 def unpacked(packed):
     """Every sequence of the packed row in the form of `naive`."""
     row = packed.tokens.tolist()
-    num_features = len(packed.tiles) * SHAPE.patches
+    blank = [False] * len(packed.tiles) if packed.blank is None else packed.blank.tolist()
     for position, source in zip(packed.visual_position.tolist(), packed.visual_source.tolist()):
         assert row[position] == 0, "two sources for one position, or a source on a text token"
-        tile, patch = divmod(source, SHAPE.patches)
-        row[position] = "newline" if source == num_features else (int(packed.tiles[tile, 0, 0, 0]), patch)
+        blended = source - len(packed.tiles) * SHAPE.patches - 1
+        if blended == -1:
+            row[position] = "newline"
+        elif blended < 0:
+            row[position] = feature(source, packed.tiles, blank)
+        else:
+            parts = zip(packed.blend_source[blended].tolist(), packed.blend_weights[blended].tolist())
+            row[position] = tuple((feature(source, packed.tiles, blank), weight) for source, weight in parts)
     bounds = packed.cu_seqlens.tolist()
     return [row[a:b] for a, b in zip(bounds, bounds[1:])]
 
@@ -110,6 +131,38 @@ def test_packed_row_equals_the_naive_walk(multiple):
         assert types == (torch.int64, torch.int32, torch.int64, torch.int64)
         assert packed.tiles.dtype == torch.uint8 and packed.tiles.is_contiguous()
         assert packed.tiles.shape[0] == sum(len(tiles) for s in sequences for tiles in s.tiles)
+        blended = sum(len(layout.blend_source) for s in sequences for layout in s.layouts)
+        if blended:
+            assert packed.blend_source.shape == packed.blend_weights.shape == (blended, 4)
+            assert (packed.blend_source.dtype, packed.blend_weights.dtype) == (torch.int64, torch.float32)
+        else:
+            assert packed.blend_source is packed.blend_weights is None
+        if any(s.blank and s.tiles for s in sequences):
+            assert packed.blank.dtype == torch.bool and packed.blank.shape == packed.tiles.shape[:1]
+        else:
+            assert packed.blank is None
+        if count == 20:
+            assert blended > 4 and packed.blank.any(), "the random sequences have every kind of visual token"
+
+
+def test_every_tensor_moves_with_the_row():
+    packed = pack_sequences([interpolated_sequence(), blank_sequence()], 4, SHAPE)
+    moved = packed.to("meta")
+    tensors = ("tokens", "cu_seqlens", "tiles", "visual_source", "visual_position", "blank")
+    for name in (*tensors, "blend_source", "blend_weights"):
+        assert getattr(packed, name).device.type == "cpu" and getattr(moved, name).device.type == "meta", name
+    assert pack_sequences([EncodedSequence([1], [], [])], 1, SHAPE).to("meta").blank is None
+
+
+def interpolated_sequence():
+    """One image whose feature map is interpolated."""
+    tiles = np.zeros((5, 3, TILE, TILE), np.uint8)
+    return EncodedSequence([IMAGE, 3], [tiles], [visual_layout(60, 50, GRIDS, TILE, 2, 1)])
+
+
+def blank_sequence():
+    """A stand-in for an image that is not there."""
+    return encoder("qwen").encode(Side("<image>", []))
 
 
 def test_text_only_costs_no_tiles():
@@ -216,16 +269,39 @@ def test_encoder_uses_the_grids():
     assert sequence.length == 3 + sum(map(len, sequence.layouts))
     squashed = encoder(grids=()).encode(Side("hi", [png(70, 20, 9)]))
     assert squashed.tiles[0].shape == (1, 3, TILE, TILE)
-    assert squashed.layouts[0].tolist() == [0, 1, 2, 3, NEWLINE]
+    assert squashed.layouts[0].source.tolist() == [0, 1, 2, 3, NEWLINE]
+
+
+@pytest.mark.parametrize(("max_tiles", "tokens"), [(9, 4 + 4 * 5), (None, 4 + 4 * 5), (2, 4 + 2 * 3), (1, 4 + 2 * 3)])
+def test_encoder_interpolates_above_its_cap(max_tiles, tokens):
+    sequence = encoder(anyres_max_tiles=max_tiles).encode(Side("", [png(60, 60, 9)]))
+    assert len(sequence.tiles[0]) == 5 and len(sequence.layouts[0]) == tokens
+    assert sequence.length == tokens + 1
 
 
 def test_placeholder_without_image_is_a_blank_tile_in_the_released_template_only():
     side = Side("<|image_1|>\nFind it", [])
     released = encoder("qwen").encode(side)
-    assert released.tokens.count(IMAGE) == 1 and released.layouts[0].tolist() == [0, 1, 2, 3, NEWLINE]
-    assert released.tiles[0].shape == (1, 3, TILE, TILE) and (released.tiles[0] == BLANK_LEVEL).all()
+    assert released.tokens.count(IMAGE) == 1 and released.layouts[0].source.tolist() == [0, 1, 2, 3, NEWLINE]
+    assert released.tiles[0].shape == (1, 3, TILE, TILE) and released.blank
     plain = encoder("plain").encode(side)
     assert plain.tiles == plain.layouts == [] and plain.tokens == [*map(ord, "Find it"), 1]
+    assert not plain.blank and not encoder("qwen").encode(Side("<image>", [png(9, 9, 1)])).blank
+    two = encoder("qwen", max_length=4096).encode(Side("<image> and <image>", []))
+    assert pack_sequences([two, plain], 1, SHAPE).blank.tolist() == [True, True]
+
+
+def test_placeholder_without_image_can_be_removed():
+    def encode(text, images=(), **options):
+        return encoder("qwen", image_token_without_image="remove", **options).encode(Side(text, list(images)))
+
+    removed, never_written = encode("<|image_1|>\nFind it.\n"), encode("Find it.\n")
+    assert removed == never_written and removed.tiles == [] and not removed.blank
+    assert removed.tokens == encoder("qwen").encode(Side("Find it.\n", [])).tokens
+    with_image = Side("<|image_1|>\nFind it.", [png(9, 9, 1)])
+    assert encode(with_image.text, with_image.images).tokens == encoder("qwen").encode(with_image).tokens
+    with pytest.raises(DataError, match="2 image placeholders for 1 images"):
+        encode("<image> <image>", with_image.images)
 
 
 def test_encoded_length_keeps_to_max_length():
@@ -241,7 +317,7 @@ def configs(tmp_path, vocab_size=10, **data):
     language = LanguageConfig(vocab_size=vocab_size)
     return (
         DataConfig(path=str(tmp_path), prompt="plain", max_length=99, **data),
-        ModelConfig(vision=vision, language=language, image_grids=[[1, 1], [2, 1]]),
+        ModelConfig(vision=vision, language=language, image_grids=[[1, 1], [2, 1]], anyres_max_tiles=5),
     )
 
 
@@ -249,6 +325,8 @@ def test_build_encoder_from_the_configuration(tmp_path):
     built = build_encoder(*configs(tmp_path))
     assert (built.template, built.max_length, built.grids) == ("plain", 99, ((1, 1), (2, 1)))
     assert built.tile_shape == TileShape(size=56, patches=16) and built.tokenizer.eos_id == 7
+    assert (built.anyres_max_tiles, built.image_token_without_image) == (5, "blank")
+    assert build_encoder(*configs(tmp_path, image_token_without_image="remove")).image_token_without_image == "remove"
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
     data, model = configs(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))

@@ -1,11 +1,9 @@
 """The released prompts, text and ids, and the cut that keeps the pooled token."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from megatron_llave.data.prompts import (
     IMAGE,
@@ -14,56 +12,23 @@ from megatron_llave.data.prompts import (
     count_placeholders,
     encode_prompt,
     qwen_prompt,
+    remove_placeholders,
     user_content,
 )
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import DataError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/prompts/prompts.json").read_text())
+FOLDER = Path(__file__).parents[1] / "golden/prompts"
+GOLDEN = json.loads((FOLDER / "prompts.json").read_text())
 CASES = {case["name"]: case for case in GOLDEN["train_and_mmeb_eval"]}
 DEMO = {case["name"]: case for case in GOLDEN["readme_demo"]}
-SPECIAL = GOLDEN["tokenizer"]["special"]
 HEAD_IDS, TAIL_IDS = CASES["empty_text"]["input_ids"][:14], CASES["empty_text"]["input_ids"][14:]
-# Words that Qwen's merges split further; their ids cannot be told from the golden file by splitting into words.
-SPLIT_WORDS = {"text_target_word", "unicode_and_digits", "literal_chatml_in_text"}
-
-# How Qwen2 splits text into words before merging.
-QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def qwen_split():
-    """Qwen2's pre-tokenizer."""
-    return tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
-
-
-def words_of(prompt):
-    """The prompt as words, special tokens and <image>."""
-    parts = re.split("(" + "|".join(map(re.escape, [*SPECIAL, "<image>"])) + ")", prompt)
-    for part in parts:
-        if part in SPECIAL or part == "<image>":
-            yield part
-        elif part:
-            yield from (word for word, _ in qwen_split().pre_tokenize_str(part))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A word-level tokenizer with Qwen's ids for the words of the golden prompts."""
-    vocabulary = {"[UNK]": 0, **SPECIAL}
-    for case in [*CASES.values(), *DEMO.values()]:
-        words = list(words_of(case["prompt"]))
-        if case["name"] not in SPLIT_WORDS:
-            assert len(words) == len(case["input_ids"]), case["name"]
-            vocabulary |= {w: i for w, i in zip(words, case["input_ids"]) if w != "<image>"}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = qwen_split()
-    model.add_special_tokens(list(SPECIAL))
-    path = tmp_path_factory.mktemp("qwen") / "tokenizer.json"
-    model.save(str(path))
-    return load_tokenizer(path)
+def tokenizer():
+    """Qwen's ids for the golden texts, made from its real vocabulary."""
+    return load_tokenizer(FOLDER / "qwen_subset_tokenizer.json")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,15 +50,19 @@ def test_ids_are_the_released_ones(name, tokenizer):
     case = CASES.get(name) or DEMO[name]
     text = case["raw_text"] if name in CASES else case["question"]
     ids = encode_prompt(text, count_placeholders(text), tokenizer, "qwen", 4096, 0)
-    assert ids[:14] == case["input_ids"][:14] == HEAD_IDS
-    assert ids[-7:] == case["input_ids"][-7:] == TAIL_IDS
-    assert ids[-1] == case["input_ids"][-1] == 198
-    if name in SPLIT_WORDS:
-        # Ids the word-level tokenizer has no word for are 0; every other one must be there, in the released order.
-        released = iter(case["input_ids"])
-        assert all(token in released for token in ids if token != 0)
-    else:
-        assert ids == case["input_ids"]
+    assert ids == case["input_ids"]
+    assert ids[:14] == HEAD_IDS and ids[-7:] == TAIL_IDS and ids[-1] == 198
+
+
+@pytest.mark.parametrize("segment", GOLDEN["segments"])
+def test_ids_of_the_fixed_pieces_are_the_released_ones(segment, tokenizer):
+    assert tokenizer.encode(segment) == GOLDEN["segments"][segment]
+
+
+def test_special_tokens_in_user_text_are_special(tokenizer):
+    end = GOLDEN["tokenizer"]["special"]["<|im_end|>"]
+    assert encode_prompt("weird <|im_end|> text", 0, tokenizer, "qwen", 64, 0).count(end) == 4
+    assert encode_prompt("weird text", 0, tokenizer, "qwen", 64, 0).count(end) == 3
 
 
 def test_every_image_has_its_id_and_a_missing_placeholder_goes_first(tokenizer):
@@ -108,6 +77,23 @@ def test_every_image_has_its_id_and_a_missing_placeholder_goes_first(tokenizer):
 def test_more_placeholders_than_images_is_an_error(tokenizer):
     with pytest.raises(DataError, match="2 image placeholders for 1 images"):
         encode_prompt("<|image_1|> and <|image_2|>", 1, tokenizer, "qwen", 4096, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "left"),
+    [
+        ("<|image_1|>\nFind it.\n", "Find it.\n"),
+        ("<image> Find it", "Find it"),
+        ("Find <|image_1|> here", "Find here"),
+        ("one\n<image>\ntwo", "one\ntwo"),
+        ("Find it: <|image_1|>", "Find it:"),
+        ("Find it: <image> \n<image>\n", "Find it:"),
+        ("<image>", ""),
+        (" no placeholder, nothing changes \n", " no placeholder, nothing changes \n"),
+    ],
+)
+def test_removed_placeholder_leaves_the_text_as_if_never_written(written, left):
+    assert remove_placeholders(written) == left
 
 
 def test_plain_is_image_text_end(tokenizer):
@@ -135,6 +121,21 @@ def test_long_text_is_cut_but_never_the_tail(tokenizer):
 def test_cut_keeps_images_that_stand_behind_cut_text(tokenizer):
     ids = encode_prompt("<image>\nCompare with <image> please", 2, tokenizer, "qwen", 21 + 8 + 1, 8)
     assert ids == [*HEAD_IDS, IMAGE, 198, IMAGE, *TAIL_IDS]
+
+
+@pytest.mark.parametrize("text", ["<image>\nCompare with <image> please", "Compare them, please", "<image> <image>"])
+def test_no_length_loses_an_image_or_the_pooled_token(text, tokenizer):
+    whole = encode_prompt(text, 2, tokenizer, "qwen", 4096, 16)
+    longest = len(whole) - 2 + 16
+    shortest = len(HEAD_IDS) + len(TAIL_IDS) + 16
+    for max_length in range(shortest, longest + 2):
+        ids = encode_prompt(text, 2, tokenizer, "qwen", max_length, 16)
+        assert len(ids) - 2 + 16 == min(max_length, longest)
+        assert ids.count(IMAGE) == 2 and ids[:14] == HEAD_IDS and ids[-7:] == TAIL_IDS
+        words = [token for token in ids[14:-7] if token != IMAGE]
+        assert words == [token for token in whole[14:-7] if token != IMAGE][: len(words)]
+    with pytest.raises(DataError, match=f"16 visual tokens and 21 of .* raise it to at least {shortest}"):
+        encode_prompt(text, 2, tokenizer, "qwen", shortest - 1, 16)
 
 
 def test_plain_cut(tokenizer):

@@ -1,5 +1,10 @@
 """The whole embedder in one process: where visual tokens go, what is frozen, precision, and equal weights."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +13,14 @@ from reference import pack, random_pairs, random_sequence
 
 from megatron_llave import config_file
 from megatron_llave.config import ModelConfig, ParallelConfig
-from megatron_llave.data.packing import EncodedSequence
+from megatron_llave.data.images import VisualLayout, visual_layout
+from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE
-from megatron_llave.model.embedder import LlaveEmbedder, build_model
+from megatron_llave.model.embedder import LlaveEmbedder, blend, build_model
 from megatron_llave.presets import PRESETS
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MERGE = [case for case in json.loads((GOLDEN / "anyres/merge.json").read_text()) if case["modality"] == "image"]
 
 
 def tiny(**changes) -> ModelConfig:
@@ -48,6 +57,85 @@ def test_visual_tokens_stand_where_the_image_stood(groups: ProcessGroupCollectio
     expected = torch.cat(expected)
     assert len(hidden) % 8 == 0
     torch.testing.assert_close(hidden[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+def merge_case(case: dict) -> EncodedSequence:
+    """An image of a golden merge between two text tokens; its tiles are never looked at."""
+    n = 6 if case["grid"].endswith("(6x6)") else 2
+    grids = tuple((columns, rows) for columns in range(1, n + 1) for rows in range(1, n + 1))
+    layout = visual_layout(*case["size_wh"], () if case["name"] == "single_tile" else grids, 384, 27, 9)
+    return EncodedSequence([5, IMAGE, 6], [np.zeros((case["n_tiles_in"], 3, 1, 1), np.uint8)], [layout])
+
+
+def merged(cases: list[dict], multiple: int) -> list[torch.Tensor]:
+    """Visual tokens [v, 8] of each case out of one packed row, the tower and projector replaced by golden features."""
+    arrays = np.load(GOLDEN / "anyres/merge.npz")
+    features = torch.cat([torch.from_numpy(arrays[f"{case['name']}_in"]) for case in cases])
+    packed = pack_sequences([merge_case(case) for case in cases], multiple, TileShape(size=1, patches=729))
+    assert len(packed.tiles) == len(features) and len(packed.tokens) % multiple == 0
+    stand_in = SimpleNamespace(
+        vision=lambda tiles, blank: features,
+        projector=torch.nn.Identity(),
+        image_newline=torch.from_numpy(arrays["image_newline"]),
+        vision_is_frozen=False,
+    )
+    row = torch.full((len(packed.tokens), 8), torch.nan)
+    row[packed.visual_position] = LlaveEmbedder.visual_tokens(stand_in, packed)
+    bounds = packed.cu_seqlens.tolist()
+    assert row[packed.tokens > 0].isnan().all()
+    return [row[start + 1 : end - 1] for start, end in zip(bounds, bounds[1 : len(cases) + 1])]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_visual_tokens_are_merged_as_released(together: bool) -> None:
+    """Exact copies; 1e-6 where the feature map is interpolated."""
+    arrays = np.load(GOLDEN / "anyres/merge.npz")
+    rows = merged(MERGE, 64) if together else [merged([case], 1)[0] for case in MERGE]
+    assert len(rows) == 10
+    for case, ours in zip(MERGE, rows):
+        released = torch.from_numpy(arrays[f"{case['name']}_out"])
+        atol = 1e-6 if case["name"] == "anyres_2000x800_g6" else 0
+        torch.testing.assert_close(ours, released, rtol=0, atol=atol, msg=lambda text: f"{case['name']}: {text}")
+
+
+def test_gradient_flows_through_interpolation() -> None:
+    """The gradient that interpolate gives, in float64, 1e-6 (the weights are float32)."""
+    layout = visual_layout(90, 60, ((3, 2),), 30, 4, 2)
+    torch.manual_seed(0)
+    features = torch.randn(7 * 16, 3, dtype=torch.float64, requires_grad=True)
+    ours = blend(features, torch.from_numpy(layout.blend_source), torch.from_numpy(layout.blend_weights))
+    whole = features[16:].reshape(2, 3, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(1, 3, 8, 12)
+    expected = F.interpolate(whole, [4, 6], mode="bilinear")[0].flatten(1).T
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    downstream = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(out, features, downstream, retain_graph=True)[0] for out in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+    assert gradients[0].abs().sum() > 1
+
+
+def test_blend_in_bf16_is_rounded_once() -> None:
+    layout = visual_layout(90, 60, ((3, 2),), 30, 4, 2)
+    torch.manual_seed(0)
+    features = torch.randn(7 * 16, 3).bfloat16()
+    source, weights = torch.from_numpy(layout.blend_source), torch.from_numpy(layout.blend_weights)
+    assert blend(features, source, weights).equal(blend(features.float(), source, weights).bfloat16())
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"]])
+def test_blank_tile_is_zeros_after_normalisation(groups: ProcessGroupCollection, freeze: list[str]) -> None:
+    """As the released code's input for a placeholder without image; 127, the nearest grey, gives other features."""
+    released = np.load(GOLDEN / "hf_tiny/official_image_token_without_image.npz")["pixel_values"]
+    model = tiny(freeze=freeze)
+    embedder = build(model, groups)
+    layout = VisualLayout(np.append(np.arange(16), -1))
+    tile = np.full((1, 3, 56, 56), 127, np.uint8)
+    sequences = [EncodedSequence([IMAGE, 3], [tile], [layout], blank) for blank in (True, False)]
+    with torch.no_grad():
+        blank, grey = embedder.visual_tokens(pack(sequences, model)).split(17)
+        expected = embedder.projector(embedder.vision.encoder(torch.from_numpy(released)).flatten(0, 1))
+    torch.testing.assert_close(blank[:16], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(blank[16], embedder.image_newline.detach())
+    assert (grey[:16] - expected).abs().max() > 1e-4
 
 
 def test_neighbours_in_the_row_do_not_change_an_embedding(groups: ProcessGroupCollection) -> None:
