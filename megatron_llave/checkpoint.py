@@ -27,6 +27,9 @@ from megatron_llave.errors import CheckpointError
 FOLDER = "checkpoints"
 POINTER = "latest"
 CONFIG = "config.yaml"
+ASSETS = "assets"
+"""Folder with the tokenizer and, of a converted model, what an export gives back (conversion.py); in a run's folder,
+and in each of its checkpoints, where large files are links to the run's."""
 AVERAGE = "average."
 """Before the names of averaged weights."""
 
@@ -61,8 +64,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         config_file.save(cfg, partial / CONFIG)
+        assets = Path(cfg.train.output) / ASSETS
+        if assets.is_dir():
+            shutil.copytree(assets, partial / ASSETS, copy_function=link)
     dist.barrier()
-    metadata = _metadata(groups)
+    metadata = state_metadata(groups)
     state = _model_state(chunks, metadata)
     if any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
         # A pipeline stage that is all frozen has no optimizer state, which megatron-core does not expect.
@@ -88,6 +94,14 @@ def save(
     return final
 
 
+def link(source: str, target: str) -> None:
+    """A hard link, so that a large file is stored once; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def find(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the current one of a run's output folder.
 
@@ -111,6 +125,16 @@ def find(path: str | Path) -> Path:
     return path
 
 
+def require_average(folder: Path, cfg: RunConfig, average: bool) -> None:
+    """Refuse `average` for a checkpoint that has no averaged weights.
+
+    Raises:
+        CheckpointError: its run had no averages.
+    """
+    if average and cfg.loss.reward != "ema":
+        raise CheckpointError(f"{folder} has no averaged weights: its run had loss.reward={cfg.loss.reward}, not ema")
+
+
 def load_weights(
     path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False
 ) -> None:
@@ -125,7 +149,7 @@ def load_weights(
     Raises:
         CheckpointError: the files are damaged or hold another model, or there are no averaged weights.
     """
-    metadata = _metadata(groups)
+    metadata = state_metadata(groups)
     loaded = _load(path, _model_state(chunks, metadata))
     for key, chunk in zip(_model_keys(chunks), chunks):
         chunk.load_state_dict(loaded[key])
@@ -142,17 +166,22 @@ def _load(path: str | Path, state: dict) -> dict:
     try:
         return dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
+        raise unusable(path, error) from error
 
 
-def _reason(error: BaseException) -> str:
-    """One line; torch wraps what went wrong on each rank into an error of its own."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__
+def failure(error: BaseException) -> BaseException:
+    """What went wrong; torch wraps the errors of all ranks into one of its own, which is no Exception."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def _metadata(groups: ProcessGroupCollection) -> dict:
+def unusable(path: str | Path, error: BaseException) -> CheckpointError:
+    """One line for what a reader of checkpoint `path` ran into."""
+    error = failure(error)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}")
+
+
+def state_metadata(groups: ProcessGroupCollection) -> dict:
     """How megatron-core lays optimizer states out: "fully reshardable" loads at any number of data-parallel ranks."""
     return dict(
         distrib_optim_sharding_type="fully_reshardable",

@@ -306,7 +306,8 @@ class CheckpointConfig:
 
     init: str | None = None
     """Folder whose weights the run starts from: a checkpoint (tools/convert_hf.py import makes one), a run, or a
-    Hugging Face folder; null: random weights. Its vocabulary size wins over the preset's."""
+    Hugging Face folder; null: random weights. Sizes that `model` does not give come from there, and the vocabulary's
+    always; others that contradict are refused."""
     interval: int = 0
     """Steps between checkpoints; 0: only at the end. The last step is always saved."""
 

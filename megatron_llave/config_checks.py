@@ -5,7 +5,7 @@ config_file.py calls `validate` on what it has read; a section's own values are 
 
 from dataclasses import fields
 
-from megatron_llave.config import PARTS, ModelConfig, RunConfig, require
+from megatron_llave.config import PARTS, LanguageConfig, ModelConfig, RunConfig, VisionConfig, require
 
 
 def validate(cfg: RunConfig) -> None:
@@ -14,17 +14,12 @@ def validate(cfg: RunConfig) -> None:
     Raises:
         ConfigError: names the key and the numbers that do not fit.
     """
-    for part, values in (("vision", cfg.model.vision), ("language", cfg.model.language)):
-        for f in fields(values):
-            value = getattr(values, f.name)
-            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
-        ok = values.hidden_size % values.num_heads == 0
-        sizes = f"model.{part}.hidden_size={values.hidden_size}"
-        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
-    _validate_model(cfg.model)
-    dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
-    ok = max(dims, default=0) <= width
-    require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
+    sizes_come_with_weights = cfg.checkpoint.init is not None and not has_sizes(cfg.model)
+    if not sizes_come_with_weights:
+        _validate_model(cfg.model)
+        dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
+        ok = max(dims, default=0) <= width
+        require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
     ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
     require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
     require(
@@ -59,7 +54,19 @@ def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> N
             )
 
 
+def has_sizes(model: ModelConfig) -> bool:
+    """Whether any size of the model was given, by a preset or one by one."""
+    return (model.vision, model.language) != (VisionConfig(), LanguageConfig())
+
+
 def _validate_model(model: ModelConfig) -> None:
+    for part, values in (("vision", model.vision), ("language", model.language)):
+        for f in fields(values):
+            value = getattr(values, f.name)
+            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+        ok = values.hidden_size % values.num_heads == 0
+        sizes = f"model.{part}.hidden_size={values.hidden_size}"
+        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
     vision, language = model.vision, model.language
     ok = vision.image_size >= vision.patch_size
     sizes = f"model.vision.image_size={vision.image_size}"

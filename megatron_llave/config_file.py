@@ -44,6 +44,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequence[st
     return build(OmegaConf.merge(from_file, from_command_line))
 
 
+def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`cfg` with `section.key=value` overrides applied, and checked again.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type or cannot work.
+    """
+    given = _read_overrides(overrides)
+    _check_keys(RunConfig, given, "the command line")
+    return build(OmegaConf.merge(OmegaConf.structured(cfg), given))
+
+
 def _read_overrides(overrides: Sequence[str]) -> dict:
     tree = OmegaConf.create({})
     for override in overrides:

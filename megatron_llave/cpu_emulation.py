@@ -54,6 +54,9 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 def _replace_factories() -> None:
+    # `with torch.device(...)` looks the factories up at its first use; it must find torch's own, which ours end in.
+    with CPU:
+        torch.empty(0)
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

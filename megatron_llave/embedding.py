@@ -1,7 +1,7 @@
 """A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave import checkpoint, config_file, parallel
+from megatron_llave import config_file, cpu_emulation, parallel
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
-from megatron_llave.errors import CheckpointError, DataError
+from megatron_llave.errors import DataError
 from megatron_llave.gradient_cache import run_schedule
 from megatron_llave.model.embedder import build_model
+from megatron_llave.pretrained import find_pretrained
 
 
 @dataclass
@@ -36,24 +37,32 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, data: str | Path, overrides: Sequence[str] = (), average: bool = False
+    path: str | Path, data: str | Path | None = None, overrides: Sequence[str] = (), average: bool = False
 ) -> LoadedModel:
-    """Build the model a checkpoint holds. Its training layout is not taken over: every process is a data-parallel rank
-    unless `overrides` (parallel.tensor=2, ...) say otherwise. A tokenizer that the run found beside its data is looked
-    for in `data`. With `average` it gets the averaged weights of a run with loss.reward=ema.
+    """Build the model that a folder holds and load its weights.
+
+    The layout of its training is not taken over: every process is a data-parallel rank unless `overrides`
+    (parallel.tensor=2, ...) say otherwise.
+
+    Args:
+        path: a checkpoint, a run's folder, or a Hugging Face folder of either layout.
+        data: where to look for a tokenizer when the weights came without one.
+        overrides: `section.key=value`, winning over the checkpoint's configuration.
+        average: the averaged weights of a run with loss.reward=ema.
 
     Raises:
         UserError: no checkpoint, no averaged weights in it, an unknown override, or a layout that cannot work.
     """
-    folder = checkpoint.find(path)
-    cfg = config_file.load(folder / checkpoint.CONFIG, [f"data.path={data}", *overrides], leave_out=["parallel"])
-    if average and cfg.loss.reward != "ema":
-        raise CheckpointError(f"{folder} has no averaged weights: its run had loss.reward={cfg.loss.reward}, not ema")
+    cpu_emulation.enable()
+    found = find_pretrained(path)
+    cfg = replace(found.cfg, data=replace(found.cfg.data, tokenizer=found.find_tokenizer() or found.cfg.data.tokenizer))
+    given = [] if data is None else [f"data.path={data}"]
+    cfg = config_file.override(cfg, [*given, *overrides])
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_layout(cfg.model, cfg.parallel, world_size)
     groups = parallel.init(cfg.parallel, cfg.train.seed)
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
-    checkpoint.load_weights(folder, chunks, groups, average)
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=None)
+    found.load(chunks, groups, average)
     for chunk in chunks:
         chunk.eval()
     return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)

@@ -5,6 +5,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings
 from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, require
-from megatron_llave.data.packing import build_encoder
+from megatron_llave.config_checks import validate
+from megatron_llave.conversion import start_assets
+from megatron_llave.data.packing import build_encoder, find_tokenizer
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import histograms, step_metrics
 from megatron_llave.errors import ConfigError, exit_with_one_line
@@ -30,6 +33,7 @@ from megatron_llave.loss import (
 )
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
+from megatron_llave.pretrained import Pretrained, find_pretrained
 from megatron_llave.run_log import RunLog, quiet_dependencies
 from megatron_llave.weight_average import WeightAverage
 
@@ -53,6 +57,9 @@ def train(cfg: RunConfig) -> Path:
         UserError: configuration, layout or data cannot work; the message names the culprit.
     """
     require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
+    pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
+    if pretrained is not None:
+        cfg = starting_from(pretrained, cfg)
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
@@ -63,11 +70,14 @@ def train(cfg: RunConfig) -> Path:
         world=groups.dp.size(),
         pad_to_multiple=cfg.parallel.tensor if cfg.parallel.sequence else 1,
     )
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
+    seed = cfg.train.seed if pretrained is None else None
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed)
+    if pretrained is not None:
+        pretrained.load(chunks, groups)
     trainable = build_trainable(cfg, chunks, groups)
     average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     averages = None if average is None else average.tensors()
-    log = start_run_log(cfg, groups)
+    log = start_run(cfg, groups, pretrained)
     for step in range(cfg.train.steps):
         started = time.perf_counter()
         rate = learning_rate(trainable)
@@ -86,13 +96,26 @@ def train(cfg: RunConfig) -> Path:
     return saved
 
 
-def start_run_log(cfg: RunConfig, groups: ProcessGroupCollection) -> RunLog:
-    """Write the merged configuration into the run's folder and open its log."""
+def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
+    """`cfg` with the vocabulary and, unless it names one, the tokenizer of the weights it starts from.
+
+    Raises:
+        ConfigError: cfg.model is another model.
+    """
+    tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
+    cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
+    validate(cfg)
+    return cfg
+
+
+def start_run(cfg: RunConfig, groups: ProcessGroupCollection, pretrained: Pretrained | None) -> RunLog:
+    """Write the merged configuration and what checkpoints carry along into the run's folder, and open its log."""
     output = Path(cfg.train.output)
     if dist.get_rank() == 0:
         try:
             output.mkdir(parents=True, exist_ok=True)
             config_file.save(cfg, output / "config.yaml")
+            start_assets(output, pretrained, find_tokenizer(cfg.data))
         except OSError as error:
             raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error
     dist.barrier()

@@ -27,6 +27,15 @@ assert before == (torch.zeros, torch.cuda.current_device, torch.Tensor.cuda)
 """
 
 
+DEVICE_CONTEXT_STILL_WORKS = """
+import torch
+from megatron_llave import cpu_emulation
+assert cpu_emulation.enable()
+with torch.device("meta"):
+    assert torch.empty(3).is_meta and torch.arange(3).is_meta and not torch.empty(3, device="cuda").is_meta
+"""
+
+
 def run_python(source: str) -> None:
     subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
 
@@ -60,3 +69,7 @@ def test_enabling_twice_wraps_once() -> None:
     zeros = torch.zeros
     cpu_emulation.enable()
     assert torch.zeros is zeros
+
+
+def test_a_device_can_still_be_chosen_by_a_context() -> None:
+    run_python(DEVICE_CONTEXT_STILL_WORKS)

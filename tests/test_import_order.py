@@ -15,21 +15,22 @@ PACKAGE = "megatron_llave"
 # From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
 # (a folder is one entry); the first layer's files may see each other.
 LAYERS = [
-    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch"],
+    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch", "hf_keys"],
     ["parallel"],
-    ["data", "model", "loss", "retrieval"],
+    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
         *("hf_weights", "run_log", "report", "fault_tolerance"),
     ],
-    ["embedding"],
-    ["evaluate"],
+    ["pretrained", "weight_stream"],
+    ["embedding", "conversion", "inspection"],
+    ["evaluate", "verification"],
     ["train"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 MAY_NAME_PARALLEL_STATE = {"megatron_llave.parallel"}
-MAY_IMPORT_TRANSFORMERS = {"megatron_llave.hf_weights", "megatron_llave.data.tokenizer"}
+MAY_IMPORT_TRANSFORMERS = {"megatron_llave.verification"}
 
 
 def source_files() -> list[Path]:
@@ -211,7 +212,7 @@ def test_no_cycles() -> None:
         ("optimizer", "import megatron.core as core\ncore.parallel_state.destroy()", "parallel_state"),
         ("parallel", "from megatron.core import parallel_state", None),
         ("model.vision", "from transformers import SiglipVisionModel", "transformers"),
-        ("data.tokenizer", "from transformers import AutoTokenizer", None),
+        ("verification", "from transformers import AutoTokenizer", None),
         ("data.pipeline", "import torch.distributed as dist", "as ints"),
         ("data.pipeline", "from torch import distributed", "as ints"),
         ("data.pipeline", "import torch\nrank = torch.distributed.get_rank()", "as ints"),

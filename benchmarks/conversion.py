@@ -1,0 +1,124 @@
+"""Conversion of a full-size model both ways: seconds and peak memory beside the model's size and its largest tensor.
+
+    python benchmarks/conversion.py --preset 0.5b --dtype bfloat16 --folder runs/conversion
+
+Writes a Hugging Face folder of random weights in transformers' layout, imports it, exports the checkpoint in both
+layouts, compares every tensor bit for bit, and lets transformers load and save the same folder as a peer. Each step is
+a process of its own; its peak is the largest resident memory the kernel counted, mapped files included.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_file import build
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.hf_config import build_config_json, read_config
+from megatron_llave.hf_weights import POST_NORM, hf_shapes, open_weights
+from megatron_llave.tensor_files import write_tensor_files
+from megatron_llave.weight_stream import model_without_memory
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
+ALONE = "import sys; from megatron_llave import conversion"
+PEER = (
+    "import sys, torch, transformers; m = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained("
+    "sys.argv[1], dtype=getattr(torch, sys.argv[3])); m.save_pretrained(sys.argv[2])"
+)
+
+
+def main() -> None:
+    """Make the folder, run each step, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="0.5b", choices=["0.5b", "2b", "7b"], help="size of the model")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of weights")
+    parser.add_argument("--folder", default="runs/conversion", type=Path, help="scratch; emptied before and after")
+    parser.add_argument("--without-transformers", action="store_true", help="leave the peer out")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        shutil.rmtree(args.folder, ignore_errors=True)
+        names = ("source", "checkpoint", "llava_onevision", "llava_qwen", "transformers")
+        source, checkpoint, onevision, qwen, peer = (args.folder / name for name in names)
+        num_bytes, largest = make_folder(source, args.preset, getattr(torch, args.dtype))
+        convert = [sys.executable, "-W", "ignore", str(TOOL)]
+        export = [*convert, "export", "--from", str(checkpoint), "--format"]
+        commands = {
+            "imports of Python alone": [sys.executable, "-W", "ignore", "-c", ALONE],
+            "import": [*convert, "import", "--from", str(source), "--to", str(checkpoint), "--preset", args.preset],
+            "export llava_onevision": [*export, "llava_onevision", "--to", str(onevision)],
+            "export llava_qwen": [*export, "llava_qwen", "--to", str(qwen)],
+        }
+        if not args.without_transformers:
+            command = [sys.executable, "-W", "ignore", "-c", PEER, str(source), str(peer), args.dtype]
+            commands["transformers: from_pretrained, save_pretrained"] = command
+        rows = {name: measured(command) for name, command in commands.items()}
+        compared = {out.name: num_equal(source, out) for out in (onevision, qwen)}
+        shutil.rmtree(args.folder)
+    sizes = f"{num_bytes / 1e9:.2f} GB of weights, the largest tensor {largest / 1e9:.2f} GB"
+    print(f"\n{args.preset}, {args.dtype}: {sizes}\n")
+    print("| step | seconds | peak GB | peak / model |\n|---|---:|---:|---:|")
+    for name, (seconds, peak) in rows.items():
+        print(f"| {name} | {seconds:.1f} | {peak / 1e9:.2f} | {peak / num_bytes:.2f} |")
+    for name, (equal, total) in compared.items():
+        print(f"\n{name}: {equal} of {total} tensors bit-equal to the source")
+    sys.exit(any(equal < total for equal, total in compared.values()))
+
+
+def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Random weights in layout llava_onevision; returns the bytes of all tensors and of the largest."""
+    cpu_emulation.enable()
+    parallel.start_processes(60)
+    model = build({"model": {"preset": preset}}).model
+    embedder = model_without_memory(model, parallel.init(ParallelConfig()))
+    found = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, model)
+    found |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
+    shapes = {name: (shape, dtype) for name, shape in found.items()}
+    folder.mkdir(parents=True)
+    write_tensor_files(folder, shapes, random_tensors(shapes))
+    config = build_config_json(model, "llava_onevision", tied=True, dtype=str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(config))
+    parallel.shut_down()
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in found.values()]
+    return sum(sizes), max(sizes)
+
+
+def random_tensors(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One after the other."""
+    generator = torch.Generator().manual_seed(0)
+    for name, (shape, dtype) in shapes.items():
+        yield name, torch.randn(shape, generator=generator).to(dtype)
+
+
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a process; its failure ends the benchmark."""
+    # The largest child so far is all that the kernel tells, so each command is the only child of a process of its own.
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - start, int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def num_equal(source: Path, out: Path) -> tuple[int, int]:
+    """Tensors of `out` that are bit-equal to the source's, and how many both have together."""
+    one, other = (open_weights(folder, read_config(folder)) for folder in (source, out))
+    both = one.names.keys() & other.names.keys()
+    equal = 0
+    for name in both:
+        a, b = one.read(name), other.read(name)
+        equal += a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return equal, len(one.names.keys() | other.names.keys())
+
+
+if __name__ == "__main__":
+    main()

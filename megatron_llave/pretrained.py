@@ -1,0 +1,79 @@
+"""Weights that a run or an embedder starts from, wherever they are: a checkpoint, a run's folder, or an HF folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn import Module
+
+from megatron_llave import checkpoint, config_file
+from megatron_llave.config import ModelConfig, RunConfig
+from megatron_llave.config_checks import has_sizes, require_same_model
+from megatron_llave.errors import CheckpointError
+from megatron_llave.hf_config import read_config
+from megatron_llave.hf_weights import fill_from_hf, open_weights
+
+HF_CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where weights are, and what model they are of."""
+
+    folder: Path
+    cfg: RunConfig
+    """Of an HF folder: the model that its config.json describes, all else by default."""
+    is_hf: bool
+
+    @property
+    def assets(self) -> Path:
+        """Folder that may hold a tokenizer."""
+        return self.folder if self.is_hf else self.folder / checkpoint.ASSETS
+
+    def load(self, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
+        """Fill this rank's chunks, at the layout of `groups`.
+
+        Raises:
+            CheckpointError: the weights are damaged, not whole, of another model, or have no averages.
+        """
+        checkpoint.require_average(self.folder, self.cfg, average)
+        if self.is_hf:
+            fill_from_hf(chunks, open_weights(self.folder, read_config(self.folder)), groups)
+        else:
+            checkpoint.load_weights(self.folder, chunks, groups, average)
+
+    def find_tokenizer(self) -> str | None:
+        """The tokenizer file that belongs to these weights."""
+        found = [self.assets / name for name in TOKENIZERS if (self.assets / name).is_file()]
+        return str(found[0]) if found else None
+
+    def adopt(self, model: ModelConfig) -> ModelConfig:
+        """`model` with the vocabulary of these weights; with all their sizes and grids where it gives no size itself.
+
+        Raises:
+            ConfigError: it is another model; names the key and both values.
+        """
+        own = self.cfg.model
+        if not has_sizes(model):
+            return replace(
+                model, vision=own.vision, language=own.language, image_grids=model.image_grids or own.image_grids
+            )
+        require_same_model(model, own, f"the weights in {self.folder}")
+        return replace(model, language=replace(model.language, vocab_size=own.language.vocab_size))
+
+
+def find_pretrained(path: str | Path) -> Pretrained:
+    """What lies at `path`.
+
+    Raises:
+        CheckpointError: neither a checkpoint, nor a run's folder, nor an HF folder of a supported model.
+    """
+    path = Path(path)
+    if (path / HF_CONFIG).is_file():
+        return Pretrained(path, RunConfig(model=read_config(path).model), is_hf=True)
+    try:
+        folder = checkpoint.find(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; a Hugging Face folder would hold {HF_CONFIG}") from error
+    return Pretrained(folder, config_file.load(folder / checkpoint.CONFIG, leave_out=["parallel"]), is_hf=False)

@@ -1,0 +1,79 @@
+"""Convert models: Hugging Face folder -> checkpoint (import), back (export); look at one (inspect), compare (verify).
+
+python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
+python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
+python tools/convert_hf.py inspect DIR
+python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
+"""
+
+import argparse
+import sys
+
+from megatron_llave import conversion, cpu_emulation, parallel
+from megatron_llave.config import ParallelConfig
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.inspection import inspect
+from megatron_llave.presets import PRESETS
+from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.verification import verify
+
+LAYOUTS = ("llava_onevision", "llava_qwen")
+TIMEOUT_SECONDS = 600
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
+    command.add_argument("--from", required=True, dest="source", help="folder with config.json and safetensors")
+    command.add_argument("--to", required=True, dest="out", help="checkpoint folder to make")
+    command.add_argument("--preset", choices=[p for p in PRESETS if p != "tiny"], help="fail unless it is this model")
+    command = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
+    command.add_argument("--from", required=True, dest="source", help="a checkpoint, or a run's folder (its newest)")
+    command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to make")
+    command.add_argument("--format", choices=LAYOUTS, help="default: the one the weights came in")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights came")
+    command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
+    command.add_argument("--shard-size", type=float, default=5, help="gigabytes per file of weights, default 5")
+    command = commands.add_parser("inspect", help="say what a folder is and whether it is whole")
+    command.add_argument("folder")
+    command = commands.add_parser("verify", help="embed a text and a picture through both and print the difference")
+    command.add_argument("--hf", required=True, help="Hugging Face folder, run by transformers")
+    command.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's folder")
+    command.add_argument("--text", default="A cat and a dog", help="text to embed")
+    command.add_argument("--image", help="picture to embed; default: a generated one")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
+    if args.command == "verify":
+        return verify(args.hf, args.checkpoint, args.text, args.image)
+    groups = parallel.init(ParallelConfig())
+    if args.command == "inspect":
+        return inspect(args.folder, groups)
+    if args.command == "import":
+        print(f"checkpoint: {conversion.import_hf(args.source, args.out, groups, args.preset)}")
+    else:
+        options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9))
+        notes = conversion.export_hf(args.source, args.out, groups, *options)
+        print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
+    return 0
+
+
+def main() -> None:
+    """Run one command in this process alone."""
+    args = parse()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        if parallel.start_processes(TIMEOUT_SECONDS) > 1:
+            raise ConfigError("tools/convert_hf.py runs in one process; start it with python, not torchrun")
+        status = run(args)
+        parallel.shut_down()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
