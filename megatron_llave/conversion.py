@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import tokenizers
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import safe_open
@@ -189,18 +190,37 @@ def export_hf(
     assets = read_assets(folder)
     layout = layout or (assets.config.layout if assets.config else "llava_onevision")
     embedder = model_without_memory(cfg.model, groups)
-    plan = _plan_export(cfg.model, embedder, assets, layout, dtype and getattr(torch, dtype))
+    model = with_room_for_image_tokens(cfg.model, assets) if layout == "llava_onevision" else cfg.model
+    plan = _plan_export(model, embedder, assets, layout, dtype and getattr(torch, dtype))
     tied = LM_HEAD not in plan or _is_copied_head(assets)
     common = {shape[1] for shape in plan.values()}
     dtype_name = str(common.pop()).removeprefix("torch.") if len(common) == 1 else "float32"
-    config = build_config_json(cfg.model, layout, tied, dtype_name, assets.config)
-    values = _export_values(folder, cfg.model, embedder, groups, assets, plan, average)
+    config = build_config_json(model, layout, tied, dtype_name, assets.config)
+    values = _export_values(folder, model, embedder, groups, assets, plan, average)
     named = {layout_name(name, layout): shape for name, shape in plan.items()}
     with whole_folder(out, "exported model") as partial:
         write_tensor_files(partial, named, ((layout_name(n, layout), v) for n, v in values), shard_bytes)
         trained = (folder / checkpoint.CONFIG).read_text() if cfg.train.steps else None
         notes = write_side_files(partial, layout, config, assets.folder, trained)
     return notes
+
+
+def with_room_for_image_tokens(model: ModelConfig, assets: Assets) -> ModelConfig:
+    """`model` with a vocabulary that has rows for <image> and <video>, two tokens that transformers' layout needs.
+
+    An embedding cut to the tokenizer's size, as the released code cuts it in memory, has none left; rows of zeros are
+    added to it. They are never used: visual tokens take their place.
+    """
+    file = None if assets.folder is None else assets.folder / "tokenizer.json"
+    if file is None or not file.is_file():
+        return model
+    try:
+        ids = tokenizers.Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(f"{file} is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
+    new = sum(token not in ids for token in ("<image>", "<video>"))
+    rows = max(model.language.vocab_size, max(ids.values()) + 1 + new)
+    return replace(model, language=replace(model.language, vocab_size=rows))
 
 
 def _is_copied_head(assets: Assets) -> bool:
@@ -215,11 +235,15 @@ def _plan_export(
     plan: Shapes = {}
     for name, parameter in embedder.named_parameters():
         for theirs, shape in table[name].shapes(tuple(parameter.shape)).items():
+            if name == EMBEDDING:
+                shape = (model.language.vocab_size, *shape[1:])
             plan[theirs] = shape, dtype or assets.dtypes.get(theirs, stored)
         if name == EMBEDDING and _is_copied_head(assets):
             plan[LM_HEAD] = plan[HF_EMBEDDING][0], dtype or assets.dtypes[LM_HEAD]
     is_same_layout = assets.config is not None and assets.config.layout == layout
     for name, (shape, own) in assets.unused.items():
+        if name == LM_HEAD:
+            shape = (model.language.vocab_size, *shape[1:])
         if is_same_layout or name == LM_HEAD or name.startswith(POST_NORM):
             plan[name] = shape, dtype or own
     for kind in ("weight", "bias"):  # both layouts have it, though nothing uses it
@@ -244,11 +268,11 @@ def _export_values(
         if name == EMBEDDING and _is_copied_head(assets):
             parts[LM_HEAD] = parts[HF_EMBEDDING]
         for theirs, part in parts.items():
-            yield theirs, _cast(theirs, part, plan[theirs][1])
+            yield theirs, _cast(theirs, pad_rows(part, plan[theirs][0][0]), plan[theirs][1])
         written |= parts.keys()
     for name, (shape, dtype) in plan.items():
         if name in assets.unused:
-            yield name, _cast(name, assets.read(name), dtype)
+            yield name, _cast(name, pad_rows(assets.read(name), shape[0]), dtype)
         elif name not in written:
             yield name, torch.full(shape, float(name.endswith("weight")), dtype=dtype)
 

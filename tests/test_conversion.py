@@ -56,6 +56,18 @@ def imported(groups: ProcessGroupCollection, tmp_path_factory: pytest.TempPathFa
     return {layout: import_hf(source, folder / layout, groups) for layout, source in SOURCES.items()}
 
 
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One id per byte."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.add_special_tokens(["<|im_end|>"])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_round_trip_is_bit_equal(imported, groups, tmp_path: Path, source: str, target: str) -> None:
@@ -162,6 +174,30 @@ def test_variants_come_back_as_they_were(groups, tmp_path: Path, change: Callabl
     dropped = {name for name in tensors_of(source) if "layers.3." in name and VISION in name or ".head." in name}
     dropped = dropped if change is unused_tensors else set()
     assert_bit_equal(other, {name: value for name, value in tensors_of(source).items() if name not in dropped})
+
+
+def test_embedding_without_room_for_image_tokens_grows(groups, byte_tokenizer: Path, tmp_path: Path) -> None:
+    """As of a checkpoint whose embedding was cut to the tokenizer's size: transformers' layout needs two more rows."""
+
+    def cut(config: dict, tensors: dict[str, Tensor]) -> None:
+        config |= {"vocab_size": 257, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 256}
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            tensors[name] = tensors[name][:257]
+
+    source = variant(tmp_path / "source", cut, QWEN)
+    shutil.copy(byte_tokenizer, source / "tokenizer.json")
+    checkpoint = import_hf(source, tmp_path / "checkpoint", groups)
+    assert_bit_equal(tensors_of(export(checkpoint, tmp_path / "same", groups)), tensors_of(source))
+    out = export(checkpoint, tmp_path / "out", groups, "llava_onevision")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["text_config"]["vocab_size"], config["image_token_index"]) == (259, 258)
+    grown = tensors_of(out)
+    for name, value in tensors_of(source).items():
+        assert torch.equal(grown[name][: len(value)], value) and not grown[name][len(value) :].any(), name
+    tokenizer = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert tokenizer.encode("<image>").ids == [258] and tokenizer.encode("<video>").ids == [257]
+    _, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
 def spell_as_in_memory(config: dict, tensors: dict[str, Tensor]) -> None:
@@ -280,18 +316,6 @@ def test_verify_agrees_with_transformers(imported, source: str) -> None:
     done = convert("verify", "--hf", SOURCES[source], "--checkpoint", imported[source])
     assert done.returncode == 0 and "the same model (tolerance 3e-05" in done.stdout, done.stdout + done.stderr
     assert "image: largest difference" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One id per byte."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.add_special_tokens(["<|im_end|>"])
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    model.save(str(path))
-    return path
 
 
 def train(ranks: int, tmp_path: Path, data: Path, init: Path, tokenizer: Path, *overrides: str) -> Path:
