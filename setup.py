@@ -25,6 +25,7 @@ REQUIRES = [
     "numpy",
     "rich",
     "matplotlib",
+    "pyarrow",
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]"],

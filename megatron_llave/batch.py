@@ -5,9 +5,12 @@ b pairs, m hard negatives.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_llave.errors import DataError
 
 
 @dataclass
@@ -17,6 +20,18 @@ class Side:
     text: str
     images: list[bytes]
     """Encoded image files (PNG, JPEG, ...), byte for byte as stored in the shard."""
+
+    @staticmethod
+    def read(text: str, *images: str | Path) -> "Side":
+        """A text with the picture files that go with it.
+
+        Raises:
+            DataError: names a file that cannot be read.
+        """
+        try:
+            return Side(text, [Path(image).read_bytes() for image in images])
+        except OSError as error:
+            raise DataError(f"picture {error.filename} cannot be read: {error.strerror}") from error
 
 
 @dataclass

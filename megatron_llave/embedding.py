@@ -1,6 +1,10 @@
-"""A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks."""
+"""A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks.
 
-from collections.abc import Iterator, Sequence
+    model = load_model("CHECKPOINT or HF_DIR")
+    vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +22,7 @@ from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder,
 from megatron_llave.errors import DataError
 from megatron_llave.gradient_cache import run_schedule
 from megatron_llave.model.embedder import build_model
-from megatron_llave.pretrained import find_pretrained
+from megatron_llave.pretrained import TOKENIZERS, find_pretrained
 
 
 @dataclass
@@ -34,6 +38,15 @@ class LoadedModel:
     def pad_to_multiple(self) -> int:
         """Tokens that a packed row's length must be a multiple of."""
         return self.cfg.parallel.tensor if self.cfg.parallel.sequence else 1
+
+    def embed(self, inputs: Sequence[str | Side]) -> Tensor:
+        """Texts, and texts with pictures -> [n, d] float32 of unit length, in their order, on every rank.
+
+        Raises:
+            DataError: an input cannot be read; the message has its index.
+        """
+        sides = [Side(item, []) if isinstance(item, str) else item for item in inputs]
+        return embed(self, {str(index): side for index, side in enumerate(sides)})
 
 
 def load_model(
@@ -58,6 +71,11 @@ def load_model(
     cfg = replace(found.cfg, data=replace(found.cfg.data, tokenizer=found.find_tokenizer() or found.cfg.data.tokenizer))
     given = [] if data is None else [f"data.path={data}"]
     cfg = config_file.override(cfg, [*given, *overrides])
+    if not cfg.data.tokenizer and not cfg.data.path:
+        raise DataError(
+            f"{found.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (of vocab.json and merges.txt "
+            "tools/convert_hf.py import makes one)"
+        )
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_layout(cfg.model, cfg.parallel, world_size)
     groups = parallel.init(cfg.parallel, cfg.train.seed)
@@ -68,14 +86,16 @@ def load_model(
     return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
 
 
-def embed(model: LoadedModel, sides: dict[str, Side]) -> Tensor:
+def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
     """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank.
+
+    A rank asks the mapping only for the inputs it embeds.
 
     Raises:
         DataError: an input cannot be read; the message has its key.
     """
     groups = model.groups
-    encoded = [_encode(model, *item) for item in islice(sides.items(), groups.dp.rank(), None, groups.dp.size())]
+    encoded = [_encode(model, key, sides) for key in islice(sides, groups.dp.rank(), None, groups.dp.size())]
     # Sequences of like length share a row, which keeps the attention's buckets full.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
     rows = list(packed_rows([encoded[index] for index in order], model))
@@ -93,9 +113,9 @@ def embed(model: LoadedModel, sides: dict[str, Side]) -> Tensor:
     return embeddings
 
 
-def _encode(model: LoadedModel, key: str, side: Side) -> EncodedSequence:
+def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedSequence:
     try:
-        return model.encoder.encode(side)
+        return model.encoder.encode(sides[key])
     except DataError as error:
         raise DataError(f"input {key} cannot be embedded: {error}") from error
 

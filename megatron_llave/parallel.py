@@ -37,22 +37,34 @@ def start_processes(timeout_seconds: int) -> int:
 
 
 def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
-    """Build the process groups of a layout that `validate_layout` has accepted.
+    """Build the process groups of a layout that `validate_layout` has accepted; those in use stay if they are of it.
 
     Returns:
         Groups: tp, cp, dp (context-parallel ranks apart), dp_cp, pp, mp, ... of this rank.
     """
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor,
-        pipeline_model_parallel_size=config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        context_parallel_size=config.context,
-        distributed_timeout_minutes=config.timeout_seconds / 60,
-    )
+    virtual_pipeline = config.virtual_pipeline if config.virtual_pipeline > 1 else None
+    if not _is_in_use(config.tensor, config.pipeline, virtual_pipeline, config.context):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+            context_parallel_size=config.context,
+            distributed_timeout_minutes=config.timeout_seconds / 60,
+        )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # As Megatron-LM does, so that no two stages drop the same channels.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
     return groups
+
+
+def _is_in_use(*sizes: int | None) -> bool:
+    """Whether the groups of this layout are there already: a second model in one process."""
+    return parallel_state.model_parallel_is_initialized() and sizes == (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
 
 
 def leave_layout() -> None:

@@ -52,8 +52,12 @@ def embeddings() -> torch.Tensor:
     return torch.from_numpy(np.stack([arrays(case)["embedding"] for case in CASES + OFFICIAL]))
 
 
-def stand_in_tokenizer(folder: Path) -> Path:
-    """A tokenizer.json, since the golden model has none; its ids mean nothing."""
+def byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer.json with one id per byte, since the golden model has none."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.add_special_tokens(["<|im_end|>"])
     path = folder / "tokenizer.json"
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|im_end|>": 1, "?": 0}, "?")).save(str(path))
+    model.save(str(path))
     return path

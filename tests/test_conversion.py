@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from golden_model import ONEVISION, QWEN
+from golden_model import ONEVISION, QWEN, byte_tokenizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -57,15 +57,9 @@ def imported(groups: ProcessGroupCollection, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One id per byte."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.add_special_tokens(["<|im_end|>"])
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    model.save(str(path))
-    return path
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
@@ -176,7 +170,7 @@ def test_variants_come_back_as_they_were(groups, tmp_path: Path, change: Callabl
     assert_bit_equal(other, {name: value for name, value in tensors_of(source).items() if name not in dropped})
 
 
-def test_embedding_without_room_for_image_tokens_grows(groups, byte_tokenizer: Path, tmp_path: Path) -> None:
+def test_embedding_without_room_for_image_tokens_grows(groups, tokenizer_file: Path, tmp_path: Path) -> None:
     """As of a checkpoint whose embedding was cut to the tokenizer's size: transformers' layout needs two more rows."""
 
     def cut(config: dict, tensors: dict[str, Tensor]) -> None:
@@ -185,7 +179,7 @@ def test_embedding_without_room_for_image_tokens_grows(groups, byte_tokenizer: P
             tensors[name] = tensors[name][:257]
 
     source = variant(tmp_path / "source", cut, QWEN)
-    shutil.copy(byte_tokenizer, source / "tokenizer.json")
+    shutil.copy(tokenizer_file, source / "tokenizer.json")
     checkpoint = import_hf(source, tmp_path / "checkpoint", groups)
     assert_bit_equal(tensors_of(export(checkpoint, tmp_path / "same", groups)), tensors_of(source))
     out = export(checkpoint, tmp_path / "out", groups, "llava_onevision")
@@ -328,23 +322,23 @@ def train(ranks: int, tmp_path: Path, data: Path, init: Path, tokenizer: Path, *
 
 
 def test_saved_at_another_layout_and_exported(
-    imported, groups, openmoji_data: Path, byte_tokenizer: Path, tmp_path: Path
+    imported, groups, openmoji_data: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:
     """Imported by one process, trained at 2 x 2 with learning rate 0 (so nothing moves), exported by one process."""
     init = imported["llava_qwen"]
     options = ["parallel.tensor=2", "parallel.pipeline=2", "optimizer.learning_rate=0"]
-    run = train(4, tmp_path, openmoji_data, init, byte_tokenizer, *options)
-    assert (run / "assets" / "tokenizer.json").read_bytes() == byte_tokenizer.read_bytes()
+    run = train(4, tmp_path, openmoji_data, init, tokenizer_file, *options)
+    assert (run / "assets" / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     assert_bit_equal(tensors_of(export(run, tmp_path / "out", groups)), tensors_of(QWEN))
     shards = [file.stat().st_ino for file in (run / "assets").iterdir()]
     assert {file.stat().st_ino for file in (run / "checkpoints/step-0000002/assets").iterdir()} == set(shards)
 
 
 def test_trained_from_a_hugging_face_folder_and_exported(
-    groups, openmoji_data: Path, byte_tokenizer: Path, tmp_path: Path
+    groups, openmoji_data: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:
     options = ["parallel.pipeline=2", "optimizer.learning_rate=1e-3", "model.freeze=[vision]"]
-    run = train(2, tmp_path, openmoji_data, ONEVISION, byte_tokenizer, *options)
+    run = train(2, tmp_path, openmoji_data, ONEVISION, tokenizer_file, *options)
     out = export(run, tmp_path / "out", groups)
     found, before = tensors_of(out), tensors_of(ONEVISION)
     same = {name for name in before if torch.equal(found[name], before[name])}

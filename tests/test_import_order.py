@@ -23,7 +23,7 @@ LAYERS = [
         *("hf_weights", "run_log", "report", "fault_tolerance"),
     ],
     ["pretrained", "weight_stream"],
-    ["embedding", "conversion", "inspection"],
+    ["embedding", "embedding_files", "conversion", "inspection"],
     ["evaluate", "verification"],
     ["train"],
 ]

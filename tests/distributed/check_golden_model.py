@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from golden_model import CASES, arrays, embeddings, packed, stand_in_tokenizer
+from golden_model import CASES, arrays, byte_tokenizer, embeddings, packed
 
 from megatron_llave import cpu_emulation, parallel
 from megatron_llave.embedding import forward_only, load_model
@@ -23,7 +23,7 @@ def check(folder: str, layout: str) -> None:
     is_sequence = bool(sequence and sequence[0])
     overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.sequence={is_sequence}"]
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = stand_in_tokenizer(Path(scratch))
+        tokenizer = byte_tokenizer(Path(scratch))
         model = load_model(folder, overrides=[*overrides, f"data.tokenizer={tokenizer}"])
     hidden = {}
     if model.groups.pp.rank() == pipeline - 1:

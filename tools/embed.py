@@ -1,0 +1,90 @@
+"""Embed texts and pictures with a checkpoint, or a whole JSONL file of them.
+
+python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg      (a JSON line for each)
+torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
+
+CKPT is a checkpoint, a run's folder or a Hugging Face folder. A line of the JSONL is
+{"text": ..., "image": FILE or [FILES], "id": ...}, files relative to its folder. docs/python.md has the rest.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+
+from megatron_llave import parallel
+from megatron_llave.batch import Side
+from megatron_llave.embedding import LoadedModel, embed, load_model
+from megatron_llave.embedding_files import count_lines, embedding_file, read_parts
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.run_log import quiet_dependencies
+
+INSTRUCTION = "<image>\nRepresent the given image."
+PART = 4096
+"""Inputs of a JSONL that are embedded together."""
+
+
+def main() -> None:
+    """Load at the layout asked for and embed; the first rank prints or writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, a run's folder, or a Hugging Face folder")
+    parser.add_argument("--text", action="append", default=[], help="a text to embed; may be given again")
+    parser.add_argument("--image", action="append", default=[], help="a picture to embed; may be given again")
+    parser.add_argument("--instruction", default=INSTRUCTION, help="text that goes with each --image")
+    parser.add_argument("--jsonl", help="file of inputs, instead of --text and --image; needs --out")
+    parser.add_argument("--out", help="file to write, .npy or .parquet")
+    parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        if bool(args.jsonl) == bool(args.text or args.image):
+            raise ConfigError("give either --jsonl, or --text and --image, as many as you like")
+        if args.jsonl and not args.out:
+            raise ConfigError("--jsonl needs --out FILE.npy or FILE.parquet")
+        num_rows = count_lines(args.jsonl) if args.jsonl else len(args.text) + len(args.image)
+        model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
+        parts = embedded_file(model, args.jsonl, num_rows) if args.jsonl else embedded_arguments(model, args)
+        write_parts(parts, args.out, num_rows, model, args.checkpoint)
+        parallel.shut_down()
+
+
+def embedded_file(model: LoadedModel, path: str, num_rows: int) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Ids and embeddings of a JSONL, part by part."""
+    parts = read_parts(path, PART)
+    if dist.get_rank() == 0:
+        parts = track(parts, "embedding", total=-(-num_rows // PART))
+    for part in parts:
+        yield part.ids, embed(model, part)
+
+
+def embedded_arguments(model: LoadedModel, args: argparse.Namespace) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The command line's inputs as one part: the texts, then the pictures."""
+    names = [*args.text, *args.image]
+    sides = [Side(text, []) for text in args.text] + [Side.read(args.instruction, image) for image in args.image]
+    yield names, embed(model, {f"{index} ({name})": side for index, (name, side) in enumerate(zip(names, sides), 1)})
+
+
+def write_parts(
+    parts: Iterator[tuple[list[str], torch.Tensor]], out: str | None, num_rows: int, model: LoadedModel, source: str
+) -> None:
+    """Write or print what the parts hold; every rank goes through them, the first one does it."""
+    is_writer = dist.get_rank() == 0
+    width = model.cfg.model.language.hidden_size
+    with embedding_file(out, num_rows, width, source) if out and is_writer else nullcontext() as write:
+        for ids, embeddings in parts:
+            if write is not None:
+                write(ids, embeddings)
+            elif is_writer:
+                for name, row in zip(ids, embeddings.tolist()):
+                    print(json.dumps({"input": name, "embedding": row}, ensure_ascii=False))
+    if out and is_writer:
+        print(f"{num_rows} embeddings of {width} numbers: {out}")
+
+
+if __name__ == "__main__":
+    main()
