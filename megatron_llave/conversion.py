@@ -65,8 +65,11 @@ def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollectio
     if preset is not None:
         check_preset(config.model, preset)
     weights = open_weights(source, config)
-    dtypes = {dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
-    precision = "bf16" if dtypes == {torch.bfloat16} else "fp32"
+    used = {name: dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
+    for name, dtype in used.items():
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"{source}: {weights.names[name]} is {dtype}; save it as float32 or less first")
+    precision = "bf16" if set(used.values()) == {torch.bfloat16} else "fp32"
     cfg = RunConfig(model=replace(config.model, precision=precision))
     validate(cfg)
     embedder = model_without_memory(cfg.model, groups)

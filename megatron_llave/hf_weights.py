@@ -8,7 +8,7 @@ Sources of the pairs: transformers' convert_llava_onevision_weights_to_hf.py and
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,13 +217,18 @@ class HfWeights:
         beyond = layer is not None and model.vision.num_layers <= int(layer[1]) < held
         return beyond or UNUSED.fullmatch(name) is not None
 
-    def problems(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
-        """One line for each tensor that is missing, of a wrong shape, or unknown; `expected` is of canonical names."""
+    def problems(self, expected: dict[str, tuple[int, ...]], elsewhere: Collection[str] = ()) -> list[str]:
+        """One line for each tensor that is missing, of a wrong shape, or unknown.
+
+        Args:
+            expected: canonical names and shapes.
+            elsewhere: canonical names that others look at, such as the tensors of other pipeline stages.
+        """
         layout = self.config.layout
         found = [f"missing: {layout_name(n, layout)} {list(expected[n])}" for n in sorted(expected.keys() - self.names)]
         for name in sorted(self.names):
             own, shape = self.names[name], self.shape(name)
-            if name not in expected and not self.is_unused(name):
+            if name not in expected and name not in elsewhere and not self.is_unused(name):
                 found.append(f"extra: {own} {list(shape)}")
             elif self._known_shape(name, expected) not in (None, shape):
                 wanted = list(self._known_shape(name, expected))
@@ -253,13 +258,15 @@ def open_weights(folder: str | Path, config: HfConfig) -> HfWeights:
     return HfWeights(config, files, names)
 
 
-def require_whole(weights: HfWeights, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a folder that does not hold exactly the expected tensors.
+def require_whole(
+    weights: HfWeights, expected: dict[str, tuple[int, ...]], elsewhere: Collection[str] = ()
+) -> None:
+    """Refuse a folder that does not hold exactly the expected tensors (see HfWeights.problems).
 
     Raises:
         CheckpointError: lists the first tensors that are missing, extra or of a wrong shape.
     """
-    found = weights.problems(expected)
+    found = weights.problems(expected, elsewhere)
     if found:
         more = f"; and {len(found) - 5} more (tools/convert_hf.py inspect lists all)" if len(found) > 5 else ""
         raise CheckpointError(f"{weights.files.folder} does not fit its config.json: {'; '.join(found[:5])}{more}")
@@ -269,15 +276,13 @@ def fill_from_hf(chunks: Iterable[Module], weights: HfWeights, groups: ProcessGr
     """Copy an HF folder's weights into this rank's chunks, at any layout; each rank reads what it holds.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or cannot be read.
+        CheckpointError: a tensor is missing, extra, of another shape, or cannot be read.
     """
     model, rank, size = weights.config.model, groups.tp.rank(), groups.tp.size()
     table = rules(model)
     parameters = {local_kernel_name(n): p for chunk in chunks for n, p in named_global_parameters(chunk)}
     expected = hf_shapes({name: tuple(full_shape(p, size)) for name, p in parameters.items()}, model)
-    lacking = [line for line in weights.problems(expected) if not line.startswith("extra")]
-    if lacking:
-        raise CheckpointError(f"{weights.files.folder} does not fit its config.json: {'; '.join(lacking[:5])}")
+    require_whole(weights, expected, elsewhere={theirs for rule in table.values() for theirs in rule.names})
     for name, parameter in parameters.items():
         full = table[name].join([weights.read(theirs) for theirs in table[name].names])
         full = pad_rows(full, full_shape(parameter, size)[0])

@@ -7,6 +7,7 @@ writer wants all tensors at once; here torch's distributed checkpoint asks for e
 import copy
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ FILE = "__0_0.distcp"
 def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> LlaveEmbedder:
     """The whole model as one chunk whose parameters have names, shapes and dtypes but no values.
 
-    `groups` are those of a single process. Kernels are local: checkpoints of all kernels have the same keys.
+    `groups` are those of a single process. Kernels are local, which need no GPU: checkpoints of all have the same keys.
     """
+    model = replace(model, kernels="local")
     with torch.device("meta"):
         embedder = LlaveEmbedder(model, ParallelConfig(), groups, is_first=True, is_last=True)
     return embedder.to(dtype=embedder.config.params_dtype)

@@ -16,10 +16,13 @@ from run_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_llave.config import ParallelConfig
 from megatron_llave.conversion import export_hf, import_hf
 from megatron_llave.errors import CheckpointError, UserError
-from megatron_llave.hf_weights import LM_HEAD, POST_NORM, VISION, canonical_name
+from megatron_llave.hf_weights import LM_HEAD, POST_NORM, VISION, canonical_name, rules
 from megatron_llave.inspection import inspect
+from megatron_llave.model.embedder import build_model
+from megatron_llave.pretrained import find_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,6 +235,7 @@ WRONG = {
     ),
     "twice": (put("vision_tower.vision_model.post_layernorm.bias", torch.ones(48)), "the same tensor in two spellings"),
     "model type": (set_key("model_type", "llava_next"), "model_type.*llava_next"),
+    "double": (put("image_newline", torch.ones(64).double()), "image_newline is torch.float64"),
     "number": (put("image_newline", torch.ones(64, dtype=torch.int8)), "image_newline has dtype I8"),
 }
 
@@ -334,10 +338,23 @@ def test_saved_at_another_layout_and_exported(
     assert {file.stat().st_ino for file in (run / "checkpoints/step-0000002/assets").iterdir()} == set(shards)
 
 
+def check_average(run: Path, groups: ProcessGroupCollection, out: Path, weights: dict[str, Tensor]) -> None:
+    """The export of averaged weights is what a model loads that asks for them."""
+    model = find_pretrained(run)
+    chunks = build_model(model.cfg.model, ParallelConfig(), groups, torch.device("cpu"), seed=None)
+    model.load(chunks, groups, average=True)
+    expected, table = {}, rules(model.cfg.model)
+    for name, parameter in chunks[0].named_parameters():
+        expected |= dict(zip(table[name].names, table[name].split(parameter.detach())))
+    unused = {name: value for name, value in weights.items() if name not in expected}
+    assert_bit_equal(tensors_of(out), expected | unused)
+    assert not torch.equal(expected["image_newline"], weights["image_newline"])
+
+
 def test_trained_from_a_hugging_face_folder_and_exported(
     groups, openmoji_data: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:
-    options = ["parallel.pipeline=2", "optimizer.learning_rate=1e-3", "model.freeze=[vision]"]
+    options = ["parallel.pipeline=2", "optimizer.learning_rate=1e-3", "model.freeze=[vision]", "loss.reward=ema"]
     run = train(2, tmp_path, openmoji_data, ONEVISION, tokenizer_file, *options)
     out = export(run, tmp_path / "out", groups)
     found, before = tensors_of(out), tensors_of(ONEVISION)
@@ -345,6 +362,7 @@ def test_trained_from_a_hugging_face_folder_and_exported(
     frozen = {name for name in before if name.startswith(VISION)} | {LM_HEAD}
     assert same == frozen and POST_NORM + "bias" in same
     assert "learning_rate: 0.001" in (out / "README.md").read_text()
+    check_average(run, groups, export(run, tmp_path / "average", groups, average=True), found)
     done = convert("verify", "--hf", out, "--checkpoint", run)
     assert done.returncode == 0, done.stdout + done.stderr
     done = convert("verify", "--hf", ONEVISION, "--checkpoint", run)

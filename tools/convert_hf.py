@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--format", choices=LAYOUTS, help="default: the one the weights came in")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights came")
     command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    command.add_argument("--shard-size", type=float, default=5, help="gigabytes per file of weights, default 5")
+    command.add_argument("--shard-size", type=float, default=5, help="gigabytes per file of weights at most, default 5")
     command = commands.add_parser("inspect", help="say what a folder is and whether it is whole")
     command.add_argument("folder")
     command = commands.add_parser("verify", help="embed a text and a picture through both and print the difference")
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "import":
         print(f"checkpoint: {conversion.import_hf(args.source, args.out, groups, args.preset)}")
     else:
+        if not args.shard_size > 0:
+            raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")
         options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9))
         notes = conversion.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
