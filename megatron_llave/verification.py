@@ -113,7 +113,7 @@ def _transformers_model(folder: Path, config: HfConfig) -> torch.nn.Module:
     """LlavaOnevisionForConditionalGeneration in float32; it also takes llava_qwen's tensors under their other names."""
     model_class = transformers.LlavaOnevisionForConditionalGeneration
     if config.layout == "llava_onevision":
-        return model_class.from_pretrained(folder).float().eval()
+        return model_class.from_pretrained(folder, use_safetensors=True).float().eval()
     weights = open_weights(folder, config)
     wanted = [n for n in weights.names if not weights.is_unused(n) or n == LM_HEAD or n.startswith(POST_NORM)]
     tensors = {name: weights.read(name).float() for name in wanted}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
@@ -159,12 +159,20 @@ class _StreamWriter(torch_checkpoint.FileSystemWriter):
                 data = planner.resolve_data(item)
                 if isinstance(data, Tensor) and data.untyped_storage().nbytes() != data.nbytes:
                     data = data.clone()  # torch.save writes all of a view's storage
-                torch.save(data, stream)
+                _save(data, stream)
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(FILE, start, length)))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+
+def _save(data: Any, stream: BinaryIO) -> None:
+    try:
+        torch.save(data, stream)
+    except RuntimeError as error:
+        # On a full disk torch's zip writer complains about itself when it is closed, and hides what the disk said.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def read_weights(
