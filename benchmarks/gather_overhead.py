@@ -35,6 +35,7 @@ from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import step_metrics
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.flat_step import unflatten
 from megatron_llave.gradient_cache import Compare, forward_backward
 from megatron_llave.loss import LossShare
 from megatron_llave.model.embedder import build_model
@@ -45,6 +46,7 @@ from megatron_llave.train import contrast
 
 CONFIG = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
 OVERRIDES = ["optimizer.learning_rate=0", "loss.mask_same_target=false", "data.hard_negatives=0"]
+OVERRIDES += [f"data.subsets.{name}.start_step=0" for name in ("vqa", "grounding")]  # the whole mixture at once
 TIMEOUT_SECONDS = 3600
 TAIL_CHARACTERS = 4000
 PARAMETERS_7B = 7.6e9
@@ -129,16 +131,16 @@ def measure(args: argparse.Namespace) -> None:
     cfg = config_file.load(CONFIG, [*OVERRIDES, f"data.path={args.data}", f"train.global_batch_size={total}"])
     parallel.start_processes(cfg.parallel.timeout_seconds)
     groups = parallel.init(cfg.parallel, cfg.train.seed)
-    start_step = max(subset.start_step for subset in cfg.data.subsets.values())  # the whole mixture
     encoder = build_encoder(cfg.data, cfg.model)
-    stream = build_train_stream(cfg, encoder, groups.dp.rank(), ranks, pad_to_multiple=1, start_step=start_step)
+    stream = build_train_stream(cfg, encoder, groups.dp.rank(), ranks, pad_to_multiple=1)
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
     if args.checkpoint:
         checkpoint.load_weights(checkpoint.find(args.checkpoint), chunks, groups)
     trainable = build_trainable(cfg, chunks, groups)
     expected = received_bytes(args.pairs, cfg.model.language.hidden_size, ranks)
     rows, subsets = [], []
-    for [batch] in islice(stream, args.steps + 1):
+    for step in islice(stream, args.steps + 1):
+        [batch] = unflatten(step).batches
         own = loss_of_subset(cfg, batch.subset)
         compare = partial(contrast, config=own, temperature=own.temperature, alpha=own.alpha)
         meter = Meter()

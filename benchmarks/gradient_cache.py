@@ -19,6 +19,7 @@ from megatron_llave.config import RunConfig
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.flat_step import unflatten
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import build_trainable
 from megatron_llave.run_log import quiet_dependencies
@@ -43,7 +44,7 @@ def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int, int]:
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     tokens = []
     for step in range(repeats + 1):
-        batches = [batch.to(parallel.device()) for batch in next(stream)]
+        batches = unflatten(next(stream).to(parallel.device())).batches
         for arm in ARMS:
             started = time.perf_counter()
             record, _ = train_step(trainable, fresh(batches), replace(cfg.loss, negatives=arm), step, groups)

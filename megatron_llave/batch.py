@@ -6,6 +6,7 @@ b pairs, m hard negatives.
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,8 @@ class PairBatch:
     """b shard keys."""
     num_skipped: int = 0
     """Pairs left out because they could not be read; over the micro batches of a step they sum up to all of them."""
+    num_cut: int = 0
+    """Sequences whose text was cut to data.max_length."""
 
     @property
     def num_pairs(self) -> int:
@@ -132,6 +135,16 @@ class PairBatch:
             target_ids=self.target_ids.to(device),
             hard_negative_ids=self.hard_negative_ids.to(device),
         )
+
+
+@dataclass
+class StepBatches:
+    """What one data-parallel rank gets for an optimizer step."""
+
+    batches: list[PairBatch]
+    """Its micro batches."""
+    position: dict[str, Any]
+    """Where the data stands after the step (data/pipeline.py), to be saved with the model."""
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Checkpoints through megatron-core's dist_checkpointing: one format that loads at every layout.
 
-    OUTPUT/checkpoints/step-0002400/    weights, optimizer, schedule, step, and config.yaml
+    OUTPUT/checkpoints/step-0002400/    weights, optimizer, schedule, step, config.yaml, data.json (where the data is)
     OUTPUT/checkpoints/latest           the name of the newest whole one
 
 A checkpoint is written under a temporary name, renamed when whole, and made current by replacing `latest` in one move:
 a killed save leaves the previous one current.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_llave.errors import CheckpointError
 FOLDER = "checkpoints"
 POINTER = "latest"
 CONFIG = "config.yaml"
+POSITION = "data.json"
 ASSETS = "assets"
 """Folder with the tokenizer and, of a converted model, what an export gives back (conversion.py); in a run's folder,
 and in each of its checkpoints, where large files are links to the run's."""
@@ -41,6 +43,7 @@ def save(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     groups: ProcessGroupCollection,
+    position: dict | None = None,
     averages: dict[Parameter, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` steps into the run's folder and make it current; every rank takes part.
@@ -52,6 +55,7 @@ def save(
         optimizer: its states are saved with it.
         schedule: of the learning rate.
         groups: the layout.
+        position: where the data stands after these steps (data/pipeline.py).
         averages: averaged weights of the trained parameters, saved too; None: there are none.
 
     Returns:
@@ -61,12 +65,7 @@ def save(
     final = folder / f"step-{step:07d}"
     partial = folder / f"{final.name}.partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        config_file.save(cfg, partial / CONFIG)
-        assets = Path(cfg.train.output) / ASSETS
-        if assets.is_dir():
-            shutil.copytree(assets, partial / ASSETS, copy_function=link)
+        _begin(partial, cfg, position)
     dist.barrier()
     metadata = state_metadata(groups)
     state = _model_state(chunks, metadata)
@@ -92,6 +91,18 @@ def save(
         os.replace(pointer, folder / POINTER)
     dist.barrier()
     return final
+
+
+def _begin(folder: Path, cfg: RunConfig, position: dict | None) -> None:
+    """An empty checkpoint folder with all that is no tensor."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config_file.save(cfg, folder / CONFIG)
+    if position is not None:
+        (folder / POSITION).write_text(json.dumps(position, indent=1) + "\n")
+    assets = Path(cfg.train.output) / ASSETS
+    if assets.is_dir():
+        shutil.copytree(assets, folder / ASSETS, copy_function=link)
 
 
 def link(source: str, target: str) -> None:
@@ -123,6 +134,24 @@ def find(path: str | Path) -> Path:
             f"{FOLDER}/{POINTER}"
         )
     return path
+
+
+def read_position(folder: Path) -> dict | None:
+    """Where the data stood when checkpoint `folder` was saved; None for one that has no steps behind it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = folder / POSITION
+    if not file.is_file():
+        return None
+    try:
+        position = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(position, dict) or not {"step", "subsets"} <= position.keys():
+        raise CheckpointError(f"{file} is damaged: it does not say where the data stands")
+    return position
 
 
 def require_average(folder: Path, cfg: RunConfig, average: bool) -> None:

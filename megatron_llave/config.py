@@ -148,8 +148,8 @@ class ParallelConfig:
 class SubsetConfig:
     """One subset of the training mixture."""
 
-    weight: float = 1.0
-    """Share of the steps this subset gets, relative to the others."""
+    weight: float | None = None
+    """Share of the batches this subset gets, relative to the others; null: its pairs to the power data.size_power."""
     start_step: int = 0
     """First step (from 0) at which the subset is drawn: a curriculum for models trained from scratch."""
     mask_same_target: bool | None = None
@@ -163,7 +163,16 @@ class DataConfig:
     """Training pairs."""
 
     path: str = ""
-    """Folder of WebDataset shards with its index.json (tools/prepare_data.py makes one)."""
+    """Folder of WebDataset shards with its index.json (tools/prepare_data.py makes one); or where such a folder is on
+    the network: http(s)://HOST/FOLDER, or pipe:COMMAND with {file} in it: pipe:aws s3 cp s3://bucket/pairs/{file} -"""
+    cache: str | None = None
+    """Local folder for copies of shards from the network; null: one in the system's temporary folder."""
+    cache_gb: float = 200.0
+    """Gigabytes of copies to keep, per node."""
+    retries: int = 5
+    """Further attempts when the network fails, after 1, 2, 4, ... seconds."""
+    workers: int = 2
+    """Processes per reading rank that decode steps ahead; 0: decode in the training process."""
     tokenizer: str | None = None
     """SentencePiece .model or Hugging Face tokenizer.json; null: that of the checkpoint the run starts from, else
     tokenizer.model or tokenizer.json in data.path."""
@@ -178,16 +187,31 @@ class DataConfig:
     """Most hard negatives of a pair that are used, the first in its list; queries see those of all pairs that
     they are compared with."""
     subsets: dict[str, SubsetConfig] = field(default_factory=dict)
-    """Mixture by subset name; empty: every subset of the index, weighted by its number of pairs."""
+    """Mixture by subset name; empty: every subset of the index."""
+    size_power: float = 1.0
+    """Weight of subsets without one of their own: pairs ** size_power. 1: by size, a pair once per epoch; 0: equal."""
+    sub_batches: int = 1
+    """Parts of a step's global batch, each of one subset. 1: all negatives are of the pair's own kind."""
+    too_long: str = "cut"
+    """A pair with a text beyond data.max_length: cut the text, or skip the pair as a bad one."""
+    max_image_pixels: int = 89_000_000
+    """Larger pictures (width x height) are not decoded: their pairs are bad."""
+    max_bad_fraction: float = 0.01
+    """Training stops when more of a rank's pairs than this are bad (damaged, missing, empty, too large); fewer are left
+    out, counted and logged. The first 1000 pairs count as a whole: 0.01 allows 10 of them."""
 
     def __post_init__(self) -> None:
         """Check names and sizes."""
         one_of("data.prompt", self.prompt, ("qwen", "plain"))
         one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
-        _at_least(self, "data", 0, ("hard_negatives",))
+        one_of("data.too_long", self.too_long, ("cut", "skip"))
+        _at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
+        _at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
+        allowed = 0 <= self.max_bad_fraction <= 1
+        require(allowed, f"data.max_bad_fraction={self.max_bad_fraction} must be from 0 to 1")
         for name, subset in self.subsets.items():
-            ok = math.isfinite(subset.weight) and subset.weight > 0
+            ok = subset.weight is None or (math.isfinite(subset.weight) and subset.weight > 0)
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
             _at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
             _is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)

@@ -31,6 +31,13 @@ def validate(cfg: RunConfig) -> None:
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),
         f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
     )
+    parts, batch = cfg.data.sub_batches, cfg.train.global_batch_size
+    require(batch % parts == 0, f"train.global_batch_size={batch} is not a multiple of data.sub_batches={parts}")
+    own = [name for name, s in cfg.data.subsets.items() if (s.mask_same_target, s.mask_margin) != (None, None)]
+    require(
+        parts == 1 or not own,
+        f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{''.join(own[:1])} cannot have own masks",
+    )
 
 
 def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> None:

@@ -30,7 +30,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     Only the last pipeline stage has shares of the loss: elsewhere everything but the counts is 0.
     """
     device = batches[0].query_ids.device
-    counted = ("num_pairs", "num_hard_negatives", "num_skipped")
+    counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
     counts = [sum(batch.sequences.num_tokens for batch in batches)]
     counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
     values = [_values(shares, name, device) for name in MEANS]
@@ -44,7 +44,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
     overlap = {"similarity_overlap": overlap_coefficient(*similarities(shares, group, device))}
-    names = ("tokens", "pairs", "hard_negatives", "skipped")
+    names = ("tokens", "pairs", "hard_negatives", "skipped", "cut")
     return {"loss": loss / group.size(), **means, **overlap, **dict(zip(names, map(int, counts)))}
 
 

@@ -5,6 +5,7 @@
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_llave.data.packing import build_encoder, find_tokenizer
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import histograms, step_metrics
 from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.flat_step import FlatStep
 from megatron_llave.gradient_cache import forward_backward
 from megatron_llave.loss import (
     LossShare,
@@ -34,6 +36,7 @@ from megatron_llave.loss import (
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
 from megatron_llave.pretrained import Pretrained, find_pretrained
+from megatron_llave.replica import is_reader, share_steps
 from megatron_llave.run_log import RunLog, quiet_dependencies
 from megatron_llave.weight_average import WeightAverage
 
@@ -63,13 +66,7 @@ def train(cfg: RunConfig) -> Path:
     world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
-    stream = build_train_stream(
-        cfg,
-        build_encoder(cfg.data, cfg.model),
-        rank=groups.dp.rank(),
-        world=groups.dp.size(),
-        pad_to_multiple=cfg.parallel.tensor if cfg.parallel.sequence else 1,
-    )
+    steps = share_steps(open_data(cfg, groups), groups.mp, parallel.device())
     seed = cfg.train.seed if pretrained is None else None
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed)
     if pretrained is not None:
@@ -81,16 +78,21 @@ def train(cfg: RunConfig) -> Path:
     for step in range(cfg.train.steps):
         started = time.perf_counter()
         rate = learning_rate(trainable)
-        batches = [batch.to(parallel.device()) for batch in next(stream)]
+        data = next(steps)
+        waited = time.perf_counter() - started
+        batches = data.batches
         loss_cfg = loss_of_subset(cfg, batches[0].subset)
         record, shares = train_step(trainable, batches, loss_cfg, step, groups, average)
         if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
             record |= histograms(shares, groups.dp, parallel.device())
-        record |= {"step": step + 1, "learning_rate": rate, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
         log.step(record)
         is_last = step + 1 == cfg.train.steps
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            saved = checkpoint.save(cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, averages)
+            saved = checkpoint.save(
+                cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, data.position, averages
+            )
     log.close()
     parallel.shut_down()
     return saved
@@ -106,6 +108,19 @@ def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
     cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
     validate(cfg)
     return cfg
+
+
+def open_data(cfg: RunConfig, groups: ProcessGroupCollection) -> Iterator[FlatStep] | None:
+    """The training stream, on the one rank of each replica that reads it.
+
+    Raises:
+        UserError: data, tokenizer or mixture cannot work.
+    """
+    if not is_reader(groups.mp):
+        return None
+    pad_to_multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
+    encoder = build_encoder(cfg.data, cfg.model)
+    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), pad_to_multiple)
 
 
 def start_run(cfg: RunConfig, groups: ProcessGroupCollection, pretrained: Pretrained | None) -> RunLog:

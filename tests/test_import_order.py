@@ -15,12 +15,12 @@ PACKAGE = "megatron_llave"
 # From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
 # (a folder is one entry); the first layer's files may see each other.
 LAYERS = [
-    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch", "hf_keys"],
+    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch", "flat_step", "hf_keys"],
     ["parallel"],
     ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
-        *("hf_weights", "run_log", "report", "fault_tolerance"),
+        *("hf_weights", "replica", "run_log", "report", "fault_tolerance"),
     ],
     ["pretrained", "weight_stream"],
     ["embedding", "embedding_files", "conversion", "inspection"],

@@ -120,29 +120,42 @@ def clear_finished(directory: str | Path, overwrite: bool) -> None:
         (directory / file).unlink()
 
 
-def read_index(directory: str | Path) -> Index:
+def read_index(directory: str | Path, check_shards: bool = True) -> Index:
     """Read `index.json` and check that every shard is there with the size it should have (checksums are not computed).
 
     Raises:
-        DataError: the folder, the index or a shard is missing, malformed, or of another size.
+        DataError: the folder or the index is missing or malformed; with `check_shards`, a shard is missing or of
+            another size.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
-    path = directory / INDEX_FILE
-    value = read_json(path, FORMAT, "the folder is unfinished or holds no shards: run tools/prepare_data.py")
+    index = parse_index(directory / INDEX_FILE, str(directory / INDEX_FILE))
+    if check_shards:
+        for subset in index.subsets.values():
+            for shard in subset.shards:
+                check_size(directory, shard)
+    return index
+
+
+def parse_index(path: Path, source: str) -> Index:
+    """The index in file `path`, which came from `source`.
+
+    Raises:
+        DataError: it is missing or malformed; the message names `source`.
+    """
+    hint = "the folder is unfinished or holds no shards: run tools/prepare_data.py"
+    value = read_json(path, FORMAT, hint)
     try:
         subsets = {
             str(name): Subset(str(subset["meta_task"]), [parse_shard(shard) for shard in subset["shards"]])
             for name, subset in value["subsets"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
+        raise DataError(f"{source} is malformed ({type(error).__name__}: {error}); make it again") from error
     for name, subset in subsets.items():
         if subset.meta_task not in META_TASKS:
-            raise DataError(f"{path}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
-        for shard in subset.shards:
-            check_size(directory, shard)
+            raise DataError(f"{source}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
     return Index(subsets)
 
 

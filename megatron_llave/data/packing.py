@@ -6,9 +6,10 @@ Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v vis
 """
 
 import hashlib
-import logging
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,6 @@ from megatron_llave.data import images
 from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class EncodedSequence:
     """Per image."""
     blank: bool = False
     """Its images are stand-ins, one tile each, which the vision tower sees as zeros."""
+    is_cut: bool = False
+    """Its text was cut to the encoder's max_length."""
 
     @property
     def length(self) -> int:
@@ -95,6 +96,10 @@ class Encoder:
     """Tiles' worth of patches that a much larger feature map is interpolated to; None: every patch is kept."""
     image_token_without_image: str = "blank"
     """What the qwen template does with placeholders in a text without any image: blank or remove."""
+    max_image_pixels: int = images.MAX_PIXELS
+    """Larger pictures are refused before they are decoded."""
+    too_long: str = "cut"
+    """A text beyond max_length: cut, or skip (an error)."""
 
     @property
     def tile_shape(self) -> TileShape:
@@ -109,9 +114,10 @@ class Encoder:
 
         Raises:
             BadImageError: an image cannot be read.
-            DataError: the images alone exceed max_length, or there are more placeholders than images.
+            DataError: the images alone exceed max_length, or the text does and `too_long` is skip; or there are more
+                placeholders than images.
         """
-        text, pictures = side.text, [images.decode_image(data) for data in side.images]
+        text, pictures = side.text, [images.decode_image(data, self.max_image_pixels) for data in side.images]
         layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
         num_blank = 0
         if self.template == "qwen" and not pictures:
@@ -120,10 +126,20 @@ class Encoder:
             num_blank = count_placeholders(text)
             layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
         visual_tokens = sum(map(len, layouts))
-        tokens = encode_prompt(text, len(layouts), self.tokenizer, self.template, self.max_length, visual_tokens)
+        tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
         tiles = [images.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
-        return EncodedSequence(tokens, tiles, layouts, blank=num_blank > 0)
+        return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
+
+    def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
+        """Ids of the prompt, and whether its text was cut."""
+        encode = partial(encode_prompt, text, num_images, self.tokenizer, self.template)
+        tokens = encode(self.max_length, visual_tokens)
+        may_be_cut = len(tokens) - num_images + visual_tokens == self.max_length
+        is_cut = may_be_cut and len(encode(sys.maxsize, visual_tokens)) > len(tokens)
+        if is_cut and self.too_long == "skip":
+            raise DataError(f"text of {len(text)} characters is beyond data.max_length={self.max_length} tokens")
+        return tokens, is_cut
 
     def _layout(self, width: int, height: int, grids: images.Grids) -> images.VisualLayout:
         patches = self.tile_size // self.patch_size
@@ -153,6 +169,8 @@ def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
         patch_size=cfg_model.vision.patch_size,
         anyres_max_tiles=cfg_model.anyres_max_tiles,
         image_token_without_image=cfg_data.image_token_without_image,
+        max_image_pixels=cfg_data.max_image_pixels,
+        too_long=cfg_data.too_long,
     )
 
 
@@ -236,25 +254,32 @@ def _merge_layouts(layouts: Sequence[images.VisualLayout], num_rows: np.ndarray)
 
 
 def encode_pairs(
-    pairs: Sequence[Pair | DataError], encoder: Encoder, hard_negatives: int, subset: str
+    pairs: Sequence[Pair | DataError], encoder: Encoder, hard_negatives: int, report: Callable[[str], None]
 ) -> list[EncodedPair]:
-    """Encode pairs with the first `hard_negatives` of each; one of which a part is unreadable is left out and logged.
+    """Encode pairs with the first `hard_negatives` of each.
 
-    A DataError in place of a pair says why that one could not be unpacked; it is left out and logged too.
+    A pair of which a part cannot be used is left out, and `report` is told which and why; so is one in whose place a
+    DataError says why it could not be read.
     """
     encoded = []
     for pair in pairs:
         if isinstance(pair, DataError):
-            logger.warning("left out pair of subset %s: %s", subset, pair)
+            report(str(pair))
             continue
         sides = [pair.query, pair.target, *pair.hard_negatives[:hard_negatives]]
         try:
-            query, target, *negatives = [encoder.encode(side) for side in sides]
+            query, target, *negatives = [_encode_side(side, encoder) for side in sides]
         except DataError as error:
-            logger.warning("left out pair %s of subset %s: %s", pair.key, pair.subset, error)
+            report(f"pair {pair.key} of subset {pair.subset}: {error}")
             continue
         encoded.append(EncodedPair(pair, query, target, negatives))
     return encoded
+
+
+def _encode_side(side: Side, encoder: Encoder) -> EncodedSequence:
+    if not side.images and not side.text.strip():
+        raise DataError("a side has neither text nor picture")
+    return encoder.encode(side)
 
 
 def pack_pairs(
@@ -271,6 +296,7 @@ def pack_pairs(
         subset=subset,
         keys=[pair.pair.key for pair in pairs],
         num_skipped=num_skipped,
+        num_cut=sum(sequence.is_cut for sequence in sequences),
     )
 
 

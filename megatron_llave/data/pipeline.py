@@ -1,137 +1,202 @@
 """The training stream: per optimizer step the micro batches of one data-parallel rank.
 
-Stages: draw_subsets (which subset a step takes) -> shuffled_positions (which of its pairs, in which order) ->
-PairReader (raw pairs from shards) -> encode_pairs -> deal (micro batches of like length) -> pack_pairs. The first two
-are pure functions of (seed, step) and (seed, subset, epoch): every rank walks the same order without talking to the
-others and decodes only its own share, and a resumed run goes on where it stopped.
+Stages: draw_subsets (which subset a batch is of) -> plan_steps (which pairs of it) -> StepReader, in worker processes
+ahead of training (raw pairs from shards -> encode_pairs -> deal, micro batches of like length -> pack_pairs -> one
+buffer) -> within_budget (bad pairs). What a step holds is a pure function of (seed, step) and (seed, subset, epoch):
+all ranks walk the same order without talking, each decodes its own share, and a resumed run goes on where it stopped.
 """
 
 import itertools
+import logging
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from megatron_llave.batch import Pair, PairBatch
-from megatron_llave.config import RunConfig, SubsetConfig
+from megatron_llave.batch import Pair, StepBatches
+from megatron_llave.config import RunConfig
 from megatron_llave.data.balance import deal
-from megatron_llave.data.index import Index, Subset, read_index
+from megatron_llave.data.index import Index, Subset
+from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
 from megatron_llave.data.packing import Encoder, encode_pairs, pack_pairs, stable_hash
-from megatron_llave.data.shards import read_samples, unpack_pair
-from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.data.shard_reader import ShardReader
+from megatron_llave.data.storage import Storage, open_storage
+from megatron_llave.errors import ConfigError, DataError, UserError
+from megatron_llave.flat_step import FlatStep, flatten
 
-KEEP_BYTES = 128 * 2**20
-"""A subset whose shards are together at most this large stays in memory; of others, one shard at a time."""
+logger = logging.getLogger(__name__)
 
-Position = tuple[int, int]
-"""(number of the shard in the index, number of the pair in the shard)."""
+PREFETCH = 2
+"""Steps that each worker keeps ready."""
+PAIRS_FOR_A_FRACTION = 1000
+"""Fewer pairs than this are too few to tell a fraction of bad ones by."""
 
-RawStep = tuple[str, list[list[Pair | DataError]]]
-"""(subset, this rank's pairs per micro batch as they come)."""
+Place = tuple[int, int]
+"""(number of the shard in the subset, number of the pair in the shard)."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step takes."""
+
+    step: int
+    parts: tuple[tuple[str, int], ...]
+    """Per batch of the step its subset, and how many pairs of that subset all batches before it have taken."""
+    position: dict
+    """Where the data stands after the step, see `data_position`."""
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A step's data, and what the rank knows about it."""
+
+    data: FlatStep
+    num_pairs: int
+    """Pairs this rank was to read."""
+    problems: list[str]
+    """One for each pair of them that was left out: which, and why."""
+
+    def pin_memory(self) -> "TrainStep":
+        """See FlatStep.pin_memory."""
+        return TrainStep(self.data.pin_memory(), self.num_pairs, self.problems)
 
 
 def build_train_stream(
-    cfg: RunConfig, encoder: Encoder, rank: int, world: int, pad_to_multiple: int, start_step: int = 0
-) -> Iterator[list[PairBatch]]:
-    """Endless stream of steps: the micro batches of data-parallel rank `rank` of `world`, from step `start_step` on.
+    cfg: RunConfig, encoder: Encoder, rank: int, world: int, pad_to_multiple: int, position: dict | None = None
+) -> Iterator[FlatStep]:
+    """Endless stream of steps: the micro batches of data-parallel rank `rank` of `world`, flattened.
 
     A step's pairs and their order depend on seed and step alone; over ranks and micro batches they are
-    `train.global_batch_size` pairs of one subset. A batch may run from the end of one epoch into the next. With
-    `loss.negatives: global_batch`, whose loss is the same however they are dealt, a rank deals its own pairs to its
-    micro batches by their tokens.
+    `train.global_batch_size` pairs, of one subset or of `data.sub_batches` of them. A batch may run from the end of one
+    of a subset's epochs into the next. With `loss.negatives: global_batch`, whose loss is the same however they are
+    dealt, a rank deals its own pairs to its micro batches by their tokens.
+
+    Args:
+        cfg: the run.
+        encoder: turns sides into tokens and tiles.
+        rank: of the data-parallel ranks.
+        world: how many there are; may be another number than before `position`.
+        pad_to_multiple: length of a packed row, tokens.
+        position: where to go on, from `data_position`; None: at the beginning.
 
     Raises:
-        ConfigError: a subset that the index lacks, or that has fewer pairs than a global batch.
-        DataError: index or shards are missing or damaged.
+        ConfigError: a subset that the index lacks or that has fewer pairs than a batch; or the data, mixture or batch
+            are others than those of `position`.
+        DataError: the index is missing or damaged; more shards than data.max_bad_fraction allows are missing; later,
+            more pairs than that are bad.
     """
-    directory, batch_size, seed = Path(cfg.data.path), cfg.train.global_batch_size, cfg.train.seed
-    index = read_index(directory)
-    mixture = build_mixture(cfg.data.subsets, index, batch_size)
-    steps_before = Counter(itertools.islice(draw_subsets(mixture, seed, 0), start_step))
-    orders = {
-        name: shuffled_positions(index.subsets[name], name, seed, steps_before[name] * batch_size) for name in mixture
-    }
-    readers = {name: PairReader(directory, index.subsets[name]) for name in mixture}
-    shares = rank_shares(batch_size, cfg.train.micro_batch_size or batch_size // world, rank, world)
-    steps = _read_steps(draw_subsets(mixture, seed, start_step), orders, readers, shares, batch_size)
-    balance = cfg.loss.negatives == "global_batch"
-    return (_pack_step(step, encoder, cfg.data.hard_negatives, balance, pad_to_multiple) for step in steps)
+    storage = open_storage(cfg.data)
+    index = storage.read_index()
+    mixture = build_mixture(cfg, index)
+    check_shards(storage, index, mixture, cfg.data.max_bad_fraction)
+    start_step = 0
+    if position is not None:
+        start_step = position["step"]
+        taken = Counter(itertools.islice(draw_subsets(mixture), start_step * mixture.batches_per_step))
+        require_same_data(position, data_position(mixture, start_step, taken))
+    micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
+    reader = StepReader(
+        mixture,
+        {name: index.subsets[name] for name in mixture.sources},
+        ShardReader(storage),
+        encoder,
+        shares=rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
+        hard_negatives=cfg.data.hard_negatives,
+        balance=cfg.loss.negatives == "global_batch",
+        pad_to_multiple=pad_to_multiple,
+    )
+    steps = read_ahead(reader, plan_steps(mixture, start_step), cfg.data.workers)
+    return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
 
 
-def _read_steps(
-    subsets: Iterator[str],
-    orders: dict[str, Iterator[Position]],
-    readers: dict[str, "PairReader"],
-    shares: list[slice],
-    batch_size: int,
-) -> Iterator[RawStep]:
-    for name in subsets:
-        positions = list(itertools.islice(orders[name], batch_size))
-        yield name, [[readers[name].read(p) for p in positions[share]] for share in shares]
-
-
-def _pack_step(
-    step: RawStep, encoder: Encoder, hard_negatives: int, balance: bool, pad_to_multiple: int
-) -> list[PairBatch]:
-    subset, raw = step
-    encoded = [encode_pairs(pairs, encoder, hard_negatives, subset) for pairs in raw]
-    num_skipped = [len(pairs) - len(kept) for pairs, kept in zip(raw, encoded)]
-    if balance:
-        together = list(itertools.chain(*encoded))
-        encoded = [[together[i] for i in part] for part in deal([pair.length for pair in together], len(raw))]
-    return [
-        pack_pairs(pairs, skipped, subset, pad_to_multiple, encoder.tile_shape)
-        for pairs, skipped in zip(encoded, num_skipped)
-    ]
-
-
-def build_mixture(subsets: dict[str, SubsetConfig], index: Index, batch_size: int) -> dict[str, SubsetConfig]:
-    """The subsets to draw from; none configured: all of the index, weighted by their number of pairs.
+def check_shards(storage: Storage, index: Index, mixture: Mixture, max_bad_fraction: float) -> None:
+    """Log shards that are missing or of a wrong size; their pairs will be left out.
 
     Raises:
-        ConfigError: a subset that the index lacks, or that has fewer pairs than a global batch.
+        DataError: they hold more of the mixture's pairs than `max_bad_fraction`.
     """
-    mixture = subsets or {name: SubsetConfig(weight=float(s.pairs)) for name, s in index.subsets.items() if s.pairs}
-    for name in mixture:
-        if name not in index.subsets:
-            raise ConfigError(f"data.subsets.{name} is not in the index, which has {', '.join(sorted(index.subsets))}")
-        pairs = index.subsets[name].pairs
-        if pairs < batch_size:
-            raise ConfigError(
-                f"subset {name} has {pairs} pairs, fewer than train.global_batch_size={batch_size}: "
-                "a batch would hold pairs twice; lower it or leave the subset out of data.subsets"
-            )
-    return dict(sorted(mixture.items()))
+    lost, total, problem = 0, 0, ""
+    for name in mixture.sources:
+        for shard in index.subsets[name].shards:
+            total += shard.pairs
+            try:
+                storage.check(shard)
+            except DataError as error:
+                lost, problem = lost + shard.pairs, str(error)
+                logger.warning("%d pairs of subset %s are lost: %s", shard.pairs, name, error)
+    if lost > max_bad_fraction * total:
+        share = f"with it {lost} of {total} pairs are lost, more than data.max_bad_fraction={max_bad_fraction:g}"
+        raise DataError(f"{problem}; {share}")
 
 
-def draw_subsets(mixture: dict[str, SubsetConfig], seed: int, start_step: int) -> Iterator[str]:
-    """The subset of every step from `start_step` on: drawn by weight among those that have started."""
+def plan_steps(mixture: Mixture, start_step: int) -> Iterator[StepPlan]:
+    """What each step takes, from `start_step` on, without reading anything."""
+    drawn = draw_subsets(mixture)
+    taken = Counter(itertools.islice(drawn, start_step * mixture.batches_per_step))
     for step in itertools.count(start_step):
-        active = {name: subset.weight for name, subset in mixture.items() if subset.start_step <= step}
-        bounds = np.cumsum(list(active.values()))
-        drawn = np.random.default_rng([seed, step]).random() * bounds[-1]
-        yield list(active)[int(np.searchsorted(bounds, drawn, side="right"))]
+        parts = []
+        for name in itertools.islice(drawn, mixture.batches_per_step):
+            parts.append((name, taken[name] * mixture.batch_size))
+            taken[name] += 1
+        yield StepPlan(step, tuple(parts), data_position(mixture, step + 1, taken))
 
 
-def shuffled_positions(subset: Subset, name: str, seed: int, start: int) -> Iterator[Position]:
-    """Positions of the subset's pairs over endless epochs, the first `start` of them skipped without reading.
+def data_position(mixture: Mixture, step: int, taken: Counter[str]) -> dict:
+    """Where the data of a run stands after `step` steps, and all that the order of its pairs depends on; JSON values.
+
+    `taken` are the batches that each subset has given so far.
+    """
+    subsets = {name: {**asdict(s), "taken": taken[name] * mixture.batch_size} for name, s in mixture.sources.items()}
+    described = {name: value for name, value in asdict(mixture).items() if name != "sources"}
+    return {"step": step, **described, "subsets": subsets}
+
+
+def require_same_data(saved: dict, own: dict) -> None:
+    """Refuse to go on in an order of pairs that is not the one the run was stopped in.
+
+    Raises:
+        ConfigError: names the first thing that differs.
+    """
+    _require_equal({**saved, "subsets": None}, {**own, "subsets": None}, "")
+    for name in sorted(saved["subsets"].keys() | own["subsets"].keys()):
+        before, now = (position["subsets"].get(name, {}) for position in (saved, own))
+        _require_equal(before, now, f"subset {name}: ")
+
+
+def _require_equal(before: dict, now: dict, where: str) -> None:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"the run to go on with had {where}{key}={before.get(key)}, now it is {now.get(key)}: its pairs would "
+                "come in another order; change it back, or start a new run from its weights with checkpoint.init"
+            )
+
+
+def shuffled_places(subset: Subset, name: str, seed: int, start: int) -> Iterator[Place]:
+    """Places of the subset's pairs over endless epochs, the first `start` of them skipped without reading.
 
     Each epoch shuffles the shards, and the pairs within each shard; every pair comes once per epoch.
     """
     subset_seed = stable_hash(name) % 2**63
     first_epoch, skip = divmod(start, subset.pairs)
     for epoch in itertools.count(first_epoch):
-        for shard in np.random.default_rng([seed, subset_seed, epoch]).permutation(len(subset.shards)).tolist():
+        for shard in _permutation((seed, subset_seed, epoch), len(subset.shards)):
             num_pairs = subset.shards[shard].pairs
             if skip >= num_pairs:
                 skip -= num_pairs
                 continue
-            order = np.random.default_rng([seed, subset_seed, epoch, shard]).permutation(num_pairs).tolist()
-            for pair in order[skip:]:
-                yield shard, pair
+            yield from ((shard, pair) for pair in _permutation((seed, subset_seed, epoch, shard), num_pairs)[skip:])
             skip = 0
+
+
+@lru_cache(maxsize=256)
+def _permutation(seed: tuple[int, ...], length: int) -> list[int]:
+    """Kept, because the steps that share a shard ask for it again."""
+    return np.random.default_rng(seed).permutation(length).tolist()
 
 
 def rank_shares(batch_size: int, micro_batch_size: int, rank: int, world: int) -> list[slice]:
@@ -140,41 +205,102 @@ def rank_shares(batch_size: int, micro_batch_size: int, rank: int, world: int) -
     return [slice(start, start + micro_batch_size) for start in starts]
 
 
-class PairReader:
-    """Raw pairs of one subset by position; fast when positions come shard by shard, as from shuffled_positions."""
+@dataclass(frozen=True)
+class StepReader(Dataset):
+    """Plan of a step -> its micro batches. Any process can make any step."""
 
-    def __init__(self, directory: Path, subset: Subset) -> None:
-        """Nothing is read before the first `read`."""
-        self._directory = directory
-        self._shards = subset.shards
-        self._keep_all = sum(shard.bytes for shard in subset.shards) <= KEEP_BYTES
-        self._held: dict[int, list[Pair | DataError]] = {}
+    mixture: Mixture
+    subsets: dict[str, Subset]
+    shards: ShardReader
+    encoder: Encoder
+    shares: list[slice]
+    """Pairs of the global batch that this rank takes, per micro batch."""
+    hard_negatives: int
+    balance: bool
+    pad_to_multiple: int
 
-    def read(self, position: Position) -> Pair | DataError:
-        """The pair at a position, or what is wrong with that one sample.
+    def __getitem__(self, plan: StepPlan) -> "TrainStep | UserError":
+        """The step, or why it cannot be read: an error of a worker would arrive as many lines of its traceback."""
+        try:
+            return self.read(plan)
+        except UserError as error:
+            return error
 
-        Raises:
-            DataError: the shard is damaged or holds another number of pairs than its index says.
-        """
-        shard, pair = position
-        if shard not in self._held:
-            if not self._keep_all:
-                self._held.clear()
-            self._held[shard] = self._read_shard(shard)
-        return self._held[shard][pair]
+    def read(self, plan: StepPlan) -> TrainStep:
+        """Read, encode and pack this rank's share of the step."""
+        places = []
+        for name, start in plan.parts:
+            order = shuffled_places(self.subsets[name], name, self.mixture.seed, start)
+            places += [(name, *place) for place in itertools.islice(order, self.mixture.batch_size)]
+        problems: list[str] = []
+        encoded, num_skipped = [], []
+        for share in self.shares:
+            pairs = [self._pair(*place) for place in places[share]]
+            encoded.append(encode_pairs(pairs, self.encoder, self.hard_negatives, problems.append))
+            num_skipped.append(len(pairs) - len(encoded[-1]))
+        if self.balance:
+            together = list(itertools.chain(*encoded))
+            dealt = deal([pair.length for pair in together], len(encoded))
+            encoded = [[together[i] for i in part] for part in dealt]
+        subset = "+".join(sorted({name for name, _ in plan.parts}))
+        shape = self.encoder.tile_shape
+        batches = [
+            pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape)
+            for pairs, skipped in zip(encoded, num_skipped)
+        ]
+        data = flatten(StepBatches(batches, plan.position))
+        return TrainStep(data, sum(share.stop - share.start for share in self.shares), problems)
 
-    def _read_shard(self, number: int) -> list[Pair | DataError]:
-        shard = self._shards[number]
-        path = self._directory / shard.file
-        pairs = [_unpack(sample, f"{path}: sample {sample['__key__']}") for sample in read_samples(path)]
-        if len(pairs) != shard.pairs:
-            raise DataError(f"{path} holds {len(pairs)} pairs, index.json says {shard.pairs}; prepare the data again")
-        return pairs
+    def _pair(self, name: str, shard: int, number: int) -> Pair | DataError:
+        try:
+            return self.shards.read(self.subsets[name].shards[shard], number)
+        except DataError as error:
+            return DataError(f"a pair of subset {name}: {error}")
 
 
-def _unpack(sample: dict[str, Any], where: str) -> Pair | DataError:
-    """One damaged sample must not cost the shard: it is left out later, where it can be counted."""
+def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> Iterator[TrainStep]:
+    """Steps in the order of their plans, made by worker processes ahead of time.
+
+    Raises:
+        DataError: a worker was killed.
+        UserError: what a step ran into.
+    """
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=plans,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, for the loader draws a seed from it
+    )
     try:
-        return unpack_pair(sample, where)
-    except DataError as error:
-        return error
+        for step in loader:
+            if isinstance(step, UserError):
+                raise step
+            yield step
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        hint = "if memory is short, lower data.workers"
+        raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
+
+
+def within_budget(steps: Iterable[TrainStep], max_bad_fraction: float) -> Iterator[TrainStep]:
+    """The same steps, the pairs they lack logged, as long as these are not too many.
+
+    Raises:
+        DataError: more than `max_bad_fraction` of the pairs so far, and of PAIRS_FOR_A_FRACTION, were left out.
+    """
+    num_pairs = num_bad = 0
+    for step in steps:
+        num_pairs, num_bad = num_pairs + step.num_pairs, num_bad + len(step.problems)
+        for problem in step.problems:
+            logger.warning("left out %s", problem)
+        if num_bad > max_bad_fraction * max(num_pairs, PAIRS_FOR_A_FRACTION):
+            raise DataError(
+                f"{num_bad} of {num_pairs} pairs were bad, more than data.max_bad_fraction={max_bad_fraction:g}; "
+                f"the last one: {step.problems[-1]}"
+            )
+        yield step

@@ -10,8 +10,7 @@ import hashlib
 import io
 import json
 import os
-import re
-import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -19,16 +18,12 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 from webdataset import TarWriter
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import AGAIN, Shard, Subset
+from megatron_llave.data.tar_members import KEY, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
 
-# WebDataset cuts a member's name at its first dot; tar's own limit for a name is 100 characters.
-KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
-END_OF_ARCHIVE = bytes(1024)
 SUFFIXES = {"JPEG": "jpg"}
 
 
@@ -72,39 +67,20 @@ def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
     """Stream the samples of one tar in order: `__key__` and the raw bytes of each member by its suffix.
 
     Raises:
-        DataError: the file is missing, truncated, or no tar.
+        DataError: the file is missing, truncated, or no tar, or a sample's names cannot be used.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            _check_end(path, file)
-            source = [{"url": str(path), "stream": file}]
-            members = tar_file_expander(source, handler=reraise_exception)
-            yield from group_by_keys(members, handler=reraise_exception)
-            # tarfile takes a damaged header for the end of the archive and says nothing.
-            if file.read().strip(b"\0"):
-                raise DataError(f"{path} is damaged: there is more behind a header that cannot be read; {AGAIN}")
-    except DataError:
-        raise
+        file = open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from error
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        # WebDataset appends " @ <file object>" to the first argument.
-        reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
-        raise DataError(f"{path} cannot be read as a tar ({reason}); {AGAIN}") from error
-
-
-def _check_end(path: Path, file: BinaryIO) -> None:
-    """A tar ends in two blocks of zeros; one cut between two members is otherwise taken for a shorter one."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - len(END_OF_ARCHIVE)))
-    if size % 512 or file.read() != END_OF_ARCHIVE:
-        raise DataError(f"{path} is truncated or not a tar: its end-of-archive mark is missing ({size} bytes); {AGAIN}")
-    file.seek(0)
+        raise unreadable(path, error) from error
+    with file:
+        for sample in find_samples(file, path):
+            yield {"__key__": sample.key, **read_sample(file, path, sample)}
 
 
 def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Text, image names and sizes of one side for the JSON, and its images by member suffix (`<prefix>0.png`).
+    """Text, image names, sizes and CRC-32s of one side for the JSON, and its images by suffix (`<prefix>0.png`).
 
     Raises:
         DataError: an image whose header cannot be read; the message begins with `where`.
@@ -119,14 +95,17 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
             raise DataError(f"{where}: image {prefix}{number} is not a picture that Pillow can read") from error
         members[f"{prefix}{number}.{SUFFIXES.get(image_format, image_format.lower())}"] = image
         sizes.append(list(size))
-    return {"text": side.text, "images": list(members), "sizes": sizes}, members
+    described = {"text": side.text, "images": list(members), "sizes": sizes}
+    if members:
+        described["crc32"] = [zlib.crc32(image) for image in members.values()]
+    return described, members
 
 
 def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
     """The inverse of `pack_side`.
 
     Raises:
-        DataError: the description is malformed or names an image that the sample lacks.
+        DataError: the description is malformed, or an image that it names is missing or has another checksum.
     """
     try:
         text, names = described["text"], described["images"]
@@ -137,7 +116,11 @@ def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
     for name in names:
         if name.startswith("__") or name not in sample:
             raise DataError(f"{where}: image member {name!r} is named in the JSON but not in the tar; {AGAIN}")
-    return Side(text, [sample[name] for name in names])
+    images = [sample[name] for name in names]
+    checksums = described.get("crc32", [])  # older shards have none
+    if checksums and checksums != [zlib.crc32(image) for image in images]:
+        raise DataError(f"{where}: an image's bytes are not those that its checksum was made of; {AGAIN}")
+    return Side(text, images)
 
 
 def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
@@ -242,7 +225,8 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
     """The inverse of `pack_pair`, from a sample of `read_samples`.
 
     Raises:
-        DataError: the sample lacks its JSON or an image that the JSON names; the message begins with `where`.
+        DataError: the sample lacks its JSON or an image that the JSON names, or holds what the JSON does not name; the
+            message begins with `where`.
     """
     described = unpack_json(sample, where)
     query = unpack_side(described.get("query"), sample, f"{where}, query")
@@ -252,6 +236,10 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
         raise DataError(f"{where}: subset, query.id and target.id must be strings, not {names}")
     subset, query_id, target_id = names
     negatives, negative_ids = _unpack_hard_negatives(described, sample, where)
+    sides = [described["query"], described["target"], *described.get("hard_negatives", [])]
+    strange = sample.keys() - {"__key__", "json"} - {name for side in sides for name in side["images"]}
+    if strange:
+        raise DataError(f"{where}: its JSON does not name the members {', '.join(sorted(strange))}")
     return Pair(sample["__key__"], subset, query, target, query_id, target_id, negatives, negative_ids)
 
 

@@ -1,7 +1,6 @@
 """The packed row against a naive walk over the sequences, and the encoder in front of it."""
 
 import io
-import logging
 
 import numpy as np
 import pytest
@@ -186,8 +185,8 @@ def pair(key, query, target, target_id=None, negatives=()):
     return Pair(key, "birds", query, target, f"q-{key}", target_id or f"t-{key}", list(negatives), ids)
 
 
-def packed_pairs(pairs, pad_to_multiple=1, hard_negatives=0):
-    encoded = encode_pairs(pairs, encoder(), hard_negatives, "birds")
+def packed_pairs(pairs, pad_to_multiple=1, hard_negatives=0, problems=None):
+    encoded = encode_pairs(pairs, encoder(), hard_negatives, [].append if problems is None else problems.append)
     return pack_pairs(encoded, len(pairs) - len(encoded), "birds", pad_to_multiple, SHAPE)
 
 
@@ -214,7 +213,7 @@ def test_first_hard_negatives_come_after_the_targets(used, kept):
         pair(key, Side(key, [png(28, 28, level)]), Side("x", []), negatives=sides)
         for key, level, sides in zip("abc", (10, 20, 50), negatives)
     ]
-    encoded = encode_pairs(pairs, encoder(), used, "birds")
+    encoded = encode_pairs(pairs, encoder(), used, pytest.fail)
     batch = pack_pairs(encoded, 0, "birds", 1, SHAPE)
     taken = [(side, f"n-{p.key}-{i}") for p, n in zip(pairs, kept) for i, side in enumerate(p.hard_negatives[:n])]
     sides = [p.query for p in pairs] + [p.target for p in pairs] + [side for side, _ in taken]
@@ -225,15 +224,17 @@ def test_first_hard_negatives_come_after_the_targets(used, kept):
         assert one.length == sum(encoder().encode(side).length for side in (p.query, p.target, *p.hard_negatives[:n]))
 
 
-def test_unreadable_hard_negative_costs_its_pair_only_when_it_is_used(caplog):
+def test_unreadable_hard_negative_costs_its_pair_only_when_it_is_used():
     negatives = [Side("fine", []), Side("", [png(28, 28, 2)[:60]])]
     pairs = [pair("a", Side("q", []), Side("t", []), negatives=negatives), pair("b", Side("q", []), Side("t", []))]
-    batch = packed_pairs(pairs, hard_negatives=1)
-    assert batch.keys == ["a", "b"] and batch.num_hard_negatives == 1 and not caplog.records
-    batch = packed_pairs(pairs, hard_negatives=2)
+    problems = []
+    batch = packed_pairs(pairs, hard_negatives=1, problems=problems)
+    assert batch.keys == ["a", "b"] and batch.num_hard_negatives == 1 and not problems
+    batch = packed_pairs(pairs, hard_negatives=2, problems=problems)
     assert batch.keys == ["b"] and batch.num_skipped == 1 and batch.num_hard_negatives == 0
     assert batch.sequences.num_sequences == 2
-    assert "left out pair a of subset birds" in caplog.text and "not a readable image" in caplog.text
+    [problem] = problems
+    assert problem.startswith("pair a of subset birds: not a readable image")
 
 
 def test_hash_is_the_same_everywhere():
@@ -241,15 +242,21 @@ def test_hash_is_the_same_everywhere():
     assert stable_hash("t-a") != stable_hash("t-b")
 
 
-def test_unreadable_pair_is_left_out_and_named(caplog):
+def test_unusable_pairs_are_left_out_and_named():
     good = [pair(key, Side(key, [png(28, 28, level)]), Side("x", [])) for key, level in (("a", 1), ("c", 3))]
     bad = pair("broken-one", Side("q", []), Side("t", [png(28, 28, 2)[:60]]))
     long = pair("too-long", Side("q", [png(56, 56, 2)] * 40), Side("t", []))
-    with caplog.at_level(logging.WARNING):
-        batch = packed_pairs([good[0], bad, long, good[1]])
-    assert batch.keys == ["a", "c"] and batch.num_skipped == 2
-    assert "broken-one of subset birds" in caplog.text and "not a readable image" in caplog.text
-    assert "too-long of subset birds" in caplog.text and "data.max_length=400" in caplog.text
+    void = pair("void", Side("q", []), Side(" \n", []))
+    problems = []
+    batch = packed_pairs([good[0], bad, long, void, good[1]], problems=problems)
+    assert batch.keys == ["a", "c"] and batch.num_skipped == 3
+    for problem, key, why in zip(
+        problems,
+        ("broken-one", "too-long", "void"),
+        ("not a readable image", "data.max_length=400", "neither text nor picture"),
+        strict=True,
+    ):
+        assert problem.startswith(f"pair {key} of subset birds: ") and why in problem
     alone = packed_pairs(good)
     assert unpacked(batch.sequences) == unpacked(alone.sequences)
     empty = packed_pairs([bad], 8)

@@ -12,12 +12,12 @@ from PIL import Image
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.config import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
-from megatron_llave.data import pipeline
 from megatron_llave.data.index import Index, Shard, Subset, write_index
 from megatron_llave.data.packing import Encoder
-from megatron_llave.data.pipeline import build_train_stream, draw_subsets, rank_shares, shuffled_positions
+from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_places
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.flat_step import unflatten
 
 BATCH = 8
 SIZES = {"birds": 43, "trees": 20, "words": 8}
@@ -50,7 +50,7 @@ def make_pair(subset, number, picture=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of three subsets."""
+    """Shards of ten pairs, of three subsets."""
     directory = tmp_path_factory.mktemp("pairs")
     subsets = {
         name: write_subset((make_pair(name, i) for i in range(size)), directory, name, "retrieval", 10)
@@ -63,14 +63,20 @@ def folder(tmp_path_factory):
 def config(folder, subsets=None, micro=None, seed=0, batch=BATCH, negatives="global_batch"):
     chosen = {name: SubsetConfig(*values) for name, values in (subsets or {}).items()}
     return RunConfig(
-        data=DataConfig(path=str(folder), prompt="plain", max_length=64, subsets=chosen),
+        data=DataConfig(path=str(folder), prompt="plain", max_length=64, subsets=chosen, workers=0),
         train=TrainConfig(global_batch_size=batch, micro_batch_size=micro, seed=seed),
         loss=LossConfig(negatives=negatives),
     )
 
 
 def steps(cfg, count, rank=0, world=1, start_step=0, encoder=ENCODER):
-    return list(itertools.islice(build_train_stream(cfg, encoder, rank, world, 4, start_step), count))
+    """Micro batches of each of `count` steps; a later start comes from the position of an uninterrupted stream."""
+    position = None
+    if start_step:
+        stream = build_train_stream(cfg, ENCODER, 0, 1, 4)
+        position = unflatten(next(itertools.islice(stream, start_step - 1, None))).position
+    stream = build_train_stream(cfg, encoder, rank, world, 4, position)
+    return [unflatten(step).batches for step in itertools.islice(stream, count)]
 
 
 def keys(step):
@@ -165,22 +171,22 @@ def test_every_pair_comes_once_per_epoch(folder):
 
 def test_shards_and_pairs_within_a_shard_are_both_shuffled():
     subset = Subset("retrieval", [Shard(f"{i}.tar", 50, 0, "") for i in range(20)])
-    order = list(itertools.islice(shuffled_positions(subset, "birds", 0, 0), 1000))
+    order = list(itertools.islice(shuffled_places(subset, "birds", 0, 0), 1000))
     shards = [shard for shard, _ in order]
     assert [shard for shard, _ in itertools.groupby(shards)] != list(range(20))
     assert all(len(set(shards[i : i + 50])) == 1 for i in range(0, 1000, 50))
     within = [[pair for shard, pair in order if shard == number] for number in (0, 1)]
     assert sorted(within[0]) == list(range(50)) and within[0] != sorted(within[0]) and within[0] != within[1]
-    other_seed = list(itertools.islice(shuffled_positions(subset, "birds", 1, 0), 1000))
-    other_name = list(itertools.islice(shuffled_positions(subset, "trees", 0, 0), 1000))
+    other_seed = list(itertools.islice(shuffled_places(subset, "birds", 1, 0), 1000))
+    other_name = list(itertools.islice(shuffled_places(subset, "trees", 0, 0), 1000))
     assert order != other_seed and order != other_name
 
 
 @pytest.mark.parametrize("start", [0, 1, 42, 43, 44, 86, 100, 4321])
 def test_skipping_equals_walking(start):
     subset = Subset("retrieval", [Shard(f"{i}.tar", pairs, 0, "") for i, pairs in enumerate((10, 10, 0, 10, 13))])
-    walked = itertools.islice(shuffled_positions(subset, "birds", 3, 0), start, start + 90)
-    assert list(itertools.islice(shuffled_positions(subset, "birds", 3, start), 90)) == list(walked)
+    walked = itertools.islice(shuffled_places(subset, "birds", 3, 0), start, start + 90)
+    assert list(itertools.islice(shuffled_places(subset, "birds", 3, start), 90)) == list(walked)
 
 
 @pytest.mark.parametrize("start_step", [1, 5, 23])
@@ -212,22 +218,6 @@ def test_a_step_holds_one_subset_and_its_pictures(folder):
             expected = [] if batch.subset == "words" else numbers
             assert batch.sequences.tiles[:, 0, 0, 0].tolist() == expected
     assert seen == set(SIZES)
-
-
-def test_subsets_start_at_their_step_and_keep_their_weights():
-    mixture = {"birds": SubsetConfig(3.0), "trees": SubsetConfig(1.0), "words": SubsetConfig(4.0, 1000)}
-    drawn = list(itertools.islice(draw_subsets(mixture, 0, 0), 5000))
-    assert "words" not in drawn[:1000] and "words" in drawn[1000:1010]
-    early, late = Counter(drawn[:1000]), Counter(drawn[1000:])
-    assert 0.70 < early["birds"] / 1000 < 0.80
-    assert 0.47 < late["words"] / 4000 < 0.53 and 0.10 < late["trees"] / 4000 < 0.15
-    assert list(itertools.islice(draw_subsets(mixture, 0, 700), 600)) == drawn[700:1300]
-
-
-def test_without_a_mixture_subsets_are_weighted_by_their_pairs(folder):
-    drawn = Counter(step[0].subset for step in steps(config(folder), 400))
-    for name, size in SIZES.items():
-        assert abs(drawn[name] / 400 - size / sum(SIZES.values())) < 0.07, drawn
 
 
 def test_order_does_not_depend_on_how_the_mixture_is_written(folder):
@@ -266,34 +256,6 @@ def test_damaged_picture_costs_one_pair_only(tmp_path, caplog, negatives):
     assert "birds-5 of subset birds" in caplog.text
 
 
-def test_large_subsets_give_the_same_stream_one_shard_in_memory(folder, monkeypatch):
-    kept = [keys(step) for step in steps(config(folder), 15)]
-    read = []
-    original = pipeline.read_samples
-    monkeypatch.setattr(pipeline, "read_samples", lambda path: read.append(path.name) or original(path))
-    steps(config(folder, {"birds": ()}), 15)
-    assert sorted(read) == [f"birds-{i:06d}.tar" for i in range(5)]  # small: each shard read once in three epochs
-    monkeypatch.setattr(pipeline, "KEEP_BYTES", 0)
-    assert [keys(step) for step in steps(config(folder), 15)] == kept
-    reader = pipeline.PairReader(
-        folder, Subset("retrieval", [Shard(f"birds-{i:06d}.tar", 10, 1, "") for i in range(2)])
-    )
-    read.clear()
-    assert [reader.read(p).key for p in ((0, 3), (0, 1), (1, 2), (1, 0))] == [
-        "birds-3",
-        "birds-1",
-        "birds-12",
-        "birds-10",
-    ]
-    assert read == ["birds-000000.tar", "birds-000001.tar"]
-
-
-def test_shard_with_another_number_of_pairs_than_indexed(folder):
-    reader = pipeline.PairReader(folder, Subset("retrieval", [Shard("birds-000000.tar", 11, 1, "")]))
-    with pytest.raises(DataError, match="birds-000000.tar holds 10 pairs, index.json says 11"):
-        reader.read((0, 0))
-
-
 def test_rank_reads_only_its_own_pairs(folder):
     class Counting(Letters):
         texts = []
@@ -322,7 +284,7 @@ def test_sample_with_a_damaged_json_is_left_out(folder, tmp_path, caplog):
     assert content.count(b'"id":"words-3"') == 2
     shard.write_bytes(content.replace(b'{"subset"', b'!"subset"', 1))
     streams = (build_train_stream(config(path, {"words": ()}), ENCODER, 0, 1, 1) for path in (folder, damaged))
-    (whole,), (step,) = map(next, streams)
+    (whole,), (step,) = (unflatten(next(stream)).batches for stream in streams)
     assert (step.num_pairs, step.num_skipped) == (BATCH - 1, 1)
     assert set(step.keys) < set(whole.keys)
     assert "words-000000.tar" in caplog.text and "not valid JSON" in caplog.text

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tarfile
+import zlib
 
 import pytest
 import webdataset
@@ -91,6 +92,7 @@ def test_layout_is_what_any_webdataset_tool_reads(tmp_path):
         "text": "Find \u732b 1",
         "images": ["query.0.png", "query.1.jpg"],
         "sizes": [[8, 6], [9, 5]],
+        "crc32": [zlib.crc32(sample["query.0.png"]), zlib.crc32(sample["query.1.jpg"])],
     }
     assert described["target"] == {"id": "t1", "text": "cat", "images": [], "sizes": []}
     assert sample["query.1.jpg"] == picture(1, (9, 5), "JPEG")
@@ -105,10 +107,11 @@ def test_hard_negatives_come_back_byte_for_byte(tmp_path):
     assert list(read_shard(tmp_path / "cats-000000.tar")) == pairs
     members = members_of(tmp_path / "cats-000000.tar")
     assert members["a.negative.1.0.png"] == picture(2) and members["a.negative.1.1.jpg"] == picture(3, kind="JPEG")
-    assert json.loads(members["a.json"])["hard_negatives"] == [
-        {"id": "n0", "text": "no", "images": [], "sizes": []},
-        {"id": "t", "text": "", "images": ["negative.1.0.png", "negative.1.1.jpg"], "sizes": [[8, 6], [8, 6]]},
-    ]
+    first, second = json.loads(members["a.json"])["hard_negatives"]
+    assert first == {"id": "n0", "text": "no", "images": [], "sizes": []}
+    assert second.pop("crc32") == [zlib.crc32(picture(2)), zlib.crc32(picture(3, kind="JPEG"))]
+    images = ["negative.1.0.png", "negative.1.1.jpg"]
+    assert second == {"id": "t", "text": "", "images": images, "sizes": [[8, 6], [8, 6]]}
 
 
 def test_without_hard_negatives_the_json_is_that_of_older_shards(tmp_path):
@@ -148,6 +151,21 @@ def test_other_files_are_not_taken_for_shards(tmp_path):
     (tmp_path / "text.tar").write_bytes(b"no tar at all" * 1000)
     with pytest.raises(DataError, match="text.tar"):
         list(read_shard(tmp_path / "text.tar"))
+
+
+def test_a_flipped_bit_in_a_picture_is_seen_and_shards_without_checksums_are_read(tmp_path):
+    pair = Pair("a", "cats", Side("x", [picture(1)]), Side("y", []), "q", "t")
+    write_shard([pair], tmp_path, "cats", 0)
+    members = members_of(tmp_path / "cats-000000.tar")
+    flipped = bytearray(members["a.query.0.png"])
+    flipped[30] ^= 1
+    write_members(tmp_path / "flipped.tar", {**members, "a.query.0.png": bytes(flipped)})
+    with pytest.raises(DataError, match="flipped.tar: sample a, query: an image's bytes are not those"):
+        list(read_shard(tmp_path / "flipped.tar"))
+    described = json.loads(members["a.json"])
+    del described["query"]["crc32"]
+    write_members(tmp_path / "old.tar", {**members, "a.json": json.dumps(described).encode()})
+    assert list(read_shard(tmp_path / "old.tar")) == [pair]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +232,8 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path):
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     traps = {f"cats-000.{suffix}": trap for suffix in ("pkl", "pyd", "pickle", "pth", "query.pyd")}
     write_members(tmp_path / "trap.tar", {**members, **traps})
-    assert list(read_shard(tmp_path / "trap.tar")) == list(make_pairs(1))
+    with pytest.raises(DataError, match="its JSON does not name the members pickle, pkl, pth, pyd, query.pyd"):
+        list(read_shard(tmp_path / "trap.tar"))
     assert not (tmp_path / "sprung").exists()
     pickle.loads(trap)
     assert (tmp_path / "sprung").exists()

@@ -31,7 +31,10 @@ def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> N
     batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
     average = WeightAverage(chunks, decay=0.5)
     train_step(trainable, batches, cfg.loss, 0, groups, average)
-    folder = checkpoint.save(cfg, 1, chunks, trainable.optimizer, trainable.schedule, groups, average.tensors())
+    position = {"step": 1, "subsets": {"birds": {"taken": 4}}}
+    state = trainable.optimizer, trainable.schedule
+    folder = checkpoint.save(cfg, 1, chunks, *state, groups, position, average.tensors())
+    assert checkpoint.read_position(folder) == position
     assert checkpoint.find(output) == folder
     saved = full_weights(chunks, groups)
     with average.applied():

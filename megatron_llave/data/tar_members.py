@@ -1,0 +1,106 @@
+"""Where the samples of a tar lie, so that one can be read without the others.
+
+Of a shard, a rank and each of its workers read the headers, and then the bytes of those samples that fall to them.
+"""
+
+import io
+import os
+import re
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_llave.data.index import AGAIN
+from megatron_llave.errors import DataError
+
+# WebDataset cuts a member's name at the first dot of its last part; tar's own limit for a name is 100 characters.
+KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_NOTE = re.compile(r"__[^/]*__($|/)")
+END_OF_ARCHIVE = bytes(1024)
+
+
+@dataclass
+class TarSample:
+    """One sample's members, by their place in the file."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Suffix -> (offset of the first byte, number of bytes)."""
+    problem: str = ""
+    """What makes the sample unusable, if anything."""
+
+
+def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
+    """The samples of an open tar in order: neighbouring files whose names are equal up to the first dot.
+
+    Raises:
+        DataError: the file is truncated, damaged, or no tar.
+    """
+    samples: list[TarSample] = []
+    try:
+        _check_end(file, path)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                parts = _NAME.fullmatch(member.name)
+                if not member.isreg() or parts is None or _NOTE.match(member.name):
+                    continue  # as WebDataset does: folders, links, files without a suffix, its own notes
+                _add_member(samples, parts[1], parts[2], (member.offset_data, member.size))
+            end = tar.offset
+        file.seek(end)
+        # tarfile takes a damaged header for the end of the archive and says nothing.
+        if file.read().strip(b"\0"):
+            raise DataError(f"{path} is damaged: there is more behind a header that cannot be read; {AGAIN}")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as a tar ({error}); {AGAIN}") from error
+    return samples
+
+
+def _add_member(samples: list[TarSample], key: str, suffix: str, place: tuple[int, int]) -> None:
+    if not samples or samples[-1].key != key:
+        samples.append(TarSample(key))
+    sample = samples[-1]
+    if not KEY.fullmatch(key):
+        sample.problem = f"key {key!r} must be 1 to 80 letters, digits, - or _"
+    elif suffix in sample.members:
+        sample.problem = f"member {suffix!r} comes twice"
+    sample.members[suffix] = place
+
+
+def read_sample(file: BinaryIO, path: Path, sample: TarSample) -> dict[str, bytes]:
+    """The raw bytes of each member by its suffix; nothing is decoded by file extension, so nothing is unpickled.
+
+    Raises:
+        DataError: the sample is unusable, or the file ends before it does.
+    """
+    where = f"{path}: sample {sample.key}"
+    if sample.problem:
+        raise DataError(f"{where}: {sample.problem}; {AGAIN}")
+    members = {}
+    for suffix, (offset, size) in sample.members.items():
+        try:
+            members[suffix] = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if len(members[suffix]) != size:
+            raise DataError(f"{where}: member {suffix!r} is cut short; {AGAIN}")
+    return members
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """One line for a file that the system refuses."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}")
+
+
+def _check_end(file: BinaryIO, path: Path) -> None:
+    """A tar ends in two blocks of zeros; one cut between two members is otherwise taken for a shorter one."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - len(END_OF_ARCHIVE)))
+    if size % 512 or file.read() != END_OF_ARCHIVE:
+        raise DataError(f"{path} is truncated or not a tar: its end-of-archive mark is missing ({size} bytes); {AGAIN}")
+    file.seek(0)
