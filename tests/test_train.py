@@ -159,14 +159,14 @@ def test_missing_shard_is_named(openmoji_data: Path, tmp_path: Path) -> None:
     data = copy_data(openmoji_data, tmp_path)
     shard = a_shard(data)
     shard.unlink()
-    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}")
+    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}", *SHORT)
 
 
 def test_truncated_tar_is_named(openmoji_data: Path, tmp_path: Path) -> None:
     data = copy_data(openmoji_data, tmp_path)
     shard = a_shard(data)
     shard.write_bytes(shard.read_bytes()[:-5000])
-    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}")
+    assert str(shard) in fails_with(f"data.path={data}", f"train.output={tmp_path / 'run'}", *SHORT)
 
 
 def test_error_that_all_ranks_meet_is_said_once(openmoji_data: Path) -> None:
@@ -202,7 +202,7 @@ def test_kernels_that_are_not_installed_are_named(openmoji_data: Path, tmp_path:
 
 def test_step_without_a_single_readable_pair_goes_on(openmoji_data: Path, tmp_path: Path) -> None:
     """No sequence fits eight tokens once it has a picture: every micro batch is empty on both ranks."""
-    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "data.max_length=8")
+    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "data.max_length=8", "data.max_bad_fraction=1")
     for record in log_of(tmp_path):
         assert (record["pairs"], record["skipped"], record["loss"]) == (0, 16, 0)
 
@@ -236,4 +236,4 @@ def test_corrupt_image_is_skipped_and_counted(openmoji_data: Path, tmp_path: Pat
     assert 0 < seen <= 5
     assert all(record["pairs"] + record["skipped"] == 16 for record in records)
     assert all(record["loss"] > 0 for record in records)
-    assert output.count("left out pair") == seen
+    assert output.count(f"left out a pair of subset name_to_image: {shard}: sample ") == seen

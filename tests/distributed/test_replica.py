@@ -1,0 +1,15 @@
+"""One reader per replica at several layouts, by counting decoded pictures."""
+
+from pathlib import Path
+
+import pytest
+from run_ranks import run_ranks
+
+SCRIPT = Path(__file__).parent / "check_replica.py"
+
+
+@pytest.mark.parametrize(("layout", "readers"), [("2,2", 1), ("2,1", 2), ("1,2", 2), ("1,1", 4)])
+def test_pictures_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path, layout: str, readers: int) -> None:
+    run_ranks(4, SCRIPT, str(openmoji_data), layout, str(tmp_path))
+    counts = sorted(int(file.read_text()) for file in tmp_path.iterdir())
+    assert counts == [0] * (4 - readers) + [3 * 8 // readers] * readers
