@@ -202,7 +202,8 @@ def test_kernels_that_are_not_installed_are_named(openmoji_data: Path, tmp_path:
 
 def test_step_without_a_single_readable_pair_goes_on(openmoji_data: Path, tmp_path: Path) -> None:
     """No sequence fits eight tokens once it has a picture: every micro batch is empty on both ranks."""
-    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "data.max_length=8", "data.max_bad_fraction=1")
+    settings = ["data.max_length=8", "data.max_bad_fraction=1"]
+    run_ranks(2, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, *settings)
     for record in log_of(tmp_path):
         assert (record["pairs"], record["skipped"], record["loss"]) == (0, 16, 0)
 
