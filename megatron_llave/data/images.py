@@ -48,9 +48,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data))
+        if image.format == "EPS":
+            raise BadImageError("EPS is a program, which is not run; convert it to PNG")
         if image.width * image.height <= max_pixels:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
+    except BadImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a readable image in a known format ({len(data)} bytes)") from error
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here

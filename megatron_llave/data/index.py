@@ -3,8 +3,11 @@
 Written last by every source, read first by the training stream. The tars themselves are shards.py's.
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,31 +96,52 @@ def write_index(directory: str | Path, index: Index) -> None:
     write_json(Path(directory) / INDEX_FILE, {"format": FORMAT, "version": VERSION, "subsets": subsets})
 
 
-def clear_finished(directory: str | Path, overwrite: bool) -> None:
-    """Make a folder ready to be written: made when missing, without index, and without the shards an old index names.
+@contextmanager
+def fill_folder(directory: str | Path, overwrite: bool) -> Iterator[None]:
+    """Hold a folder while it is written: made when missing, without index, and without the shards an old index names.
 
     Raises:
-        DataError: the folder holds a finished index and `overwrite` is false.
+        DataError: the folder holds a finished index and `overwrite` is false, or another process is writing into it.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        held = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"folder {directory} cannot be made: {error.strerror}") from error
+    try:
+        _lock(held, directory)
+        _clear_finished(directory, overwrite)
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(held: int, directory: Path) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when this process ends, however it does
+    except BlockingIOError as error:
+        raise DataError(f"another process is writing into {directory}; wait for it or choose another folder") from error
+    except OSError:
+        pass  # a file system without locks, as some network ones
+
+
+def _clear_finished(directory: Path, overwrite: bool) -> None:
     path = directory / INDEX_FILE
     if not path.is_file():
         return
     if not overwrite:
         raise DataError(f"{directory} already holds finished shards ({INDEX_FILE}); choose another or pass --overwrite")
     try:
-        old = [s.file for subset in read_index(directory).subsets.values() for s in subset.shards]
+        index = read_index(directory, check_shards=False)
+        old = [s.file for subset in index.subsets.values() for s in subset.shards if Path(s.file).name == s.file]
     except DataError:
         # A damaged index names no shards that could be trusted; those of the same names are replaced anyway.
         old = []
     # The index first: an interruption must not leave one that names missing shards.
     path.unlink()
     for file in old:
-        (directory / file).unlink()
+        (directory / file).unlink(missing_ok=True)
 
 
 def read_index(directory: str | Path, check_shards: bool = True) -> Index:

@@ -269,6 +269,13 @@ def test_unreadable_bytes_are_a_bad_image(data):
     assert "\n" not in str(caught.value)
 
 
+def test_eps_is_not_run():
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "EPS")
+    with pytest.raises(BadImageError, match="EPS is a program"):
+        decode_image(data.getvalue())
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_too_many_pixels_are_refused_before_decoding():
     data = png(Image.new("1", (12000, 12000)))

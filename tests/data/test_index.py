@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.index import Index, clear_finished, read_index, write_index
+from megatron_llave.data.index import Index, fill_folder, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import DataError
 
@@ -88,12 +88,28 @@ def test_index_that_is_no_json(tmp_path):
 def test_finished_folder_is_cleared_only_on_demand(tmp_path):
     prepared(tmp_path)
     (tmp_path / "mine-000000.tar").write_bytes(b"not named by the index")
-    with pytest.raises(DataError, match="already holds finished shards.*--overwrite"):
-        clear_finished(tmp_path, overwrite=False)
+    with pytest.raises(DataError, match="already holds finished shards.*--overwrite"), fill_folder(tmp_path, False):
+        pass
     assert read_index(tmp_path).subsets["cats"].pairs == 5
-    clear_finished(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine-000000.tar"]
-    clear_finished(tmp_path / "fresh", overwrite=False)
-    assert (tmp_path / "fresh").is_dir()
+    with fill_folder(tmp_path, overwrite=True):
+        assert [path.name for path in tmp_path.iterdir()] == ["mine-000000.tar"]
+    with fill_folder(tmp_path / "fresh", overwrite=False):
+        assert (tmp_path / "fresh").is_dir()
     with pytest.raises(DataError, match="mine-000000.tar.* cannot be made"):
-        clear_finished(tmp_path / "mine-000000.tar", overwrite=False)
+        fill_folder(tmp_path / "mine-000000.tar", overwrite=False).__enter__()
+
+
+def test_other_shards_are_cleared_when_one_is_missing(tmp_path):
+    shards = read_index(prepared(tmp_path)).subsets["cats"].shards
+    (tmp_path / shards[0].file).unlink()
+    with fill_folder(tmp_path, overwrite=True):
+        assert not list(tmp_path.glob("*.tar"))
+
+
+def test_folder_that_is_being_written_is_refused(tmp_path):
+    with fill_folder(tmp_path, overwrite=False):
+        with pytest.raises(DataError, match="another process is writing into"):
+            fill_folder(tmp_path, overwrite=True).__enter__()
+    with fill_folder(tmp_path, overwrite=False):
+        pass
+

@@ -298,8 +298,8 @@ def test_interrupted_folder_is_not_whole_and_can_be_made_again(rendered, shards_
 def test_workers_of_a_killed_process_end():
     script = """
 import os, signal
-from megatron_llave.data.sources.openmoji import _executor
-with _executor(2) as executor:
+from megatron_llave.data.worker_pool import worker_pool
+with worker_pool(2) as executor:
     print(executor.submit(os.getpid).result(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -5,14 +5,9 @@ tokenizer, shards, and `index.json` last, so that a folder whose making was inte
 """
 
 import io
-import multiprocessing
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +17,7 @@ import sentencepiece
 
 from megatron_llave.batch import Pair
 from megatron_llave.data.evaluation_sets import write_evaluation
-from megatron_llave.data.index import Index, Shard, Subset, clear_finished, write_index
+from megatron_llave.data.index import Index, Shard, Subset, fill_folder, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.data.sources.openmoji_catalogue import TONES, Catalogue, build_catalogue, demo_package
 from megatron_llave.data.sources.openmoji_evaluation import make_evaluation
@@ -36,6 +31,7 @@ from megatron_llave.data.sources.openmoji_tasks import (
     subgroup_text,
     training_answers,
 )
+from megatron_llave.data.worker_pool import worker_pool
 from megatron_llave.errors import ConfigError, DataError
 
 SUBSETS = {
@@ -104,9 +100,12 @@ def prepare(
         given = f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}"
         raise ConfigError(f"{given}: needed are at least {SMALLEST_IMAGE} pixels, 1 worker and a scale above 0")
     directory = Path(directory)
-    clear_finished(directory, overwrite)
     try:
-        with _executor(workers) as executor, tempfile.TemporaryDirectory() as scratch:
+        with (
+            fill_folder(directory, overwrite),
+            worker_pool(workers) as executor,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
             progress("rendering", 0, 1)
             catalogue = build_catalogue(image_size, executor.map if executor else map)
             progress("rendering", 1, 1)
@@ -118,35 +117,11 @@ def prepare(
             shards = executor.map(_write_one_shard, jobs) if executor else map(_write_one_shard, jobs)
             _write_rest(world, directory, pairs_scale)
             index = _collect(jobs, shards, progress)
+            write_index(directory, index)
     except BrokenProcessPool as error:
         again = "run again, with fewer --workers if memory is short"
         raise DataError(f"a worker making {directory} was killed; {again}") from error
-    write_index(directory, index)
     return index
-
-
-@contextmanager
-def _executor(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, or None where this process is to do the work."""
-    if workers == 1:
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Without this the workers of a killed process stay, and may write into a folder that is made again."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _plan(
