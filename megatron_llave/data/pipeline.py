@@ -8,6 +8,8 @@ all ranks walk the same order without talking, each decodes its own share, and a
 
 import itertools
 import logging
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 PREFETCH = 2
 """Steps that each worker keeps ready."""
+SHARDS_PER_SUBSET = 2
+"""Shards a worker keeps open: batches of a subset follow each other through one shard and into the next."""
 PAIRS_FOR_A_FRACTION = 1000
 """Fewer pairs than this are too few to tell a fraction of bad ones by."""
 
@@ -102,7 +106,7 @@ def build_train_stream(
     reader = StepReader(
         mixture,
         {name: index.subsets[name] for name in mixture.sources},
-        ShardReader(storage),
+        ShardReader(storage, SHARDS_PER_SUBSET * len(mixture.sources)),
         encoder,
         shares=rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
         hard_negatives=cfg.data.hard_negatives,
@@ -275,7 +279,7 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         generator=torch.Generator(),  # its own, for the loader draws a seed from it
     )
     try:
-        for step in loader:
+        for step in _start(loader):
             if isinstance(step, UserError):
                 raise step
             yield step
@@ -285,6 +289,18 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         reason = " ".join(str(error).split())
         hint = "if memory is short, lower data.workers"
         raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
+
+
+def _start(loader: DataLoader) -> Iterator[TrainStep | UserError]:
+    """Start the workers, but let nobody interrupt the training: a killed one is to show when its step is asked for.
+
+    torch would raise in the middle of whatever the training is doing, from a handler of SIGCHLD.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    steps = iter(loader)
+    if threading.current_thread() is threading.main_thread():  # no other may, nor would torch
+        signal.signal(signal.SIGCHLD, handler)
+    return steps
 
 
 def within_budget(steps: Iterable[TrainStep], max_bad_fraction: float) -> Iterator[TrainStep]:

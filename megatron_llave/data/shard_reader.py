@@ -11,16 +11,17 @@ from megatron_llave.data.storage import Storage
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
 
-OPEN_SHARDS = 64
-"""Shards whose file and table of samples a process keeps, the most recently used ones."""
-
 
 class ShardReader:
     """Pairs by shard and number; of a shard it reads the headers once, then only the pairs asked for."""
 
-    def __init__(self, storage: Storage) -> None:
-        """Nothing is read before the first `read`, so that worker processes can be handed a copy."""
+    def __init__(self, storage: Storage, most_open: int) -> None:
+        """Keeps file and table of samples of the `most_open` shards last used.
+
+        Nothing is read before the first `read`, so that worker processes can be handed a copy.
+        """
         self.storage = storage
+        self.most_open = most_open
         self._held: OrderedDict[str, tuple[BinaryIO, Path, list[TarSample]] | DataError] = OrderedDict()
 
     def read(self, shard: Shard, number: int) -> Pair:
@@ -34,7 +35,7 @@ class ShardReader:
                 self._held[shard.file] = self._open(shard)
             except DataError as error:
                 self._held[shard.file] = error
-            if len(self._held) > OPEN_SHARDS:
+            if len(self._held) > self.most_open:
                 self._close(self._held.popitem(last=False)[1])
         self._held.move_to_end(shard.file)
         held = self._held[shard.file]

@@ -50,6 +50,11 @@ class SentencePieceTokenizer:
         if self.eos_id < 0:
             raise DataError(f"{path} has no end-of-sequence piece; train the model with eos_id >= 0")
         self._ids = _cached(self._model.encode)
+        self._path = path
+
+    def __reduce__(self) -> tuple:
+        """A process that is not forked, such as a data worker on Python 3.14, reads the file again."""
+        return type(self), (self._path,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""
@@ -74,6 +79,11 @@ class HuggingFaceTokenizer:
             raise DataError(f"{path} has none of the end-of-sequence tokens {', '.join(END_TOKENS)}")
         self.eos_id: int = known[0]
         self._ids = _cached(lambda text: self._model.encode(text, add_special_tokens=False).ids)
+        self._path = path
+
+    def __reduce__(self) -> tuple:
+        """As of SentencePieceTokenizer."""
+        return type(self), (self._path,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""

@@ -5,8 +5,10 @@ import io
 import itertools
 import logging
 import shutil
+import time
 from collections import Counter
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -288,3 +290,16 @@ def test_sample_with_a_damaged_json_is_left_out(folder, tmp_path, caplog):
     assert (step.num_pairs, step.num_skipped) == (BATCH - 1, 1)
     assert set(step.keys) < set(whole.keys)
     assert "words-000000.tar" in caplog.text and "not valid JSON" in caplog.text
+
+
+def test_killed_worker_is_one_line_when_its_step_is_asked_for(folder):
+    cfg = config(folder)
+    cfg.data.workers = 1
+    stream = build_train_stream(cfg, ENCODER, 0, 1, 1)
+    before = psutil.Process().children()
+    next(stream)
+    for process in set(psutil.Process().children()) - set(before):
+        process.kill()
+    time.sleep(0.5)  # training goes on; a signal handler that raised would do so here
+    with pytest.raises(DataError, match="a process that reads data was killed.*data.workers"):
+        list(itertools.islice(stream, 100))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 
 import pytest
 import sentencepiece
@@ -52,6 +53,13 @@ def test_ids_belong_to_the_caller(sentencepiece_file):
     first = tokenizer.encode("fox")
     first.append(99)
     assert tokenizer.encode("fox") == first[:-1]
+
+
+def test_worker_processes_that_are_not_forked_get_the_same_tokenizer(sentencepiece_file, tmp_path):
+    words = save_words(tmp_path / "tokenizer.json", {"[UNK]": 0, "fox": 1, "<|im_end|>": 9}, ["<|im_end|>"])
+    for path in (sentencepiece_file, words):
+        copy = pickle.loads(pickle.dumps(load_tokenizer(path)))
+        assert copy.encode("the fox") == load_tokenizer(path).encode("the fox")
 
 
 def test_hugging_face_parses_special_tokens_and_ignores_stored_truncation(tmp_path):

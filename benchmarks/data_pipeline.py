@@ -1,0 +1,372 @@
+"""Pairs per second from shards to packed micro batches, beside two plain ways to feed such a model.
+
+    OMP_NUM_THREADS=1 python benchmarks/data_pipeline.py [--pairs 1280] [--batch 32] [--workers 2] [--folder DIR]
+
+Makes synthetic photos (JPEG, sizes of COCO, VOC, ImageNet and news pictures) and pairs of them in the shares of MMEB's
+20 training subsets by kind: 13 image with text -> text, 4 text -> image, 3 image -> image. Then, in turn, shuffled and
+without end:
+
+- ours: the training stream of a 0.5b run, homogeneous batches, queries and targets packed, uint8 tiles;
+- processor: a torch Dataset of the same files, transformers' LlavaOnevisionProcessor in the collate function, queries
+  and targets each padded to the longest, float32 tiles padded to the most of a picture; once with its image processor
+  for Pillow, once, where torchvision is installed, with that for torchvision. No blank images for sides without one;
+- webdataset: `webdataset.WebDataset` over the same shards in their order, then our encoder and packing.
+
+Each arm is timed over as many pairs as there are, after some batches to warm up. Prints Markdown tables.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
+
+from megatron_llave import config_file
+from megatron_llave.batch import Pair, PairBatch, Side
+from megatron_llave.config import RunConfig
+from megatron_llave.data import images, packing, pipeline, shard_reader
+from megatron_llave.data.index import Index, read_index, write_index
+from megatron_llave.data.packing import Encoder, build_encoder, encode_pairs, pack_pairs
+from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.data.prompts import qwen_prompt, user_content
+from megatron_llave.data.shards import unpack_pair, write_subset
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.flat_step import unflatten
+
+Arm = Callable[[RunConfig], Iterator[int]]
+"""Yields the number of pairs of each batch it made."""
+
+SHARES = {"image_text": 13, "text_image": 4, "image_image": 3}
+"""Of MMEB's 20 training subsets; equal numbers of pairs of each."""
+META_TASKS = {"image_text": "vqa", "text_image": "retrieval", "image_image": "retrieval"}
+SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
+WORDS = "a the cat dog car street woman man red blue large small near under holding riding two three on with".split()
+QUERY_WORDS, TARGET_WORDS = 20, 6
+PAIRS_PER_SHARD = 64
+"""So that the small benchmark has enough shards for webdataset's workers to share."""
+JPEG_QUALITY = 90
+VOCABULARY = 1024
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+WARM_BATCHES = 4
+CHECK_EVERY = 40
+"""Pairs of which one is compared with the processor's result."""
+MAX_LENGTH = 4096
+TIMED = {
+    "read a pair": (shard_reader.ShardReader, "read"),
+    "decode": (images, "decode_image"),
+    "resize, cut tiles": (images, "cut_tiles"),
+    "tokenize": (packing, "encode_prompt"),
+    "pack": (pipeline, "pack_pairs"),
+    "into one buffer": (pipeline, "flatten"),
+}
+"""Stages of ours, by the function that does them."""
+
+
+@dataclass(frozen=True)
+class FileSide:
+    """One half of a pair, for the arm that has no shards."""
+
+    text: str
+    paths: tuple[Path, ...]
+
+    def read(self) -> Side:
+        """With the bytes of its pictures."""
+        return Side.read(self.text, *self.paths)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair as files."""
+
+    query: FileSide
+    target: FileSide
+
+
+def make_photo(path: Path, rng: np.random.Generator) -> None:
+    """Soft shapes with some noise, about as large a file as a photo of its size."""
+    width, height = SIZES[rng.integers(len(SIZES))]
+    coarse = rng.integers(0, 256, (height // 40, width // 40, 3), np.uint8)
+    soft = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    noisy = soft + rng.normal(0, 6, soft.shape)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=JPEG_QUALITY)
+
+
+def make_data(folder: Path, num_pairs: int) -> dict[str, list[Sample]]:
+    """Pictures, shards, index and tokenizer; returns the same pairs as files, by subset."""
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    samples: dict[str, list[Sample]] = {}
+    number = itertools.count()
+
+    def side(has_image: bool, num_words: int) -> FileSide:
+        text = " ".join(rng.choice(WORDS, num_words))
+        if not has_image:
+            return FileSide(text, ())
+        path = folder / "photos" / f"{next(number):06d}.jpg"
+        make_photo(path, rng)
+        return FileSide(text, (path,))
+
+    index = Index({})
+    for name, share in SHARES.items():
+        first, second = name.split("_")
+        samples[name] = [
+            Sample(side(first == "image", QUERY_WORDS), side(second == "image", TARGET_WORDS))
+            for _ in range(num_pairs * share // sum(SHARES.values()))
+        ]
+        pairs = (
+            Pair(f"{name}-{i}", name, sample.query.read(), sample.target.read(), f"q{i}", f"t{i}")
+            for i, sample in enumerate(samples[name])
+        )
+        index.subsets[name] = write_subset(pairs, folder, name, META_TASKS[name], PAIRS_PER_SHARD)
+    sides = (side for part in samples.values() for sample in part for side in (sample.query, sample.target))
+    make_tokenizer(folder, [side.text for side in sides])
+    write_index(folder, index)
+    return samples
+
+
+def make_tokenizer(folder: Path, texts: list[str]) -> None:
+    """A small byte-level BPE with Qwen's special tokens; transformers' processor wants <image> as one."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, show_progress=False)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def make_processor(folder: Path, cfg: RunConfig, backend: str) -> LlavaOnevisionProcessor:
+    """transformers' processor with the tile grids of the run; its image processor for Pillow or torchvision."""
+    size = cfg.model.vision.image_size
+    grids = [[rows * size, columns * size] for columns, rows in cfg.model.image_grids]
+    settings = {"size": {"height": size, "width": size}, "image_grid_pinpoints": grids}
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|endoftext|>")
+    kind = LlavaOnevisionImageProcessorPil
+    if backend == "torchvision":
+        from transformers import LlavaOnevisionImageProcessor as kind  # cannot be imported without torchvision
+
+    class NoVideo(LlavaOnevisionProcessor):
+        """Takes no video processor, which needs torchvision."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+            return type(argument)
+
+    aspect = f"anyres_max_{cfg.model.anyres_max_tiles}"
+    patches = cfg.model.vision.patches_per_side**2
+    return NoVideo(kind(**settings), tokenizer, None, patches, "full", vision_aspect_ratio=aspect)
+
+
+class FileDataset(Dataset):
+    """The plain way: a sample is opened when its turn comes."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        """Pairs."""
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Sample:
+        """Pictures are opened in `collate`, in the same process."""
+        return self.samples[number]
+
+
+def collate(samples: list[Sample], processor: LlavaOnevisionProcessor) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Padded queries, padded targets, number of pairs."""
+    return *(_pad([getattr(s, side) for s in samples], processor) for side in ("query", "target")), len(samples)
+
+
+def _pad(sides: list[FileSide], processor: LlavaOnevisionProcessor) -> dict[str, Any]:
+    texts = [qwen_prompt(user_content(side.text, len(side.paths))) for side in sides]
+    pictures = [Image.open(path).convert("RGB") for side in sides for path in side.paths]
+    made = processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
+    return {name: value for name, value in made.items()}
+
+
+def endless_batches(samples: dict[str, list[Sample]], batch: int) -> Iterator[list[int]]:
+    """Shuffled homogeneous batches of positions in all samples, one subset after the other."""
+    rng = np.random.default_rng(0)
+    bounds = np.cumsum([0, *map(len, samples.values())])
+    while True:
+        parts = [start + rng.permutation(end - start) for start, end in itertools.pairwise(bounds)]
+        batches = [part[i : i + batch].tolist() for part in parts for i in range(0, len(part), batch)]
+        yield from (batches[i] for i in rng.permutation(len(batches)))
+
+
+def processor_arm(cfg: RunConfig, folder: Path, samples: dict[str, list[Sample]], backend: str) -> Iterator[int]:
+    """Arm (a): pairs per batch."""
+    loader = DataLoader(
+        FileDataset(list(itertools.chain(*samples.values()))),
+        batch_sampler=endless_batches(samples, cfg.train.global_batch_size),
+        collate_fn=partial(collate, processor=make_processor(folder, cfg, backend)),
+        num_workers=cfg.data.workers,
+    )
+    return (num_pairs for _, _, num_pairs in loader)
+
+
+def webdataset_arm(cfg: RunConfig, encoder: Encoder) -> Iterator[int]:
+    """Arm (b): pairs per batch."""
+    folder = Path(cfg.data.path)
+    shards = [str(folder / s.file) for subset in read_index(folder).subsets.values() for s in subset.shards]
+    dataset = webdataset.WebDataset(shards, shardshuffle=False, workersplitter=webdataset.split_by_worker).repeat()
+    dataset = dataset.batched(cfg.train.global_batch_size, collation_fn=partial(_encode_samples, encoder=encoder))
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=cfg.data.workers)
+    return (batch.num_pairs for batch in loader)
+
+
+def _encode_samples(samples: list[dict[str, Any]], encoder: Encoder) -> PairBatch:
+    pairs = [unpack_pair(_without_notes(sample), sample["__url__"]) for sample in samples]
+    encoded = encode_pairs(pairs, encoder, 0, print)
+    return pack_pairs(encoded, 0, "", 1, encoder.tile_shape)
+
+
+def _without_notes(sample: dict[str, Any]) -> dict[str, Any]:
+    """Without what webdataset adds to a sample."""
+    return {name: value for name, value in sample.items() if name == "__key__" or not name.startswith("__")}
+
+
+def our_arm(cfg: RunConfig, encoder: Encoder) -> Iterator[int]:
+    """Ours: pairs per step."""
+    stream = build_train_stream(cfg, encoder, rank=0, world=1, pad_to_multiple=1)
+    return (sum(batch.num_pairs for batch in unflatten(step).batches) for step in stream)
+
+
+def pairs_per_second(arm: Iterator[int], num_pairs: int) -> float:
+    """Over the batches that hold `num_pairs`, after WARM_BATCHES."""
+    for _ in range(WARM_BATCHES):
+        next(arm)
+    done, started = 0, time.perf_counter()
+    while done < num_pairs:
+        done += next(arm)
+    return done / (time.perf_counter() - started)
+
+
+def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder: Encoder, backend: str) -> str:
+    """Compare lengths and tiles of some sides; returns what differs."""
+    processor = make_processor(folder, cfg, backend)
+    worst, other_lengths = 0.0, 0
+    for sample in samples:
+        for side in (sample.query, sample.target):
+            ours = encoder.encode(side.read())
+            theirs = _pad([side], processor)
+            other_lengths += ours.length != theirs["input_ids"].shape[1]
+            if side.paths:
+                tiles = torch.from_numpy(np.concatenate(ours.tiles)).float() / 127.5 - 1
+                worst = max(worst, (tiles - theirs["pixel_values"][0]).abs().max().item() * 127.5)
+    lengths = f"{other_lengths} of {2 * len(samples)} sides are of another length"
+    return f"{lengths}, pixels at most {worst:.2f} of 255 levels apart"
+
+
+def time_stages(cfg: RunConfig, encoder: Encoder, num_pairs: int) -> dict[str, float]:
+    """Seconds of ours per stage, in one process; the last entry is everything else."""
+    seconds: Counter[str] = Counter()
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[stage] += time.perf_counter() - started
+
+        return run
+
+    with ExitStack() as patches:
+        for stage, (owner, name) in TIMED.items():
+            patches.enter_context(mock.patch.object(owner, name, timed(stage, getattr(owner, name))))
+        started = time.perf_counter()
+        done = 0
+        for made in our_arm(cfg, encoder):
+            done += made
+            if done >= num_pairs:
+                break
+        total = time.perf_counter() - started
+    return {**{stage: seconds[stage] for stage in TIMED}, "the rest": total - sum(seconds.values())}
+
+
+def print_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Markdown; the first column is text."""
+    head = list(head)
+    print("|", " | ".join(head), "|\n|---" + "|---:" * (len(head) - 1) + "|")
+    for row in rows:
+        print("|", " | ".join(row), "|", flush=True)
+    print(flush=True)
+
+
+def time_arms(arms: dict[str, Arm], cfg: RunConfig, num_pairs: int, repeats: int) -> None:
+    """One row per arm; the arms take turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            speeds[name].append(pairs_per_second(arm(cfg), num_pairs))
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    rows = [
+        [name, f"{median[name]:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{median['ours'] / median[name]:.2f}"]
+        for name, values in speeds.items()
+    ]
+    print_table(["arm", "pairs/s", "range", "ours / arm"], rows)
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Make the data, time all arms in turn, print."""
+    samples = make_data(folder, args.pairs)
+    everything = list(itertools.chain(*samples.values()))
+    sizes = [path.stat().st_size for path in (folder / "photos").iterdir()]
+    print(f"{len(everything)} pairs, {len(sizes)} pictures of {statistics.fmean(sizes) / 1e3:.0f} kB on average.\n")
+    values = {
+        "model": {"preset": "0.5b"},
+        "data": {"path": str(folder), "max_length": MAX_LENGTH},
+        "train": {"steps": 1, "global_batch_size": args.batch},
+    }
+    cfg = config_file.build(values)
+    encoder = build_encoder(cfg.data, cfg.model)
+    arms: dict[str, Arm] = {"ours": partial(our_arm, encoder=encoder)}
+    for backend in ("Pillow", "torchvision") if is_torchvision_available() else ("Pillow",):
+        same = check_same_work(folder, everything[::CHECK_EVERY], cfg, encoder, backend)
+        print(f"Ours beside the processor for {backend}: {same}.\n")
+        arms[f"processor, {backend}"] = partial(processor_arm, folder=folder, samples=samples, backend=backend)
+    arms["webdataset, our encoder"] = partial(webdataset_arm, encoder=encoder)
+    for workers in sorted({0, args.workers}):
+        cfg.data.workers = workers
+        print(f"{workers} worker processes:\n" if workers else "In one process:\n")
+        time_arms(arms, cfg, len(everything), args.repeats)
+    cfg.data.workers = 0
+    stages = time_stages(cfg, encoder, len(everything))
+    total = sum(stages.values())
+    rows = [[stage, f"{1e3 * s / len(everything):.2f}", f"{s / total:.0%}"] for stage, s in stages.items()]
+    print_table(["stage of ours, in one process", "ms per pair", "share"], rows)
+
+
+def main() -> None:
+    """Parse the command line; without --folder the data go to a temporary one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=1280, help="a multiple of 20 batches keeps subsets exact (1280)")
+    parser.add_argument("--batch", type=int, default=32, help="pairs per batch (32)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the second table (2)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="empty folder for the data")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with exit_with_one_line(), tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        run(args, folder)
+
+
+if __name__ == "__main__":
+    main()
