@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_llave import checkpoint, config_file, cpu_emulation, loss, parallel
+from megatron_llave import checkpoint, config_file, cpu_emulation, loss, parallel, training_state
 from megatron_llave.batch import PairBatch
 from megatron_llave.config import loss_of_subset
 from megatron_llave.data.packing import build_encoder
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace) -> None:
     stream = build_train_stream(cfg, encoder, groups.dp.rank(), ranks, pad_to_multiple=1)
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
     if args.checkpoint:
-        checkpoint.load_weights(checkpoint.find(args.checkpoint), chunks, groups)
+        training_state.load_weights(checkpoint.find(args.checkpoint), chunks, groups)
     trainable = build_trainable(cfg, chunks, groups)
     expected = received_bytes(args.pairs, cfg.model.language.hidden_size, ranks)
     rows, subsets = [], []

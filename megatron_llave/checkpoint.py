@@ -1,25 +1,24 @@
-"""Checkpoints through megatron-core's dist_checkpointing: one format that loads at every layout.
+"""The folders that checkpoints are: which one is current, which are whole, which are kept.
 
-    OUTPUT/checkpoints/step-0002400/    weights, optimizer, schedule, step, config.yaml, data.json (where the data is)
+    OUTPUT/checkpoints/step-0002400/    weights, optimizer, ... (training_state.py), config.yaml, data.json (where the
+                                        data is), manifest.json (step, layout, size of every file)
     OUTPUT/checkpoints/latest           the name of the newest whole one
 
-A checkpoint is written under a temporary name, renamed when whole, and made current by replacing `latest` in one move:
-a killed save leaves the previous one current.
+A checkpoint is written under a temporary name (checkpoint_writer.py), renamed when whole, and made current by replacing
+`latest` in one move: a killed save leaves the previous one current.
 """
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.nn import Module, Parameter
 
 from megatron_llave import config_file
 from megatron_llave.config import RunConfig
@@ -29,80 +28,163 @@ FOLDER = "checkpoints"
 POINTER = "latest"
 CONFIG = "config.yaml"
 POSITION = "data.json"
+MANIFEST = "manifest.json"
 ASSETS = "assets"
 """Folder with the tokenizer and, of a converted model, what an export gives back (conversion.py); in a run's folder,
 and in each of its checkpoints, where large files are links to the run's."""
 AVERAGE = "average."
 """Before the names of averaged weights."""
+FORMAT = "megatron_llave checkpoint"
+VERSION = 1
+_STEP = re.compile(r"step-(\d{7,})")
 
 
-def save(
-    cfg: RunConfig,
-    step: int,
-    chunks: list[Module],
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-    groups: ProcessGroupCollection,
-    position: dict | None = None,
-    averages: dict[Parameter, Tensor] | None = None,
-) -> Path:
-    """Write a checkpoint after `step` steps into the run's folder and make it current; every rank takes part.
+def step_folder(output: str | Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps goes."""
+    return Path(output) / FOLDER / f"step-{step:07d}"
 
-    Args:
-        cfg: the run.
-        step: steps done.
-        chunks: this rank's model chunks.
-        optimizer: its states are saved with it.
-        schedule: of the learning rate.
-        groups: the layout.
-        position: where the data stands after these steps (data/pipeline.py).
-        averages: averaged weights of the trained parameters, saved too; None: there are none.
 
-    Returns:
-        The checkpoint's folder.
+def begin(partial: Path, cfg: RunConfig, position: dict | None) -> None:
+    """An empty checkpoint folder with all that is no tensor.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    folder = Path(cfg.train.output) / FOLDER
-    final = folder / f"step-{step:07d}"
-    partial = folder / f"{final.name}.partial"
-    if dist.get_rank() == 0:
-        _begin(partial, cfg, position)
-    dist.barrier()
-    metadata = state_metadata(groups)
-    state = _model_state(chunks, metadata)
-    if any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
-        # A pipeline stage that is all frozen has no optimizer state, which megatron-core does not expect.
-        optimizer_input = dict(state) if len(chunks) > 1 else state["model"]
-        state["optimizer"] = optimizer.sharded_state_dict(optimizer_input, is_loading=False, metadata=metadata)
-    if averages is not None:
-        state |= _average_state(chunks, metadata, averages)
-    state["schedule"] = schedule.state_dict()
-    state["step"] = step
-    metadata.pop("dp_cp_group")
-    dist_checkpointing.save(state, str(partial), content_metadata=metadata)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        replaced = folder / f"{final.name}.replaced"
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(partial, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        pointer = folder / f"{POINTER}.partial"
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, folder / POINTER)
-    dist.barrier()
-    return final
-
-
-def _begin(folder: Path, cfg: RunConfig, position: dict | None) -> None:
-    """An empty checkpoint folder with all that is no tensor."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    config_file.save(cfg, folder / CONFIG)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config_file.save(cfg, partial / CONFIG)
     if position is not None:
-        (folder / POSITION).write_text(json.dumps(position, indent=1) + "\n")
+        (partial / POSITION).write_text(json.dumps(position, indent=1) + "\n")
     assets = Path(cfg.train.output) / ASSETS
     if assets.is_dir():
-        shutil.copytree(assets, folder / ASSETS, copy_function=link)
+        shutil.copytree(assets, partial / ASSETS, copy_function=link)
+
+
+def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> None:
+    """Make a wholly written checkpoint the current one.
+
+    Raises:
+        OSError: the disk is full; the one before stays current.
+    """
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    pointer = final.with_name(f"{POINTER}.partial")
+    pointer.write_text(final.name + "\n")
+    os.replace(pointer, final.with_name(POINTER))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def remove_old(output: str | Path, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that are not to be kept (config.CheckpointConfig), and what killed saves have left.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    folder = Path(output) / FOLDER
+    steps = sorted(all_steps(output), reverse=True)
+    for step in steps[keep_last:] if keep_last else []:
+        if not keep_every or step % keep_every:
+            # First the name: half a checkpoint must not look like one.
+            os.replace(step_folder(output, step), folder / f"step-{step:07d}.replaced")
+    for left in (*folder.glob("step-*.replaced"), *folder.glob("step-*.partial")):
+        shutil.rmtree(left)
+
+
+def all_steps(output: str | Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder, whole ones or not."""
+    folder = Path(output) / FOLDER
+    found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(match[1]) for match in found if match]
+
+
+def newest_usable(output: str | Path, report: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run; `report` is told of newer ones that are not, and why.
+
+    Newer than the current one is a checkpoint whose save was killed just before it was made current: it is whole.
+    """
+    for step in sorted(all_steps(output), reverse=True):
+        folder = step_folder(output, step)
+        try:
+            require_whole(folder)
+            return folder
+        except CheckpointError as error:
+            report(str(error))
+    return None
+
+
+def require_whole(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file of which is there with its size.
+
+    Raises:
+        CheckpointError: names what is missing or of another size.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        is_known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+        files, step = dict(manifest["files"]), int(manifest["step"])
+    except FileNotFoundError as error:
+        why = "it is not a checkpoint of a run, or not a whole one"
+        raise CheckpointError(f"{folder} has no {MANIFEST}: {why}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
+    if not is_known:
+        found = f"{manifest['format']!r} version {manifest['version']!r}"
+        raise CheckpointError(f"{folder} is {found}, this code reads {FORMAT!r} version {VERSION}")
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            found = path.stat().st_size
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {found} bytes, written were {size}")
+    return manifest | {"step": step}
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """`KEY was A, is B` for each value that differs between two nested dicts."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return found
+
+
+def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
+    """Whether a run with this configuration can go on from checkpoint `folder`.
+
+    Returns:
+        What else differs and is taken from `cfg`: learning rate, loss and so on.
+
+    Raises:
+        CheckpointError: the model, its frozen parts or the reward are others.
+    """
+    saved = config_file.load(folder / CONFIG, leave_out=["parallel"])
+    model = differences(asdict(saved.model), asdict(cfg.model))
+    changed = [f"model.{line}" for line in model if line.split()[0] not in ("preset", "kernels", "recompute")]
+    if saved.loss.reward != cfg.loss.reward:
+        changed.append(f"loss.reward was {saved.loss.reward}, is {cfg.loss.reward}")
+    if changed:
+        hint = "go on with the same model, or start a new run from its weights with checkpoint.init"
+        raise CheckpointError(f"checkpoint {folder} is of another model: {'; '.join(changed)}; {hint}")
+    sections = ("loss", "optimizer", "train")
+    return [
+        f"{section}.{line}"
+        for section in sections
+        for line in differences(asdict(getattr(saved, section)), asdict(getattr(cfg, section)))
+    ]
 
 
 def link(source: str, target: str) -> None:
@@ -164,40 +246,6 @@ def require_average(folder: Path, cfg: RunConfig, average: bool) -> None:
         raise CheckpointError(f"{folder} has no averaged weights: its run had loss.reward={cfg.loss.reward}, not ema")
 
 
-def load_weights(
-    path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False
-) -> None:
-    """Fill the chunks with the weights of checkpoint folder `path`, whatever layout it was saved at.
-
-    Args:
-        path: the checkpoint.
-        chunks: this rank's model chunks.
-        groups: the layout of this run.
-        average: take the averaged weights of a run with loss.reward=ema.
-
-    Raises:
-        CheckpointError: the files are damaged or hold another model, or there are no averaged weights.
-    """
-    metadata = state_metadata(groups)
-    loaded = _load(path, _model_state(chunks, metadata))
-    for key, chunk in zip(_model_keys(chunks), chunks):
-        chunk.load_state_dict(loaded[key])
-    if average:
-        # Loading takes only shapes from here, and casts the averages to the weights' dtype.
-        loaded = _load(path, _average_state(chunks, metadata, {}))
-        for key, chunk in zip(_model_keys(chunks), chunks):
-            averages = loaded.get(AVERAGE + key, {})  # a stage may have nothing that is trained
-            weights = {name.removeprefix(AVERAGE): value for name, value in averages.items()}
-            chunk.load_state_dict(weights, strict=False)  # frozen weights have no average
-
-
-def _load(path: str | Path, state: dict) -> dict:
-    try:
-        return dist_checkpointing.load(state, str(path))
-    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
-        raise unusable(path, error) from error
-
-
 def failure(error: BaseException) -> BaseException:
     """What went wrong; torch wraps the errors of all ranks into one of its own, which is no Exception."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -208,36 +256,3 @@ def unusable(path: str | Path, error: BaseException) -> CheckpointError:
     error = failure(error)
     reason = " ".join(str(error).split()) or type(error).__name__
     return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}")
-
-
-def state_metadata(groups: ProcessGroupCollection) -> dict:
-    """How megatron-core lays optimizer states out: "fully reshardable" loads at any number of data-parallel ranks."""
-    return dict(
-        distrib_optim_sharding_type="fully_reshardable",
-        singleton_local_shards=False,
-        chained_optim_avoid_prefix=True,
-        dp_cp_group=groups.dp_cp,
-    )
-
-
-def _model_keys(chunks: list[Module]) -> list[str]:
-    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-
-
-def _model_state(chunks: list[Module], metadata: dict) -> dict:
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
-
-
-def _average_state(chunks: list[Module], metadata: dict, averages: dict[Parameter, Tensor]) -> dict:
-    """The trained parameters of the chunks under names of their own, with these values in place of theirs."""
-    states = {}
-    for key, chunk in zip(_model_keys(chunks), chunks):
-        state = chunk.sharded_state_dict(prefix=AVERAGE, metadata=metadata)
-        trained = {name: part for name, part in state.items() if getattr(part.data, "requires_grad", False)}
-        for part in trained.values():
-            part.data = averages.get(part.data, part.data)
-            if hasattr(part, "dtype"):  # a factory, of a matrix that is saved in parts, has none
-                part.dtype = part.data.dtype
-        if trained:
-            states[AVERAGE + key] = trained
-    return states

@@ -1,123 +1,21 @@
 """The one configuration tree: RunConfig, a dataclass per section, and what a section's own values must satisfy.
 
-config_file.py reads it from YAML and the command line, config_checks.py looks at the sections together.
+config_model.py has the section `model`, config_file.py reads the tree from YAML and the command line, config_checks.py
+looks at the sections together.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from megatron_llave.errors import ConfigError
+from megatron_llave.config_model import PARTS, ModelConfig, at_least, one_of, require
 
-PARTS = ("vision", "projector", "language")
 HARDNESS = ("in_batch", "hard_negatives", "all")
 DIRECTIONS = ("symmetric", "query_to_target")
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise ConfigError(message) unless `ok`."""
-    if not ok:
-        raise ConfigError(message)
-
-
-def _at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(section, name)
-        ok = value is None or (math.isfinite(value) and value >= lowest)
-        require(ok, f"{prefix}.{name}={value} must be a number of at least {lowest}")
 
 
 def _is_margin(key: str, value: float | None) -> None:
     ok = value is None or value >= -2  # the least difference of two cosines; of nan this is false
     require(ok, f"{key}={value} must be a difference of cosines, or .inf to mask nothing")
-
-
-def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise a ConfigError that names the key unless its value is among the allowed ones."""
-    require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")
-
-
-@dataclass
-class VisionConfig:
-    """SigLIP vision tower."""
-
-    hidden_size: int = 0
-    """Width of the tower."""
-    num_layers: int = 0
-    """Layers that are run; for so400m 26 of the 27 pretrained ones."""
-    num_heads: int = 0
-    """Attention heads; divisible by parallel.tensor."""
-    ffn_hidden_size: int = 0
-    """Width of the tower's MLP."""
-    image_size: int = 0
-    """Side of one square tile, pixels."""
-    patch_size: int = 14
-    """Side of one patch, pixels. A rest of image_size / patch_size is not seen by the convolution."""
-
-    @property
-    def patches_per_side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
-
-@dataclass
-class LanguageConfig:
-    """Qwen2 decoder up to its final norm."""
-
-    hidden_size: int = 0
-    """Width of the decoder, and size of the embedding."""
-    num_layers: int = 0
-    """Decoder layers over all pipeline stages."""
-    num_heads: int = 0
-    """Query heads; divisible by parallel.tensor."""
-    num_kv_heads: int = 0
-    """Key/value heads (grouped-query attention); divisible by parallel.tensor."""
-    ffn_hidden_size: int = 0
-    """Width of the gated MLP."""
-    vocab_size: int = 0
-    """Token ids the embedding has rows for, before padding for tensor parallel."""
-    rope_theta: float = 1000000.0
-    """Base of the rotary position embedding."""
-    norm_epsilon: float = 1e-6
-    """Epsilon of the RMS norms."""
-
-
-@dataclass
-class ModelConfig:
-    """The whole embedder."""
-
-    preset: str | None = None
-    """Sizes to start from: tiny, 0.5b, 2b or 7b (presets.py); keys given beside it win."""
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    """Vision tower."""
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    """Decoder."""
-    image_grids: list[list[int]] = field(default_factory=list)
-    """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile."""
-    anyres_max_tiles: int | None = 9
-    """A picture's feature map of more than 1.21 times this many tiles is interpolated down to them (the 9 of
-    anyres_max_9; never happens with grids up to 2x2); null: every patch is kept."""
-    freeze: list[str] = field(default_factory=list)
-    """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
-    kernels: str = "local"
-    """Layer implementation: local (torch) or transformer_engine."""
-    precision: str = "fp32"
-    """Parameters and activations: fp32 or bf16. Gradients, optimizer and loss are float32 in both."""
-    dropout: float = 0.0
-    """Share of the decoder's hidden channels set to 0 in training, after the embedding and after every sublayer."""
-
-    def __post_init__(self) -> None:
-        """Check what can be said without the other sections."""
-        for part in self.freeze:
-            one_of("model.freeze", part, PARTS)
-        one_of("model.kernels", self.kernels, ("local", "transformer_engine"))
-        one_of("model.precision", self.precision, ("fp32", "bf16"))
-        require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be at least 0 and below 1")
-        for grid in self.image_grids:
-            ok = len(grid) == 2 and min(grid) >= 1
-            require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
-        _at_least(self, "model", 1, ("anyres_max_tiles",))
 
 
 @dataclass
@@ -136,12 +34,14 @@ class ParallelConfig:
     """Context-parallel ranks: each sequence split over them."""
     first_stage_layers: int | None = None
     """Decoder layers on the first pipeline stage, fewer than elsewhere since the tower is there too; null: even."""
+    overlap: bool = True
+    """Reduce gradients while the backward still runs, and gather parameters while the next forward begins."""
     timeout_seconds: int = 600
-    """A collective that waits longer than this ends the run, in seconds."""
+    """A step without any progress for this long ends the run, and so does a collective that waits longer; seconds."""
 
     def __post_init__(self) -> None:
         """Every size is at least 1."""
-        _at_least(self, "parallel", 1, ("tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds"))
+        at_least(self, "parallel", 1, ("tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds"))
 
 
 @dataclass
@@ -206,14 +106,14 @@ class DataConfig:
         one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
         one_of("data.too_long", self.too_long, ("cut", "skip"))
-        _at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
-        _at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
+        at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
+        at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
         allowed = 0 <= self.max_bad_fraction <= 1
         require(allowed, f"data.max_bad_fraction={self.max_bad_fraction} must be from 0 to 1")
         for name, subset in self.subsets.items():
             ok = subset.weight is None or (math.isfinite(subset.weight) and subset.weight > 0)
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
-            _at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
+            at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
             _is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)
 
 
@@ -269,7 +169,7 @@ class LossConfig:
             value = getattr(self, name)
             ok = value is None or 0 < value < math.inf
             require(ok, f"loss.{name}={value} must be positive")
-        _at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
+        at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
 
 
 @dataclass
@@ -282,6 +182,8 @@ class OptimizerConfig:
     """Learning rate at the last step."""
     warmup_steps: int = 0
     """Steps of linear warmup from 0."""
+    warmup_fraction: float = 0.0
+    """The same as a share of the run's steps, where warmup_steps is 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
     beta1: float = 0.9
@@ -292,11 +194,18 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_gradient: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    part_learning_rates: dict[str, float] = field(default_factory=dict)
+    """Highest learning rate of vision, projector or language, where it is not learning_rate. 0 is not frozen: the
+    gradient is still computed; see model.freeze."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
-        _at_least(self, "optimizer", 0, names)
+        at_least(self, "optimizer", 0, names)
+        require(0 <= self.warmup_fraction <= 1, f"optimizer.warmup_fraction={self.warmup_fraction} must be in 0 to 1")
+        for part, rate in self.part_learning_rates.items():
+            one_of("optimizer.part_learning_rates", part, PARTS)
+            require(0 <= rate < math.inf, f"optimizer.part_learning_rates.{part}={rate} must be at least 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
@@ -307,7 +216,9 @@ class TrainConfig:
     """The training loop."""
 
     steps: int = 0
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run; 0: as many as train.epochs has."""
+    epochs: float = 0.0
+    """Epochs of the mixture (as many batches as its subsets have pairs for), where train.steps is 0."""
     global_batch_size: int = 256
     """Pairs per step over all data-parallel ranks."""
     micro_batch_size: int | None = None
@@ -316,12 +227,16 @@ class TrainConfig:
     """Seeds weights and data order; the same at every parallel layout."""
     output: str = "runs/default"
     """Folder of the run: config.yaml, log.jsonl, checkpoints/."""
+    time_limit_minutes: float | None = None
+    """Save and stop when the process has run this long; null: never."""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run stops."""
 
     def __post_init__(self) -> None:
         """Check sizes."""
-        _at_least(self, "train", 2, ("global_batch_size",))  # one pair has no negative
-        _at_least(self, "train", 1, ("micro_batch_size",))
-        _at_least(self, "train", 0, ("steps", "seed"))
+        at_least(self, "train", 2, ("global_batch_size",))  # one pair has no negative
+        at_least(self, "train", 1, ("micro_batch_size",))
+        at_least(self, "train", 0, ("steps", "epochs", "seed", "time_limit_minutes", "max_bad_steps"))
 
 
 @dataclass
@@ -334,10 +249,19 @@ class CheckpointConfig:
     always; others that contradict are refused."""
     interval: int = 0
     """Steps between checkpoints; 0: only at the end. The last step is always saved."""
+    resume: str | None = None
+    """Go on with a run: auto (from the newest usable checkpoint in train.output, or from the beginning where there is
+    none) or a checkpoint's folder; null: begin anew, and refuse a folder that has checkpoints."""
+    asynchronous: bool = True
+    """Write checkpoints beside the training, from a copy of the weights."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0: all."""
+    keep_every: int = 0
+    """Besides, checkpoints at multiples of this many steps are kept for ever; 0: none."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        _at_least(self, "checkpoint", 0, ("interval",))
+        """Check the ranges."""
+        at_least(self, "checkpoint", 0, ("interval", "keep_last", "keep_every"))
 
 
 @dataclass
@@ -348,10 +272,16 @@ class LogConfig:
     """Steps between progress lines; every step is in log.jsonl. 0: no lines."""
     histogram_interval: int = 100
     """Steps between histograms of the similarities in log.jsonl; 0: none."""
+    tensorboard: bool = False
+    """Write the same numbers for TensorBoard into train.output/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to; null: none."""
+    peak_tflops: float | None = None
+    """Dense TFLOP/s of one device at the run's precision, for the model FLOPs utilisation; null: known GPUs' own."""
 
     def __post_init__(self) -> None:
         """Check the range."""
-        _at_least(self, "log", 0, ("interval", "histogram_interval"))
+        at_least(self, "log", 0, ("interval", "histogram_interval"))
 
 
 @dataclass
@@ -360,10 +290,15 @@ class EvaluateConfig:
 
     tokens_per_batch: int = 8192
     """Tokens packed into one forward pass."""
+    interval: int = 0
+    """Steps between evaluations while training; 0: none."""
+    path: str | None = None
+    """Folder of the evaluation sets for that; null: data.path."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        _at_least(self, "evaluate", 1, ("tokens_per_batch",))
+        """Check the ranges."""
+        at_least(self, "evaluate", 1, ("tokens_per_batch",))
+        at_least(self, "evaluate", 0, ("interval",))
 
 
 @dataclass

@@ -5,7 +5,8 @@ config_file.py calls `validate` on what it has read; a section's own values are 
 
 from dataclasses import fields
 
-from megatron_llave.config import PARTS, LanguageConfig, ModelConfig, RunConfig, VisionConfig, require
+from megatron_llave.config import RunConfig
+from megatron_llave.config_model import PARTS, LanguageConfig, ModelConfig, VisionConfig, require
 
 
 def validate(cfg: RunConfig) -> None:

@@ -13,8 +13,9 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_llave.config import RunConfig, one_of, require
+from megatron_llave.config import RunConfig
 from megatron_llave.config_checks import validate
+from megatron_llave.config_model import one_of, require
 from megatron_llave.errors import ConfigError
 from megatron_llave.presets import PRESETS
 

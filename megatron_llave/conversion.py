@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_llave import checkpoint, config_file
-from megatron_llave.config import ModelConfig, RunConfig
+from megatron_llave.config import RunConfig
 from megatron_llave.config_checks import validate
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_config import HfConfig, build_config_json, check_preset, read_config
 from megatron_llave.hf_files import keep_side_files, write_side_files

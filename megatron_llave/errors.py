@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or of another model."""
 
 
+class DivergedError(UserError):
+    """A run whose losses or gradients are not finite any more."""
+
+
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
     """Wrap an entry point: a UserError ends the process with status 2 and its one line, without a traceback."""

@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.config import LanguageConfig, ModelConfig, VisionConfig, one_of, require
 from megatron_llave.config_checks import require_same_model
+from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig, one_of, require
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_keys import (
     DEFAULT_ROPE_THETA,

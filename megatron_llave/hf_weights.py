@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.config import ModelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_config import HfConfig
 from megatron_llave.model.initialization import full_shape, named_global_parameters, tensor_parallel_part

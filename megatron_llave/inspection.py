@@ -7,8 +7,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_llave import checkpoint
-from megatron_llave.config import ModelConfig
+from megatron_llave import checkpoint, training_state
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_config import read_config
 from megatron_llave.hf_weights import hf_shapes, open_weights
@@ -80,7 +80,7 @@ def _inspect_checkpoint(found: Pretrained, embedder: object, groups: ProcessGrou
         held = dist_checkpointing.load_tensors_metadata(str(found.folder))
     except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
         raise CheckpointError(f"checkpoint {found.folder} cannot be read: {' '.join(str(error).split())}") from error
-    state = embedder.sharded_state_dict(metadata=checkpoint.state_metadata(groups))
+    state = embedder.sharded_state_dict(metadata=training_state.state_metadata(groups))
     apply_factories(state)
     parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]
     expected = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}

@@ -4,13 +4,26 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch.nn import Module
 
 from megatron_llave.config import RunConfig
+
+PART_PARAMETERS = {
+    "vision": ("vision.*",),
+    "projector": ("projector.*", "image_newline"),
+    "language": ("language.*",),
+}
+"""Names of the parameters of each part, as patterns."""
 
 
 @dataclass
@@ -30,11 +43,16 @@ class Trainable:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def update(self) -> float:
-        """Take the optimizer step and move the schedule on; returns the gradient norm before clipping."""
-        _, gradient_norm, _ = self.optimizer.step()
+    def gradient_norm(self) -> float:
+        """Norm of the step's gradient over all parameters, the same on every rank; before clipping."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, is_skipped: bool = False) -> None:
+        """Take the optimizer step, unless its gradient is to be thrown away, and move the schedule on."""
+        if not is_skipped:
+            self.optimizer.step()
         self.schedule.step(increment=1)
-        return float(gradient_norm or 0.0)
 
 
 def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Trainable:
@@ -52,7 +70,8 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
         )
         for index, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(_optimizer_config(cfg, chunks[0].config.params_dtype), wrapped)
+    config = _optimizer_config(cfg, chunks[0].config.params_dtype)
+    optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config))
     for chunk in wrapped:
         config = get_model_config(chunk)
         config.finalize_model_grads_func = finalize_model_grads
@@ -77,15 +96,26 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
     )
 
 
+def _overrides(cfg: RunConfig, config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's own (no weight decay of vectors), and the learning rates of parts."""
+    overrides = get_standard_config_overrides(config)
+    for part, rate in cfg.optimizer.part_learning_rates.items():
+        names = tuple(f"module.{name}" for name in PART_PARAMETERS[part])
+        lowest = min(cfg.optimizer.min_learning_rate, rate)
+        overrides[ParamKey(name=names)] = ParamGroupOverride(max_lr=rate, min_lr=lowest)
+    return overrides
+
+
 def _build_schedule(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     own = cfg.optimizer
+    warmup = own.warmup_steps or round(own.warmup_fraction * cfg.train.steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=own.learning_rate,
         min_lr=own.min_learning_rate,
-        lr_warmup_steps=own.warmup_steps,
-        lr_decay_steps=max(cfg.train.steps, own.warmup_steps + 1),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(cfg.train.steps, warmup + 1),
         lr_decay_style="cosine",
         start_wd=own.weight_decay,
         end_wd=own.weight_decay,

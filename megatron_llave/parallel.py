@@ -13,7 +13,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_llave.config import ParallelConfig, RunConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import ConfigError
 
 

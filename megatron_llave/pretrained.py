@@ -6,9 +6,10 @@ from pathlib import Path
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
-from megatron_llave import checkpoint, config_file
-from megatron_llave.config import ModelConfig, RunConfig
+from megatron_llave import checkpoint, config_file, training_state
+from megatron_llave.config import RunConfig
 from megatron_llave.config_checks import has_sizes, require_same_model
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_config import read_config
 from megatron_llave.hf_weights import fill_from_hf, open_weights
@@ -41,7 +42,7 @@ class Pretrained:
         if self.is_hf:
             fill_from_hf(chunks, open_weights(self.folder, read_config(self.folder)), groups)
         else:
-            checkpoint.load_weights(self.folder, chunks, groups, average)
+            training_state.load_weights(self.folder, chunks, groups, average)
 
     def find_tokenizer(self) -> str | None:
         """The tokenizer file that belongs to these weights."""

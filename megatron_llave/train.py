@@ -4,25 +4,32 @@
 """
 
 import argparse
+import logging
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
-from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, require
-from megatron_llave.config_checks import validate
-from megatron_llave.conversion import start_assets
-from megatron_llave.data.packing import build_encoder, find_tokenizer
+from megatron_llave.batch import PairBatch, PairEmbeddings, StepBatches
+from megatron_llave.checkpoint_writer import CheckpointWriter
+from megatron_llave.config import LossConfig, RunConfig, loss_of_subset
+from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import histograms, step_metrics
-from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.fault_tolerance import (
+    EXIT_STOPPED,
+    FiniteSteps,
+    StopRequests,
+    Watchdog,
+    explain_lost_ranks,
+    write_state,
+)
 from megatron_llave.flat_step import FlatStep
 from megatron_llave.gradient_cache import forward_backward
 from megatron_llave.loss import (
@@ -35,106 +42,127 @@ from megatron_llave.loss import (
 )
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
-from megatron_llave.pretrained import Pretrained, find_pretrained
+from megatron_llave.pretrained import find_pretrained
 from megatron_llave.replica import is_reader, share_steps
 from megatron_llave.run_log import RunLog, quiet_dependencies
+from megatron_llave.run_start import find_checkpoint, make_folder, resume, starting_from, with_steps
+from megatron_llave.training_state import TrainingState
 from megatron_llave.weight_average import WeightAverage
 
+logger = logging.getLogger(__name__)
+
+SECONDS_FOR_THE_WATCHDOG = 60
+"""Collectives wait this much longer than the watchdog, which knows better whom to blame."""
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: `--config FILE.yaml section.key=value ...`."""
+    """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
     parser = argparse.ArgumentParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
     parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
+    parser.add_argument("--resume", metavar="auto|DIR", help="go on with a run: checkpoint.resume")
     parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
     args = parser.parse_args(argv)
-    with exit_with_one_line():
+    resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
+    with exit_with_one_line(), explain_lost_ranks():
         quiet_dependencies()
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("megatron_llave").setLevel(logging.INFO)
         cpu_emulation.enable()
-        train(config_file.load(args.config, args.overrides))
+        reason = train(config_file.load(args.config, [*args.overrides, *resumed]))
+    if reason and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # Under torchrun 0, for it takes every other status for a failure and may start the run again.
+        raise SystemExit(EXIT_STOPPED)
 
 
-def train(cfg: RunConfig) -> Path:
-    """Train as configured, on the processes torchrun started; returns the last checkpoint's folder.
+def train(cfg: RunConfig) -> str:
+    """Train as configured, on the processes torchrun started.
+
+    Returns:
+        Why the run was stopped, and saved, before its last step; "" if it was not.
 
     Raises:
         UserError: configuration, layout or data cannot work; the message names the culprit.
     """
-    require(cfg.train.steps >= 1, f"train.steps={cfg.train.steps} must be at least 1")
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
         cfg = starting_from(pretrained, cfg)
-    world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
+    world_size = parallel.start_processes(cfg.parallel.timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
     parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
-    steps = share_steps(open_data(cfg, groups), groups.mp, parallel.device())
-    seed = cfg.train.seed if pretrained is None else None
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed)
-    if pretrained is not None:
+    cfg, resumed = with_steps(cfg), find_checkpoint(cfg)
+    watchdog = Watchdog(cfg.parallel.timeout_seconds)
+    position = checkpoint.read_position(resumed) if resumed else None
+    steps = share_steps(open_data(cfg, groups, position), groups.mp, parallel.device())
+    is_new = pretrained is None and resumed is None
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed if is_new else None)
+    if pretrained is not None and resumed is None:
         pretrained.load(chunks, groups)
-    trainable = build_trainable(cfg, chunks, groups)
     average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
-    averages = None if average is None else average.tensors()
-    log = start_run(cfg, groups, pretrained)
-    for step in range(cfg.train.steps):
+    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
+    done = resume(state, resumed, cfg) if resumed else 0
+    output = make_folder(cfg, pretrained)
+    log = RunLog(output, cfg.log.interval, cfg.train.steps, enabled=parallel.is_reporting_rank(groups))
+    reason = run_steps(cfg, state, steps, done, log, watchdog)
+    log.close()
+    watchdog.close()
+    parallel.shut_down()
+    return reason
+
+
+def run_steps(
+    cfg: RunConfig, state: TrainingState, steps: Iterator[StepBatches], done: int, log: RunLog, watchdog: Watchdog
+) -> str:
+    """The training loop: steps `done` + 1 to train.steps, saving now and then, until the end or a request to stop."""
+    groups, last = state.groups, cfg.train.steps
+    writer, requests = CheckpointWriter(cfg, groups), StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
+    finite = FiniteSteps(cfg.train.max_bad_steps, groups)
+    report_state(cfg, "running" if done < last else "finished", done)
+    reason = ""
+    for step in range(done, last):
+        watchdog.progress(f"waiting for the data of step {step + 1}")
         started = time.perf_counter()
-        rate = learning_rate(trainable)
+        rate = learning_rate(state.trainable)
         data = next(steps)
         waited = time.perf_counter() - started
-        batches = data.batches
-        loss_cfg = loss_of_subset(cfg, batches[0].subset)
-        record, shares = train_step(trainable, batches, loss_cfg, step, groups, average)
+        watchdog.progress(f"computing step {step + 1}")
+        loss_cfg = loss_of_subset(cfg, data.batches[0].subset)
+        record, shares = train_step(state.trainable, data.batches, loss_cfg, step, groups, state.average, finite)
         if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
             record |= histograms(shares, groups.dp, parallel.device())
         seconds = time.perf_counter() - started
-        record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
-        log.step(record)
-        is_last = step + 1 == cfg.train.steps
+        watchdog.progress(f"ending step {step + 1}")
+        reason = requests.reason()
+        is_last = bool(reason) or step + 1 == last
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            saved = checkpoint.save(
-                cfg, step + 1, chunks, trainable.optimizer, trainable.schedule, groups, data.position, averages
-            )
-    log.close()
-    parallel.shut_down()
-    return saved
+            writer.save(step + 1, state.to_save(step + 1), data.position)
+        writer.poll(wait=is_last)
+        record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
+        log.step(record | {"save_seconds": time.perf_counter() - started - seconds, "bad_steps": finite.num_bad})
+        if is_last:
+            report_state(cfg, "stopped" if step + 1 < last else "finished", step + 1, reason)
+            break
+    requests.close()
+    return reason if done < last and step + 1 < last else ""
 
 
-def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
-    """`cfg` with the vocabulary and, unless it names one, the tokenizer of the weights it starts from.
+def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> None:
+    """Tell the scripts that have started the run, and whoever reads its output."""
+    if dist.get_rank() == 0:
+        write_state(cfg.train.output, state, step, reason)
+        if reason:
+            logger.warning("stopped after step %d and saved: %s", step, reason)
+
+
+def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[FlatStep] | None:
+    """The training stream from `position` on, on the one rank of each replica that reads it.
 
     Raises:
-        ConfigError: cfg.model is another model.
-    """
-    tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
-    cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
-    validate(cfg)
-    return cfg
-
-
-def open_data(cfg: RunConfig, groups: ProcessGroupCollection) -> Iterator[FlatStep] | None:
-    """The training stream, on the one rank of each replica that reads it.
-
-    Raises:
-        UserError: data, tokenizer or mixture cannot work.
+        UserError: data, tokenizer or mixture cannot work, or are others than at `position`.
     """
     if not is_reader(groups.mp):
         return None
     pad_to_multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
     encoder = build_encoder(cfg.data, cfg.model)
-    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), pad_to_multiple)
-
-
-def start_run(cfg: RunConfig, groups: ProcessGroupCollection, pretrained: Pretrained | None) -> RunLog:
-    """Write the merged configuration and what checkpoints carry along into the run's folder, and open its log."""
-    output = Path(cfg.train.output)
-    if dist.get_rank() == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            config_file.save(cfg, output / "config.yaml")
-            start_assets(output, pretrained, find_tokenizer(cfg.data))
-        except OSError as error:
-            raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error
-    dist.barrier()
-    return RunLog(output, cfg.log.interval, cfg.train.steps, enabled=parallel.is_reporting_rank(groups))
+    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), pad_to_multiple, position)
 
 
 def train_step(
@@ -144,8 +172,11 @@ def train_step(
     step: int,
     groups: ProcessGroupCollection,
     average: WeightAverage | None = None,
+    finite: FiniteSteps | None = None,
 ) -> tuple[dict[str, float | str], list[LossShare]]:
     """Embed, compare, weight by hardness, update: one step over this rank's micro batches, which are on its device.
+
+    A step whose loss or gradient is not finite updates nothing, where `finite` looks after it.
 
     Returns:
         The step's record, and what the loss saw; both have the loss and the similarities on the last pipeline stage.
@@ -155,8 +186,10 @@ def train_step(
     trainable.zero_gradients()
     reward_model = None if average is None else average.applied
     shares = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward_model)
-    gradient_norm = trainable.update()
-    if average is not None:
+    gradient_norm = trainable.gradient_norm()
+    is_bad = finite is not None and not finite.check(gradient_norm, shares, batches, step)
+    trainable.update(is_skipped=is_bad)
+    if average is not None and not is_bad:
         average.update()
     record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
     return record | step_metrics(shares, batches, groups.dp), shares

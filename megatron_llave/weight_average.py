@@ -24,21 +24,30 @@ class WeightAverage:
             chunks: this rank's model chunks.
             decay: share of the average that an update keeps, once there were enough of them.
         """
-        self._chunks, self._decay, self._updates = chunks, decay, 0
+        self._chunks, self._decay = chunks, decay
+        self.updates = 0
+        """Updates so far."""
         trained = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
         self._averages = [(parameter, parameter.detach().float().clone()) for parameter in trained]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the weights; faster in the first updates, so that random weights are soon forgotten."""
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        self._updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
         for parameter, average in self._averages:
             average.lerp_(parameter.detach().float(), 1 - decay)
 
     def tensors(self) -> dict[Parameter, Tensor]:
         """Float32 average of each trained parameter."""
         return dict(self._averages)
+
+    @torch.no_grad()
+    def restore(self, averages: dict[Parameter, Tensor], updates: int) -> None:
+        """Go on from what `tensors` gave after `updates` updates."""
+        for parameter, average in self._averages:
+            average.copy_(averages[parameter])
+        self.updates = updates
 
     @contextmanager
     def applied(self) -> Iterator[None]:

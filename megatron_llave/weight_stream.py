@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_llave import checkpoint, config_file
-from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_llave import checkpoint, config_file, training_state
+from megatron_llave.config import ParallelConfig, RunConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.model.embedder import LlaveEmbedder
 
 FILE = "__0_0.distcp"
@@ -72,7 +73,7 @@ def write_weights(
     Raises:
         OSError: the disk is full, or cannot be written for another reason.
     """
-    metadata = checkpoint.state_metadata(groups)
+    metadata = training_state.state_metadata(groups)
     state = embedder.sharded_state_dict(metadata=metadata)
     apply_factories(state)
     places = {}
@@ -190,7 +191,7 @@ def read_weights(
         CheckpointError: the files are damaged or hold another model.
     """
     trained = {name for name, parameter in embedder.named_parameters() if parameter.requires_grad}
-    state = embedder.sharded_state_dict(metadata=checkpoint.state_metadata(groups))
+    state = embedder.sharded_state_dict(metadata=training_state.state_metadata(groups))
     apply_factories(state)
     parts = _parts(state)
     for _, layer in groupby(embedder.named_parameters(), lambda item: _layer_of(item[0])):

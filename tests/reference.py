@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
-from megatron_llave.config import ModelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.data.images import VisualLayout
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave import config
+from megatron_llave import config, config_model
 from megatron_llave.config import RunConfig, loss_of_subset
 from megatron_llave.config_checks import validate
 from megatron_llave.config_file import build, load, save
@@ -143,7 +143,8 @@ def test_sections_left_out_are_not_taken_from_the_file(tmp_path: Path) -> None:
 
 def test_every_field_has_a_docstring_under_it() -> None:
     bare, documented = [], 0
-    for cls in ast.parse(Path(config.__file__).read_text()).body:
+    source = "\n".join(Path(module.__file__).read_text() for module in (config_model, config))
+    for cls in ast.parse(source).body:
         if not isinstance(cls, ast.ClassDef):
             continue
         for statement, following in zip(cls.body, [*cls.body[1:], None], strict=True):
@@ -153,7 +154,7 @@ def test_every_field_has_a_docstring_under_it() -> None:
                 documented += is_text
                 bare += [] if is_text else [f"{cls.name}.{statement.target.id}"]
     assert bare == []
-    classes = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+    classes = {v for module in (config_model, config) for v in vars(module).values() if dataclasses.is_dataclass(v)}
     assert documented == sum(len(dataclasses.fields(cls)) for cls in classes) > 0
 
 

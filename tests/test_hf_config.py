@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import LlavaOnevisionConfig
 
-from megatron_llave.config import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.hf_config import HfConfig, build_config_json, check_preset, read_config
 from megatron_llave.presets import PRESETS

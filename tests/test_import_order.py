@@ -15,16 +15,20 @@ PACKAGE = "megatron_llave"
 # From the bottom up. A module sees the layers above this line in the list, and in its own layer only itself
 # (a folder is one entry); the first layer's files may see each other.
 LAYERS = [
-    ["config", "config_checks", "config_file", "presets", "errors", "cpu_emulation", "batch", "flat_step", "hf_keys"],
+    [
+        *("config_model", "config", "config_checks", "config_file", "presets", "errors"),
+        *("cpu_emulation", "batch", "flat_step", "hf_keys"),
+    ],
     ["parallel"],
     ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
         *("hf_weights", "replica", "run_log", "report", "fault_tolerance"),
     ],
-    ["pretrained", "weight_stream"],
+    ["training_state"],
+    ["pretrained", "weight_stream", "checkpoint_writer"],
     ["embedding", "embedding_files", "conversion", "inspection"],
-    ["evaluate", "verification"],
+    ["evaluate", "verification", "run_start"],
     ["train"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

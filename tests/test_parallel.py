@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_llave.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llave.config import ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.config_file import build
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.parallel import validate_batch, validate_layout
 

@@ -7,7 +7,7 @@ import pytest
 from golden_model import ONEVISION, byte_tokenizer
 
 from megatron_llave import config_file
-from megatron_llave.config import ModelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.pretrained import find_pretrained
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_llave.config import ModelConfig
 from megatron_llave.config_file import build
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.data.images import num_visual_tokens
 from megatron_llave.data.index import AGAIN, Shard, Subset, check_size, read_index
 from megatron_llave.data.preparation import Progress

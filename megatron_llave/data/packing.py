@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
-from megatron_llave.config import DataConfig, ModelConfig
+from megatron_llave.config import DataConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.data import images
 from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer

@@ -117,6 +117,18 @@ def build_train_stream(
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
 
 
+def steps_of_epochs(cfg: RunConfig) -> int:
+    """Optimizer steps of `train.epochs`, whole ones, once all subsets have started.
+
+    Raises:
+        ConfigError: a subset that cannot be drawn.
+        DataError: the index is missing or damaged.
+    """
+    mixture = build_mixture(cfg, open_storage(cfg.data).read_index())
+    num_pairs = sum(source.pairs for source in mixture.sources.values())
+    return int(cfg.train.epochs * num_pairs / cfg.train.global_batch_size)
+
+
 def check_shards(storage: Storage, index: Index, mixture: Mixture, max_bad_fraction: float) -> None:
     """Log shards that are missing or of a wrong size; their pairs will be left out.
 

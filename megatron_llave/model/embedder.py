@@ -13,7 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences
-from megatron_llave.config import ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.model.initialization import initialize_parameters
 from megatron_llave.model.language import LanguageModel
 from megatron_llave.model.layer_specs import packed_layout, transformer_engine

@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_llave.config import LanguageConfig, ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig
 from megatron_llave.model.layer_specs import PackedLayout, RMSNorm, final_norm, layer_spec
 from megatron_llave.model.transformer_settings import DTYPES, shared_settings
 

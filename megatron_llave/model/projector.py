@@ -5,7 +5,8 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_llave.config import ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.model.layer_specs import mlp_submodules
 from megatron_llave.model.transformer_settings import shared_settings
 

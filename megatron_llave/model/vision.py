@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_llave.config import ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.model.layer_specs import LayerNorm, layer_spec
 from megatron_llave.model.transformer_settings import shared_settings
 

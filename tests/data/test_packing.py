@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config import DataConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config import DataConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.data.images import NEWLINE, BadImageError, visual_layout
 from megatron_llave.data.packing import (
     EncodedSequence,

@@ -1,6 +1,7 @@
-"""Under torchrun with 4 ranks: weights saved at one layout are bit-equal when loaded at others."""
+"""Under torchrun with 4 ranks: what is saved at one layout is the same at others: weights bit by bit, the next step."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,68 +10,111 @@ from full_parameters import full_weights
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave import checkpoint, cpu_emulation, parallel
+from megatron_llave.checkpoint_writer import CheckpointWriter
+from megatron_llave.config import RunConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import build_trainable
+from megatron_llave.run_start import resume
 from megatron_llave.train import train_step
+from megatron_llave.training_state import TrainingState, load_weights
 from megatron_llave.weight_average import WeightAverage
+
+LEARNING_RATE = 1e-3
+WORST_UPDATE = 2e-3
+"""Of the learning rate: what float noise in a gradient may change of AdamW's next update."""
+POSITION = {"step": 1, "subsets": {"birds": {"taken": 4}}}
+
+
+def build(cfg: RunConfig, seed: int) -> TrainingState:
+    """A run at the layout of its configuration."""
+    groups = parallel.init(cfg.parallel)
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=seed)
+    return TrainingState(chunks, build_trainable(cfg, chunks, groups), WeightAverage(chunks, decay=0.5), groups)
+
+
+def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
+    """A step over the same 8 pairs at every layout."""
+    groups = state.groups
+    share = 4 // groups.dp.size()
+    pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
+    multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
+    batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
+    record, _ = train_step(state.trainable, batches, cfg.loss, number, groups, state.average)
+    assert record["gradient_norm"] > 0, "saving, averaging or loading cost the gradients"
+
+
+def weights(state: TrainingState) -> tuple[dict, dict]:
+    """All weights, and all averaged ones."""
+    plain = full_weights(state.chunks, state.groups)
+    with state.average.applied():
+        return plain, full_weights(state.chunks, state.groups)
 
 
 def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> None:
-    """Train a step, save, train another, and load what was saved into models of other seeds at other layouts."""
+    """Train a step, save while training another, and go on from there at other layouts, from other weights."""
     layout, freeze = parse_layout(saved_at)
     cfg = small_config(layout, freeze)
     cfg.model.precision = precision
     cfg.train.output = output
-    groups = parallel.init(layout)
-    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
-    trainable = build_trainable(cfg, chunks, groups)
-    share = 4 // groups.dp.size()
-    pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
-    multiple = layout.tensor if layout.sequence else 1
-    batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
-    average = WeightAverage(chunks, decay=0.5)
-    train_step(trainable, batches, cfg.loss, 0, groups, average)
-    position = {"step": 1, "subsets": {"birds": {"taken": 4}}}
-    state = trainable.optimizer, trainable.schedule
-    folder = checkpoint.save(cfg, 1, chunks, *state, groups, position, average.tensors())
-    assert checkpoint.read_position(folder) == position
-    assert checkpoint.find(output) == folder
-    saved = full_weights(chunks, groups)
-    with average.applied():
-        saved_average = full_weights(chunks, groups)
+    cfg.loss.reward = "ema"
+    state = build(cfg, seed=0)
+    step(cfg, state, 0)
+    writer = CheckpointWriter(cfg, state.groups)
+    saved, saved_average = weights(state)
     assert any(not torch.equal(saved[name], saved_average[name]) for name in saved)
-    record, _ = train_step(trainable, batches, cfg.loss, 1, groups, average)
-    assert record["gradient_norm"] > 0, "saving and averaging cost the gradients"
+    assert writer.save(1, state.to_save(1), POSITION)
+    step(cfg, state, 1)  # while the checkpoint is being written
+    assert writer.poll(wait=True)
+    folder = writer.last
+    assert checkpoint.read_position(folder) == POSITION
+    assert checkpoint.find(output) == folder == checkpoint.newest_usable(output, print)
+    after = weights(state)
     parallel.leave_layout()
-    for index, text in enumerate(loaded_at):
-        layout, freeze = parse_layout(text)
-        groups = parallel.init(layout)
-        chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=1)
-        # The average takes the same way: two layouts are enough for it.
-        for is_average, expected in ((False, saved), (True, saved_average))[: 2 if index < 2 else 1]:
-            checkpoint.load_weights(folder, chunks, groups, is_average)
-            for name, value in full_weights(chunks, groups).items():
-                rows = min(len(value), len(expected[name]))  # the vocabulary's padding differs
-                assert torch.equal(value[:rows], expected[name][:rows]), f"{saved_at} -> {text}: {name} {is_average}"
+    for text in [saved_at, *loaded_at]:
+        cfg = replace(cfg, parallel=parse_layout(text)[0])
+        state = build(cfg, seed=1)
+        assert resume(state, folder, cfg) == 1
+        for found, expected in zip(weights(state), (saved, saved_average)):
+            require_close(found, expected, 0.0, f"{saved_at} -> {text}")
+        step(cfg, state, 1)
+        if text == saved_at or precision == "fp32":  # bf16 rounds gradients otherwise at every layout
+            worst = 0.0 if text == saved_at else WORST_UPDATE * LEARNING_RATE
+            for found, expected in zip(weights(state), after):
+                require_close(found, expected, worst, f"{saved_at} -> {text}, the next step")
+        chunks = build(cfg, seed=2).chunks
+        load_weights(folder, chunks, state.groups, average=True)
+        require_close(full_weights(chunks, state.groups), saved_average, 0.0, f"{saved_at} -> {text}, averages alone")
         parallel.leave_layout()
     check_other_model(cfg, folder)
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
 
 
-def check_other_model(cfg, folder: Path) -> None:
-    """A wider model cannot take these weights, and says which checkpoint it was given."""
-    layout, _ = parse_layout("1,1,1,0,0")
-    groups = parallel.init(layout)
+def require_close(found: dict, expected: dict, worst: float, where: str) -> None:
+    """Weights that differ by at most `worst`."""
+    for name, value in found.items():
+        rows = min(len(value), len(expected[name]))  # the vocabulary's padding differs
+        value, other = value[:rows].double(), expected[name][:rows].double()
+        off = (value - other).abs().max()
+        assert off <= worst, f"{where}: {name} off by {off}"
+
+
+def check_other_model(cfg: RunConfig, folder: Path) -> None:
+    """A wider model cannot take these weights, and says which checkpoint it was given and what differs."""
+    cfg = replace(cfg, parallel=parse_layout("1,1,1,0,0")[0])
     cfg.model.language.ffn_hidden_size *= 2
-    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
-    try:
-        checkpoint.load_weights(folder, chunks, groups)
-    except CheckpointError as error:
-        message = str(error)
-        assert str(folder) in message and "linear_fc1" in message and "\n" not in message, message
-    else:
-        raise AssertionError("weights of another model were loaded")
+    state = build(cfg, seed=0)
+    for load, named in (
+        (lambda: load_weights(folder, state.chunks, state.groups), "linear_fc1"),
+        (lambda: resume(state, folder, cfg), "model.language.ffn_hidden_size was 80, is 160"),
+    ):
+        try:
+            load()
+        except CheckpointError as error:
+            message = str(error)
+            assert str(folder) in message and named in message and "\n" not in message, message
+        else:
+            raise AssertionError("weights of another model were loaded")
     parallel.leave_layout()
 
 
@@ -78,4 +122,3 @@ if __name__ == "__main__":
     cpu_emulation.enable()
     parallel.start_processes(120)
     check(*sys.argv[1:4], sys.argv[4:])
-    parallel.shut_down()

@@ -23,16 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_llave import cpu_emulation, gradient_cache, loss, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.config import (
-    LanguageConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from megatron_llave.config import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.embedding import LoadedModel, forward_only
 from megatron_llave.gradient_cache import forward_backward

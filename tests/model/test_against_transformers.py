@@ -6,7 +6,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.config import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.model.embedder import build_model
 from megatron_llave.model.layer_specs import packed_layout
 from megatron_llave.model.vision import normalise

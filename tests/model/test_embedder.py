@@ -12,7 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from reference import pack, random_pairs, random_sequence
 
 from megatron_llave import config_file
-from megatron_llave.config import ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import ModelConfig
 from megatron_llave.data.images import VisualLayout, visual_layout
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.data.prompts import IMAGE

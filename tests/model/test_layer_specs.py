@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_llave.config import LanguageConfig, ModelConfig, ParallelConfig
+from megatron_llave.config import ParallelConfig
+from megatron_llave.config_model import LanguageConfig, ModelConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.model.initialization import initialize_parameters
 from megatron_llave.model.language import LanguageModel, language_transformer_config

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.config import one_of
+from megatron_llave.config_model import one_of
 from megatron_llave.data.images import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.preparation import (
