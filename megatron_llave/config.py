@@ -34,8 +34,6 @@ class ParallelConfig:
     """Context-parallel ranks: each sequence split over them."""
     first_stage_layers: int | None = None
     """Decoder layers on the first pipeline stage, fewer than elsewhere since the tower is there too; null: even."""
-    overlap: bool = True
-    """Reduce gradients while the backward still runs, and gather parameters while the next forward begins."""
     timeout_seconds: int = 600
     """A step without any progress for this long ends the run, and so does a collective that waits longer; seconds."""
 
@@ -330,3 +328,9 @@ def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
     own = cfg.data.subsets.get(subset, SubsetConfig())
     given = {"mask_same_target": own.mask_same_target, "mask_margin": own.mask_margin}
     return replace(cfg.loss, **{name: value for name, value in given.items() if value is not None})
+
+
+def row_multiple(cfg: RunConfig) -> int:
+    """Tokens that a packed row's length must be a multiple of: sequence parallel splits it, FP8 works in blocks."""
+    block = 1 if cfg.model.precision != "fp8" else 32 if cfg.model.fp8_recipe == "mxfp8" else 16
+    return block * (cfg.parallel.tensor if cfg.parallel.sequence else 1)

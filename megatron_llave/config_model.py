@@ -105,8 +105,8 @@ class ModelConfig:
     fp8_recipe: str = "tensorwise"
     """How FP8 numbers are scaled: delayed, tensorwise, blockwise or mxfp8, as megatron-core names them."""
     recompute: str = "none"
-    """Activations of the decoder that the backward computes again: none, selective (attention) or full (each layer from
-    its input): less memory, more time."""
+    """Activations of the decoder that the backward computes again: none, selective (inside attention and MLP) or full
+    (each layer from its input): less memory, more time."""
     dropout: float = 0.0
     """Share of the decoder's hidden channels set to 0 in training, after the embedding and after every sublayer."""
 

@@ -3,6 +3,8 @@
 No forward of its own: everything comes from the numbers that the loss kept on its way.
 """
 
+import resource
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,7 +33,10 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     """
     device = batches[0].query_ids.device
     counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
-    counts = [sum(batch.sequences.num_tokens for batch in batches)]
+    rows = [batch.sequences for batch in batches]
+    lengths = [row.cu_seqlens[: row.num_sequences + 1].diff().double() for row in rows]
+    counts = [sum(row.num_tokens for row in rows), sum(len(row.tiles) for row in rows)]
+    counts += [sum(int((length**2).sum()) for length in lengths)]
     counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
     values = [_values(shares, name, device) for name in MEANS]
     finite = [x.isfinite() for x in values]  # a query without negatives has no hardest one
@@ -44,7 +49,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
     overlap = {"similarity_overlap": overlap_coefficient(*similarities(shares, group, device))}
-    names = ("tokens", "pairs", "hard_negatives", "skipped", "cut")
+    names = ("tokens", "tiles", "squared_lengths", "pairs", "hard_negatives", "skipped", "cut")
     return {"loss": loss / group.size(), **means, **overlap, **dict(zip(names, map(int, counts)))}
 
 
@@ -62,6 +67,13 @@ def similarities(shares: list[LossShare], group: dist.ProcessGroup, device: torc
     own = torch.stack([_values(shares, name, device) for name in ("positive", "hardest_negative")], dim=1)  # [b, 2]
     [counts] = row_counts(group, own)
     return all_gather_rows(own, counts, group).unbind(1)
+
+
+def peak_memory_gb() -> float:
+    """Most memory this rank has held so far: allocated on its GPU, or resident on a CPU; 1e9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _values(shares: list[LossShare], name: str, device: torch.device) -> Tensor:

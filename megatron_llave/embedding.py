@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from megatron_llave import config_file, cpu_emulation, parallel
 from megatron_llave.batch import PackedSequences, Side
-from megatron_llave.config import RunConfig
+from megatron_llave.config import RunConfig, row_multiple
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
 from megatron_llave.errors import DataError
 from megatron_llave.gradient_cache import run_schedule
@@ -37,7 +37,7 @@ class LoadedModel:
     @property
     def pad_to_multiple(self) -> int:
         """Tokens that a packed row's length must be a multiple of."""
-        return self.cfg.parallel.tensor if self.cfg.parallel.sequence else 1
+        return row_multiple(self.cfg)
 
     def embed(self, inputs: Sequence[str | Side]) -> Tensor:
         """Texts, and texts with pictures -> [n, d] float32 of unit length, in their order, on every rank.

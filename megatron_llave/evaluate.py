@@ -3,15 +3,24 @@
 Used by tools/evaluate.py and by training.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_llave.batch import Side
-from megatron_llave.data.evaluation_sets import EvaluationSet
+from megatron_llave.config import RunConfig
+from megatron_llave.data.evaluation_sets import EvaluationSet, read_evaluation
+from megatron_llave.data.packing import build_encoder
 from megatron_llave.embedding import LoadedModel, embed
 from megatron_llave.report import SetResult
 from megatron_llave.retrieval import overlap_coefficient, precision_at_1, rank_candidates
+
+Scores = dict[str, float]
+"""Set -> Precision@1 in percent."""
 
 TOP_K = 5
 """Candidates per query that a result keeps."""
@@ -22,6 +31,26 @@ def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationS
     embeddings = embed(model, inputs)  # [inputs, d]
     row = {key: index for index, key in enumerate(inputs)}
     return [score(one, embeddings, row, model.groups.dp) for one in sets]
+
+
+def build_evaluation(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Callable[[], Scores]:
+    """A function that evaluates the model that is being trained, as it is, on the sets in evaluate.path.
+
+    Raises:
+        DataError: the sets, or a picture of theirs, cannot be read.
+    """
+    inputs, sets = read_evaluation(cfg.evaluate.path or cfg.data.path)
+    model = LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
+
+    def run() -> Scores:
+        for chunk in chunks:
+            chunk.eval()
+        results = evaluate(model, inputs, sets)
+        for chunk in chunks:
+            chunk.train()
+        return {result.name: result.precision_at_1 for result in results}
+
+    return run
 
 
 def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: dist.ProcessGroup) -> SetResult:

@@ -40,6 +40,8 @@ SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
 REASONS = ("", *SIGNALS.values(), "train.time_limit_minutes", f"a file {STOP_FILE!r} in train.output")
 PAIRS_NAMED = 20
 """Most pairs that a message names."""
+BEATS_WATCHED = 3
+"""For how many of its own beats a rank watches for those of others."""
 GRACE = 1.5
 """After this many time limits a rank that cannot even run Python threads is ended by a C thread."""
 _LOST = re.compile(r"onnection (closed|reset) by peer|onnection refused|Broken pipe|Socket Timeout|Timed out waiting")
@@ -184,22 +186,24 @@ class Watchdog:
         """Find out who is to blame, say so, and end the process."""
         try:
             before = self._read()
-            time.sleep(2.5 * self._pause)
-            self._write()
+            for _ in range(BEATS_WATCHED):
+                time.sleep(self._pause)
+                self._write()  # the others are looking too
             now = self._read()
             silent = [rank for rank in now if now[rank][0] == before[rank][0] and rank != self._rank]
             behind = min(values[1] for rank, values in now.items() if rank not in silent)
             slowest = silent or [rank for rank, values in now.items() if values[1] == behind]
-            speaker = min(rank for rank in now if rank not in silent)
+            is_first = self._store.add("verdict", 1) == 1
         except (dist.DistError, RuntimeError) as error:
-            slowest, speaker, silent, now = [self._rank], self._rank, [], {}
+            slowest, silent, now, is_first = [self._rank], [], {}, False
             print(f"error: the store of the processes does not answer ({error})", file=sys.stderr)
-        if self._rank == speaker and now:
+        if is_first:
             for rank in slowest:
                 print(self._describe(rank, now[rank], rank in silent), file=sys.stderr, flush=True)
-                if rank in silent and now[rank][3] == socket.gethostname():
-                    with suppress(ProcessLookupError):
-                        os.kill(now[rank][4], signal.SIGKILL)  # it would not hear torchrun's SIGTERM
+        for rank in silent:
+            if now[rank][3] == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(now[rank][4], signal.SIGKILL)  # it would not hear torchrun's SIGTERM
         if self._rank in slowest:
             faulthandler.dump_traceback(all_threads=True)
         else:
@@ -210,7 +214,7 @@ class Watchdog:
         _, _, doing, host, pid = values
         state = "does not answer: stopped or lost" if is_silent else "is the furthest behind; its stack follows"
         where = f"rank {rank} (process {pid} on {host})"
-        return f"error: no progress for {self._seconds:g} s: {where} {state}; it was {doing}"
+        return f"error: no progress for {self._seconds:g} s: {where} {state}; last heard of: {doing}"
 
 
 @contextmanager

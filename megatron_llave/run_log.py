@@ -7,12 +7,15 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from megatron_llave.errors import DataError
+from megatron_llave.log_sinks import Sink
 
 LOG_FILE = "log.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def quiet_dependencies() -> None:
@@ -24,7 +27,9 @@ def quiet_dependencies() -> None:
 class RunLog:
     """Writes the log of a run; does nothing on ranks that are told not to."""
 
-    def __init__(self, output: Path, interval: int, total_steps: int, enabled: bool) -> None:
+    def __init__(
+        self, output: Path, interval: int, total_steps: int, enabled: bool, sinks: Sequence[Sink] = ()
+    ) -> None:
         """Open `output`/log.jsonl for appending.
 
         Args:
@@ -32,11 +37,13 @@ class RunLog:
             interval: steps between progress lines; 0: none.
             total_steps: steps of the whole run, for the time left.
             enabled: True on the one rank that logs.
+            sinks: where the numbers go besides.
         """
+        self._output, self._sinks = Path(output), sinks
         self._interval, self._total_steps = interval, total_steps
         self._file = None
         self._pairs = self._tokens = 0
-        self._seconds = 0.0  # these three since the last progress line, the next three since the start
+        self._seconds = self._waited = 0.0  # these four since the last progress line, the next three since the start
         self._all_steps = self._skipped = 0
         self._all_seconds = 0.0
         if enabled:
@@ -58,17 +65,37 @@ class RunLog:
         finite = {key: None if _is_broken(value) else value for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+        numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float)) and key != "step"}
+        for sink in self._sinks:
+            sink.step(record["step"], numbers)
         self._all_steps += 1
         self._pairs += record["pairs"]
         self._tokens += record["tokens"]
         self._seconds += record["seconds"]
+        self._waited += record.get("data_seconds", 0.0)
         self._all_seconds += record["seconds"]
         self._skipped += record["skipped"]
         is_last = record["step"] == self._total_steps
         if self._interval > 0 and (record["step"] % self._interval == 0 or is_last):
             print(self._progress(record), flush=True)
             self._pairs = self._tokens = 0
-            self._seconds = 0.0
+            self._seconds = self._waited = 0.0
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Append what an evaluation after `step` steps gave to evaluations.jsonl, and print the mean.
+
+        Args:
+            step: steps done.
+            scores: Precision@1 in percent by set.
+        """
+        if self._file is None:
+            return
+        with (self._output / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "precision_at_1": dict(scores)}) + "\n")
+        for sink in self._sinks:
+            sink.step(step, {f"precision_at_1/{name}": value for name, value in scores.items()})
+        mean = sum(scores.values()) / len(scores)
+        print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
 
     def _progress(self, record: dict[str, float | int | str]) -> str:
         """One line: the numbers of this step, rates over the interval, time left at the mean pace of this process."""
@@ -88,13 +115,20 @@ class RunLog:
                 f"{self._tokens / seconds:8.0f} tokens/s",
                 f"pos {record['positive_similarity']:6.3f}",
                 f"neg {record['hardest_negative_similarity']:6.3f}",
+                f"waits {self._waited / seconds:4.0%}",
+                *([f"{record['tflops']:.3g} TFLOP/s"] if "tflops" in record else []),
+                *([f"MFU {record['mfu']:.0%}"] if "mfu" in record else []),
+                *([f"{record['memory_gb']:.1f} GB"] if "memory_gb" in record else []),
                 f"skipped {self._skipped}",
                 f"left {timedelta(seconds=round(left))}",
             ]
         )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the sinks."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = ()
         if self._file is not None:
             self._file.close()
             self._file = None

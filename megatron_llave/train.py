@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch.distributed as dist
@@ -17,11 +18,12 @@ from torch import Tensor
 from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings, StepBatches
 from megatron_llave.checkpoint_writer import CheckpointWriter
-from megatron_llave.config import LossConfig, RunConfig, loss_of_subset
+from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, row_multiple
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
-from megatron_llave.diagnostics import histograms, step_metrics
+from megatron_llave.diagnostics import histograms, peak_memory_gb, step_metrics
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.evaluate import build_evaluation
 from megatron_llave.fault_tolerance import (
     EXIT_STOPPED,
     FiniteSteps,
@@ -31,7 +33,9 @@ from megatron_llave.fault_tolerance import (
     write_state,
 )
 from megatron_llave.flat_step import FlatStep
+from megatron_llave.flops import Work, achieved
 from megatron_llave.gradient_cache import forward_backward
+from megatron_llave.log_sinks import open_sinks
 from megatron_llave.loss import (
     LossShare,
     NegativeRules,
@@ -100,7 +104,9 @@ def train(cfg: RunConfig) -> str:
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
-    log = RunLog(output, cfg.log.interval, cfg.train.steps, enabled=parallel.is_reporting_rank(groups))
+    is_reporting = parallel.is_reporting_rank(groups)
+    sinks = open_sinks(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
+    log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, sinks)
     reason = run_steps(cfg, state, steps, done, log, watchdog)
     log.close()
     watchdog.close()
@@ -115,6 +121,7 @@ def run_steps(
     groups, last = state.groups, cfg.train.steps
     writer, requests = CheckpointWriter(cfg, groups), StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
+    evaluation = build_evaluation(cfg, state.chunks, groups) if cfg.evaluate.interval else None
     report_state(cfg, "running" if done < last else "finished", done)
     reason = ""
     for step in range(done, last):
@@ -136,7 +143,13 @@ def run_steps(
             writer.save(step + 1, state.to_save(step + 1), data.position)
         writer.poll(wait=is_last)
         record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
+        work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
+        record |= achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
+        record["memory_gb"] = peak_memory_gb()
         log.step(record | {"save_seconds": time.perf_counter() - started - seconds, "bad_steps": finite.num_bad})
+        if evaluation is not None and ((step + 1) % cfg.evaluate.interval == 0 or step + 1 == last):
+            watchdog.progress(f"evaluating after step {step + 1}")
+            log.evaluation(step + 1, evaluation())
         if is_last:
             report_state(cfg, "stopped" if step + 1 < last else "finished", step + 1, reason)
             break
@@ -160,9 +173,8 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
     """
     if not is_reader(groups.mp):
         return None
-    pad_to_multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
     encoder = build_encoder(cfg.data, cfg.model)
-    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), pad_to_multiple, position)
+    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), row_multiple(cfg), position)
 
 
 def train_step(

@@ -20,7 +20,7 @@ LAYERS = [
         *("cpu_emulation", "batch", "flat_step", "hf_keys"),
     ],
     ["parallel"],
-    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files"],
+    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files", "flops", "log_sinks"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
         *("hf_weights", "replica", "run_log", "report", "fault_tolerance"),

@@ -114,3 +114,15 @@ def test_damaged_and_missing_logs_are_named(tmp_path):
             read_log(path)
     path.write_text("")
     assert read_log(path) == []
+
+
+def test_evaluations_have_a_file_of_their_own(tmp_path, capsys):
+    log = RunLog(tmp_path, 1, 2, enabled=True)
+    log.step(record(1))
+    capsys.readouterr()
+    log.evaluation(1, {"a": 10.0, "b": 30.0})
+    log.close()
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "precision_at_1": {"a": 10.0, "b": 30.0}}]
+    assert capsys.readouterr().out == "step 1: Precision@1 20.0 %, mean of 2 sets\n"
+    assert len(read_log(tmp_path / LOG_FILE)) == 1

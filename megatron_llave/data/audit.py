@@ -122,7 +122,7 @@ def inspect(
     found = Inspection({name: SubsetCounts(subset) for name, subset in read_index(directory).subsets.items()}, {})
     chosen = [(counts, shard) for counts in found.subsets.values() for shard in sample_shards(counts.subset)]
     for done, (counts, shard) in enumerate(chosen, start=1):
-        for described, where in _read_descriptions(directory / shard.file):
+        for described, where in read_descriptions(directory / shard.file):
             try:
                 _count(described, counts, found, count_tokens)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -140,7 +140,7 @@ def sample_shards(subset: Subset) -> list[Shard]:
     return [shards[number * len(shards) // wanted] for number in range(wanted)]
 
 
-def _read_descriptions(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_descriptions(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """The JSON of each sample, without reading images, and what to call the sample in a message."""
     try:
         file = open(path, "rb")

@@ -3,6 +3,8 @@
 Built on MegatronModule and not on GPTModel, which would allocate the vocabulary projection and fail to save without it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -63,7 +65,24 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) ->
         # gloo keeps a tensor until it is sent, not its storage: freeing the storage early sends rubbish.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         **{**shared_settings(model), "hidden_dropout": model.dropout},
+        **_recompute_settings(model),
+        **_fp8_settings(model),
     )
+
+
+def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return {}
+
+
+def _fp8_settings(model: ModelConfig) -> dict[str, Any]:
+    """The decoder's alone: tower and projector stay in bfloat16. Weights and master weights too."""
+    if model.precision != "fp8":
+        return {}
+    return {"fp8": "hybrid", "fp8_recipe": model.fp8_recipe}  # e4m3 forward, e5m2 gradients
 
 
 class RotaryPositions(torch.nn.Module):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatron_llave.config_model import ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of parameters and activations, by model.precision."""
 
 
 def _leave_unfilled(weight: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ def shared_settings(model: ModelConfig) -> dict[str, Any]:
     fused = model.kernels == "transformer_engine"
     return dict(
         params_dtype=DTYPES[model.precision],
-        bf16=model.precision == "bf16",
+        bf16=DTYPES[model.precision] == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights are filled by initialization.py or a checkpoint; built on the CPU everywhere, then moved.

@@ -16,7 +16,7 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.config import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset, write_index
 from megatron_llave.data.packing import Encoder
-from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_places
+from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_places, steps_of_epochs
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.flat_step import unflatten
@@ -303,3 +303,10 @@ def test_killed_worker_is_one_line_when_its_step_is_asked_for(folder):
     time.sleep(0.5)  # training goes on; a signal handler that raised would do so here
     with pytest.raises(DataError, match="a process that reads data was killed.*data.workers"):
         list(itertools.islice(stream, 100))
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1.0, 8), (2.0, 17), (0.5, 4), (0.05, 0)])
+def test_steps_of_epochs_are_whole_steps_over_all_pairs(folder, epochs, expected):
+    cfg = config(folder)
+    cfg.train.epochs = epochs
+    assert steps_of_epochs(cfg) == expected  # 71 pairs, 8 a step

@@ -1,0 +1,37 @@
+"""Under torchrun with 2 ranks: rank 1 is stopped, falls asleep or is killed in the middle of step 5."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.fault_tolerance import Watchdog, explain_lost_ranks
+
+
+def fall_asleep() -> None:
+    time.sleep(1000)
+
+
+FAULTS = {
+    "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleeps": fall_asleep,
+    "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+if __name__ == "__main__":
+    cpu_emulation.enable()
+    parallel.start_processes(60)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # as StopRequests has it: torchrun sends one
+    watchdog = Watchdog(3)
+    with explain_lost_ranks():
+        for step in range(1, 10):
+            watchdog.progress(f"in step {step}")
+            if step == 5 and dist.get_rank() == 1:
+                FAULTS[sys.argv[1]]()
+            time.sleep(0.2)
+            dist.all_reduce(torch.ones(1))
+    raise SystemExit("nothing has happened")

@@ -1,0 +1,209 @@
+"""Saving in one process: what becomes current, what is kept, and a full disk, a killed writer, a damaged file."""
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from reference import pack_pair_batch, random_pairs
+
+from megatron_llave import checkpoint, checkpoint_writer, config_file, parallel
+from megatron_llave.checkpoint_writer import CheckpointWriter
+from megatron_llave.errors import CheckpointError, ConfigError
+from megatron_llave.model.embedder import build_model
+from megatron_llave.optimizer import build_trainable
+from megatron_llave.run_start import find_checkpoint, resume
+from megatron_llave.train import train_step
+from megatron_llave.training_state import TrainingState
+
+POSITION = {"step": 1, "subsets": {}}
+
+
+def build(groups, tmp_path: Path, **options) -> tuple[TrainingState, CheckpointWriter]:
+    """The tiny model after one step, and a writer into its folder."""
+    given = {"model": {"preset": "tiny"}, "train": {"steps": 9, "output": str(tmp_path / "run")}, "checkpoint": options}
+    cfg = config_file.build(given)
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), None, groups)
+    train_step(state.trainable, [pack_pair_batch(random_pairs(cfg.model, 4), cfg.model, 1)], cfg.loss, 0, groups)
+    return state, CheckpointWriter(cfg, groups)
+
+
+@pytest.fixture
+def run(groups, tmp_path: Path) -> tuple[TrainingState, CheckpointWriter]:
+    return build(groups, tmp_path, asynchronous=False)
+
+
+def names(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+
+
+def save(run: tuple[TrainingState, CheckpointWriter], step: int) -> bool:
+    state, writer = run
+    before = writer.last
+    return writer.save(step, state.to_save(step), POSITION) and writer.last != before
+
+
+def said_by_us(caplog, level: int) -> list[str]:
+    ours = [record for record in caplog.records if record.name.startswith("megatron_llave")]
+    return [record.getMessage() for record in ours if record.levelno == level]
+
+
+def test_newest_is_current_and_the_older_ones_go(groups, tmp_path: Path) -> None:
+    run = build(groups, tmp_path, asynchronous=False, keep_last=2, keep_every=2)
+    for step in range(1, 6):
+        assert save(run, step)
+    assert names(tmp_path) == {"latest", "step-0000002", "step-0000004", "step-0000005"}
+    folder = checkpoint.find(tmp_path / "run")
+    assert folder.name == "step-0000005" and run[1].last == folder
+    manifest = checkpoint.require_whole(folder)
+    assert manifest["step"] == 5
+    assert manifest["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "chunks": 1}
+    assert {"config.yaml", "data.json", "metadata.json", ".metadata", "common.pt"} <= set(manifest["files"])
+    assert "reserve" not in manifest["files"]
+
+
+def test_all_are_kept_on_demand(groups, tmp_path: Path) -> None:
+    run = build(groups, tmp_path, asynchronous=False, keep_last=0)
+    assert all(save(run, step) for step in (1, 2, 3))
+    assert names(tmp_path) == {"latest", "step-0000001", "step-0000002", "step-0000003"}
+
+
+def test_what_is_saved_is_the_moment_of_the_save(groups, tmp_path: Path) -> None:
+    state, writer = build(groups, tmp_path, asynchronous=True)
+    before = [parameter.detach().clone() for parameter in state.chunks[0].parameters()]
+    assert writer.save(1, state.to_save(1), POSITION) and writer.last is None
+    with torch.no_grad():
+        for parameter in state.chunks[0].parameters():
+            parameter.zero_()
+    assert writer.poll(wait=True) and not writer.poll()
+    assert resume(state, writer.last, writer._cfg) == 1
+    assert all(torch.equal(*pair) for pair in zip(before, state.chunks[0].parameters()))
+
+
+@pytest.mark.parametrize("room", [100_000, 1_000_000])  # not even for the reserve; for that, but not for the weights
+def test_full_disk_leaves_the_one_before_current(
+    run, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    assert save(run, 1)
+    monkeypatch.setattr(checkpoint_writer, "RESERVE_BYTES", 500_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        assert not save(run, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    [message] = said_by_us(caplog, logging.ERROR)
+    assert "step-0000002.partial could not be saved" in message and "the one before stays current" in message
+    assert re.search("File too large|enforce fail", message) and "\n" not in message  # torch's zip says the second
+    assert checkpoint.find(tmp_path / "run").name == "step-0000001"
+    assert names(tmp_path) == {"latest", "step-0000001"}
+    assert save(run, 3)
+    assert checkpoint.find(tmp_path / "run").name == "step-0000003"
+
+
+def test_killed_writer_leaves_the_one_before_current(groups, tmp_path: Path, caplog) -> None:
+    state, writer = build(groups, tmp_path, asynchronous=True)
+    assert writer.save(1, state.to_save(1), POSITION) and writer.poll(wait=True)
+    assert writer.save(2, state.to_save(2), POSITION)
+    pid = writer._current.caller.process.pid
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        os.kill(process.pid, signal.SIGKILL)
+    assert not writer.poll(wait=True)
+    assert "a process that wrote it was killed" in caplog.text
+    assert names(tmp_path) == {"latest", "step-0000001"}
+    assert writer.save(3, state.to_save(3), POSITION) and writer.poll(wait=True)
+
+
+def damage_shard(folder: Path) -> None:
+    shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_shard, "distcp has .* bytes, written were"),
+        (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
+    ],
+)
+def test_damaged_newest_gives_way_to_the_one_before(run, tmp_path: Path, caplog, damage, said: str) -> None:
+    assert save(run, 1) and save(run, 2)
+    damage(tmp_path / "run" / "checkpoints" / "step-0000002")
+    (tmp_path / "run" / "checkpoints" / "step-0000003.partial").mkdir()  # of a save that was killed
+    cfg = run[1]._cfg
+    cfg.checkpoint.resume = "auto"
+    assert find_checkpoint(cfg).name == "step-0000001"
+    [message] = said_by_us(caplog, logging.WARNING)
+    assert message.startswith("not resumed from: ") and re.search(said, message)
+    cfg.checkpoint.resume = str(tmp_path / "run" / "checkpoints" / "step-0000002")
+    with pytest.raises(CheckpointError, match=said):
+        find_checkpoint(cfg)
+
+
+def test_whole_checkpoint_that_was_not_made_current_is_the_newest(run, tmp_path: Path) -> None:
+    assert save(run, 1) and save(run, 2)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-0000001\n")
+    assert checkpoint.newest_usable(tmp_path / "run", pytest.fail).name == "step-0000002"
+
+
+def test_new_run_does_not_begin_in_the_folder_of_another(run, tmp_path: Path, monkeypatch) -> None:
+    cfg = run[1]._cfg
+    assert find_checkpoint(cfg) is None
+    assert save(run, 4)
+    with pytest.raises(ConfigError, match="has a checkpoint after 4 steps: --resume auto"):
+        find_checkpoint(cfg)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started it again
+    assert find_checkpoint(cfg).name == "step-0000004"
+
+
+def test_nothing_usable_is_an_error_and_not_a_new_run(run, tmp_path: Path) -> None:
+    assert save(run, 1)
+    damage_shard(tmp_path / "run" / "checkpoints" / "step-0000001")
+    cfg = run[1]._cfg
+    cfg.checkpoint.resume = "auto"
+    with pytest.raises(ConfigError, match="none of its 1 checkpoints is usable"):
+        find_checkpoint(cfg)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("model", "freeze", ["vision"], r"model.freeze was \[\], is \['vision'\]"),
+        ("model", "dropout", 0.1, "model.dropout was 0.0, is 0.1"),
+        ("loss", "reward", "ema", "loss.reward was self, is ema"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused_with_the_difference(run, section, key, value, said: str) -> None:
+    assert save(run, 1)
+    state, writer = run
+    setattr(getattr(writer._cfg, section), key, value)
+    with pytest.raises(CheckpointError, match=f"is of another model: {said}"):
+        resume(state, writer.last, writer._cfg)
+
+
+def test_other_settings_may_change_and_are_named(run, caplog) -> None:
+    assert save(run, 1)
+    state, writer = run
+    writer._cfg.optimizer.learning_rate = 5e-5
+    assert resume(state, writer.last, writer._cfg) == 1
+    assert "optimizer.learning_rate was 1e-05, is 5e-05" in caplog.text
+    assert {group["max_lr"] for group in state.trainable.optimizer.param_groups} == {1e-5}  # as it was built
+    assert state.trainable.schedule.num_steps == 1
+
+
+def test_other_format_is_refused(run, tmp_path: Path) -> None:
+    assert save(run, 1)
+    file = run[1].last / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 9}))
+    with pytest.raises(CheckpointError, match="'megatron_llave checkpoint' version 9, this code reads .* version 1"):
+        checkpoint.require_whole(run[1].last)
+    assert parallel.device() == torch.device("cpu")

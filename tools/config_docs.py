@@ -1,0 +1,70 @@
+"""Write docs/configuration.md: every key of a run's configuration, from the docstrings beside the fields.
+
+    python tools/config_docs.py          # a test compares the file with what this makes
+"""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_llave.config import RunConfig, SubsetConfig
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+Every key of the YAML file that `--config` names, and of the overrides after it (`section.key=value`). Made from the
+docstrings in `megatron_llave/config.py` and `config_model.py` by `python tools/config_docs.py`; do not edit it.
+"""
+MAPS = {"subsets": SubsetConfig}
+"""Fields that map names to sections of their own."""
+
+
+def field_docs(section: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, on one line."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    docs = {}
+    for statement, following in zip(body, body[1:]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """Its default, as YAML writes it."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def describe(section: type, name: str) -> Iterator[str]:
+    """The lines of a section's table, then its sections'."""
+    docs = field_docs(section)
+    nested = []
+    yield f"\n## {name}\n\n{inspect.getdoc(section)}\n\n| key | default | what |\n|---|---|---|"
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.default_factory):
+            nested.append((field.default_factory, f"{name}.{field.name}"))
+            continue
+        if field.name in MAPS:
+            nested.append((MAPS[field.name], f"{name}.{field.name}.NAME"))
+        text = docs[field.name].replace("|", "\\|")
+        yield f"| `{field.name}` | `{default_of(field)}` | {text} |"
+    for inner, path in nested:
+        yield from describe(inner, path)
+
+
+def make() -> str:
+    """The whole file."""
+    lines = [HEAD]
+    for field in dataclasses.fields(RunConfig):
+        lines += describe(field.default_factory, field.name)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(make())
+    print(f"wrote {FILE}")
