@@ -2,7 +2,11 @@
 
 import warnings
 
+from megatron_llave import cpu_emulation
+
 __version__ = "0.1.0"
+
+cpu_emulation.keep_compiler_unloaded()
 
 # megatron-core warns at import, a dozen lines per process, that optional packages are missing.
 warnings.filterwarnings("ignore", module=r"megatron\.core\.")

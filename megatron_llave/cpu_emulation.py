@@ -1,11 +1,13 @@
 """Lets megatron-core run on CPU over gloo: stand-ins for the few torch.cuda calls it makes. Nothing else is patched.
 
-Entry points and tests call `enable()` before they build anything; importing the package changes nothing. Where CUDA is
-available it does nothing, so that a real GPU is never hidden. megatron-core looks everything up when it calls it, so
-attributes are replaced once; a torch function mode would cost every operation (measured: +24 % of a tiny model's step).
+Entry points and tests call `enable()` before they build anything; importing the package does no more than
+`keep_compiler_unloaded()`. Where CUDA is available both do nothing, so that a real GPU is never hidden. megatron-core
+looks everything up when it calls it, so attributes are replaced once; a torch function mode would cost every operation
+(measured: +24 % of a tiny model's step).
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,26 @@ FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "linspace", "ones", "ones_like",
     "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
+
+
+def keep_compiler_unloaded() -> None:
+    """Let megatron-core's decorators leave its functions as they are, which are not called on a CPU.
+
+    At its import it hands fusions to torch.compile, and that loads the whole compiler: 4 of the 9 seconds in which a
+    process starts. Others get torch's own.
+    """
+    if torch.cuda.is_available() or hasattr(torch.compile, "original"):
+        return
+    original = torch.compile
+
+    @functools.wraps(original)
+    def compile(model: Callable | None = None, **options: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+            return model if model is not None else lambda function: function
+        return original(model, **options)
+
+    compile.original = original
+    torch.compile = compile
 
 
 def enable() -> bool:

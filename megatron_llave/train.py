@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
     parser.add_argument("--resume", metavar="auto|DIR", help="go on with a run: checkpoint.resume")
     parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
     with exit_with_one_line(), explain_lost_ranks():
         quiet_dependencies()

@@ -10,7 +10,7 @@ from megatron_llave import cpu_emulation
 NO_OP_WITH_A_GPU = """
 import torch
 torch.cuda.is_available = lambda: True
-before = {name: getattr(torch, name) for name in ("zeros", "tensor", "empty")}
+before = {name: getattr(torch, name) for name in ("zeros", "tensor", "empty", "compile")}
 before_cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
 import megatron_llave.train
 from megatron_llave import cpu_emulation
@@ -73,3 +73,16 @@ def test_enabling_twice_wraps_once() -> None:
 
 def test_a_device_can_still_be_chosen_by_a_context() -> None:
     run_python(DEVICE_CONTEXT_STILL_WORKS)
+
+
+def test_compiler_is_left_alone_by_megatron_core_only() -> None:
+    code = """
+import sys
+import megatron_llave.train
+print("torch._inductor.compile_fx" in sys.modules)
+import torch
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+print(type(torch.compile(torch.nn.Linear(1, 1), backend="eager")).__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(torch.cuda.is_available()), "2.0", "OptimizedModule"]
