@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,11 @@ class _Save:
 class CheckpointWriter:
     """Saves checkpoints of one run, one at a time; every rank calls the same methods at the same steps."""
 
-    def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection) -> None:
-        self._cfg, self._groups = cfg, groups
+    def __init__(
+        self, cfg: RunConfig, groups: ProcessGroupCollection, progress: Callable[[str], None] = lambda doing: None
+    ) -> None:
+        """`progress` is told, while a checkpoint is waited for, that it grows."""
+        self._cfg, self._groups, self._progress = cfg, groups, progress
         self._current: _Save | None = None
         self.last: Path | None = None
         """Folder of the last checkpoint that became current."""
@@ -103,7 +106,7 @@ class CheckpointWriter:
         current = self._current
         if current is None:
             return False
-        process = current.caller.process
+        process, size = current.caller.process, -1
         while True:
             is_busy = process is not None and process.is_alive()
             has_failed = process is not None and not is_busy and process.exitcode != 0
@@ -114,6 +117,9 @@ class CheckpointWriter:
                 break
             if not wait:
                 return False
+            size, before = _bytes_in(current.partial), size
+            if size != before:
+                self._progress(f"waiting for the checkpoint of step {current.step}")
             time.sleep(POLL_SECONDS)
         self._current = None
         current.caller.close()
@@ -176,6 +182,14 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         return False
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            total += entry.stat().st_size
+    return total
 
 
 def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:

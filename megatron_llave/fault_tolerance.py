@@ -226,7 +226,8 @@ def explain_lost_ranks() -> Iterator[None]:
         if not _LOST.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"error: rank {dist.get_rank()} lost another rank, which says why itself ({reason})", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: rank {rank} lost another rank, which says why itself ({reason})", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # leaving the process groups in order would wait for the one that is gone
 

@@ -119,7 +119,8 @@ def run_steps(
 ) -> str:
     """The training loop: steps `done` + 1 to train.steps, saving now and then, until the end or a request to stop."""
     groups, last = state.groups, cfg.train.steps
-    writer, requests = CheckpointWriter(cfg, groups), StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
+    writer = CheckpointWriter(cfg, groups, watchdog.progress)
+    requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
     evaluation = build_evaluation(cfg, state.chunks, groups) if cfg.evaluate.interval else None
     report_state(cfg, "running" if done < last else "finished", done)

@@ -1,10 +1,12 @@
 """Saving in one process: what becomes current, what is kept, and a full disk, a killed writer, a damaged file."""
 
+import copy
 import json
 import logging
 import os
 import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 from reference import pack_pair_batch, random_pairs
 
-from megatron_llave import checkpoint, checkpoint_writer, config_file, parallel
+from megatron_llave import checkpoint, checkpoint_writer, config_file
 from megatron_llave.checkpoint_writer import CheckpointWriter
+from megatron_llave.config import RunConfig
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.model.embedder import build_model
 from megatron_llave.optimizer import build_trainable
@@ -38,6 +41,25 @@ def build(groups, tmp_path: Path, **options) -> tuple[TrainingState, CheckpointW
 @pytest.fixture
 def run(groups, tmp_path: Path) -> tuple[TrainingState, CheckpointWriter]:
     return build(groups, tmp_path, asynchronous=False)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(groups, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    """A run's folder after two saves."""
+    folder = tmp_path_factory.mktemp("saved")
+    run = build(groups, folder, asynchronous=False)
+    assert save(run, 1) and save(run, 2)
+    return folder / "run", run[1]._cfg
+
+
+@pytest.fixture
+def saved(two_checkpoints: tuple[Path, RunConfig], tmp_path: Path) -> RunConfig:
+    """A copy of it that may be damaged, as the configuration of its run."""
+    folder, cfg = two_checkpoints
+    shutil.copytree(folder, tmp_path / "run")
+    cfg = copy.deepcopy(cfg)
+    cfg.train.output = str(tmp_path / "run")
+    return cfg
 
 
 def names(tmp_path: Path) -> set[str]:
@@ -67,6 +89,13 @@ def test_newest_is_current_and_the_older_ones_go(groups, tmp_path: Path) -> None
     assert manifest["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "chunks": 1}
     assert {"config.yaml", "data.json", "metadata.json", ".metadata", "common.pt"} <= set(manifest["files"])
     assert "reserve" not in manifest["files"]
+
+
+def test_progress_is_told_while_a_checkpoint_is_waited_for(run, tmp_path: Path) -> None:
+    said: list[str] = []
+    run[1]._progress = said.append
+    assert save(run, 1)
+    assert said and set(said) == {"waiting for the checkpoint of step 1"}
 
 
 def test_all_are_kept_on_demand(groups, tmp_path: Path) -> None:
@@ -135,43 +164,41 @@ def damage_shard(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
     ],
 )
-def test_damaged_newest_gives_way_to_the_one_before(run, tmp_path: Path, caplog, damage, said: str) -> None:
-    assert save(run, 1) and save(run, 2)
+def test_damaged_newest_gives_way_to_the_one_before(saved, tmp_path: Path, caplog, damage, said: str) -> None:
     damage(tmp_path / "run" / "checkpoints" / "step-0000002")
     (tmp_path / "run" / "checkpoints" / "step-0000003.partial").mkdir()  # of a save that was killed
-    cfg = run[1]._cfg
-    cfg.checkpoint.resume = "auto"
-    assert find_checkpoint(cfg).name == "step-0000001"
+    saved.checkpoint.resume = "auto"
+    assert find_checkpoint(saved).name == "step-0000001"
     [message] = said_by_us(caplog, logging.WARNING)
     assert message.startswith("not resumed from: ") and re.search(said, message)
-    cfg.checkpoint.resume = str(tmp_path / "run" / "checkpoints" / "step-0000002")
+    saved.checkpoint.resume = str(tmp_path / "run" / "checkpoints" / "step-0000002")
     with pytest.raises(CheckpointError, match=said):
-        find_checkpoint(cfg)
+        find_checkpoint(saved)
 
 
-def test_whole_checkpoint_that_was_not_made_current_is_the_newest(run, tmp_path: Path) -> None:
-    assert save(run, 1) and save(run, 2)
+def test_whole_checkpoint_that_was_not_made_current_is_the_newest(saved, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-0000001\n")
     assert checkpoint.newest_usable(tmp_path / "run", pytest.fail).name == "step-0000002"
 
 
-def test_new_run_does_not_begin_in_the_folder_of_another(run, tmp_path: Path, monkeypatch) -> None:
-    cfg = run[1]._cfg
-    assert find_checkpoint(cfg) is None
-    assert save(run, 4)
-    with pytest.raises(ConfigError, match="has a checkpoint after 4 steps: --resume auto"):
-        find_checkpoint(cfg)
+def test_new_run_does_not_begin_in_the_folder_of_another(saved, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="has a checkpoint after 2 steps: --resume auto"):
+        find_checkpoint(saved)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started it again
-    assert find_checkpoint(cfg).name == "step-0000004"
+    assert find_checkpoint(saved).name == "step-0000002"
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    saved.train.output = str(tmp_path / "new")
+    assert find_checkpoint(saved) is None
+    saved.checkpoint.resume = "auto"
+    assert find_checkpoint(saved) is None
 
 
-def test_nothing_usable_is_an_error_and_not_a_new_run(run, tmp_path: Path) -> None:
-    assert save(run, 1)
-    damage_shard(tmp_path / "run" / "checkpoints" / "step-0000001")
-    cfg = run[1]._cfg
-    cfg.checkpoint.resume = "auto"
-    with pytest.raises(ConfigError, match="none of its 1 checkpoints is usable"):
-        find_checkpoint(cfg)
+def test_nothing_usable_is_an_error_and_not_a_new_run(saved, tmp_path: Path) -> None:
+    for step in (1, 2):
+        damage_shard(tmp_path / "run" / "checkpoints" / f"step-000000{step}")
+    saved.checkpoint.resume = "auto"
+    with pytest.raises(ConfigError, match="none of its 2 checkpoints is usable"):
+        find_checkpoint(saved)
 
 
 @pytest.mark.parametrize(
@@ -182,12 +209,10 @@ def test_nothing_usable_is_an_error_and_not_a_new_run(run, tmp_path: Path) -> No
         ("loss", "reward", "ema", "loss.reward was self, is ema"),
     ],
 )
-def test_checkpoint_of_another_model_is_refused_with_the_difference(run, section, key, value, said: str) -> None:
-    assert save(run, 1)
-    state, writer = run
-    setattr(getattr(writer._cfg, section), key, value)
+def test_checkpoint_of_another_model_is_refused_with_the_difference(saved, section, key, value, said: str) -> None:
+    setattr(getattr(saved, section), key, value)
     with pytest.raises(CheckpointError, match=f"is of another model: {said}"):
-        resume(state, writer.last, writer._cfg)
+        checkpoint.require_same_run(checkpoint.find(saved.train.output), saved)
 
 
 def test_other_settings_may_change_and_are_named(run, caplog) -> None:
@@ -200,10 +225,9 @@ def test_other_settings_may_change_and_are_named(run, caplog) -> None:
     assert state.trainable.schedule.num_steps == 1
 
 
-def test_other_format_is_refused(run, tmp_path: Path) -> None:
-    assert save(run, 1)
-    file = run[1].last / "manifest.json"
+def test_other_format_is_refused(saved) -> None:
+    folder = checkpoint.find(saved.train.output)
+    file = folder / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 9}))
     with pytest.raises(CheckpointError, match="'megatron_llave checkpoint' version 9, this code reads .* version 1"):
-        checkpoint.require_whole(run[1].last)
-    assert parallel.device() == torch.device("cpu")
+        checkpoint.require_whole(folder)
