@@ -36,7 +36,7 @@ def main() -> None:
     decoded = []
     decode = images.decode_image
     images.decode_image = lambda *args: decoded.append(1) or decode(*args)
-    steps = list(itertools.islice(share_steps(open_data(cfg, groups), groups.mp, parallel.device()), STEPS))
+    steps = list(itertools.islice(share_steps(open_data(cfg, groups, None), groups.mp, parallel.device()), STEPS))
     share = BATCH // groups.dp.size()
     assert len(decoded) == (STEPS * share if is_reader(groups.mp) else 0), len(decoded)
     assert [step.position["step"] for step in steps] == [1, 2, 3]
