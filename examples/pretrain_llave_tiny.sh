@@ -1,30 +1,16 @@
 #!/usr/bin/env bash
 """:"
-# Trains the tiny LLaVE of tiny.yaml, which lies beside this file. Any of:
-#     bash examples/pretrain_llave_tiny.sh [section.key=value ...]
-#     torchrun --nproc-per-node 2 examples/pretrain_llave_tiny.sh [section.key=value ...]
-#     torchrun --no-python --nproc-per-node 2 examples/pretrain_llave_tiny.sh [section.key=value ...]
-# The first starts torchrun itself: one process per GPU, or two without a GPU, or PROCS. On several nodes run it on
-# each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does.
+# Trains the tiny LLaVE of tiny.yaml, which lies beside this file, on a laptop too. Any of:
+#     bash examples/pretrain_llave_tiny.sh [--resume auto] [section.key=value ...]
+#     torchrun --nproc-per-node 2 examples/pretrain_llave_tiny.sh [--resume auto] [section.key=value ...]
+#     torchrun --no-python --nproc-per-node 2 examples/pretrain_llave_tiny.sh [--resume auto] [section.key=value ...]
+# docs/getting_started.md has more, also for several nodes.
 # This file is bash and Python at once: to Python the bash half is one string, to bash the Python half is a text that
-# it never reaches. Every rank runs the Python half.
-set -euo pipefail
-
-file="${BASH_SOURCE[0]}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
+# it never reaches. launch.py starts torchrun; every rank runs the Python half.
 if [[ -n "${LOCAL_RANK:-}" ]]; then  # torchrun --no-python has started this process: it is one rank
-    exec python3 "$file" "$@"
+    exec python3 "${BASH_SOURCE[0]}" "$@"
 fi
-
-gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)"
-procs="${PROCS:-$((gpus > 0 ? gpus : 2))}"
-nodes=(--standalone)
-if [[ "${NNODES:-1}" -gt 1 ]]; then
-    nodes=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?must be set when NNODES is}")
-    nodes+=(--master-addr "${MASTER_ADDR:?must be set when NNODES is}" --master-port "${MASTER_PORT:-29500}")
-fi
-exec python3 -m torch.distributed.run --nproc-per-node "$procs" "${nodes[@]}" "$file" "$@"
+exec python3 "$(dirname "${BASH_SOURCE[0]}")/launch.py" "${BASH_SOURCE[0]}" "$@"
 : <<'# end of the Python half'
 """
 
@@ -33,10 +19,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here.parent))
+    file = Path(__file__).resolve()
+    sys.path.insert(0, str(file.parents[1]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_llave.train import main
 
-    main(["--config", str(here / "tiny.yaml"), *sys.argv[1:]])
+    config = file.with_name(file.stem.removeprefix("pretrain_llave_") + ".yaml")
+    main(["--config", str(config), *sys.argv[1:]])
 # end of the Python half

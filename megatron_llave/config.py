@@ -34,6 +34,9 @@ class ParallelConfig:
     """Context-parallel ranks: each sequence split over them."""
     first_stage_layers: int | None = None
     """Decoder layers on the first pipeline stage, fewer than elsewhere since the tower is there too; null: even."""
+    overlap: bool = False
+    """Sum gradients over the data-parallel ranks while the backward goes on, and gather the updated weights while the
+    next forward does."""
     timeout_seconds: int = 600
     """A step without any progress for this long ends the run, and so does a collective that waits longer; seconds."""
 
@@ -332,5 +335,6 @@ def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
 
 def row_multiple(cfg: RunConfig) -> int:
     """Tokens that a packed row's length must be a multiple of: sequence parallel splits it, FP8 works in blocks."""
-    block = 1 if cfg.model.precision != "fp8" else 32 if cfg.model.fp8_recipe == "mxfp8" else 16
+    blocks = {"mxfp8": 32, "blockwise": 128}
+    block = blocks.get(cfg.model.fp8_recipe, 16) if cfg.model.precision == "fp8" else 1
     return block * (cfg.parallel.tensor if cfg.parallel.sequence else 1)

@@ -2,19 +2,26 @@
 
 A multiply-add counts as two; norms, activations, embeddings and the loss are left out, as usual. Attention is counted
 as far as the mask lets it look: half of the decoder's square. What only the way of computing adds (embed pass of the
-gradient cache, recomputed activations, padding) is no work of the model's and not counted.
-Shapes: p patches per tile, l tokens of a sequence, h hidden.
+gradient cache, recomputed activations, padding) is no work of the model's: `step_flops` leaves it out, `extra_flops` is
+the part of it that a configuration decides.
+Shapes: p patches per tile, l tokens of a sequence, h hidden; b rows of a rank, C columns, d embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
 
-DENSE_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "B200": 2250, "L40S": 362}
-"""bfloat16 without sparsity, TFLOP/s by part of the device's name, from NVIDIA's data sheets."""
+DENSE_TFLOPS = {
+    **{"A100": 312, "A800": 312, "L40S": 362},
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H200": 989},
+    **{"GB200": 2500, "B200": 2250},
+}
+"""bfloat16 without sparsity, TFLOP/s by part of the device's name, from NVIDIA's data sheets; the first that fits."""
 FP8_OVER_BF16 = 2
+"""On the devices above that have FP8: all but the A100 and A800."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,47 @@ def step_flops(model: ModelConfig, work: Work) -> int:
     if trains["vision"] or trains["projector"]:  # the gradient passes through; attention has two inputs
         return total + 2 * decoder + _attention_flops(model.language, work.squared_lengths)
     return total + decoder
+
+
+def extra_flops(model: ModelConfig, work: Work, embed_pass: bool, reward_pass: bool = False) -> int:
+    """What the way of computing adds to `step_flops`.
+
+    Args:
+        model: of the run.
+        work: of the step.
+        embed_pass: global-batch negatives with several micro batches per rank: one more forward.
+        reward_pass: loss.reward=ema: one more forward.
+
+    Returns:
+        Those forwards, in which a frozen tower does not run again, and what model.recompute computes again.
+    """
+    tower = 0 if "vision" in model.freeze else tower_flops(model.vision)
+    decoder = decoder_flops(model.language, work.tokens, work.squared_lengths)
+    forward = (tower + sum(projector_flops(model))) * work.tiles + decoder
+    return (embed_pass + reward_pass) * forward + _recomputed_flops(model, work)
+
+
+def _recomputed_flops(model: ModelConfig, work: Work) -> int:
+    """The decoder's products that a backward makes again."""
+    language = model.language
+    if model.recompute == "full":
+        return decoder_flops(language, work.tokens, work.squared_lengths)
+    if model.recompute == "selective":
+        mlp = language.num_layers * 6 * language.hidden_size * language.ffn_hidden_size * work.tokens
+        return mlp + _attention_flops(language, work.squared_lengths)
+    return 0
+
+
+def loss_flops(rows: int, columns: int, dims: Sequence[int], has_reward: bool = False) -> int:
+    """Forward and backward of the loss on one rank: b rows times C columns, four products of width d.
+
+    Args:
+        rows: b, this rank's pairs.
+        columns: C, all ranks' pairs and hard negatives.
+        dims: width of the embedding, or loss.matryoshka_dims.
+        has_reward: whether another model's cosines are made too, in the forward and again in the backward.
+    """
+    return (4 + 2 * has_reward) * 2 * rows * columns * sum(dims)
 
 
 def achieved(model: ModelConfig, work: Work, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """megatron-core's data-parallel wrapper, distributed AdamW and learning-rate schedule around the model's chunks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -42,6 +44,7 @@ class Trainable:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._gather_weights()  # before the first step nobody has
 
     def gradient_norm(self) -> float:
         """Norm of the step's gradient over all parameters, the same on every rank; before clipping."""
@@ -50,15 +53,57 @@ class Trainable:
 
     def update(self, is_skipped: bool = False) -> None:
         """Take the optimizer step, unless its gradient is to be thrown away, and move the schedule on."""
+        self.wait_for_weights()  # of modules that this step did not run: the optimizer writes where they are read
         if not is_skipped:
             self.optimizer.step()
+        self._gather_weights()
         self.schedule.step(increment=1)
+
+    def describe(self) -> str:
+        """Whose code updates the weights: "AdamW of torch"."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        kinds = {type(one.optimizer) for one in chained if getattr(one, "optimizer", None) is not None}
+        return ", ".join(f"{kind.__name__} of {kind.__module__.split('.')[0]}" for kind in kinds) or "nothing to update"
+
+    def wait_for_weights(self) -> None:
+        """Until the updated weights are here, with parallel.overlap; forwards wait by themselves, layer by layer."""
+        for bucket in self._overlapped_buckets():
+            _wait(bucket)
+
+    def _gather_weights(self) -> None:
+        """Start to gather the updated weights, with parallel.overlap.
+
+        Not left to the layers' forwards, which would start it in the order in which they run: that of a rank whose
+        micro batch has no pictures is another one.
+        """
+        for bucket in self._overlapped_buckets():
+            if not bucket.param_gather_dispatched:
+                _wait(bucket)
+                bucket.start_param_sync()
+
+    def _overlapped_buckets(self) -> Iterator[Any]:
+        """In the order in which forwards need them."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                yield from reversed(chunk.bucket_groups)
+
+
+def _wait(bucket: Any) -> None:
+    """Until a gather of weights that was started has ended."""
+    if bucket.param_gather_handle is not None:
+        bucket.param_gather_handle.wait()
+        bucket.param_gather_handle = None
 
 
 def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Trainable:
     """Wrap the chunks, build optimizer and schedule, and tell megatron-core's schedules how to finish a step."""
+    overlap = cfg.parallel.overlap
     data_parallel = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        align_param_gather=overlap,  # Trainable starts the gathers, so no layer starts the next one's
     )
     wrapped = [
         DistributedDataParallel(
@@ -72,10 +117,13 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
     ]
     config = _optimizer_config(cfg, chunks[0].config.params_dtype)
     optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config))
+    no_sync = [chunk.no_sync for chunk in wrapped]
     for chunk in wrapped:
         config = get_model_config(chunk)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
+        if overlap:
+            config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return Trainable(wrapped, optimizer, _build_schedule(cfg, optimizer))
 
 
@@ -93,6 +141,7 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=cfg.parallel.overlap,
     )
 
 

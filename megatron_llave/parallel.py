@@ -4,8 +4,11 @@ Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron
 other module takes a group, or the ProcessGroupCollection, as an argument.
 """
 
+import gc
+import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from megatron_llave.config import ParallelConfig, RunConfig
 from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 
 def device() -> torch.device:
     """The device this process computes on: its GPU, or the CPU."""
@@ -32,9 +36,29 @@ def start_processes(timeout_seconds: int) -> int:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **_meeting_place())
     return dist.get_world_size()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where the processes find each other, if it is not simply what torchrun's variables say."""
+    env = os.environ
+    if "RANK" not in env:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return {}
+    if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:
+        if env["RANK"] == "0" and restarts == 0:
+            logger.warning(
+                "after a failure the nodes may not find each other again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                "before torchrun on each (pytorch issue 135712)"
+            )
+        return {}
+    # torchrun's store still has the addresses of the processes before the restart.
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    place = dist.PrefixStore(f"restart {restarts}", store)
+    return {"store": place, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
 def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
@@ -69,14 +93,24 @@ def _is_in_use(*sizes: int | None) -> bool:
 
 
 def leave_layout() -> None:
-    """Give up the groups of `init`; the processes stay joined and may take up another layout."""
+    """Give up the groups of `init`; the processes stay joined and may take up another layout.
+
+    Whoever calls this has let go of models and groups. On gloo a group that lives on, here or on another rank alone,
+    keeps a thread awake that slows everything down.
+    """
+    # megatron-core only forgets them.
+    groups = [group for group in dict.fromkeys(parallel_state._global_process_group_list or []) if group is not None]
+    dist.barrier()  # nobody may still be waiting for what another rank has sent
+    while groups:
+        dist.destroy_process_group(groups.pop())
     parallel_state.destroy_model_parallel()
+    gc.collect()  # wrapped models refer to themselves
 
 
 def shut_down() -> None:
     """Leave the process groups, so that a normal end is not reported as an abort."""
     if dist.is_initialized():
-        leave_layout()
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 

@@ -5,33 +5,35 @@ Called by the tools after an evaluation. Files: report.json, report.md, loss.png
 
 import io
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.batch import Side
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart too.
-GREEN, RED, BLUE, ORANGE = "#009E73", "#D55E00", "#0072B2", "#E69F00"
-INK, GREY, PALE, WHITE = "#222222", "#767676", "#F1F1F1", "#FFFFFF"
-# Tol's "muted" palette, for the subsets.
-SUBSET_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#44AA99", "#882255", "#DDCC77")
-LINE_STYLES = ("-", "--", ":")
+from megatron_llave.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    RED,
+    WHITE,
+    label_axes,
+    plot_loss,
+    replacing,
+    save_png,
+)
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
-FIGURE_DPI = 120
 
 # Montage, in pixels.
 MARGIN, GAP, CELL, QUERY_WIDTH, FRAME, LEGEND_HEIGHT, TITLE_HEIGHT = 28, 12, 116, 320, 5, 44, 64
@@ -92,16 +94,8 @@ def _mean(results: list[SetResult]) -> float | None:
 def write_json(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
     """Write `extra`, the means and every set's numbers; the lists over queries and candidates stay out."""
     short = [{key: value for key, value in asdict(one).items() if key not in LONG_LISTS} for one in results]
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps({**extra, "means": summarise(results), "sets": short}, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` at the end: a reader sees the old file or the new one, never a half."""
-    temporary = Path(path).with_name(f".{Path(path).name}.partial")
-    yield temporary
-    os.replace(temporary, path)
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
@@ -143,84 +137,6 @@ def print_table(results: list[SetResult]) -> None:
     console.print(table, markup=False)
 
 
-def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
-    """Loss by subset, learning rate, temperature and alpha, and similarities over the steps, as a PNG."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
-    steps = np.array([record["step"] for record in records], dtype=float)
-    column = {name: _column(records, name) for name in ("loss", "learning_rate", "temperature", "alpha")}
-
-    loss = figure.add_subplot(grid[0, :])
-    subsets = [record["subset"] for record in records]
-    for index, subset in enumerate(sorted(set(subsets))):
-        colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
-        style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
-        chosen = np.array([one == subset for one in subsets])
-        _dots_and_mean(loss, steps[chosen], column["loss"][chosen], colour, subset, style)
-    if records:
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    _label(loss, "loss by subset (line: running mean)", "contrastive loss (nats)")
-
-    rate = figure.add_subplot(grid[1, 0])
-    rate.plot(steps, column["learning_rate"], color=BLUE)
-    rate.yaxis.set_major_formatter("{x:g}")
-    _label(rate, "learning rate", "learning rate")
-
-    temperature = figure.add_subplot(grid[1, 1])
-    temperature.plot(steps, column["temperature"], color=BLUE)
-    temperature.set_ylim(bottom=0)
-    _label(temperature, "temperature and hardness weight", "temperature")
-    temperature.yaxis.label.set_color(BLUE)
-    alpha = temperature.twinx()
-    alpha.plot(steps, column["alpha"], color=RED, linestyle="--")
-    alpha.set_ylabel("alpha (dashed)", color=RED)
-    alpha.spines["top"].set_visible(False)
-    alpha.margins(x=0.01)
-    alpha.set_ylim(0, 1.25 * np.max(column["alpha"], initial=0.8))  # a constant alpha lies below a constant temperature
-
-    similarity = figure.add_subplot(grid[1, 2])
-    for name, label, colour in (
-        ("positive_similarity", "positive", BLUE),
-        ("hardest_negative_similarity", "hardest negative", ORANGE),
-    ):
-        _dots_and_mean(similarity, steps, _column(records, name), colour, label, "-")
-    similarity.legend(frameon=False, loc="best")
-    _label(similarity, "similarity in the batch", "mean cosine similarity")
-    _save(figure, path)
-
-
-def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
-    """[steps] float; NaN where the number is missing."""
-    return np.array([record.get(name) for record in records], dtype=float)
-
-
-def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, style: str) -> None:
-    """Faint dots, and over them the mean of each value and its neighbours, about a twentieth of all."""
-    valid = np.isfinite(values)
-    steps, values = steps[valid], values[valid]
-    axes.scatter(steps, values, s=7, color=colour, alpha=0.3, linewidths=0)
-    reach = max(4, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    start, end = np.maximum(0, index - reach), np.minimum(len(values), index + reach + 1)
-    axes.plot(steps, (sums[end] - sums[start]) / (end - start), color=colour, linestyle=style, linewidth=2, label=label)
-
-
-def _label(axes: Axes, title: str, quantity: str, along: str = "step") -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel(along)
-    axes.set_ylabel(quantity)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#E4E4E4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.01)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=FIGURE_DPI, facecolor=WHITE)
-
-
 def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30) -> None:
     """One histogram panel per set, positives against hardest negatives, as a PNG."""
     across = min(4, max(1, len(results)))
@@ -234,7 +150,7 @@ def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30
             weights = np.full(len(sample), 100 / max(1, len(sample)))
             colours = {"facecolor": (colour, 0.35), "edgecolor": colour}
             axes.hist(sample, edges, weights=weights, histtype="stepfilled", linewidth=1.4, label=label, **colours)
-        _label(axes, f"{result.name}\noverlap {result.overlap:.2f}", "", "")
+        label_axes(axes, f"{result.name}\noverlap {result.overlap:.2f}", "", "")
         if index % across == 0:
             axes.set_ylabel("share of queries (%)")
         if index + across >= len(results):
@@ -242,7 +158,7 @@ def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30
     if results:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_montage(
@@ -264,7 +180,7 @@ def plot_montage(
         column, row = divmod(index, down)
         corner = (MARGIN + column * (panel_width + 2 * MARGIN), LEGEND_HEIGHT + row * panel_height)
         _draw_set(canvas, corner, result, inputs, per_set, k)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
 
@@ -395,5 +311,5 @@ def write_report(
     write_json(results, directory / "report.json", {"steps": records[-1]["step"]} if records else {})
     note = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
     sections = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
-    with _replacing(directory / "report.md") as temporary:
+    with replacing(directory / "report.md") as temporary:
         temporary.write_text(f"# Evaluation\n\n{note}\n\n{markdown_table(results)}{sections}", encoding="utf-8")

@@ -45,6 +45,7 @@ from megatron_llave.loss import (
     temperature_at,
 )
 from megatron_llave.model.embedder import build_model
+from megatron_llave.model.kernels import describe_kernels
 from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
 from megatron_llave.pretrained import find_pretrained
 from megatron_llave.replica import is_reader, share_steps
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_FOR_THE_WATCHDOG = 60
 """Collectives wait this much longer than the watchdog, which knows better whom to blame."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
@@ -105,6 +107,8 @@ def train(cfg: RunConfig) -> str:
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
     is_reporting = parallel.is_reporting_rank(groups)
+    if is_reporting:
+        logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))
     sinks = open_sinks(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
     log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, sinks)
     reason = run_steps(cfg, state, steps, done, log, watchdog)
@@ -203,6 +207,7 @@ def train_step(
     is_bad = finite is not None and not finite.check(gradient_norm, shares, batches, step)
     trainable.update(is_skipped=is_bad)
     if average is not None and not is_bad:
+        trainable.wait_for_weights()
         average.update()
     record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
     return record | step_metrics(shares, batches, groups.dp), shares

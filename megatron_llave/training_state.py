@@ -40,6 +40,7 @@ class TrainingState:
 
     def to_save(self, step: int) -> dict:
         """The sharded state dict after `step` steps; its tensors are those in use, not copies."""
+        self.trainable.wait_for_weights()
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
         if self._is_trained():

@@ -20,12 +20,12 @@ LAYERS = [
         *("cpu_emulation", "batch", "flat_step", "hf_keys"),
     ],
     ["parallel"],
-    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files", "flops", "log_sinks"],
+    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files", "flops", "log_sinks", "figures"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
-        *("hf_weights", "replica", "run_log", "report", "fault_tolerance"),
+        *("hf_weights", "replica", "run_log", "report", "fault_tolerance", "memory_plan"),
     ],
-    ["training_state"],
+    ["training_state", "run_plan"],
     ["pretrained", "weight_stream", "checkpoint_writer"],
     ["embedding", "embedding_files", "conversion", "inspection"],
     ["evaluate", "verification", "run_start"],
@@ -34,7 +34,8 @@ LAYERS = [
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 MAY_NAME_PARALLEL_STATE = {"megatron_llave.parallel"}
-MAY_IMPORT_TRANSFORMERS = {"megatron_llave.verification", "benchmarks.data_pipeline"}  # both to compare with
+# All to compare with.
+MAY_IMPORT_TRANSFORMERS = {"megatron_llave.verification", "benchmarks.data_pipeline", "benchmarks.released_step"}
 
 
 def source_files() -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
-from megatron_llave import report
+from megatron_llave import figures, report
 from megatron_llave.batch import Side
 from megatron_llave.report import SetResult
 
@@ -174,21 +174,21 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def test_loss_curve_falls_and_each_subset_has_its_colour(tmp_path):
-    report.plot_loss(log_records(), tmp_path / "loss.png")
+    figures.plot_loss(log_records(), tmp_path / "loss.png")
     image = pixels(tmp_path / "loss.png")
     height, width = image.shape[:2]
-    for colour in report.SUBSET_COLOURS[:2]:
+    for colour in figures.SUBSET_COLOURS[:2]:
         # Below the legend; the loss panel takes the upper half.
         rows, columns = np.nonzero(has(image, rgb(colour))[80 : height // 2])
         assert columns.max() - columns.min() > 0.8 * width
         # The vertical axis of pictures points down.
         assert rows[columns < width * 0.15].mean() < rows[columns > width * 0.85].mean() - 50
-    assert not has(image, rgb(report.SUBSET_COLOURS[2])).any()
+    assert not has(image, rgb(figures.SUBSET_COLOURS[2])).any()
 
 
 @pytest.mark.parametrize("records", [[], log_records(1), log_records(3)])
 def test_loss_plot_of_a_run_that_has_hardly_begun(records, tmp_path):
-    report.plot_loss(records, tmp_path / "loss.png")
+    figures.plot_loss(records, tmp_path / "loss.png")
     assert pixels(tmp_path / "loss.png").std() > 1
 
 
@@ -196,15 +196,15 @@ def test_loss_plot_leaves_out_what_was_not_finite(tmp_path):
     records = log_records()
     records[10]["loss"] = None
     records[20] |= {"positive_similarity": None, "loss": float("inf")}
-    report.plot_loss(records, tmp_path / "loss.png")
-    assert has(pixels(tmp_path / "loss.png"), rgb(report.SUBSET_COLOURS[1])).sum() > 500
+    figures.plot_loss(records, tmp_path / "loss.png")
+    assert has(pixels(tmp_path / "loss.png"), rgb(figures.SUBSET_COLOURS[1])).sum() > 500
 
 
 def test_running_mean_spans_the_neighbours():
     axes = Figure().add_subplot()
     values = np.arange(400.0)
     values[200] = math.nan
-    report._dots_and_mean(axes, np.arange(400.0), values, report.BLUE, "x", "-")
+    figures._dots_and_mean(axes, np.arange(400.0), values, figures.BLUE, "x", "-")
     x, y = axes.lines[0].get_data()
     assert 200 not in x and len(x) == 399
     assert y[100] == pytest.approx(100)  # symmetric around the step

@@ -21,7 +21,6 @@ EVALUATE = ROOT / "tools" / "evaluate.py"
 SHORT = ["train.steps=3", "train.global_batch_size=16", "optimizer.warmup_steps=0"]
 LAYOUTS = {
     "one": (1, []),
-    "data2": (2, []),
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
 }
 
@@ -32,16 +31,15 @@ def log_of(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same three steps at three layouts."""
+    """The same three steps at two layouts."""
     folder = tmp_path_factory.mktemp("runs")
     for name, (world, layout) in LAYOUTS.items():
         run_ranks(world, TRAIN, f"data.path={openmoji_data}", f"train.output={folder / name}", *SHORT, *layout)
     return {name: folder / name for name in LAYOUTS}
 
 
-@pytest.mark.parametrize("name", ["data2", "tensor2_pipeline2"])
-def test_loss_is_the_same_at_every_layout(runs: dict[str, Path], name: str) -> None:
-    for one, other in zip(log_of(runs["one"]), log_of(runs[name]), strict=True):
+def test_loss_is_the_same_at_another_layout(runs: dict[str, Path]) -> None:
+    for one, other in zip(log_of(runs["one"]), log_of(runs["tensor2_pipeline2"]), strict=True):
         assert one["subset"] == other["subset"]
         for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
             assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
@@ -53,7 +51,7 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
 ) -> None:
     """Saved at tensor 2 x pipeline 2 with sequence parallel; Precision@1 is equal, or a near tie has flipped."""
     reports = []
-    for world, layout in [(1, []), (2, ["parallel.pipeline=2"]), (2, [])]:
+    for world, layout in [(1, []), (2, ["parallel.pipeline=2"])]:
         out = tmp_path / str(len(reports))
         arguments = ["--checkpoint", str(runs["tensor2_pipeline2"]), "--data", str(openmoji_data), "--out", str(out)]
         run_ranks(world, EVALUATE, *arguments, *layout)

@@ -4,6 +4,7 @@ One LlaveEmbedder is one chunk of the pipeline. The first has tower, projector a
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -40,6 +41,7 @@ class LlaveEmbedder(MegatronModule):
         self.kernels = model.kernels
         self.groups = groups
         self.vision_is_frozen = "vision" in model.freeze
+        self.overlap = parallel.overlap
         # Names that megatron-core's schedules, data-parallel wrapper and gradient finalisation look for.
         self.pre_process, self.post_process, self.vp_stage = is_first, is_last, chunk
         self.model_type = ModelType.encoder_or_decoder
@@ -83,14 +85,15 @@ class LlaveEmbedder(MegatronModule):
         return last_token_pool(hidden, sequences.last_token)
 
     def visual_tokens(self, sequences: PackedSequences) -> Tensor | None:
-        """Projected patch features and newlines in packed order, [v, h]; None without images.
+        """Projected patch features and newlines in packed order, [v, h]; without images None, or no rows [0, h].
 
         The base tile and the unpadded grid with a newline per row (spatial_unpad of the released code) are one gather
         from the features of all tiles; the data pipeline worked out its index from the image sizes. Rows of a feature
         map that is interpolated (anyres_max of the released code) are blended first, and gathered with the others.
         """
         if len(sequences.visual_source) == 0:
-            return None
+            return self._no_visual_tokens() if self.overlap and torch.is_grad_enabled() else None
+        newline = self.image_newline[None]  # before the rest, so that its gradient comes after theirs
         features = sequences.features
         if features is None:
             with torch.no_grad() if self.vision_is_frozen else nullcontext():
@@ -98,10 +101,22 @@ class LlaveEmbedder(MegatronModule):
             if self.vision_is_frozen:
                 sequences.features = features
         features = self.projector(features.flatten(0, 1))  # [k * p, h]
-        rows = [features, self.image_newline[None].to(features.dtype)]
+        rows = [features, newline.to(features.dtype)]
         if sequences.blend_source is not None:
             rows.append(blend(features, sequences.blend_source, sequences.blend_weights))
         return torch.cat(rows).index_select(0, sequences.visual_source)  # [k * p + 1 + u, h] -> [v, h]
+
+    def _no_visual_tokens(self) -> Tensor | None:
+        """[0, h] through whose graph tower, projector and newline get gradients of zero.
+
+        Gradients that are summed as soon as they are there are summed in the order of the backward. It must be the same
+        on all data-parallel ranks: on those whose micro batch has pictures and those whose has none.
+        """
+        parts = (self.vision, self.projector)
+        unused = [self.image_newline, *(parameter for part in parts for parameter in part.parameters())]
+        # One node each, made in the order of the forward: autograd goes through them in the reverse one.
+        rows = [NoRows.apply(p, self.config.hidden_size) for p in unused if p.requires_grad]
+        return torch.cat(rows) if rows else None
 
     def splice(self, sequences: PackedSequences, visual: Tensor | None) -> Tensor:
         """Token embeddings with the visual tokens at their positions, [t, 1, h]."""
@@ -110,6 +125,21 @@ class LlaveEmbedder(MegatronModule):
             return hidden
         text = hidden.squeeze(1)  # [t, h]
         return text.index_copy(0, sequences.visual_position, visual.to(text.dtype)).unsqueeze(1)
+
+
+class NoRows(torch.autograd.Function):
+    """Of any parameter no rows, [0, width], and for it a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, width: int) -> Tensor:
+        """See the class."""
+        ctx.like = parameter.new_empty(()).expand_as(parameter)
+        return parameter.new_empty(0, width)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """See the class."""
+        return torch.zeros_like(ctx.like, memory_format=torch.contiguous_format), None
 
 
 def blend(features: Tensor, source: Tensor, weights: Tensor) -> Tensor:

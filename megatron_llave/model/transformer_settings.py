@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_llave.config_model import ModelConfig
+from megatron_llave.model.kernels import fuses_weight_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of parameters and activations, by model.precision."""
@@ -29,7 +30,7 @@ def shared_settings(model: ModelConfig) -> dict[str, Any]:
         init_method=_leave_unfilled,
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_weight_gradients(model.kernels),
         bias_dropout_fusion=fused,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from check_layouts import parse_layout, small_config
-from full_parameters import full_weights
+from full_parameters import full_weights, let_go
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave import checkpoint, cpu_emulation, parallel
@@ -58,36 +58,48 @@ def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> N
     cfg.model.precision = precision
     cfg.train.output = output
     cfg.loss.reward = "ema"
-    state = build(cfg, seed=0)
-    step(cfg, state, 0)
-    writer = CheckpointWriter(cfg, state.groups)
-    saved, saved_average = weights(state)
-    assert any(not torch.equal(saved[name], saved_average[name]) for name in saved)
-    assert writer.save(1, state.to_save(1), POSITION)
-    step(cfg, state, 1)  # while the checkpoint is being written
-    assert writer.poll(wait=True)
-    folder = writer.last
-    assert checkpoint.read_position(folder) == POSITION
-    assert checkpoint.find(output) == folder == checkpoint.newest_usable(output, print)
-    after = weights(state)
+    folder, *expected = train_and_save(cfg)
     parallel.leave_layout()
     for text in [saved_at, *loaded_at]:
-        cfg = replace(cfg, parallel=parse_layout(text)[0])
-        state = build(cfg, seed=1)
-        assert resume(state, folder, cfg) == 1
-        for found, expected in zip(weights(state), (saved, saved_average)):
-            require_close(found, expected, 0.0, f"{saved_at} -> {text}")
-        step(cfg, state, 1)
-        if text == saved_at or precision == "fp32":  # bf16 rounds gradients otherwise at every layout
-            worst = 0.0 if text == saved_at else WORST_UPDATE * LEARNING_RATE
-            for found, expected in zip(weights(state), after):
-                require_close(found, expected, worst, f"{saved_at} -> {text}, the next step")
-        chunks = build(cfg, seed=2).chunks
-        load_weights(folder, chunks, state.groups, average=True)
-        require_close(full_weights(chunks, state.groups), saved_average, 0.0, f"{saved_at} -> {text}, averages alone")
+        check_load(replace(cfg, parallel=parse_layout(text)[0]), folder, text == saved_at, *expected)
         parallel.leave_layout()
     check_other_model(cfg, folder)
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
+
+
+def train_and_save(cfg: RunConfig) -> tuple[Path, tuple[dict, dict], tuple[dict, dict]]:
+    """The checkpoint after one step, the weights in it, and those after the next step."""
+    state = build(cfg, seed=0)
+    step(cfg, state, 0)
+    writer = CheckpointWriter(cfg, state.groups)
+    saved = weights(state)
+    assert any(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0]), "the average is another model"
+    assert writer.save(1, state.to_save(1), POSITION)
+    step(cfg, state, 1)  # while the checkpoint is being written
+    assert writer.poll(wait=True)
+    assert checkpoint.read_position(writer.last) == POSITION
+    assert checkpoint.find(cfg.train.output) == writer.last == checkpoint.newest_usable(cfg.train.output, print)
+    after = weights(state)
+    let_go(state.trainable)
+    return writer.last, saved, after
+
+
+def check_load(
+    cfg: RunConfig, folder: Path, is_same_layout: bool, saved: tuple[dict, dict], after: tuple[dict, dict]
+) -> None:
+    """At this layout: weights and averages bit by bit, and the step that follows."""
+    state = build(cfg, seed=1)
+    assert resume(state, folder, cfg) == 1
+    for found, expected in zip(weights(state), saved):
+        require_close(found, expected, 0.0, f"{cfg.parallel}")
+    step(cfg, state, 1)
+    if is_same_layout or cfg.model.precision == "fp32":  # bf16 rounds gradients otherwise at every layout
+        worst = 0.0 if is_same_layout else WORST_UPDATE * LEARNING_RATE
+        for found, expected in zip(weights(state), after):
+            require_close(found, expected, worst, f"{cfg.parallel}, the next step")
+    load_weights(folder, state.chunks, state.groups, average=True)
+    require_close(full_weights(state.chunks, state.groups), saved[1], 0.0, f"{cfg.parallel}, averages alone")
+    let_go(state.trainable)
 
 
 def require_close(found: dict, expected: dict, worst: float, where: str) -> None:
@@ -115,7 +127,6 @@ def check_other_model(cfg: RunConfig, folder: Path) -> None:
             assert str(folder) in message and named in message and "\n" not in message, message
         else:
             raise AssertionError("weights of another model were loaded")
-    parallel.leave_layout()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 import torch
 from check_layouts import ALPHA, GLOBAL_BATCH, TEMPERATURE, comparison, micro_batches, parse_layout, small_config
-from full_parameters import full_gradients, worst_relative_error
+from full_parameters import full_gradients, let_go, worst_relative_error
 from reference import dense_contrastive_loss, random_pairs
 
 from megatron_llave import cpu_emulation, parallel
@@ -40,7 +40,7 @@ def check(text: str) -> None:
             check_evaluation(chunks[-1], batches[0], passes[0])
     if groups.dp.size() * groups.tp.size() * groups.pp.size() == 1:
         check_gradients(cfg, trainable, chunks[0], batches, groups, before)
-    parallel.leave_layout()
+    let_go(trainable)
     print(f"{text}: both passes drop the same")
 
 
@@ -71,4 +71,5 @@ if __name__ == "__main__":
     parallel.start_processes(120)
     for layout in sys.argv[1:]:
         check(layout)
+        parallel.leave_layout()
     parallel.shut_down()

@@ -36,7 +36,6 @@ def check(folder: str, layout: str) -> None:
         assert worst <= EMBEDDING_TOLERANCE, f"{folder} at {layout}: embeddings are {worst} off"
         far = 0.0 if is_sequence else check_hidden_states(hidden["value"].squeeze(1), batch)
         print(f"{Path(folder).name} at {layout}: embeddings {worst:.1e}, last hidden states {far:.1e}", flush=True)
-    parallel.leave_layout()
 
 
 def check_hidden_states(hidden: torch.Tensor, batch) -> float:
@@ -57,4 +56,5 @@ if __name__ == "__main__":
     parallel.start_processes(120)
     for argument in sys.argv[1:]:
         check(*argument.rsplit(":", 1))
+        parallel.leave_layout()
     parallel.shut_down()

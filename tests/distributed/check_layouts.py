@@ -2,7 +2,7 @@
 
     check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
     check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
-    and the names of frozen parts
+    and the names of frozen parts, and at the end `overlap` for parallel.overlap
     check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
 """
 
@@ -15,13 +15,14 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from full_parameters import full_gradients, worst_relative_error
+from full_parameters import full_gradients, let_go, worst_relative_error
+from megatron.core.distributed import DistributedDataParallelConfig as DataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
-from megatron_llave import cpu_emulation, gradient_cache, loss, parallel
+from megatron_llave import cpu_emulation, gradient_cache, loss, optimizer, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings
 from megatron_llave.config import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
@@ -43,6 +44,8 @@ TEMPERATURE, ALPHA = 0.1, 9.0
 STEPS = 3
 REWARD_SEED = 1
 """Weights of the reward model that compare_reward uses."""
+BUCKET_SIZE = 20_000
+"""Elements of a bucket of gradients, with overlap: several in this small model."""
 HARD_SHARES = {1: [4], 2: [3, 1], 4: [2, 1, 0, 1]}
 """Hard negatives of each data-parallel rank, by their number."""
 
@@ -108,7 +111,8 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     parallel.validate_layout(cfg.model, layout, dist.get_world_size())
     groups = parallel.init(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
-    trainable = build_trainable(cfg, chunks, groups)
+    with patch.object(optimizer, "DistributedDataParallelConfig", partial(DataParallelConfig, bucket_size=BUCKET_SIZE)):
+        trainable = build_trainable(cfg, chunks, groups)
     share = 4 // groups.dp.size()
     worst = [compare_gradients(directory, "micro_batch", share, cfg, trainable, groups)]
     if "language" in freeze and groups.dp.size() == 2:
@@ -128,7 +132,7 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
         print(f"{layout} freeze={freeze}: gradients off by {', '.join(f'{x:.1e}' for x in worst)}, losses {losses}")
         save_losses(directory, freeze, losses)
-    parallel.leave_layout()
+    let_go(trainable)
 
 
 def micro_batches(pairs: list, size: int, cfg: RunConfig, groups: ProcessGroupCollection) -> list[PairBatch]:
@@ -144,6 +148,8 @@ def compare_gradients(
     """Every parameter's gradient and the loss against the plain process; returns the worst relative error."""
     calls = TowerCalls(trainable.chunks)
     batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), size, cfg, groups)
+    if negatives == "global_batch":  # whose last decides when gradients are summed: one rank's has no pictures
+        batches.sort(key=lambda batch: len(batch.sequences.tiles) == 0)
     trainable.zero_gradients()
     seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), negatives)
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
@@ -242,7 +248,7 @@ def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
             print(f"bites without {name}: {error}")
         else:
             raise AssertionError(f"the comparison does not see that {name} is missing")
-    parallel.leave_layout()
+    let_go(trainable)
 
 
 def this_rank_alone(rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -294,14 +300,15 @@ class FakeEncoder:
 
 
 def parse_layout(text: str) -> tuple[ParallelConfig, list[str]]:
-    """tensor,pipeline,virtual,sequence,first_stage_layers[,frozen part]."""
-    tensor, pipeline, virtual, sequence, first, *freeze = text.split(",")
+    """tensor,pipeline,virtual,sequence,first_stage_layers[,frozen part][,overlap]."""
+    tensor, pipeline, virtual, sequence, first, *freeze = text.removesuffix(",overlap").split(",")
     layout = ParallelConfig(
         tensor=int(tensor),
         pipeline=int(pipeline),
         virtual_pipeline=int(virtual),
         sequence=sequence == "1",
         first_stage_layers=int(first) or None,
+        overlap=text.endswith(",overlap"),
     )
     return layout, freeze
 
@@ -319,6 +326,7 @@ def main() -> None:
             check_that_it_bites(Path(directory), parse_layout(text)[0])
         else:
             compare(Path(directory), *parse_layout(text))
+        parallel.leave_layout()
     parallel.shut_down()
 
 

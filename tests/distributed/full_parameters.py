@@ -1,5 +1,8 @@
 """Whole parameters and gradients under their global names, put together from all ranks: for comparing layouts."""
 
+import megatron_llave  # noqa: F401  (before megatron-core, so that a process starts in half the time)
+
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -58,3 +61,9 @@ def _relative_error(ours: Tensor, reference: Tensor) -> float:
     rows = max(len(ours), len(reference))
     ours, reference = (torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]) for x in (ours, reference))
     return float((ours - reference).norm() / reference.norm().clamp_min(1e-12))
+
+
+def let_go(trainable: Trainable) -> None:
+    """Make an end of it: megatron-core's gradient hooks keep it and its groups alive where Python cannot see it."""
+    for chunk in trainable.chunks:
+        vars(chunk).clear()

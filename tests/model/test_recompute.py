@@ -31,13 +31,15 @@ def test_gradients_are_those_without(groups, recompute: str) -> None:
 def test_less_is_kept(groups) -> None:
     kept = {}
     for recompute in ("none", "selective", "full"):
-        sizes = {}
+        cfg = config_file.build({"model": {"preset": "tiny", "recompute": recompute}})
+        (model,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+        storages = {}  # held, so that no address is used twice
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            gradients(groups, recompute)
-        kept[recompute] = sum(sizes.values())
-    assert kept["full"] < kept["selective"] < kept["none"]
+            model(pack_pair_batch(random_pairs(cfg.model, 4), cfg.model, 1).sequences)
+        kept[recompute] = sum(storage.nbytes() for storage in storages.values())
+    assert kept["full"] < 0.8 * kept["selective"] < 0.64 * kept["none"], kept
