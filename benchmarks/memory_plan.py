@@ -1,0 +1,259 @@
+"""Planned and measured bytes of a step, part by part, on every rank.
+
+    python benchmarks/memory_plan.py [--preset tiny] [--pairs 2] [--micro-batches 2] [section.key=value ...]
+    torchrun --nproc-per-node 2 benchmarks/memory_plan.py parallel.tensor=2 parallel.sequence=true
+
+Takes two real training steps on the CPU, random weights and tokens, and counts in the second one the storages of
+parameters, gradient buffers, optimizer states, of what autograd keeps for the backward, of features, and of the batch.
+`temporary` is what is left of the most that ever lives at once. Prints a Markdown table, or with --json one line.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+from weakref import finalize
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from megatron_llave import config_file, cpu_emulation, gradient_cache, parallel
+from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.config import RunConfig, row_multiple
+from megatron_llave.data.images import visual_layout
+from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
+from megatron_llave.data.pair_shapes import Kind, SideShape, picture_shape
+from megatron_llave.data.prompts import IMAGE
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.memory_plan import stage_memory
+from megatron_llave.model.embedder import LlaveEmbedder, build_model
+from megatron_llave.optimizer import Trainable, build_trainable
+from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.run_plan import step_shape
+from megatron_llave.train import train_step
+
+PICTURE = (640, 480)
+TEXT = 30, 12
+"""Tokens of text in a query, beside its picture, and in a target."""
+
+
+def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
+    """Of every pair."""
+    visual, tiles = picture_shape(*PICTURE, cfg.model)
+    return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
+
+
+def make_batch(cfg: RunConfig) -> PairBatch:
+    """A micro batch of such pairs."""
+    pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
+    grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
+    layout = visual_layout(*PICTURE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
+    _, tiles = picture_shape(*PICTURE, cfg.model)
+    pixels = rng.integers(0, 256, (tiles, 3, vision.image_size, vision.image_size), np.uint8)
+    words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
+    sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs
+    sequences += [EncodedSequence(words[1], [], [])] * pairs
+    packed = pack_sequences(sequences, row_multiple(cfg), TileShape(vision.image_size, vision.patches_per_side**2))
+    ids = torch.arange(pairs)
+    return PairBatch(packed, ids, ids, ids[:0], "random", [str(i) for i in range(pairs)])
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of each storage among them, by its address."""
+    kept = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in kept if storage.nbytes()}
+
+
+class Saved:
+    """What the graphs of the model's forwards keep, while they keep it."""
+
+    def __init__(self, batches: list[PairBatch], others: dict[int, int]) -> None:
+        self._batches, self._others = batches, others
+        self._holders: Counter[int] = Counter()
+        self._bytes: dict[int, int] = {}
+        self._features: set[int] = set()
+        self.most = {"activations": 0, "vision features": 0}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Inside, forwards are watched. What a backward computes again is no part of them."""
+        forward = LlaveEmbedder.forward
+
+        def watched(model: LlaveEmbedder, sequences: PackedSequences) -> Tensor:
+            with saved_tensors_hooks(self._hold, lambda holder: holder.tensor):
+                output = forward(model, sequences)
+            self._count()
+            return output
+
+        with mock.patch.object(LlaveEmbedder, "forward", watched):
+            yield
+
+    def _hold(self, tensor: Tensor) -> "Holder":
+        [(place, size)] = storages([tensor]).items() or [(0, 0)]
+        if place and place not in self._others:
+            self._holders[place] += 1
+            self._bytes[place] = size
+        holder = Holder(tensor)
+        finalize(holder, self._release, place)
+        return holder
+
+    def _release(self, place: int) -> None:
+        self._holders[place] -= 1
+
+    def _count(self) -> None:
+        features = storages(batch.sequences.features for batch in self._batches)
+        self._features |= features.keys()
+        live = {place: self._bytes[place] for place, number in self._holders.items() if number > 0}
+        of_features = {place: size for place, size in live.items() if place in self._features} | features
+        now = {"vision features": sum(of_features.values())}
+        now["activations"] = sum(size for place, size in live.items() if place not in self._features)
+        self.most = {part: max(size, now[part]) for part, size in self.most.items()}
+
+
+class Holder:
+    """Lives as long as the graph keeps the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made inside that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = WeakIdKeyDictionary()
+        self._live = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Count what an operation returns and was not there before."""
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._known.setdefault(tensor.untyped_storage(), True)
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known[storage] = True
+                self._live += storage.nbytes()
+                finalize(storage, self._free, storage.nbytes())
+        self.most = max(self.most, self._live)
+        return output
+
+    def _free(self, size: int) -> None:
+        self._live -= size
+
+
+def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
+    """Moments, and the float32 weights that the optimizer keeps for itself."""
+    inner = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+    tensors = []
+    for optimizer in inner:
+        tensors += [x for state in optimizer.optimizer.state.values() for x in state.values()]
+        tensors += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    return tensors
+
+
+def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
+    """Bytes by part on this rank."""
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+    trainable = build_trainable(cfg, chunks, groups)
+    share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
+    train_step(trainable, [make_batch(cfg) for _ in range(share)], cfg.loss, 0, groups)  # makes the moments
+    batches = [make_batch(cfg) for _ in range(share)]
+    weights = storages(p.data for chunk in chunks for p in chunk.parameters())
+    gradients = storages(p.main_grad for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+    data = storages(x for b in batches for x in (*vars(b).values(), *vars(b.sequences).values()))
+    moments = {k: v for k, v in storages(optimizer_tensors(trainable)).items() if k not in weights}
+    measured = {"weights": weights, "gradients": gradients, "optimizer": moments, "data": data}
+    measured = {part: sum(found.values()) for part, found in measured.items()}
+    saved = Saved(batches, weights | data)
+    with saved.watch(), watch_loss() as loss, Peak() as whole:
+        train_step(trainable, batches, cfg.loss, 0, groups)
+    measured |= saved.most | {"loss": sum(loss)}
+    kept = ("activations", "vision features", "loss")
+    return measured | {"temporary": whole.most - sum(measured[part] for part in kept)}
+
+
+@contextmanager
+def watch_loss() -> Iterator[list[int]]:
+    """The most bytes that live at once in the loss between two passes, embeddings included; empty if there is none."""
+    sizes: list[int] = []
+    gradients = gradient_cache._loss_gradients
+
+    def watched(embeddings: list[Tensor], *args: Any) -> Any:
+        with Peak() as peak:
+            result = gradients(embeddings, *args)
+        sizes.append(peak.most + sum(x.nbytes for x in embeddings))
+        return result
+
+    with mock.patch.object(gradient_cache, "_loss_gradients", watched):
+        yield sizes
+
+
+def planned(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
+    """Bytes by part on this rank."""
+    step = step_shape(cfg, groups.dp.size(), [Kind(1, [side_shapes(cfg)])])
+    return stage_memory(cfg, groups.pp.rank(), step, on_gpu=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure on all ranks; the first prints."""
+    ranks = parallel.start_processes(600)
+    layout = ["train.micro_batch_size=" + str(args.pairs), "train.steps=1"]
+    cfg = config_file.override(config_file.build({"model": {"preset": args.preset}}), [*layout, *args.overrides])
+    data_parallel = parallel.validate_layout(cfg.model, cfg.parallel, ranks)
+    total = data_parallel * args.pairs * args.micro_batches
+    cfg = config_file.override(cfg, [f"train.global_batch_size={total}"])
+    parallel.validate_batch(cfg, data_parallel)
+    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    own = {"planned": planned(cfg, groups), "measured": measure(cfg, groups)}
+    rows: list[Any] = [None] * ranks
+    dist.all_gather_object(rows, own)
+    if dist.get_rank() == 0:
+        if args.json:
+            print(json.dumps(rows))
+        else:
+            print_table(rows)
+    parallel.shut_down()
+
+
+def print_table(rows: list[dict[str, dict[str, int]]]) -> None:
+    """A row per rank and part, MB."""
+    print("| rank | part | planned MB | measured MB | ratio |\n|---:|---|---:|---:|---:|")
+    for rank, row in enumerate(rows):
+        for part, size in row["planned"].items():
+            found = row["measured"][part]
+            ratio = f"{size / found:.3f}" if found else "-"
+            print(f"| {rank} | {part} | {size / 1e6:.3f} | {found / 1e6:.3f} | {ratio} |")
+        sums = [sum(row[kind].values()) for kind in ("planned", "measured")]
+        print(f"| {rank} | all | {sums[0] / 1e6:.3f} | {sums[1] / 1e6:.3f} | {sums[0] / sums[1]:.3f} |")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--pairs", type=int, default=2, help="per micro batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of each data-parallel rank")
+    parser.add_argument("--json", action="store_true", help="print one line")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

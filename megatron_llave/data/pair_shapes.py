@@ -1,0 +1,132 @@
+"""How long pairs are: tokens and tiles of their sides, of a folder of shards or of a mixture like MMEB's.
+
+What planning knows about data; no picture is decoded and no model runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_llave.config import RunConfig
+from megatron_llave.config_model import ModelConfig
+from megatron_llave.data.audit import TokenCounter, read_descriptions, sample_shards
+from megatron_llave.data.images import num_visual_tokens, select_grid
+from megatron_llave.data.index import read_index
+from megatron_llave.data.mixture import build_mixture
+from megatron_llave.data.packing import find_tokenizer
+from megatron_llave.data.tokenizer import load_tokenizer
+from megatron_llave.errors import DataError
+
+PAIRS_READ = 1000
+"""Of each subset."""
+DRAWS = 50
+"""Micro batches of each kind, of which the longest is taken."""
+PHOTO, SQUARE = (640, 480), (512, 512)
+MMEB_LIKE = [
+    (403, (PHOTO, 45), (None, 29)),
+    (167, (None, 91), (PHOTO, 30)),
+    (76, (PHOTO, 45), (PHOTO, 30)),
+    (16, (SQUARE, 34), (SQUARE, 28)),
+]
+"""Pairs in thousands, then of query and target the picture and the tokens of text and template: the 20 training subsets
+as benchmarks/length_mixes.yaml estimates them, put together by where the pictures are."""
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """One half of a pair."""
+
+    tokens: int
+    """Visual ones counted."""
+    visual_tokens: int = 0
+    tiles: int = 0
+
+
+Shape = tuple[SideShape, SideShape]
+"""Query and target."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pairs that batches are made of: a subset."""
+
+    share: float
+    """Of the batches, relative to the others."""
+    pairs: list[Shape]
+
+
+def picture_shape(width: int, height: int, model: ModelConfig) -> tuple[int, int]:
+    """Visual tokens and tiles of a picture."""
+    grids = tuple((columns, rows) for columns, rows in model.image_grids)
+    vision = model.vision
+    visual = num_visual_tokens(
+        width, height, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles
+    )
+    if not grids:
+        return visual, 1
+    columns, rows = select_grid(width, height, grids, vision.image_size)
+    return visual, 1 + columns * rows
+
+
+def mmeb_like(model: ModelConfig, max_length: int) -> list[Kind]:
+    """MMEB_LIKE with this model's tiles."""
+
+    def shape(picture: tuple[int, int] | None, text: int) -> SideShape:
+        visual, tiles = picture_shape(*picture, model) if picture else (0, 0)
+        return SideShape(min(text + visual, max_length), visual, tiles)
+
+    return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
+
+
+def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
+    """The subsets that a run would draw from a folder of shards; of each the first pairs of evenly spaced shards.
+
+    Raises:
+        ConfigError: the mixture cannot be drawn from the folder.
+        DataError: the folder or the tokenizer cannot be used.
+    """
+    folder, index = Path(folder), read_index(folder)
+    counter = TokenCounter(load_tokenizer(find_tokenizer(cfg.data)), cfg.model, cfg.data.prompt)
+    kinds = []
+    for name, source in build_mixture(cfg, index).sources.items():
+        shards = sample_shards(index.subsets[name])
+        per_shard = -(-PAIRS_READ // len(shards))
+        described = (one for shard in shards for one in islice(read_descriptions(folder / shard.file), per_shard))
+        pairs = list(_shapes(described, counter, cfg.data.max_length))
+        if not pairs:
+            raise DataError(f"{folder}: no pair of subset {name} can be used")
+        kinds.append(Kind(source.weight, pairs))
+    return kinds
+
+
+def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCounter, max_length: int) -> Iterator[Shape]:
+    """Of the pairs that training would not leave out."""
+    for pair, where in described:
+        try:
+            query, target = (_side_shape(pair[side], counter, max_length) for side in ("query", "target"))
+        except DataError:
+            continue
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+        yield query, target
+
+
+def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
+    pictures = [picture_shape(*size, counter.model) for size in side["sizes"]]
+    tokens = min(counter(side["text"], side["sizes"]), max_length)
+    return SideShape(tokens, sum(visual for visual, _ in pictures), sum(tiles for _, tiles in pictures))
+
+
+def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0, seed: int = 0) -> list[SideShape]:
+    """The sides of the longest of some micro batches of `pairs`, each of one kind; hard negatives are like targets."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for kind in kinds:
+        for _ in range(DRAWS if len(kind.pairs) > 1 else 1):
+            chosen = [kind.pairs[i] for i in rng.integers(len(kind.pairs), size=pairs)]
+            drawn.append([query for query, _ in chosen] + [target for _, target in chosen] * (1 + hard_negatives))
+    return max(drawn, key=lambda sides: sum(side.tokens for side in sides))

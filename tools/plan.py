@@ -1,0 +1,154 @@
+"""Plan a run before it is started: parameters, FLOPs, memory of each rank by part, what moves, whether it fits.
+
+python tools/plan.py --config RUN.yaml --gpus 8 --gpu-memory 80 [section.key=value ...]
+
+By formula; no GPU, data or weights are needed. Without --data or --pair-tokens the pairs are like MMEB's. Where the
+run does not fit, other layouts, micro batches and recomputation are tried, and the first that fits is named.
+docs/planner.md says what is counted and how well it was checked.
+"""
+
+import argparse
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_llave import config_file
+from megatron_llave.config import RunConfig
+from megatron_llave.config_model import require
+from megatron_llave.data.pair_shapes import Kind, SideShape, mmeb_like, read_kinds
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.run_plan import SMALL_PART, Plan, count_parameters, find_fit, make_plan
+
+GIB = 2**30
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of a user's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message}; --help explains all arguments")
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes together")
+    parser.add_argument("--gpu-memory", type=float, required=True, help="GB (2^30 bytes) of one GPU: 80 for an H100")
+    pairs = parser.add_mutually_exclusive_group()
+    pairs.add_argument("--data", help="folder of shards; its pairs are measured, no picture is decoded")
+    pairs.add_argument("--pair-tokens", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="tokens, visual ones too")
+    parser.add_argument("--pair-tiles", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="with --pair-tokens; 0 0")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
+    with exit_with_one_line():
+        args = parser.parse_args()
+        quiet_dependencies()
+        require(args.gpus >= 1, f"--gpus {args.gpus} must be at least 1")
+        require(0 < args.gpu_memory < 1e6, f"--gpu-memory {args.gpu_memory:g} must be gigabytes of one GPU, such as 80")
+        data = [f"data.path={args.data}"] if args.data else []
+        cfg = config_file.load(args.config, [*args.overrides, *data])
+        kinds, source = pairs_of(args, cfg)
+        show(make_plan(cfg, args.gpus, kinds), kinds, source, args)
+
+
+def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]:
+    """The pairs to plan for, and where they come from.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    if args.data:
+        return read_kinds(args.data, cfg), args.data
+    if args.pair_tokens is None:
+        require(args.pair_tiles is None, "--pair-tiles needs --pair-tokens")
+        return mmeb_like(cfg.model, cfg.data.max_length), "pairs like MMEB's"
+    tiles = args.pair_tiles or [0, 0]
+    ok = min(args.pair_tokens) >= 1 and min(tiles) >= 0 and max(args.pair_tokens) <= cfg.data.max_length
+    require(ok, f"--pair-tokens must be 1 to data.max_length={cfg.data.max_length}, --pair-tiles 0 or more")
+    patches = cfg.model.vision.patches_per_side**2
+    sides = [SideShape(t, min(t, k * patches), k) for t, k in zip(args.pair_tokens, tiles)]
+    return [Kind(1, [(sides[0], sides[1])])], "--pair-tokens"
+
+
+def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -> None:
+    """Print everything."""
+    console, memory = Console(highlight=False), args.gpu_memory * GIB
+    console.print(parameter_table(plan))
+    console.print(step_table(plan, source))
+    console.print(memory_table(plan))
+    room = memory * (1 - SMALL_PART)
+    limit = f"{room / GIB:.1f} GB ({args.gpu_memory:g} less {SMALL_PART:.0%} for CUDA, NCCL and fragmentation)"
+    need = f"{plan.worst.total / GIB:.1f} GB on the fullest rank"
+    if plan.fits(memory):
+        console.print(f"It fits: {need}, of {limit}.", soft_wrap=True)
+        return
+    console.print(f"It does not fit: {need}, but there are {limit}.", soft_wrap=True)
+    found = find_fit(plan.cfg, args.gpus, kinds, memory)
+    if found is None:
+        console.print("No layout, micro batch or recomputation fits either: more GPUs, or GPUs with more memory.")
+        return
+    better, changes = found
+    console.print(f"Fits: {' '.join(changes)}", soft_wrap=True)
+    ratio = (better.model_flops + better.extra_flops) / (plan.model_flops + plan.extra_flops)
+    then = f"{better.worst.total / GIB:.1f} GB on the fullest rank, {ratio:.2f} times the FLOPs"
+    console.print(f"Then: {then}, bubble {better.bubble:.0%}.", soft_wrap=True)
+
+
+def parameter_table(plan: Plan) -> Table:
+    """Parameters by part."""
+    table = Table("part", "parameters, millions", title="Model", title_justify="left")
+    counts, model = count_parameters(plan.cfg.model), plan.cfg.model
+    names = {"embedding": "language: token embedding", "decoder": "language: decoder"}
+    for group, number in counts.items():
+        frozen = " (frozen)" if names.get(group, group).split(":")[0] in model.freeze else ""
+        table.add_row(names.get(group, group) + frozen, f"{number / 1e6:.1f}")
+    table.add_row("all", f"{sum(counts.values()) / 1e6:.1f}")
+    return _right(table)
+
+
+def step_table(plan: Plan, source: str) -> Table:
+    """What a step is, computes and moves."""
+    pairs, step = plan.cfg.train.global_batch_size, plan.step
+    table = Table("step", source, title="Step", title_justify="left")
+    passes = "two passes" if step.has_embed_pass else "one pass"
+    longest, micro = step.batch.work, plan.cfg.train.micro_batch_size or pairs // step.data_parallel
+    rows = {
+        "data-parallel ranks": str(step.data_parallel),
+        "micro batches of each": f"{step.micro_batches} x {micro} pairs, {passes}",
+        "longest micro batch": f"{longest.tokens} tokens, {longest.tiles} tiles",
+        "TFLOPs per pair": f"{plan.model_flops / pairs / 1e12:.2f}",
+        "extra: passes, recomputed": f"{plan.extra_flops / plan.model_flops:.0%}",
+        "pipeline bubble": f"{plan.bubble:.1%}",
+        "balance of the stages": f"{plan.balance:.2f}",
+        "gathered by the loss per rank": f"{plan.gather_bytes / 1e6:.1f} MB",
+        "gradients, weights per rank": f"{plan.reduction_bytes / 1e6:.1f} MB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return _right(table)
+
+
+def memory_table(plan: Plan) -> Table:
+    """GB by part on a rank of each stage."""
+    stages = [f"stage {i}" + " *" * (stage is plan.worst) for i, stage in enumerate(plan.stages)]
+    title = "Memory of a rank, GB" + ("; * most" if len(stages) > 1 else "")
+    table = Table("part", *stages, title=title, title_justify="left")
+    table.add_row("decoder layers", *(str(stage.layers) for stage in plan.stages))
+    for part in plan.stages[0].memory:
+        table.add_row(part, *(f"{stage.memory[part] / GIB:.2f}" for stage in plan.stages))
+    table.add_row("all", *(f"{stage.total / GIB:.2f}" for stage in plan.stages))
+    return _right(table)
+
+
+def _right(table: Table) -> Table:
+    """Numbers flush right."""
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+if __name__ == "__main__":
+    main()
