@@ -106,15 +106,19 @@ def plot_runs(
         colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
         style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
         places = _places(records, along)
-        for one, (_, _, value) in zip(axes.flat, PANELS):
+        for one, (title, _, value) in zip(axes.flat, PANELS):
             values = np.array([_number(value, record) for record in records], dtype=float)
-            _dots_and_mean(one, places, values, colour, name, style)
+            if title == "learning rate":  # has no noise
+                one.plot(places, values, color=colour, linestyle=style, linewidth=2)
+            else:
+                _dots_and_mean(one, places, values, colour, name, style)
         where = {record["step"]: place for record, place in zip(records, places)}
         points = [(where[step], score) for step, score in evaluations.get(name, []) if step in where]
         axes.flat[-1].plot(*zip(*points or [(np.nan, np.nan)]), color=colour, linestyle=style, marker="o", markersize=4)
     for one, (title, quantity, _) in zip(axes.flat, PANELS):
         label_axes(one, title, quantity, along)
     label_axes(axes.flat[-1], "evaluation while training", "mean Precision@1 (%)", along)
+    axes.flat[-1].set_visible(any(evaluations.values()))
     if runs:
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)

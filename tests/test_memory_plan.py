@@ -19,11 +19,9 @@ WORST_TEMPORARY = 0.4
 @pytest.mark.parametrize(
     ("world", "arguments"),
     [
-        (1, []),
         (1, ["model.recompute=selective", "model.freeze=[vision]", "--micro-batches", "3"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2", "model.recompute=full"]),
-        (2, ["--micro-batches", "1"]),
     ],
 )
 def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:
@@ -68,6 +66,6 @@ def test_every_layer_is_on_one_stage() -> None:
     assert [[chunk.is_last for chunk in stage] for stage in chunks] == [[False], [False], [False], [True]]
 
 
-def test_loss_does_not_hold_the_whole_matrix() -> None:
+def test_loss_grows_with_the_batch_and_not_with_its_square() -> None:
     rows = 8192
-    assert loss_bytes(rows, rows, 1024) < 4 * rows * rows
+    assert loss_bytes(2 * rows, 2 * rows, 1024) == 2 * loss_bytes(rows, rows, 1024)

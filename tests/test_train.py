@@ -78,7 +78,7 @@ def data_with_hard_negatives(openmoji_data: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_every_choice_of_the_loss_at_once_is_the_same_at_every_layout(
+def test_every_choice_of_the_loss_at_once_is_the_same_on_two_ranks(
     data_with_hard_negatives: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "all.yaml"
@@ -94,15 +94,14 @@ def test_every_choice_of_the_loss_at_once_is_the_same_at_every_layout(
         """
     )
     run_ranks(1, START, "--config", str(config), f"train.output={tmp_path / 'one'}")
-    layout = ["parallel.pipeline=2", "parallel.tensor=1"]
-    run_ranks(4, START, "--config", str(config), f"train.output={tmp_path / 'four'}", *layout)
-    for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "four"), strict=True):
+    run_ranks(2, START, "--config", str(config), f"train.output={tmp_path / 'two'}")
+    for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
             assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
         assert other["similarity_overlap"] == pytest.approx(one["similarity_overlap"], abs=0.13)  # two queries of 16
         assert 0 < one["hard_negatives"] == other["hard_negatives"] <= 32
         assert 1 < other["effective_negatives"] < 15 + one["hard_negatives"]
-    counts = [sum(record.get("positive_histogram", [])) for record in log_of(tmp_path / "four")]
+    counts = [sum(record.get("positive_histogram", [])) for record in log_of(tmp_path / "two")]
     assert counts == [0, 16, 0]
 
 

@@ -1,4 +1,4 @@
-"""Under torchrun with 4 ranks: what is saved at one layout is the same at others: weights bit by bit, the next step."""
+"""Under torchrun: what is saved at one layout is the same at others: weights bit by bit, the next step."""
 
 import sys
 from dataclasses import replace

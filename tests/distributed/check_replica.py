@@ -1,11 +1,12 @@
 """Under torchrun: one rank of each replica reads and decodes; all ranks of it get the same step, each replica its own.
 
-    check_replica.py DATA tensor,pipeline OUT
+    check_replica.py DATA OUT tensor,pipeline...
 """
 
 import itertools
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,17 @@ STEPS, BATCH = 3, 8
 
 
 def main() -> None:
-    data, layout, out = sys.argv[1:]
-    tensor, pipeline = map(int, layout.split(","))
+    data, out, *layouts = sys.argv[1:]
     cpu_emulation.enable()
+    parallel.start_processes(60)
+    for layout in layouts:
+        check(data, *map(int, layout.split(",")), Path(out) / layout)
+        parallel.leave_layout()
+    parallel.shut_down()
+
+
+def check(data: str, tensor: int, pipeline: int, out: Path) -> None:
+    """Three steps at this layout; leaves the number of pictures that this rank decoded in `out`."""
     cfg = config_file.build(
         {
             "model": {"preset": "tiny"},
@@ -31,12 +40,11 @@ def main() -> None:
             "parallel": {"tensor": tensor, "pipeline": pipeline},
         }
     )
-    parallel.start_processes(60)
     groups = parallel.init(cfg.parallel)
-    decoded = []
-    decode = images.decode_image
-    images.decode_image = lambda *args: decoded.append(1) or decode(*args)
-    steps = list(itertools.islice(share_steps(open_data(cfg, groups, None), groups.mp, parallel.device()), STEPS))
+    decoded, decode = [], images.decode_image
+    with patch.object(images, "decode_image", lambda *args: decoded.append(1) or decode(*args)):
+        stream = share_steps(open_data(cfg, groups, None), groups.mp, parallel.device())
+        steps = list(itertools.islice(stream, STEPS))
     share = BATCH // groups.dp.size()
     assert len(decoded) == (STEPS * share if is_reader(groups.mp) else 0), len(decoded)
     assert [step.position["step"] for step in steps] == [1, 2, 3]
@@ -53,8 +61,8 @@ def main() -> None:
     gathered = [torch.empty_like(sums) for _ in of_replica]
     dist.all_gather(gathered, sums, group=groups.mp)
     assert all(other.equal(sums) for other in gathered)
-    (Path(out) / str(dist.get_rank())).write_text(str(len(decoded)))
-    parallel.shut_down()
+    out.mkdir(exist_ok=True)
+    (out / str(dist.get_rank())).write_text(str(len(decoded)))
 
 
 if __name__ == "__main__":

@@ -65,5 +65,6 @@ def _relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def let_go(trainable: Trainable) -> None:
     """Make an end of it: megatron-core's gradient hooks keep it and its groups alive where Python cannot see it."""
+    trainable.wait_for_weights()  # a gather still under way would write into memory that is given back
     for chunk in trainable.chunks:
         vars(chunk).clear()

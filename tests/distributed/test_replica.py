@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import pytest
 from run_ranks import run_ranks
 
 SCRIPT = Path(__file__).parent / "check_replica.py"
+READERS = {"2,2": 1, "2,1": 2, "1,2": 2, "1,1": 4}
 
 
-@pytest.mark.parametrize(("layout", "readers"), [("2,2", 1), ("2,1", 2), ("1,2", 2), ("1,1", 4)])
-def test_pictures_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path, layout: str, readers: int) -> None:
-    run_ranks(4, SCRIPT, str(openmoji_data), layout, str(tmp_path))
-    counts = sorted(int(file.read_text()) for file in tmp_path.iterdir())
-    assert counts == [0] * (4 - readers) + [3 * 8 // readers] * readers
+def test_pictures_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path) -> None:
+    run_ranks(4, SCRIPT, str(openmoji_data), str(tmp_path), *READERS)
+    for layout, readers in READERS.items():
+        counts = sorted(int(file.read_text()) for file in (tmp_path / layout).iterdir())
+        assert counts == [0] * (4 - readers) + [3 * 8 // readers] * readers, layout

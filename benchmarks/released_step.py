@@ -1,0 +1,235 @@
+"""A training step as the released code takes it, on transformers' modules; the peer of training_step.py, gpu_step.py.
+
+Queries and targets in a forward each, both padded at their end to the longest of the micro batch. A side without a
+picture sends a blank tile through tower and projector, whose features are dropped. Negatives of the micro batch alone.
+Also makes the micro batches, random pixels and tokens in MMEB's lengths, that both ways take.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_llave.batch import PairBatch
+from megatron_llave.config_model import ModelConfig
+from megatron_llave.data.images import visual_layout
+from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
+from megatron_llave.data.pair_shapes import picture_shape
+from megatron_llave.data.prompts import IMAGE
+from megatron_llave.flops import Work
+from megatron_llave.hf_config import build_config_json
+from megatron_llave.hf_weights import canonical_name, local_kernel_name, rules
+from megatron_llave.model.initialization import named_global_parameters
+from megatron_llave.model.vision import normalise
+
+SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
+"""Of pictures, as benchmarks/data_pipeline.py makes them."""
+TEXT_AND_IMAGE, TEXT = (30, 55), (15, 60)
+"""Fewest and most tokens of text and template beside a picture, and without one."""
+HEAD = 14
+"""Tokens of the template before the picture."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One half of a pair."""
+
+    sequence: EncodedSequence
+    size: tuple[int, int] | None
+    """Width and height of its picture."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Of its picture."""
+        return sum(map(len, self.sequence.tiles))
+
+
+Pair = tuple[Side, Side]
+
+
+def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> Side:
+    """Random text, and a picture of random pixels in one of SIZES."""
+    fewest, most = TEXT_AND_IMAGE if has_image else TEXT
+    words = rng.integers(1, model.language.vocab_size, rng.integers(fewest, most + 1)).tolist()
+    if not has_image:
+        return Side(EncodedSequence(words, [], []), None)
+    size, vision = SIZES[rng.integers(len(SIZES))], model.vision
+    grids = tuple((columns, rows) for columns, rows in model.image_grids)
+    layout = visual_layout(*size, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles)
+    num_tiles = picture_shape(*size, model)[1]
+    pixels = rng.integers(0, 256, (num_tiles, 3, vision.image_size, vision.image_size), np.uint8)
+    return Side(EncodedSequence([*words[:HEAD], IMAGE, *words[HEAD:]], [pixels], [layout]), size)
+
+
+def make_pair(model: ModelConfig, kind: str, rng: np.random.Generator) -> Pair:
+    """A pair of a kind that is named as "image_text" is."""
+    query, target = (make_side(model, part == "image", rng) for part in kind.split("_"))
+    return query, target
+
+
+def sequences_of(pairs: Sequence[Pair]) -> tuple[list[Side], list[Side]]:
+    """Queries, then targets."""
+    return [query for query, _ in pairs], [target for _, target in pairs]
+
+
+def packed(pairs: Sequence[Pair], model: ModelConfig, multiple: int = 1) -> PairBatch:
+    """Our micro batch of these pairs."""
+    queries, targets = sequences_of(pairs)
+    shape = TileShape(model.vision.image_size, model.vision.patches_per_side**2)
+    row = pack_sequences([side.sequence for side in (*queries, *targets)], multiple, shape)
+    ids = torch.arange(len(pairs))
+    return PairBatch(row, ids, ids, ids[:0], "random", [str(i) for i in range(len(pairs))])
+
+
+def packed_work(pairs: Sequence[Pair]) -> Work:
+    """What the model has to see."""
+    sides = [side for pair in pairs for side in pair]
+    lengths = [side.sequence.length for side in sides]
+    return Work(sum(lengths), sum(n * n for n in lengths), sum(side.num_tiles for side in sides))
+
+
+def padded_work(pairs: Sequence[Pair]) -> Work:
+    """What it is shown by the released way."""
+    tokens = squared = tiles = 0
+    for sides in sequences_of(pairs):
+        longest = max(side.sequence.length for side in sides)
+        tokens, squared = tokens + len(sides) * longest, squared + len(sides) * longest**2
+        tiles += sum(side.num_tiles or 1 for side in sides)
+    return Work(tokens, squared, tiles)
+
+
+def total(works: Sequence[Work]) -> Work:
+    """Their sum."""
+    return Work(*(sum(getattr(w, name) for w in works) for name in ("tokens", "squared_lengths", "tiles")))
+
+
+def build_released(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu"
+) -> Module:
+    """transformers' LlavaOnevision with random weights; its tower frozen."""
+    config = transformers.LlavaOnevisionConfig.from_dict(build_config_json(model, "llava_onevision", True, "float32"))
+    with torch.device(device):
+        released = transformers.LlavaOnevisionForConditionalGeneration._from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
+    released.model.vision_tower.requires_grad_(False)
+    return released.train()  # it has no dropout
+
+
+def copy_weights(chunk: Module, released: Module, model: ModelConfig) -> None:
+    """Give the released model the weights of our one chunk."""
+    table, values = rules(model), {}
+    for name, parameter in named_global_parameters(chunk):
+        rule = table[local_kernel_name(name)]
+        values |= dict(zip(rule.names, rule.split(parameter.detach())))
+    with torch.no_grad():
+        for own, parameter in released.named_parameters():
+            value = values.pop(canonical_name(own, "llava_onevision"), None)
+            if value is not None:
+                parameter.copy_(value)
+    assert not values, f"no such tensors there: {sorted(values)}"
+
+
+@dataclass
+class PaddedSides:
+    """Queries, or targets, of a micro batch of n pairs; the same length for all, the longest's."""
+
+    ids: Tensor
+    """[n, longest] int64, 0 where a visual token or padding stands."""
+    is_visual: Tensor
+    """[n, longest] bool."""
+    mask: Tensor
+    """[n, longest] int64: 1 where there is no padding."""
+    pixels: Tensor
+    """[tiles, 3, edge, edge] normalised; every side has tiles, a blank one if it has no picture."""
+    tiles: list[int]
+    """Of each side."""
+    sizes: list[tuple[int, int] | None]
+    """Width and height of each side's picture."""
+
+    @staticmethod
+    def of(sides: Sequence[Side], model: ModelConfig, device: torch.device, dtype: torch.dtype) -> "PaddedSides":
+        """Pad them."""
+        longest, blank = max(side.sequence.length for side in sides), torch.zeros(1, 3, *2 * [model.vision.image_size])
+        ids, is_visual, mask = (torch.zeros(len(sides), longest, dtype=torch.int64) for _ in range(3))
+        for row, side in enumerate(sides):
+            layouts, place = iter(side.sequence.layouts), 0
+            for token in side.sequence.tokens:
+                width = len(next(layouts)) if token == IMAGE else 1
+                (is_visual if token == IMAGE else ids)[row, place : place + width] = 1 if token == IMAGE else token
+                place += width
+            mask[row, :place] = 1
+        tiles = [normalise(torch.from_numpy(np.concatenate(s.sequence.tiles))) if s.size else blank for s in sides]
+        tensors = (ids.to(device), is_visual.bool().to(device), mask.to(device), torch.cat(tiles).to(device, dtype))
+        return PaddedSides(*tensors, [len(part) for part in tiles], [side.size for side in sides])
+
+
+def padded(
+    pairs: Sequence[Pair], model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PaddedSides, PaddedSides]:
+    """The released micro batch of these pairs."""
+    queries, targets = (PaddedSides.of(sides, model, torch.device(device), dtype) for sides in sequences_of(pairs))
+    return queries, targets
+
+
+def embed(released: Module, sides: PaddedSides) -> Tensor:
+    """Unit vectors [n, h] float32 of one padded forward."""
+    model = released.model
+    visual = visual_tokens(released, sides)
+    hidden = model.language_model.embed_tokens(sides.ids)  # [n, longest, h]
+    hidden = hidden.masked_scatter(sides.is_visual[..., None], visual.to(hidden.dtype))
+    hidden = model.language_model(inputs_embeds=hidden, attention_mask=sides.mask, use_cache=False).last_hidden_state
+    last = sides.mask.sum(1) - 1
+    return F.normalize(hidden[torch.arange(len(last), device=last.device), last].float(), dim=-1)
+
+
+def visual_tokens(released: Module, sides: PaddedSides) -> Tensor:
+    """Tokens [v, h] of all pictures; the tower also runs on the blank tiles."""
+    model = released.model
+    newline = model.image_newline
+    with torch.no_grad():
+        features = model.vision_tower(sides.pixels, output_hidden_states=True).hidden_states[-1]
+    parts = model.multi_modal_projector(features).split(sides.tiles)
+    pictures = [part for part, size in zip(parts, sides.sizes) if size]
+    if not pictures:
+        return features.new_zeros(0, newline.shape[0])
+    heights_and_widths = [(size[1], size[0]) for size in sides.sizes if size]
+    made, _ = model.pack_image_features(
+        pictures, heights_and_widths, image_newline=newline, vision_aspect_ratio=model.config.vision_aspect_ratio
+    )
+    return torch.cat(list(made))
+
+
+def contrastive_loss(query: Tensor, target: Tensor, temperature: float, alpha: float) -> Tensor:
+    """The paper's, over a micro batch: the logit of a negative is raised by alpha times its cosine, detached."""
+    cosines = query @ target.T
+    hardness = alpha * cosines.detach()
+    logits = cosines / temperature + hardness.fill_diagonal_(0)
+    labels = torch.arange(len(query), device=query.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def take_step(
+    released: Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[tuple[PaddedSides, PaddedSides]],
+    temperature: float,
+    alpha: float,
+    clip: float,
+) -> float:
+    """One step; returns the loss."""
+    losses = []
+    for sides in micro_batches:
+        query, target = (embed(released, side) for side in sides)
+        loss = contrastive_loss(query, target, temperature, alpha)
+        (loss / len(micro_batches)).backward()
+        losses.append(loss.detach())
+    torch.nn.utils.clip_grad_norm_([p for p in released.parameters() if p.grad is not None], clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(torch.stack(losses).mean())

@@ -1,0 +1,271 @@
+"""Pairs per second and peak memory of a training step, beside the released way to take it on transformers' modules.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.training_step [--layers 1] [--pairs 4 8] [--repeats 3]
+
+A reduced 0.5b on one CPU process: real widths, heads, tiles, lengths; few layers, a small vocabulary. Both arms have
+the same weights and take the same pairs, 13 image with text -> text, 4 text -> image, 3 image -> image as in MMEB. A
+step is five micro batches, mixed (the shares exactly) or of one kind each (3, 1, 1). The tower is frozen. Arms take
+turns; each time is the median. Checked before: the arms' embeddings and loss. `FLOPs` is the ratio that formulas give,
+released over ours; `reached` the measured ratio over it. Memory is the growth of the resident set of a fresh process
+per arm, from before its model is built to the highest point of its first step. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from benchmarks import released_step
+from benchmarks.released_step import PaddedSides, Pair, packed, packed_work, padded, padded_work, total
+from megatron_llave import config_file, cpu_emulation, parallel
+from megatron_llave.batch import PairBatch
+from megatron_llave.config import RunConfig, row_multiple
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.flops import extra_flops, step_flops
+from megatron_llave.model.embedder import build_model
+from megatron_llave.optimizer import build_trainable
+from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.train import train_step
+
+MICRO_BATCHES = 5
+MIXED = {"image_text": 13, "text_image": 4, "image_image": 3}
+ONE_KIND = ("image_text", "image_text", "image_text", "text_image", "image_image")
+VOCABULARY = 4096
+ARMS = ("ours, micro_batch", "ours, global_batch", "released")
+TOLERANCE = 1e-4
+"""Of embeddings and of the loss."""
+
+Step = Callable[[], None]
+MicroBatches = Sequence[Sequence[Pair]]
+
+
+def make_step(cfg: RunConfig, is_mixed: bool) -> MicroBatches:
+    """The step's micro batches, the same in every process.
+
+    Mixed: of the kinds in MIXED; else a kind each, by turns of ONE_KIND.
+    """
+    rng, size, wanted = np.random.default_rng(0), cfg.train.micro_batch_size, cfg.train.global_batch_size
+    if is_mixed:
+        kinds = [kind for kind, share in MIXED.items() for _ in range(round(share * wanted / sum(MIXED.values())))]
+        kinds = rng.permutation((kinds + ["image_text"] * wanted)[:wanted]).tolist()
+    else:
+        kinds = [ONE_KIND[index // size % len(ONE_KIND)] for index in range(wanted)]
+    pairs = [released_step.make_pair(cfg.model, kind, rng) for kind in kinds]
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def build_config(layers: int, pairs: int, overrides: Sequence[str] = ()) -> RunConfig:
+    """Of the reduced 0.5b."""
+    reduced = [f"model.vision.num_layers={layers}", f"model.language.num_layers={layers}", "train.steps=1000"]
+    reduced += [f"model.language.vocab_size={VOCABULARY}", f"train.micro_batch_size={pairs}"]
+    reduced += [f"train.global_batch_size={MICRO_BATCHES * pairs}", "model.freeze=[vision]", "model.precision=fp32"]
+    return config_file.override(config_file.build({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
+
+
+class Ours:
+    """Our model and its step."""
+
+    def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection) -> None:
+        self.cfg, self.groups = cfg, groups
+        self.chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+        self.trainable = build_trainable(cfg, self.chunks, groups)
+
+    def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
+        """Pack them."""
+        made = (packed(pairs, self.cfg.model, row_multiple(self.cfg)) for pairs in micro_batches)
+        return [batch.to(parallel.device()) for batch in made]
+
+    def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:
+        """Train; returns the loss."""
+        record, _ = train_step(self.trainable, batches, replace(self.cfg.loss, negatives=negatives), 0, self.groups)
+        return record["loss"]
+
+    def embed(self, batches: list[PairBatch]) -> torch.Tensor:
+        """[2 * pairs, h]."""
+        with torch.no_grad():
+            embeddings = torch.cat([self.chunks[0](batch.sequences) for batch in batches])
+        for batch in batches:
+            batch.sequences.features = None
+        return embeddings
+
+
+class Released:
+    """transformers' model and the released step."""
+
+    def __init__(self, cfg: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> None:
+        self.cfg, self.dtype, own = cfg, dtype, cfg.optimizer
+        self.model = released_step.build_released(cfg.model, dtype, attention, parallel.device())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        settings = {"betas": (own.beta1, own.beta2), "eps": own.epsilon, "weight_decay": own.weight_decay}
+        self.optimizer = torch.optim.AdamW(trained, lr=own.learning_rate, **settings)
+
+    def prepare(self, micro_batches: MicroBatches) -> list[tuple[PaddedSides, PaddedSides]]:
+        """Pad them."""
+        return [padded(pairs, self.cfg.model, parallel.device(), self.dtype) for pairs in micro_batches]
+
+    def step(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> float:
+        """Train; returns the loss."""
+        loss, clip = self.cfg.loss, self.cfg.optimizer.clip_gradient
+        return released_step.take_step(self.model, self.optimizer, batches, loss.temperature, loss.alpha, clip)
+
+    def embed(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> torch.Tensor:
+        """[2 * pairs, h]."""
+        with torch.no_grad():
+            return torch.cat([released_step.embed(self.model, sides) for batch in batches for sides in batch])
+
+
+def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBatches) -> tuple[float, float]:
+    """Largest difference of embeddings, and that of the losses. The arms have the same weights afterwards too.
+
+    Our learning rate is 0 at step 0; the released arm's is set so here.
+    """
+    released_step.copy_weights(ours.chunks[0], released.model, cfg.model)
+    batches, theirs = ours.prepare(micro_batches), released.prepare(micro_batches)
+    apart = (ours.embed(batches) - released.embed(theirs)).abs().max().item()
+    for group in released.optimizer.param_groups:
+        group["lr"] = 0.0
+    loss_apart = abs(ours.step(batches) - released.step(theirs))
+    for group in released.optimizer.param_groups:
+        group["lr"] = cfg.optimizer.learning_rate
+    for name, value in (("embeddings", apart), ("losses", loss_apart)):
+        assert value < TOLERANCE, f"{name} are {value} apart, more than {TOLERANCE}"
+    return apart, loss_apart
+
+
+def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]:
+    """FLOPs of each arm over those of ours with one pass."""
+    work = total([packed_work(pairs) for pairs in micro_batches])
+    shown = total([padded_work(pairs) for pairs in micro_batches])
+    one = step_flops(cfg.model, work)
+    counts = (one, one + extra_flops(cfg.model, work, embed_pass=True), step_flops(cfg.model, shown))
+    return {arm: count / one for arm, count in zip(ARMS, counts)}
+
+
+def time_arms(arms: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step; the arms take turns, and a first round warms up."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(repeats + 1):
+        for arm, step in arms.items():
+            started = time.perf_counter()
+            step()
+            seconds[arm].append(time.perf_counter() - started)
+    return {arm: values[1:] for arm, values in seconds.items()}
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """In a fresh process: print the growth of one arm's resident set."""
+    cfg = build_config(args.layers, args.pairs[0], args.overrides)
+    groups = start(cfg)
+    micro_batches = make_step(cfg, args.memory[1] == "mixed")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest point so far is forgotten
+    before = resident("VmRSS")
+    if args.memory[0] == "released":
+        arm = Released(cfg)
+        arm.step(arm.prepare(micro_batches))
+    else:
+        arm = Ours(cfg, groups)
+        arm.step(arm.prepare(micro_batches), args.memory[0].removeprefix("ours, "))
+    print(json.dumps(resident("VmHWM") - before))
+    parallel.shut_down()
+
+
+def memory_of(arm: str, batches: str, pairs: int, args: argparse.Namespace) -> int:
+    """Bytes, measured in another process."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--memory", arm, batches, "--pairs", str(pairs)]
+    command += ["--layers", str(args.layers), "--overrides", *args.overrides]
+    made = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(made.stderr)
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def start(cfg: RunConfig) -> ProcessGroupCollection:
+    """This process alone."""
+    parallel.start_processes(600)
+    return parallel.init(cfg.parallel, cfg.train.seed)
+
+
+def profile(ours: Ours, micro_batches: MicroBatches) -> None:
+    """Print where our step's time goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        ours.step(ours.prepare(micro_batches))
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
+
+
+def run(args: argparse.Namespace) -> None:
+    """A block of rows per kind of batch and micro-batch size."""
+    groups = start(build_config(args.layers, args.pairs[0], args.overrides))
+    print(f"{torch.get_num_threads()} thread(s), {args.layers} layer(s) of tower and decoder, {args.repeats} repeats\n")
+    heads = ["batches", "pairs", "arm", "s / step", "pairs/s", "range", "released / arm", "FLOPs", "reached", "MB"]
+    print("|", " | ".join(heads), "|\n|---|---:|---" + "|---:" * (len(heads) - 3) + "|", flush=True)
+    for batches in args.batches:
+        for pairs in args.pairs:
+            cfg = build_config(args.layers, pairs, args.overrides)
+            micro_batches = make_step(cfg, batches == "mixed")
+            ours, released = Ours(cfg, groups), Released(cfg)
+            apart = check(cfg, ours, released, micro_batches)
+            note = f"{batches}, {pairs} pairs: embeddings {apart[0]:.1e} apart, losses {apart[1]:.1e}"
+            print(note, file=sys.stderr, flush=True)
+            if args.profile:
+                profile(ours, micro_batches)
+                continue
+            steps: dict[str, Step] = {
+                ARMS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
+                ARMS[1]: lambda: ours.step(ours.prepare(micro_batches), "global_batch"),
+                ARMS[2]: lambda: released.step(released.prepare(micro_batches)),
+            }
+            seconds = time_arms(steps, args.repeats)
+            print_rows(batches, cfg, micro_batches, seconds, args)
+    parallel.shut_down()
+
+
+def print_rows(
+    batches: str, cfg: RunConfig, micro_batches: MicroBatches, seconds: dict[str, list[float]], args: argparse.Namespace
+) -> None:
+    """One per arm."""
+    flops, medians = flop_ratios(cfg, micro_batches), {arm: statistics.median(v) for arm, v in seconds.items()}
+    pairs = cfg.train.global_batch_size
+    for arm, taken in medians.items():
+        ratio, wanted = medians["released"] / taken, flops["released"] / flops[arm]
+        spread = f"{pairs / max(seconds[arm]):.3f} to {pairs / min(seconds[arm]):.3f}"
+        cells = [batches, str(cfg.train.micro_batch_size), arm, f"{taken:.2f}", f"{pairs / taken:.3f}", spread]
+        cells += [f"{ratio:.2f}", f"{wanted:.2f}", f"{100 * ratio / wanted:.0f} %"]
+        size = "-" if args.no_memory else f"{memory_of(arm, batches, cfg.train.micro_batch_size, args) / 1e6:.0f}"
+        print("|", " | ".join([*cells, size]), "|", flush=True)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=1, help="of the tower, and of the decoder (1)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8], help="of a micro batch (4 and 8)")
+    parser.add_argument("--batches", nargs="+", choices=("mixed", "one kind"), default=["mixed", "one kind"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--profile", action="store_true", help="our operators by their own time, no table")
+    parser.add_argument("--memory", nargs=2, metavar=("ARM", "BATCHES"), help=argparse.SUPPRESS)
+    parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        measure_memory(args) if args.memory else run(args)
+
+
+if __name__ == "__main__":
+    main()
