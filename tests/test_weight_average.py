@@ -44,7 +44,7 @@ def test_small_differences_add_up_in_bfloat16() -> None:
     """A thousandth of a step of 2^-7 is far below bfloat16's spacing, but not below the average's."""
     chunk = layer(torch.bfloat16)
     average = WeightAverage([chunk], decay=0.999)
-    average._updates = 100_000  # past the fast beginning
+    average.updates = 100_000  # past the fast beginning
     with torch.no_grad():
         chunk.weight.fill_(1.0078125)
     for _ in range(1000):
