@@ -5,10 +5,11 @@
 Pairs of MMEB's kinds and lengths and random weights, the same in every arm; the tower frozen, bf16; of 7b each layer is
 computed again in the backward. Arms run one after another, in a process each. Ours: on torch's kernels, on Transformer
 Engine's, with its FP8 recipes; negatives of the micro batch. Released: two padded forwards, blank pictures, SDPA or
-flash attention, AdamW with weights and moments in bf16 (ours has float32 ones: 12 bytes per parameter more). What is
-not installed, or has no room, is a row that says so. FLOPs are what the pairs need (flops.step_flops), the same for
-all arms; `of product`: their rate over that of a large bf16 matrix product. `cosine`: the least between an arm's
-embeddings and the first arm's. `planned`: by tools/plan.py's formulas. Prints a Markdown table.
+flash attention, AdamW with weights and moments in bf16 (ours has float32 ones, and sums gradients in float32: 10 bytes
+per parameter more, so that our 7b, 128 GB without activations, wants a GPU of 141 GB). What is not installed, or has no
+room, is a row that says so. FLOPs are what the pairs need (flops.step_flops), the same for all arms; `of product`:
+their rate over that of a large bf16 matrix product. `cosine`: the least between an arm's embeddings and the first
+arm's. `planned`: by tools/plan.py's formulas. Prints a Markdown table.
 
 Where there is no GPU it runs on the CPU, which shows no more than that it runs.
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ RELEASED = {"released, SDPA": "sdpa", "released, flash attention": "flash_attent
 """transformers' attention of each arm of the peer."""
 SETTINGS = {"7b": ["model.recompute=full"]}
 """Of a preset."""
+FP8_SINCE = (8, 9)
+"""Compute capability."""
 EDGE = 8192
 """Of the matrices whose product gives the ceiling."""
 
@@ -65,8 +69,10 @@ def build_config(preset: str, arm: str, args: argparse.Namespace) -> RunConfig:
 
 def what_is_missing(arm: str) -> str:
     """Of an arm, "" if it can run."""
-    if "engine" in str(OURS.get(arm, "")) and (not torch.cuda.is_available() or not find_spec("transformer_engine")):
+    if ENGINE[0] in OURS.get(arm, ()) and (not torch.cuda.is_available() or not find_spec("transformer_engine")):
         return "no Transformer Engine"
+    if "FP8" in arm and torch.cuda.get_device_capability() < FP8_SINCE:
+        return "no FP8 on this GPU"
     if RELEASED.get(arm) == "flash_attention_2" and (not torch.cuda.is_available() or not find_spec("flash_attn")):
         return "no flash attention"
     return ""
@@ -93,7 +99,10 @@ def seconds_of(step: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[
 def product_tflops(edge: int) -> float:
     """TFLOP/s of a bf16 matrix product of random numbers."""
     a, b = (torch.randn(edge, edge, device=parallel.device(), dtype=torch.bfloat16) for _ in range(2))
-    return 2 * edge**3 / statistics.median(seconds_of(lambda: a @ b, 20)) / 1e12
+    seconds = statistics.median(seconds_of(partial(torch.matmul, a, b), 20))
+    del a, b
+    torch.cuda.empty_cache()  # the arms are in other processes and want the room
+    return 2 * edge**3 / seconds / 1e12
 
 
 def build_arm(arm: str, cfg: RunConfig) -> Ours | Released:

@@ -68,6 +68,7 @@ def build_config(layers: int, pairs: int, overrides: Sequence[str] = ()) -> RunC
     reduced = [f"model.vision.num_layers={layers}", f"model.language.num_layers={layers}", "train.steps=1000"]
     reduced += [f"model.language.vocab_size={VOCABULARY}", f"train.micro_batch_size={pairs}"]
     reduced += [f"train.global_batch_size={MICRO_BATCHES * pairs}", "model.freeze=[vision]", "model.precision=fp32"]
+    reduced += ["optimizer.warmup_steps=1"]  # the rate of the first step is 0
     return config_file.override(config_file.build({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
 
 
@@ -126,7 +127,7 @@ class Released:
 def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBatches) -> tuple[float, float]:
     """Largest difference of embeddings, and that of the losses. The arms have the same weights afterwards too.
 
-    Our learning rate is 0 at step 0; the released arm's is set so here.
+    Our learning rate is 0 at the first step; the released arm's is set so here.
     """
     released_step.copy_weights(ours.chunks[0], released.model, cfg.model)
     batches, theirs = ours.prepare(micro_batches), released.prepare(micro_batches)
@@ -264,7 +265,10 @@ def main() -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        measure_memory(args) if args.memory else run(args)
+        if args.memory:
+            measure_memory(args)
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

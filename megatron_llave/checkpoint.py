@@ -66,7 +66,7 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
     Raises:
         OSError: the disk is full; the one before stays current.
     """
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
+    files = {str(path.relative_to(partial)): _size(path) for path in _files(partial)}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     replaced = final.with_name(f"{final.name}.replaced")
@@ -74,9 +74,19 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
         os.replace(final, replaced)
     os.replace(partial, final)
     shutil.rmtree(replaced, ignore_errors=True)
+    _point_to(final)
+
+
+def _point_to(final: Path) -> None:
     pointer = final.with_name(f"{POINTER}.partial")
     pointer.write_text(final.name + "\n")
     os.replace(pointer, final.with_name(POINTER))
+
+
+def _size(path: Path) -> int:
+    """Bytes, as the server of a network file system has them: it may be another machine that wrote them just now."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _files(folder: Path) -> list[Path]:
@@ -97,6 +107,33 @@ def remove_old(output: str | Path, keep_last: int, keep_every: int) -> None:
             os.replace(step_folder(output, step), folder / f"step-{step:07d}.replaced")
     for left in (*folder.glob("step-*.replaced"), *folder.glob("step-*.partial")):
         shutil.rmtree(left)
+
+
+def abandon_later(output: str | Path, folder: Path) -> list[Path]:
+    """Set aside a run's checkpoints after the one that it goes back to, which would count as newer than what it saves.
+
+    Args:
+        output: of the run.
+        folder: the checkpoint that it goes on from, perhaps of another run; then nothing is later.
+
+    Returns:
+        Where they are now: step-N.abandoned, or .abandoned-2 and so on. None is removed.
+    """
+    home = Path(output) / FOLDER
+    match = _STEP.fullmatch(folder.name)
+    if match is None or folder.resolve().parent != home.resolve():
+        return []
+    moved = []
+    for step in sorted(step for step in all_steps(output) if step > int(match[1])):
+        source, number = step_folder(output, step), 1
+        target = source.with_suffix(".abandoned")
+        while target.exists():
+            number += 1
+            target = source.with_suffix(f".abandoned-{number}")
+        os.replace(source, target)
+        moved.append(target)
+    _point_to(folder.resolve())
+    return moved
 
 
 def all_steps(output: str | Path) -> list[int]:

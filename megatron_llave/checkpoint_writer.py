@@ -9,8 +9,10 @@ checkpoint before stays current.
 
 import inspect
 import logging
+import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llave import checkpoint
 from megatron_llave.config import RunConfig
+from megatron_llave.fault_tolerance import SIGNALS
 from megatron_llave.parallel import device
 from megatron_llave.training_state import state_metadata
 
@@ -38,6 +41,8 @@ RESERVE = "reserve"
 RESERVE_BYTES = 16 << 20
 """Room kept for the metadata, which the first rank writes last: the others could not know that it has none."""
 POLL_SECONDS = 0.05
+LOOK_SECONDS = 1.0
+"""Between looks at how large the files are: on a cluster they are a server's."""
 
 
 @dataclass
@@ -85,10 +90,11 @@ class CheckpointWriter:
         if self._groups.dp_cp.size() > 1:  # each data-parallel rank writes a part, in place of the first all
             strategy = FullyParallelSaveStrategyWrapper(strategy, self._groups.dp_cp, False)
         options = {"async_sharded_save": True, "content_metadata": metadata, **_own_writer()}
-        with _without_start_script():
+        with _without_start_script(), _deaf_children():
             request = dist_checkpointing.save(state, str(partial), strategy, **options)
         caller = TemporalAsyncCaller()
-        caller.schedule_async_call(request._replace(finalize_fns=[]))
+        with _deaf_children():
+            caller.schedule_async_call(request._replace(finalize_fns=[]))
         self._current = _Save(step, partial, request, caller, started)
         if not self._cfg.checkpoint.asynchronous:
             self.poll(wait=True)
@@ -106,7 +112,7 @@ class CheckpointWriter:
         current = self._current
         if current is None:
             return False
-        process, size = current.caller.process, -1
+        process, size, looked = current.caller.process, -1, -math.inf
         while True:
             is_busy = process is not None and process.is_alive()
             has_failed = process is not None and not is_busy and process.exitcode != 0
@@ -117,9 +123,10 @@ class CheckpointWriter:
                 break
             if not wait:
                 return False
-            size, before = _bytes_in(current.partial), size
-            if size != before:
-                self._progress(f"waiting for the checkpoint of step {current.step}")
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked, before, size = time.monotonic(), size, _bytes_in(current.partial)
+                if size != before:
+                    self._progress(f"waiting for the checkpoint of step {current.step}")
             time.sleep(POLL_SECONDS)
         self._current = None
         current.caller.close()
@@ -196,6 +203,16 @@ def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:
     """How the processes are laid out, for the manifest."""
     names = {"tensor": groups.tp, "context": groups.cp, "pipeline": groups.pp, "data": groups.dp}
     return {name: group.size() for name, group in names.items()} | {"chunks": cfg.parallel.virtual_pipeline}
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside do not hear a request to stop: torchrun sends it to them too, and the save would die."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 @contextmanager

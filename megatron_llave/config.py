@@ -283,6 +283,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         """Check the range."""
         at_least(self, "log", 0, ("interval", "histogram_interval"))
+        peak = self.peak_tflops
+        require(peak is None or peak > 0, f"log.peak_tflops={peak} must be above 0, or null")
 
 
 @dataclass

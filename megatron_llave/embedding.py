@@ -4,8 +4,9 @@
     vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class LoadedModel:
     chunks: list[Module]
     encoder: Encoder
     groups: ProcessGroupCollection
+    progress: Callable[[str], None] = lambda doing: None
+    """Told of each input that is read and each row that is embedded."""
 
     @property
     def pad_to_multiple(self) -> int:
@@ -114,6 +117,7 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
 
 
 def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedSequence:
+    model.progress(f"reading input {key}")
     try:
         return model.encoder.encode(sides[key])
     except DataError as error:
@@ -139,8 +143,12 @@ def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor
     missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule wants whole rounds
     empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
     padded = rows + [empty] * missing
-    return run_schedule(model.chunks, padded, _forward_step, forward_only=True)[: len(rows)]
+    forward_step = partial(_forward_step, progress=model.progress)
+    return run_schedule(model.chunks, padded, forward_step, forward_only=True)[: len(rows)]
 
 
-def _forward_step(rows: Iterator[PackedSequences], chunk: Module) -> tuple[Tensor, object]:
+def _forward_step(
+    rows: Iterator[PackedSequences], chunk: Module, progress: Callable[[str], None]
+) -> tuple[Tensor, object]:
+    progress("embedding inputs")
     return chunk(next(rows).to(parallel.device())), lambda output, non_loss_data: output

@@ -33,14 +33,18 @@ def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationS
     return [score(one, embeddings, row, model.groups.dp) for one in sets]
 
 
-def build_evaluation(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Callable[[], Scores]:
+def build_evaluation(
+    cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection, progress: Callable[[str], None]
+) -> Callable[[], Scores]:
     """A function that evaluates the model that is being trained, as it is, on the sets in evaluate.path.
+
+    It tells `progress` of every row that it embeds.
 
     Raises:
         DataError: the sets, or a picture of theirs, cannot be read.
     """
     inputs, sets = read_evaluation(cfg.evaluate.path or cfg.data.path)
-    model = LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
+    model = LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups, progress)
 
     def run() -> Scores:
         for chunk in chunks:

@@ -44,6 +44,8 @@ BEATS_WATCHED = 3
 """For how many of its own beats a rank watches for those of others."""
 GRACE = 1.5
 """After this many time limits a rank that cannot even run Python threads is ended by a C thread."""
+STARTED = time.monotonic()
+"""Of this process, nearly: what it loads next takes most of the time before the first step."""
 _LOST = re.compile(r"onnection (closed|reset) by peer|onnection refused|Broken pipe|Socket Timeout|Timed out waiting")
 
 
@@ -53,7 +55,7 @@ class StopRequests:
     def __init__(self, output: str | Path, time_limit_minutes: float | None) -> None:
         """Take over SIGTERM and SIGUSR1, and forget a stop file that an earlier run has obeyed."""
         self._file = Path(output) / STOP_FILE
-        self._end = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
+        self._end = None if time_limit_minutes is None else STARTED + 60 * time_limit_minutes
         self._signal = ""
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         if dist.get_rank() == 0:
@@ -233,8 +235,11 @@ def explain_lost_ranks() -> Iterator[None]:
 
 
 def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:
-    """Leave `running`, `stopped` or `finished` in the run's folder, for the scripts that have started it."""
+    """Leave `running`, `stopped`, `finished` or `failed` in the run's folder, for the scripts that have started it."""
     file = Path(output) / STATE_FILE
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
-    os.replace(partial, file)
+    try:
+        partial.write_text(json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+        os.replace(partial, file)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s; the run is %s", file, error.strerror, state)

@@ -119,11 +119,11 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
     optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config))
     no_sync = [chunk.no_sync for chunk in wrapped]
     for chunk in wrapped:
-        config = get_model_config(chunk)
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = optimizer.scale_loss
+        hooks = get_model_config(chunk)
+        hooks.finalize_model_grads_func = finalize_model_grads
+        hooks.grad_scale_func = optimizer.scale_loss
         if overlap:
-            config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+            hooks.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return Trainable(wrapped, optimizer, _build_schedule(cfg, optimizer))
 
 

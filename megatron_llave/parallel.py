@@ -22,6 +22,10 @@ from megatron_llave.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+SECONDS_FOR_THE_WATCHDOG = 60
+"""Collectives wait this much longer than the watchdog (fault_tolerance.py), which knows better whom to blame."""
+
+
 def device() -> torch.device:
     """The device this process computes on: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -30,13 +34,17 @@ def device() -> torch.device:
 def start_processes(timeout_seconds: int) -> int:
     """Join the processes torchrun started (or be the only one) and return their number.
 
-    Uses NCCL with GPUs, gloo without. A collective that waits longer than `timeout_seconds` ends the process.
+    Uses NCCL with GPUs, gloo without. A collective that waits longer than `timeout_seconds`, and some more for the
+    watchdog, ends the process.
     """
     if not dist.is_initialized():
         if torch.cuda.is_available():
+            # Before the first use of the GPU: megatron-core's tensor-parallel layers count on the order of its queue.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **_meeting_place())
+        limit = timedelta(seconds=timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
+        dist.init_process_group(backend, timeout=limit, **_meeting_place())
     return dist.get_world_size()
 
 
@@ -74,7 +82,7 @@ def init(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=virtual_pipeline,
             context_parallel_size=config.context,
-            distributed_timeout_minutes=config.timeout_seconds / 60,
+            distributed_timeout_minutes=(config.timeout_seconds + SECONDS_FOR_THE_WATCHDOG) / 60,
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # As Megatron-LM does, so that no two stages drop the same channels.

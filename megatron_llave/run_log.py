@@ -7,12 +7,15 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 from megatron_llave.errors import DataError
 from megatron_llave.log_sinks import Sink
+
+logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -42,6 +45,7 @@ class RunLog:
         self._output, self._sinks = Path(output), sinks
         self._interval, self._total_steps = interval, total_steps
         self._file = None
+        self._has_warned = False
         self._pairs = self._tokens = 0
         self._seconds = self._waited = 0.0  # these four since the last progress line, the next three since the start
         self._all_steps = self._skipped = 0
@@ -50,7 +54,7 @@ class RunLog:
             Path(output).mkdir(parents=True, exist_ok=True)
             path = Path(output) / LOG_FILE
             _cut_half_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
 
     def step(self, record: dict[str, float | int | str]) -> None:
         """Append one step's record and print progress when the interval is over.
@@ -63,11 +67,13 @@ class RunLog:
         if self._file is None:
             return
         finite = {key: None if _is_broken(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._survived():
+            # Whole lines, unbuffered: one that fails is not written twice.
+            self._file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
         numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float)) and key != "step"}
-        for sink in self._sinks:
-            sink.step(record["step"], numbers)
+        with self._survived():
+            for sink in self._sinks:
+                sink.step(record["step"], numbers)
         self._all_steps += 1
         self._pairs += record["pairs"]
         self._tokens += record["tokens"]
@@ -81,21 +87,34 @@ class RunLog:
             self._pairs = self._tokens = 0
             self._seconds = self._waited = 0.0
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
         """Append what an evaluation after `step` steps gave to evaluations.jsonl, and print the mean.
 
         Args:
             step: steps done.
             scores: Precision@1 in percent by set.
+            seconds: that it took.
         """
         if self._file is None:
             return
-        with (self._output / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "precision_at_1": dict(scores)}) + "\n")
-        for sink in self._sinks:
-            sink.step(step, {f"precision_at_1/{name}": value for name, value in scores.items()})
+        record = {"step": step, "precision_at_1": dict(scores), "seconds": seconds}
+        with self._survived(), (self._output / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        with self._survived():
+            for sink in self._sinks:
+                sink.step(step, {f"precision_at_1/{name}": value for name, value in scores.items()})
         mean = sum(scores.values()) / len(scores)
         print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """A full disk costs lines of the log, not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("log in %s cannot be written: %s; the run goes on without", self._output, error.strerror)
+            self._has_warned = True
 
     def _progress(self, record: dict[str, float | int | str]) -> str:
         """One line: the numbers of this step, rates over the interval, time left at the mean pace of this process."""

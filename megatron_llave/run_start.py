@@ -76,8 +76,8 @@ def find_checkpoint(cfg: RunConfig) -> Path | None:
 
 def _find_checkpoint(cfg: RunConfig) -> Path | None:
     output, resume = cfg.train.output, cfg.checkpoint.resume
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = AUTO  # torchrun has started this run again
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (resume is None or checkpoint.all_steps(output)):
+        resume = AUTO  # torchrun has started this run again, which may have got beyond what it began with
     if resume is None:
         steps = checkpoint.all_steps(output)
         hint = "--resume auto goes on with it; for a new run choose another train.output"
@@ -86,11 +86,16 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
     if resume != AUTO:
         folder = checkpoint.find(resume)
         checkpoint.require_whole(folder)
+        for left in checkpoint.abandon_later(output, folder):
+            logger.warning("going back to %s: the later %s is now %s", folder, left.stem, left)
         return folder
     folder = checkpoint.newest_usable(output, lambda problem: logger.warning("not resumed from: %s", problem))
     steps = checkpoint.all_steps(output)
     require(folder is not None or not steps, f"train.output={output}: none of its {len(steps)} checkpoints is usable")
-    logger.info("going on from %s", folder) if folder else logger.info("no checkpoint in %s: a new run", output)
+    if folder:
+        logger.info("going on from %s", folder)
+    else:
+        logger.info("no checkpoint in %s: a new run", output)
     return folder
 
 

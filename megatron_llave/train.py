@@ -22,7 +22,7 @@ from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, row_mul
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.diagnostics import histograms, peak_memory_gb, step_metrics
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import CheckpointError, exit_with_one_line
 from megatron_llave.evaluate import build_evaluation
 from megatron_llave.fault_tolerance import (
     EXIT_STOPPED,
@@ -56,10 +56,6 @@ from megatron_llave.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-SECONDS_FOR_THE_WATCHDOG = 60
-"""Collectives wait this much longer than the watchdog, which knows better whom to blame."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
     parser = argparse.ArgumentParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
@@ -91,19 +87,24 @@ def train(cfg: RunConfig) -> str:
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
         cfg = starting_from(pretrained, cfg)
-    world_size = parallel.start_processes(cfg.parallel.timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
+    world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
     parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
     groups = parallel.init(cfg.parallel, cfg.train.seed)
     cfg, resumed = with_steps(cfg), find_checkpoint(cfg)
     watchdog = Watchdog(cfg.parallel.timeout_seconds)
+    watchdog.progress("opening the data")
     position = checkpoint.read_position(resumed) if resumed else None
     steps = share_steps(open_data(cfg, groups, position), groups.mp, parallel.device())
     is_new = pretrained is None and resumed is None
+    watchdog.progress("building the model")
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed if is_new else None)
     if pretrained is not None and resumed is None:
+        watchdog.progress(f"loading {cfg.checkpoint.init}")
         pretrained.load(chunks, groups)
+    watchdog.progress("building the optimizer")
     average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
+    watchdog.progress(f"loading {resumed}" if resumed else "making the run's folder")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
     is_reporting = parallel.is_reporting_rank(groups)
@@ -126,7 +127,7 @@ def run_steps(
     writer = CheckpointWriter(cfg, groups, watchdog.progress)
     requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
-    evaluation = build_evaluation(cfg, state.chunks, groups) if cfg.evaluate.interval else None
+    evaluation = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
     report_state(cfg, "running" if done < last else "finished", done)
     reason = ""
     for step in range(done, last):
@@ -147,14 +148,17 @@ def run_steps(
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
             writer.save(step + 1, state.to_save(step + 1), data.position)
         writer.poll(wait=is_last)
+        if is_last and writer.last != checkpoint.step_folder(cfg.train.output, step + 1):
+            report_state(cfg, "failed", step + 1, reason)
+            raise CheckpointError(f"the run ends after step {step + 1}, which is not saved; the log says why")
         record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
         work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
         record |= achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
         record["memory_gb"] = peak_memory_gb()
         log.step(record | {"save_seconds": time.perf_counter() - started - seconds, "bad_steps": finite.num_bad})
         if evaluation is not None and ((step + 1) % cfg.evaluate.interval == 0 or step + 1 == last):
-            watchdog.progress(f"evaluating after step {step + 1}")
-            log.evaluation(step + 1, evaluation())
+            started = time.perf_counter()
+            log.evaluation(step + 1, evaluation(), time.perf_counter() - started)
         if is_last:
             report_state(cfg, "stopped" if step + 1 < last else "finished", step + 1, reason)
             break
@@ -166,7 +170,7 @@ def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> Non
     """Tell the scripts that have started the run, and whoever reads its output."""
     if dist.get_rank() == 0:
         write_state(cfg.train.output, state, step, reason)
-        if reason:
+        if state == "stopped":
             logger.warning("stopped after step %d and saved: %s", step, reason)
 
 

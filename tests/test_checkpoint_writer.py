@@ -193,6 +193,32 @@ def test_new_run_does_not_begin_in_the_folder_of_another(saved, tmp_path: Path, 
     assert find_checkpoint(saved) is None
 
 
+def test_going_back_sets_the_later_checkpoints_aside(saved, tmp_path: Path, caplog, monkeypatch) -> None:
+    first = tmp_path / "run" / "checkpoints" / "step-0000001"
+    (tmp_path / "run" / "checkpoints" / "step-0000002.abandoned").mkdir()  # of a run that went back before
+    saved.checkpoint.resume = str(first)
+    assert find_checkpoint(saved) == first
+    assert names(tmp_path) == {"step-0000001", "step-0000002.abandoned", "step-0000002.abandoned-2", "latest"}
+    assert said_by_us(caplog, logging.WARNING) == [
+        f"going back to {first}: the later step-0000002 is now {first.with_name('step-0000002.abandoned-2')}"
+    ]
+    checkpoint.remove_old(tmp_path / "run", 1, 0)
+    saved.checkpoint.resume = "auto"
+    assert find_checkpoint(saved) == first
+    # torchrun starts the run with its first command again: what it has saved meanwhile counts.
+    shutil.copytree(first, first.with_name("step-0000005"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    saved.checkpoint.resume = str(first)
+    assert find_checkpoint(saved).name == "step-0000005"
+
+
+def test_checkpoint_of_another_run_sets_nothing_aside(saved, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    saved.checkpoint.resume = str(tmp_path / "other" / "checkpoints" / "step-0000001")
+    assert find_checkpoint(saved).parent.parent == tmp_path / "other"
+    assert names(tmp_path) == {"step-0000001", "step-0000002", "latest"}
+
+
 def test_nothing_usable_is_an_error_and_not_a_new_run(saved, tmp_path: Path) -> None:
     for step in (1, 2):
         damage_shard(tmp_path / "run" / "checkpoints" / f"step-000000{step}")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_ranks import run_ranks
+from run_ranks import run_torchrun
 
 from megatron_llave.errors import DivergedError
 from megatron_llave.fault_tolerance import EXIT_HUNG, FiniteSteps, StopRequests, write_state
@@ -46,7 +46,7 @@ def test_time_limit_is_a_request(groups, tmp_path: Path) -> None:
     time.sleep(0.01)
     assert requests.reason() == "train.time_limit_minutes"
     requests.close()
-    requests = StopRequests(tmp_path, 60)
+    requests = StopRequests(tmp_path, 60)  # since this process started
     assert requests.reason() == ""
     requests.close()
 
@@ -111,7 +111,7 @@ NAMED = {
 def test_rank_that_is_lost_ends_all_and_is_named(how: str) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError) as caught:
-        run_ranks(2, HERE / "distributed" / "check_watchdog.py", how, timeout=100)
+        run_torchrun(2, HERE / "distributed" / "check_watchdog.py", how, timeout=100)
     assert "exit code 1" in str(caught.value), "it should have ended by itself"
     assert re.search(NAMED[how], str(caught.value)), str(caught.value)
     assert how != "sleeps" or "fall_asleep" in str(caught.value)

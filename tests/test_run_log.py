@@ -120,9 +120,24 @@ def test_evaluations_have_a_file_of_their_own(tmp_path, capsys):
     log = RunLog(tmp_path, 1, 2, enabled=True)
     log.step(record(1))
     capsys.readouterr()
-    log.evaluation(1, {"a": 10.0, "b": 30.0})
+    log.evaluation(1, {"a": 10.0, "b": 30.0}, seconds=2.5)
     log.close()
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "precision_at_1": {"a": 10.0, "b": 30.0}}]
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "precision_at_1": {"a": 10.0, "b": 30.0}, "seconds": 2.5}
+    ]
     assert capsys.readouterr().out == "step 1: Precision@1 20.0 %, mean of 2 sets\n"
     assert len(read_log(tmp_path / LOG_FILE)) == 1
+
+
+def test_full_disk_costs_lines_and_not_the_run(tmp_path, caplog, monkeypatch):
+    log = RunLog(tmp_path, 0, 9, enabled=True)
+    log.step(record(1))
+    log.close()
+    log._file = open("/dev/full", "wb", buffering=0)  # every write fails: no space left on device
+    log.step(record(2))
+    log.step(record(3))
+    [warning] = [one.getMessage() for one in caplog.records]
+    assert warning == f"log in {tmp_path} cannot be written: No space left on device; the run goes on without"
+    log.close()
+    assert [one["step"] for one in read_log(tmp_path / LOG_FILE)] == [1]

@@ -235,3 +235,11 @@ def test_corrupt_image_is_skipped_and_counted(openmoji_data: Path, tmp_path: Pat
     assert all(record["pairs"] + record["skipped"] == 16 for record in records)
     assert all(record["loss"] > 0 for record in records)
     assert output.count(f"left out a pair of subset name_to_image: {shard}: sample ") == seen
+
+
+def test_last_save_that_fails_is_an_error(openmoji_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()  # where the folder would be
+    with pytest.raises(AssertionError, match="error: the run ends after step 2, which is not saved") as caught:
+        run_ranks(1, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "train.steps=2")
+    assert "exit code 2" in str(caught.value) and "could not be saved: " in str(caught.value)
+    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "failed", "step": 2, "reason": ""}

@@ -288,6 +288,7 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_requests_to_stop,
         generator=torch.Generator(),  # its own, for the loader draws a seed from it
     )
     try:
@@ -301,6 +302,12 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         reason = " ".join(str(error).split())
         hint = "if memory is short, lower data.workers"
         raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
+
+
+def _ignore_requests_to_stop(worker: int) -> None:
+    """They are for the training, which still wants this worker's step; torchrun sends them to all its processes."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _start(loader: DataLoader) -> Iterator[TrainStep | UserError]:

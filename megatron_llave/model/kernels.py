@@ -41,11 +41,18 @@ def describe_kernels(model: ModelConfig, optimizer: str) -> str:
     parts = [f"kernels on {device}: {layers}", precision, f"recompute {model.recompute}"]
     parts.append("fused weight gradients" if fuses_weight_gradients(model.kernels) else "weight gradients not fused")
     line = ", ".join([*parts, optimizer])
-    if find_spec("apex") is not None and find_spec("apex.optimizers") is None:
+    if find_spec("apex") is not None and not _has_apex_optimizers():
         line += "; the package apex here is not NVIDIA's and of no use (pip uninstall apex)"
     elif on_gpu and model.kernels == "local":
         line += "; model.kernels=transformer_engine is faster on a GPU"
     return line
+
+
+def _has_apex_optimizers() -> bool:
+    try:
+        return find_spec("apex.optimizers") is not None
+    except ImportError:  # looking for a part loads the whole, and the web framework of that name wants other packages
+        return False
 
 
 def _version(package: str) -> str:

@@ -1,5 +1,6 @@
 """What a run says of its kernels, with and without the packages that it may find."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_cpu_uses_torch() -> None:
     line = kernels.describe_kernels(ModelConfig(), "AdamW of torch")
     assert line == (
@@ -29,6 +31,13 @@ def test_apex_that_is_another_package_is_named(found: set[str]) -> None:
     assert "apex here is not NVIDIA's" in kernels.describe_kernels(ModelConfig(), "")
     found.add("apex.optimizers")
     assert "not NVIDIA's" not in kernels.describe_kernels(ModelConfig(), "")
+
+
+def test_apex_that_cannot_even_be_imported_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("import a_web_framework")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "apex here is not NVIDIA's" in kernels.describe_kernels(ModelConfig(), "")
 
 
 def test_weight_gradients_are_fused_where_they_can_be(found: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
