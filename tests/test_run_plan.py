@@ -79,13 +79,13 @@ def test_flops_of_the_way_of_computing() -> None:
     )
 
 
-def test_longest_micro_batch_is_drawn_from_one_kind() -> None:
+def test_longest_micro_batch_is_of_the_longest_pairs_of_one_kind() -> None:
     kinds = [
-        Kind(1, [(SideShape(10), SideShape(1)), (SideShape(20), SideShape(2))]),
+        Kind(1, [(SideShape(10), SideShape(1)), (SideShape(20), SideShape(2)), (SideShape(9), SideShape(1))]),
         Kind(1, [(SideShape(5), SideShape(5))]),
     ]
-    sides = longest_batch(kinds, 4, hard_negatives=1)
-    assert [side.tokens for side in sides] == [20] * 4 + [2] * 8
+    assert [side.tokens for side in longest_batch(kinds, 2, hard_negatives=1)] == [20, 2, 2, 10, 1, 1]
+    assert [side.tokens for side in longest_batch(kinds[1:], 2)] == [5, 5, 5, 5], "there are fewer pairs"
 
 
 def test_pairs_of_a_folder_are_measured(openmoji_data: Path) -> None:

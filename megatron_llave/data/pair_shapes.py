@@ -5,11 +5,9 @@ What planning knows about data; no picture is decoded and no model runs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import ModelConfig
@@ -23,8 +21,6 @@ from megatron_llave.errors import DataError
 
 PAIRS_READ = 1000
 """Of each subset."""
-DRAWS = 50
-"""Micro batches of each kind, of which the longest is taken."""
 PHOTO, SQUARE = (640, 480), (512, 512)
 MMEB_LIKE = [
     (403, (PHOTO, 45), (None, 29)),
@@ -121,12 +117,16 @@ def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) ->
     return SideShape(tokens, sum(visual for visual, _ in pictures), sum(tiles for _, tiles in pictures))
 
 
-def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0, seed: int = 0) -> list[SideShape]:
-    """The sides of the longest of some micro batches of `pairs`, each of one kind; hard negatives are like targets."""
-    rng = np.random.default_rng(seed)
-    drawn = []
+def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:
+    """The sides of the longest micro batch of `pairs` that one kind can give; hard negatives are like targets."""
+    candidates = []
     for kind in kinds:
-        for _ in range(DRAWS if len(kind.pairs) > 1 else 1):
-            chosen = [kind.pairs[i] for i in rng.integers(len(kind.pairs), size=pairs)]
-            drawn.append([query for query, _ in chosen] + [target for _, target in chosen] * (1 + hard_negatives))
-    return max(drawn, key=lambda sides: sum(side.tokens for side in sides))
+        sides = [[query, *[target] * (1 + hard_negatives)] for query, target in kind.pairs]
+        sides.sort(key=_tokens, reverse=True)
+        longest = islice(cycle(sides), pairs)  # a kind may have fewer
+        candidates.append(list(chain.from_iterable(longest)))
+    return max(candidates, key=_tokens)
+
+
+def _tokens(sides: list[SideShape]) -> int:
+    return sum(side.tokens for side in sides)
