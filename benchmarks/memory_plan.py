@@ -112,7 +112,7 @@ class Saved:
 
     def _count(self) -> None:
         features = storages(batch.sequences.features for batch in self._batches)
-        self._features |= features.keys()
+        self._features = {place for place in self._features if self._holders[place] > 0} | features.keys()
         live = {place: self._bytes[place] for place, number in self._holders.items() if number > 0}
         of_features = {place: size for place, size in live.items() if place in self._features} | features
         now = {"vision features": sum(of_features.values())}

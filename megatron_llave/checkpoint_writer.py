@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -208,6 +209,7 @@ def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:
 @contextmanager
 def _deaf_children() -> Iterator[None]:
     """Processes started inside do not hear a request to stop: torchrun sends it to them too, and the save would die."""
+    resource_tracker.ensure_running()  # which unblocks SIGTERM again when it is started
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -7,6 +7,7 @@ import faulthandler
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -210,6 +211,7 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         else:
             time.sleep(self._pause)  # torchrun ends all ranks with the first: the slowest is to speak before
+        _leave_nobody_behind()
         os._exit(EXIT_HUNG)
 
     def _describe(self, rank: int, values: list, is_silent: bool) -> str:
@@ -231,7 +233,14 @@ def explain_lost_ranks() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         print(f"error: rank {rank} lost another rank, which says why itself ({reason})", file=sys.stderr)
         sys.stderr.flush()
+        _leave_nobody_behind()
         os._exit(1)  # leaving the process groups in order would wait for the one that is gone
+
+
+def _leave_nobody_behind() -> None:
+    """End the processes that read data or save; these do not hear the SIGTERM of torchrun (checkpoint_writer.py)."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:

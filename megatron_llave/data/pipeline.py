@@ -8,6 +8,8 @@ all ranks walk the same order without talking, each decodes its own share, and a
 
 import itertools
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 from collections import Counter
@@ -288,7 +290,7 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_requests_to_stop,
+        worker_init_fn=_obey_parent_alone,
         generator=torch.Generator(),  # its own, for the loader draws a seed from it
     )
     try:
@@ -304,10 +306,18 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
 
 
-def _ignore_requests_to_stop(worker: int) -> None:
-    """They are for the training, which still wants this worker's step; torchrun sends them to all its processes."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _obey_parent_alone(worker: int) -> None:
+    """Ignore SIGTERM and SIGUSR1 of others: torchrun sends them to all processes, but the training wants its step."""
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that are started from now on inherit it
+
+    def obey() -> None:
+        parent = multiprocessing.parent_process().pid
+        while signal.sigwaitinfo(signals).si_pid != parent:
+            continue
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=obey, daemon=True).start()
 
 
 def _start(loader: DataLoader) -> Iterator[TrainStep | UserError]:
