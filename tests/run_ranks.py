@@ -47,9 +47,10 @@ def run_ranks(world: int, script: str | Path, *args: str, timeout: float = 300) 
                 rank.start()
             status = _wait(ranks, timeout)
         finally:
-            _kill_trees(rank.pid for rank in ranks if rank.is_alive())
+            _kill_trees(rank.pid for rank in ranks if rank.pid is not None and rank.is_alive())
             for rank in ranks:
-                rank.join()
+                if rank.pid is not None:  # else it could not even be started
+                    rank.join()
         text = output.read().decode(errors="replace")
     assert not status, f"{script} {' '.join(args)}: {status}\n{text[-TAIL_CHARACTERS:]}"
     return text
