@@ -3,14 +3,18 @@
 `train` calls `RunLog.step` at the end of each step; `report` plots what `read_log` reads.
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from megatron_llave.errors import DataError
 from megatron_llave.log_sinks import Sink
@@ -68,8 +72,7 @@ class RunLog:
             return
         finite = {key: None if _is_broken(value) else value for key, value in record.items()}
         with self._survived():
-            # Whole lines, unbuffered: one that fails is not written twice.
-            self._file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+            _append_line(self._file, finite)
         numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float)) and key != "step"}
         with self._survived():
             for sink in self._sinks:
@@ -98,8 +101,8 @@ class RunLog:
         if self._file is None:
             return
         record = {"step": step, "precision_at_1": dict(scores), "seconds": seconds}
-        with self._survived(), (self._output / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self._survived(), (self._output / EVALUATIONS_FILE).open("ab", buffering=0) as file:
+            _append_line(file, record)
         with self._survived():
             for sink in self._sinks:
                 sink.step(step, {f"precision_at_1/{name}": value for name, value in scores.items()})
@@ -178,6 +181,18 @@ def read_log(path: str | Path) -> list[dict[str, float | int | str | None]]:
             records.pop()
         records.append(record)
     return records
+
+
+def _append_line(file: FileIO, record: Mapping[str, Any]) -> None:
+    """Write a whole line or nothing: a disk may be full in the middle of one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line, end = (json.dumps(record, allow_nan=False) + "\n").encode(), file.seek(0, os.SEEK_END)
+    if file.write(line) < len(line):
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _cut_half_line(path: Path) -> None:

@@ -1,6 +1,8 @@
 """The run's log: what is written, what is printed, and what a killed or resumed run leaves."""
 
 import json
+import resource
+import signal
 
 import pytest
 
@@ -141,3 +143,21 @@ def test_full_disk_costs_lines_and_not_the_run(tmp_path, caplog, monkeypatch):
     assert warning == f"log in {tmp_path} cannot be written: No space left on device; the run goes on without"
     log.close()
     assert [one["step"] for one in read_log(tmp_path / LOG_FILE)] == [1]
+
+
+def test_line_that_fits_in_part_is_not_left_in_part(tmp_path, caplog):
+    log = RunLog(tmp_path, 0, 9, enabled=True)
+    log.step(record(1))
+    size = (tmp_path / LOG_FILE).stat().st_size
+    held = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, held[1]))
+        log.step(record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, held)
+        signal.signal(signal.SIGXFSZ, previous)
+    log.step(record(3))
+    log.close()
+    assert [one["step"] for one in read_log(tmp_path / LOG_FILE)] == [1, 3]
+    assert len(caplog.records) == 1
