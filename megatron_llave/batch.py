@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class Side:
     text: str
     images: list[bytes]
     """Encoded image files (PNG, JPEG, ...), byte for byte as stored in the shard."""
+    frames: np.ndarray | None = None
+    """[frames, height, width, 3] uint8 RGB, of a video, which then is all there is besides the text."""
 
     @staticmethod
     def read(text: str, *images: str | Path) -> "Side":

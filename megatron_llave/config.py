@@ -84,6 +84,9 @@ class DataConfig:
     image_token_without_image: str = "blank"
     """An image placeholder in a text that has no image, prompt qwen: blank (a tile of zeros, as released, which the
     released weights were trained with) or remove."""
+    video_newline: str = "one_token"
+    """Where image_newline stands among a video's tokens: one_token (after the last), grid (after each row of each
+    frame), frame (after each frame) or no_token: mm_newline_position of the released configuration."""
     hard_negatives: int = 0
     """Most hard negatives of a pair that are used, the first in its list; queries see those of all pairs that
     they are compared with."""
@@ -106,6 +109,7 @@ class DataConfig:
         one_of("data.prompt", self.prompt, ("qwen", "plain"))
         one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
+        one_of("data.video_newline", self.video_newline, ("one_token", "grid", "frame", "no_token"))
         one_of("data.too_long", self.too_long, ("cut", "skip"))
         at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
         at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
@@ -295,12 +299,19 @@ class EvaluateConfig:
     """Tokens packed into one forward pass."""
     interval: int = 0
     """Steps between evaluations while training; 0: none."""
+    threads: int = 2
+    """Threads per process that read and decode the inputs of MMEB ahead."""
     path: str | None = None
-    """Folder of the evaluation sets for that; null: data.path."""
+    """Folder of the evaluation sets while training: one that tools/prepare_data.py made, or MMEB-eval; null:
+    data.path."""
+    images: str | None = None
+    """Folder that the image paths of MMEB-eval start from; null: evaluate.path."""
+    sets: list[str] = field(default_factory=list)
+    """Names of the sets to evaluate on while training; empty: all there are."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        at_least(self, "evaluate", 1, ("tokens_per_batch",))
+        at_least(self, "evaluate", 1, ("tokens_per_batch", "threads"))
         at_least(self, "evaluate", 0, ("interval",))
 
 

@@ -19,7 +19,7 @@ from megatron_llave.data import audit
 from megatron_llave.data.images import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS, Index, Subset
 from megatron_llave.data.preparation import REPORT_FILE
-from megatron_llave.data.sources import mmeb, openmoji, pairs_jsonl
+from megatron_llave.data.sources import mmeb, openmoji, openmoji_clips, pairs_jsonl
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.presets import PRESETS
 
@@ -39,6 +39,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_openmoji(commands)
     _add_mmeb(commands)
     _add_jsonl(commands)
+    clips = commands.add_parser("clips", help="short videos of moving emoji, for tools/evaluate.py video")
+    clips.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    clips.add_argument("--count", type=int, default=60, metavar="N", help="videos (60)")
+    clips.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    clips.set_defaults(run=run_clips)
     look = commands.add_parser("inspect", help="subsets, pairs, modalities, lengths of a folder of shards")
     look.add_argument("directory", metavar="DIR")
     look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model: with --preset, lengths in tokens")
@@ -140,6 +145,13 @@ def run_jsonl(given: argparse.Namespace) -> int:
             progress=report,
         )
     return _print_made(given.out, made.index, made.skipped)
+
+
+def run_clips(given: argparse.Namespace) -> int:
+    """Make videos of emoji."""
+    count = openmoji_clips.make_clips(given.out, given.count, given.overwrite)
+    print(f"wrote {count} videos and {given.out}/{openmoji_clips.MANIFEST}")
+    return 0
 
 
 def run_inspect(given: argparse.Namespace) -> int:

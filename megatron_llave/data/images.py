@@ -205,6 +205,35 @@ def visual_layout(
     return layout
 
 
+VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
+"""Where the newline stands among a video's tokens: after the last one, after each row of each frame, after each frame,
+nowhere. The released mm_newline_position."""
+
+
+@functools.lru_cache(maxsize=64)
+def video_layout(num_frames: int, patches_per_side: int, newline: str) -> VisualLayout:
+    """The layout of a video, a tile for each frame; its arrays are read-only.
+
+    The features of a frame, s x s of them, are shrunk to ceil(s / 2) x ceil(s / 2) by bilinear interpolation, as the
+    released get_2dPool does with stride 2; frame by frame, row by row, with NEWLINE as `newline` says.
+    """
+    side = patches_per_side
+    pooled = -(-side // 2)
+    one_source, one_weights = _bilinear(np.arange(side * side).reshape(side, side), pooled, pooled)
+    frames = np.arange(num_frames)
+    tokens = num_frames * side * side + np.arange(num_frames * pooled * pooled).reshape(num_frames, pooled, pooled)
+    if newline == "grid":
+        tokens = np.pad(tokens, ((0, 0), (0, 0), (0, 1)), constant_values=NEWLINE)
+    elif newline == "frame":
+        tokens = np.pad(tokens.reshape(num_frames, -1), ((0, 0), (0, 1)), constant_values=NEWLINE)
+    tokens = np.append(tokens, NEWLINE) if newline == "one_token" else tokens.ravel()
+    source = (one_source + frames[:, None, None] * side * side).reshape(-1, 4)
+    layout = VisualLayout(tokens, source, np.tile(one_weights, (num_frames, 1)))
+    for array in (layout.source, layout.blend_source, layout.blend_weights):
+        array.flags.writeable = False
+    return layout
+
+
 def num_visual_tokens(
     width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
 ) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
@@ -101,6 +102,8 @@ class Encoder:
     """Larger pictures are refused before they are decoded."""
     too_long: str = "cut"
     """A text beyond max_length: cut, or skip (an error)."""
+    video_newline: str = "one_token"
+    """One of images.VIDEO_NEWLINES."""
 
     @property
     def tile_shape(self) -> TileShape:
@@ -118,6 +121,8 @@ class Encoder:
             DataError: the images alone exceed max_length, or the text does and `too_long` is skip; or there are more
                 placeholders than images.
         """
+        if side.frames is not None:
+            return self._encode_video(side.text, side.frames)
         text, pictures = side.text, [images.decode_image(data, self.max_image_pixels) for data in side.images]
         layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
         num_blank = 0
@@ -131,6 +136,13 @@ class Encoder:
         tiles = [images.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
         return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
+
+    def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
+        """One squashed tile a frame; the video is one image to the prompt."""
+        cut = [images.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
+        layout = images.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
+        tokens, is_cut = self._tokens(text, 1, len(layout))
+        return EncodedSequence(tokens, [np.concatenate(cut)], [layout], is_cut=is_cut)
 
     def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
         """Ids of the prompt, and whether its text was cut."""
@@ -172,6 +184,7 @@ def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
         image_token_without_image=cfg_data.image_token_without_image,
         max_image_pixels=cfg_data.max_image_pixels,
         too_long=cfg_data.too_long,
+        video_newline=cfg_data.video_newline,
     )
 
 

@@ -1,0 +1,69 @@
+"""Video files -> the frames that the model sees, as the released code samples them. PyAV decodes; the extra `[video]`.
+
+About three frames a second: every round(fps / 3)-th; if those are more than the limit, so many evenly spaced ones of
+all frames.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_llave.errors import ConfigError, DataError
+
+try:
+    import av
+except ImportError:
+    av = None
+
+MAX_FRAMES = 32
+FRAMES_PER_SECOND = 3
+
+
+def choose_frames(num_frames: int, fps: float, limit: int = MAX_FRAMES) -> np.ndarray:
+    """Indices [f] int64 of the frames that are taken, f at most `limit`."""
+    chosen = np.arange(0, num_frames, max(1, round(fps / FRAMES_PER_SECOND)))
+    return chosen if len(chosen) <= limit else np.linspace(0, num_frames - 1, limit, dtype=int)
+
+
+def require_av() -> Any:
+    """PyAV.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if av is None:
+        raise ConfigError("videos need PyAV: pip install 'megatron_llave[video]'")
+    return av
+
+
+def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> np.ndarray:
+    """[f, height, width, 3] uint8 RGB of the frames that `choose_frames` takes.
+
+    Raises:
+        ConfigError: PyAV is not installed.
+        DataError: the file is missing, damaged, or without a video.
+    """
+    require_av()
+    try:
+        # Counted, since what a file says of its own length is often wrong or missing.
+        with av.open(str(path)) as container:
+            num_frames = sum(1 for _ in _decoded(container, path))
+            fps = float(container.streams.video[0].average_rate or 0)
+        if num_frames == 0:
+            raise DataError(f"video {path} has no frames")
+        wanted = set(choose_frames(num_frames, fps, limit).tolist())
+        with av.open(str(path)) as container:
+            decoded = enumerate(_decoded(container, path))
+            frames = [frame.to_ndarray(format="rgb24") for number, frame in decoded if number in wanted]
+    except (OSError, av.FFmpegError) as error:
+        raise DataError(f"video {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return np.stack(frames)
+
+
+def _decoded(container: Any, path: str | Path) -> Iterator[Any]:
+    """Frames of the first video stream."""
+    if not container.streams.video:
+        raise DataError(f"{path} has no video in it")
+    yield from container.decode(video=0)
