@@ -1,43 +1,39 @@
 """What an evaluation found, as numbers, tables and pictures, made of its results and the records of the run's log.
 
-Called by the tools after an evaluation. Files: report.json, report.md, loss.png, similarities.png, montage.png.
+Called by the tools after an evaluation. Files: report.html with everything in it, report.json, report.md, and the
+pictures scores.png, similarities.png, montage.png, mistakes.png, loss.png.
 """
 
-import io
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.batch import Side
-from megatron_llave.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PALE,
-    RED,
-    WHITE,
-    label_axes,
-    plot_loss,
-    replacing,
-    save_png,
-)
+from megatron_llave.figures import BLUE, GREEN, GREY, ORANGE, label_axes, plot_loss, replacing, save_png
+from megatron_llave.html_page import Section, html_page
+from megatron_llave.montage import Panel, Row, draw_montage
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
-
-# Montage, in pixels.
-MARGIN, GAP, CELL, QUERY_WIDTH, FRAME, LEGEND_HEIGHT, TITLE_HEIGHT = 28, 12, 116, 320, 5, 44, 64
-MONTAGE_COLUMNS = 2
+DIAGNOSTICS = ("data set", "positive", "hardest negative", "overlap", "alignment", "uniformity", "hub (%)", "ties")
+NOTE = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
+PAPER_NOTE = (
+    "Means of Precision@1 in percent beside those of arXiv 2503.04812 for the model of these sizes; comparable where "
+    "all data sets of a mean were evaluated."
+)
+DIAGNOSTICS_NOTE = (
+    "Mean cosine of the right candidate and of the hardest other one, and how far the two samples overlap (0 to 1). "
+    "Alignment: mean squared distance of queries and right candidates, 0 is best. Uniformity: log of the mean of "
+    "exp(-2 squared distance) between candidates, lower is more spread. Hub: queries that the most frequent winner "
+    "wins. Ties: queries in which another candidate is exactly as similar as the right one."
+)
 
 
 @dataclass
@@ -57,6 +53,14 @@ class SetResult:
     num_candidates: int
     overlap: float
     """Overlap coefficient of `positive` and `hardest_negative`, 0 to 1."""
+    alignment: float
+    """Mean squared distance of queries and their right candidates."""
+    uniformity: float | None
+    """Log of the mean of exp(-2 squared distance) between candidates; None: there is only one."""
+    hub_share: float
+    """Queries that the most frequent best candidate wins, percent."""
+    num_ties: int
+    """Queries in which another candidate is as similar as the right one, and none more."""
     positive: list[float]
     """Per query, similarity of its right candidate."""
     hardest_negative: list[float]
@@ -115,10 +119,19 @@ def _mean_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
 
 def markdown_table(results: list[SetResult]) -> str:
     """One row per set, then the means; chance and Precision@1 in percent."""
-    alignment = ["---"] * 3 + ["---:"] * 4
     means = [tuple(f"**{cell}**" if cell else "" for cell in row) for row in _mean_rows(results)]
-    rows = [COLUMNS, alignment, *_set_rows(results), *means]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    return markdown_rows(COLUMNS, [*_set_rows(results), *means])
+
+
+def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns of numbers are aligned to the right."""
+    numbers = [all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    lines = [columns, ["---:" if is_number else "---" for is_number in numbers], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip("*") in ("", "-") or cell.strip("*").replace(".", "").replace("-", "").replace("e", "").isdigit()
 
 
 def print_table(results: list[SetResult]) -> None:
@@ -161,155 +174,127 @@ def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30
     save_png(figure, path)
 
 
-def plot_montage(
-    results: list[SetResult], inputs: dict[str, Side], path: str | Path, per_set: int = 3, k: int = 5
-) -> None:
-    """Some queries of each set, evenly spread over it, with their k best candidates, as a PNG.
-
-    A green frame marks the right candidate, a red one a best candidate that is wrong.
-    """
-    across = min(MONTAGE_COLUMNS, max(1, len(results)))
-    down = -(-len(results) // across)
-    panel_width = QUERY_WIDTH + 2 * GAP + k * (CELL + GAP)
-    panel_height = TITLE_HEIGHT + per_set * (CELL + GAP) + GAP
-    size = (2 * MARGIN + across * panel_width + (across - 1) * 2 * MARGIN, LEGEND_HEIGHT + MARGIN + down * panel_height)
-    canvas = Image.new("RGB", size, WHITE)
-    _draw_legend(ImageDraw.Draw(canvas))
-    for index, result in enumerate(results):
-        # Down the first column, then the second: the order of the table.
-        column, row = divmod(index, down)
-        corner = (MARGIN + column * (panel_width + 2 * MARGIN), LEGEND_HEIGHT + row * panel_height)
-        _draw_set(canvas, corner, result, inputs, per_set, k)
-    with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG", optimize=True)
+def plot_scores(results: list[SetResult], path: str | Path) -> None:
+    """Precision@1 of every set as a bar, chance as a line across it, grouped by meta-task, as a PNG."""
+    ordered = sorted(results, key=lambda one: list(dict.fromkeys(r.meta_task for r in results)).index(one.meta_task))
+    figure = Figure(figsize=(9, 1.4 + 0.27 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(ordered))
+    colours = [{"ind": BLUE, "ood": ORANGE}.get(one.split, GREY) for one in ordered]
+    axes.barh(places, [one.precision_at_1 for one in ordered], color=colours, height=0.7)
+    chances = [one.chance for one in ordered]
+    axes.plot(chances, places, "|", color=GREEN, markersize=9, markeredgewidth=2, label="chance")
+    for place, one in zip(places, ordered):
+        axes.text(one.precision_at_1 + 0.8, place, f"{one.precision_at_1:.1f}", va="center", fontsize=8, color=GREY)
+    axes.set_yticks(places, [f"{one.name}  ({one.meta_task})" for one in ordered], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    label_axes(axes, "Precision@1: blue in distribution, orange out of it, grey seen in training", "", "percent")
+    if ordered:
+        axes.legend(frameon=False, loc="lower right")
+    save_png(figure, path)
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw) -> None:
-    left = MARGIN
-    for colour, text in ((GREEN, "right candidate"), (RED, "best candidate, but wrong")):
-        draw.rectangle((left, 16, left + 22, 38), outline=colour, width=FRAME)
-        draw.text((left + 32, 27), text, INK, _font(15), anchor="lm")
-        left += 62 + round(_font(15).getlength(text))
+def example_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set: int = 3, k: int = 5) -> list[Panel]:
+    """Some queries of each set, evenly spread over it, with their k best candidates."""
+    chosen = {one.name: range(0) for one in results}
+    for one in results:
+        count = min(per_set, len(one.queries))
+        chosen[one.name] = [number * len(one.queries) // count for number in range(count)]
+    return [_panel(one, inputs, chosen[one.name], k) for one in results]
 
 
-def _draw_set(
-    canvas: Image.Image, corner: tuple[int, int], result: SetResult, inputs: dict[str, Side], per_set: int, k: int
-) -> None:
-    """One panel: title, then a row per query."""
-    draw = ImageDraw.Draw(canvas)
-    left, top = corner
-    title = _font(18, bold=True)
-    draw.text((left, top + 22), result.name, INK, title, anchor="lm")
-    score = f"Precision@1 {result.precision_at_1:.1f} % (chance {result.chance:.3g} %)"
-    about = f"{result.meta_task}, {result.split}, {score}"
-    draw.text((left + round(title.getlength(result.name)) + 14, top + 23), about, GREY, _font(15), anchor="lm")
-    first = left + QUERY_WIDTH + 2 * GAP
-    draw.text((left, top + 50), "query", GREY, _font(13), anchor="lm")
-    for rank in range(k):
-        draw.text((first + rank * (CELL + GAP) + CELL // 2, top + 50), str(rank + 1), GREY, _font(13), anchor="mm")
-    # What all candidates say ("Represent the given image.") tells none of them apart.
-    is_told_apart = len({inputs[key].text for key in result.candidates}) > 1
-    count = min(per_set, len(result.queries))
-    chosen = [number * len(result.queries) // count for number in range(count)]
-    for row, query in enumerate(chosen):
-        y = top + TITLE_HEIGHT + row * (CELL + GAP)
-        _draw_side(canvas, inputs[result.queries[query]], (left, y, left + QUERY_WIDTH, y + CELL))
-        for rank, candidate in enumerate(result.top[query][:k]):
-            if candidate < 0:
-                continue
-            x = first + rank * (CELL + GAP)
-            box = (x, y, x + CELL, y + CELL)
-            _draw_side(canvas, inputs[result.candidates[candidate]], box, with_text=is_told_apart)
-            is_right = candidate == result.positives[query]
-            if is_right or rank == 0:
-                draw.rectangle(box, outline=GREEN if is_right else RED, width=FRAME)
+def mistake_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set: int = 3, k: int = 5) -> list[Panel]:
+    """Of each set with mistakes the worst ones: the queries whose best candidate is furthest ahead of the right one."""
+    panels = []
+    for one in results:
+        margins = np.subtract(one.hardest_negative, one.positive)
+        worst = [number for number in np.argsort(-margins, kind="stable")[:per_set].tolist() if margins[number] > 0]
+        if worst:
+            panels.append(_panel(one, inputs, worst, k))
+    return panels
 
 
-def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], with_text: bool = True) -> None:
-    """The picture and the text of an input: beside each other in a wide box, one above the other in a square one."""
-    text = side.text if with_text or not side.images else ""
-    text += f" (+{len(side.images) - 1} images)" if len(side.images) > 1 else ""
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle(box, fill=PALE)
-    left, top, right, bottom = (box[0] + FRAME, box[1] + FRAME, box[2] - FRAME, box[3] - FRAME)
-    is_wide = right - left > 2 * (bottom - top)
-    if side.images:
-        height = bottom - top if is_wide or not text else (bottom - top) * 3 // 5
-        width = (right - left) // 2 if is_wide and text else right - left
-        picture = _picture(side.images[0], (width, height))
-        x = left if is_wide else (left + right - picture.width) // 2
-        canvas.paste(picture, (x, top + (height - picture.height) // 2))
-        left, top = (left + picture.width, top) if is_wide else (left, top + height)
-    if text:
-        size = 15 if is_wide else 13
-        _draw_text(draw, text, (left + 4, top + 2, right - 2, bottom), size)
+def _panel(one: SetResult, inputs: Mapping[str, Side], queries: Iterable[int], k: int) -> Panel:
+    score = f"Precision@1 {one.precision_at_1:.1f} % (chance {one.chance:.3g} %)"
+    rows = []
+    for query in queries:
+        best = [index for index in one.top[query][:k] if index >= 0]
+        sides = [(inputs[one.candidates[index]], index == one.positives[query]) for index in best]
+        rows.append(Row(inputs[one.queries[query]], sides))
+    return Panel(one.name, f"{one.meta_task}, {one.split}, {score}", rows)
 
 
-def _picture(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
-    """Decoded, on white, as large as fits into `limit`; small pictures are enlarged."""
-    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
-    flat = Image.new("RGBA", picture.size, WHITE)
-    flat.alpha_composite(picture)
-    scale = min(limit[0] / flat.width, limit[1] / flat.height)
-    size = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
-    return flat.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def diagnostic_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
+    """A row of DIAGNOSTICS per set."""
+    rows = []
+    for one in results:
+        samples = (one.positive, one.hardest_negative)
+        means = [np.mean([x for x in sample if np.isfinite(x)] or [np.nan]) for sample in samples]
+        spread = "-" if one.uniformity is None else f"{one.uniformity:.2f}"
+        numbers = [*(f"{mean:.3f}" for mean in means), f"{one.overlap:.2f}", f"{one.alignment:.3f}", spread]
+        rows.append((one.name, *numbers, f"{one.hub_share:.1f}", str(one.num_ties)))
+    return rows
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font, which is there on every machine."""
-    wanted = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
-    return ImageFont.truetype(font_manager.findfont(wanted), size)
-
-
-def _draw_text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], size: int) -> None:
-    """Text wrapped into the box, in its vertical middle; what does not fit ends in dots."""
-    font, spacing = _font(size), size + 4
-    lines = wrap_text(text, font, box[2] - box[0])
-    room = max(1, (box[3] - box[1]) // spacing)
-    if len(lines) > room:
-        last = lines[room - 1]
-        while last and font.getlength(last + "...") > box[2] - box[0]:
-            last = last[:-1]
-        lines = [*lines[: room - 1], last.rstrip() + "..."]
-    y = (box[1] + box[3] - len(lines) * spacing) // 2
-    for line in lines:
-        draw.text((box[0], y), line, INK, font)
-        y += spacing
-
-
-def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, broken between words, or within a word that is too long for a line."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        joined = f"{line} {word}" if line else word
-        if font.getlength(joined) <= width:
-            line = joined
-            continue
-        if line:
-            lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:
-            cut = max(n for n in range(1, len(word)) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
-        line = word
-    return [*lines, line] if line else lines
+def paper_rows(results: list[SetResult], paper: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(mean, ours, the paper's) of each mean that the paper reports; "-" where no set of its kind was evaluated."""
+    means = summarise(results)
+    ours = {**means["meta_tasks"], "ind": means["ind"], "ood": means["ood"], "overall": means["held_out"]}
+    shown = {name: ours.get(name) for name in paper}
+    return [(name, "-" if mean is None else f"{mean:.1f}", f"{paper[name]:.1f}") for name, mean in shown.items()]
 
 
 def write_report(
-    results: list[SetResult], records: list[dict[str, Any]], inputs: dict[str, Side], directory: str | Path
+    results: list[SetResult],
+    records: list[dict[str, Any]],
+    inputs: Mapping[str, Side],
+    directory: str | Path,
+    paper: Mapping[str, float] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all files of the report into `directory`, each replacing an old one whole; no loss.png without records."""
+    """Write all files of the report into `directory`, each replacing an old one whole.
+
+    Args:
+        results: of the sets, in the order of the tables.
+        records: of the run's log; without any there is no loss.png.
+        inputs: by the keys that the results name; read only for the pictures.
+        directory: made when missing.
+        paper: published means to compare with (paper_results.py).
+        extra: goes into report.json.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {"Similarities": "similarities.png", "Examples": "montage.png"}
+    pictures = {"Precision@1": "scores.png", "Similarities": "similarities.png", "Examples": "montage.png"}
+    pictures["Worst mistakes"] = "mistakes.png"
     if records:
         plot_loss(records, directory / "loss.png")
-        pictures = {"Training": "loss.png", **pictures}
-    plot_similarities(results, directory / pictures["Similarities"])
-    plot_montage(results, inputs, directory / pictures["Examples"])
-    write_json(results, directory / "report.json", {"steps": records[-1]["step"]} if records else {})
-    note = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
-    sections = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
+        pictures["Training"] = "loss.png"
+    plot_scores(results, directory / "scores.png")
+    plot_similarities(results, directory / "similarities.png")
+    draw_montage(example_panels(results, inputs), directory / "montage.png")
+    draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
+    steps = {"steps": records[-1]["step"]} if records else {}
+    write_json(results, directory / "report.json", {**steps, **(extra or {}), **({"paper": paper} if paper else {})})
+    tables = [Section("Scores", NOTE, COLUMNS, [*_set_rows(results), *_mean_rows(results)], _means_of(results))]
+    if paper:
+        tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
+    tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
     with replacing(directory / "report.md") as temporary:
-        temporary.write_text(f"# Evaluation\n\n{note}\n\n{markdown_table(results)}{sections}", encoding="utf-8")
+        drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
+        temporary.write_text("# Evaluation\n" + "".join(map(_markdown, tables)) + drawn, encoding="utf-8")
+    shown = [Section(title, pictures=[directory / file]) for title, file in pictures.items()]
+    page = html_page("Evaluation", f"{len(results)} evaluation sets.", [*tables, *shown])
+    with replacing(directory / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _means_of(results: list[SetResult]) -> frozenset[int]:
+    return frozenset(range(len(results), len(results) + len(_mean_rows(results))))
+
+
+def _markdown(section: Section) -> str:
+    rows = list(section.rows)
+    for number in section.bold:
+        rows[number] = tuple(f"**{cell}**" if cell else "" for cell in rows[number])
+    return f"\n## {section.title}\n\n{section.about}\n\n{markdown_rows(section.columns, rows)}"

@@ -1,15 +1,17 @@
 """The report: means, tables, files, and what the pictures show, read from their pixels."""
 
+import base64
 import io
 import json
 import math
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
-from megatron_llave import figures, report
+from megatron_llave import figures, montage, report
 from megatron_llave.batch import Side
 from megatron_llave.report import SetResult
 
@@ -23,6 +25,10 @@ def set_result(name="names", meta_task="retrieval", split="ind", precision=50.0,
         "num_queries": 2,
         "num_candidates": 3,
         "overlap": 0.25,
+        "alignment": 0.6,
+        "uniformity": -2.0,
+        "hub_share": 50.0,
+        "num_ties": 0,
         "positive": [0.9, 0.5],
         "hardest_negative": [0.4, 0.6],
         "top": [list(row) for row in top],
@@ -134,6 +140,10 @@ def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
         "num_queries": 2,
         "num_candidates": 3,
         "overlap": 0.25,
+        "alignment": 0.6,
+        "uniformity": -2.0,
+        "hub_share": 50.0,
+        "num_ties": 0,
     }
 
 
@@ -147,11 +157,12 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 def test_report_writes_all_files(tmp_path):
     report.write_report(MIXED, log_records(), INPUTS, tmp_path / "new" / "report")
-    names = {"report.json", "report.md", "loss.png", "similarities.png", "montage.png"}
+    pictures = {"scores.png", "loss.png", "similarities.png", "montage.png", "mistakes.png"}
+    names = {"report.json", "report.md", "report.html", *pictures}
     assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == names
     text = (tmp_path / "new" / "report" / "report.md").read_text()
     assert report.markdown_table(MIXED) in text
-    for name in ("loss.png", "similarities.png", "montage.png"):
+    for name in pictures:
         assert f"]({name})" in text
         with Image.open(tmp_path / "new" / "report" / name) as image:
             assert len(image.convert("RGB").getcolors(2**24)) > 20
@@ -160,13 +171,68 @@ def test_report_writes_all_files(tmp_path):
 
 def test_report_without_records_speaks_of_no_training(tmp_path):
     report.write_report(MIXED[:1], [], INPUTS, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "report.json",
-        "report.md",
-        "similarities.png",
-        "montage.png",
-    }
+    pictures = {"scores.png", "similarities.png", "montage.png", "mistakes.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", *pictures}
     assert "loss.png" not in (tmp_path / "report.md").read_text()
+
+
+class Page(HTMLParser):
+    """What a browser would show: the cells of tables row by row, and the pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.pictures: list[bytes] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "img":
+            head, data = given["src"].split(",")
+            assert head == "data:image/png;base64"
+            self.pictures.append(base64.b64decode(data))
+        self.links += [given[name] for name in ("href", "src") if not str(given.get(name, "data:")).startswith("data:")]
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.lasttag in ("td", "th") and data.strip():
+            self.rows[-1].append(data)
+
+
+def test_html_report_holds_everything_and_fetches_nothing(tmp_path):
+    named = [set_result("<b>&\"", "vqa", "ind", 12.5, num_ties=7), *MIXED]
+    paper = {"classification": 57.4, "grounding": 82.9, "overall": 59.1}
+    report.write_report(named, log_records(), INPUTS, tmp_path, paper, {"ties": "first"})
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.links == []
+    assert ["<b>&\"", "vqa", "ind", "2", "3", "33.3", "12.5"] in page.rows
+    assert ["mean classification", "25.0"] in page.rows and ["mean of all held-out sets", "30.6"] in page.rows
+    assert ["classification", "25.0", "57.4"] in page.rows and ["grounding", "-", "82.9"] in page.rows
+    assert ["<b>&\"", "0.700", "0.500", "0.25", "0.600", "-2.00", "50.0", "7"] in page.rows
+    files = ("scores.png", "similarities.png", "montage.png", "mistakes.png", "loss.png")
+    assert page.pictures == [(tmp_path / name).read_bytes() for name in files]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["ties"] == "first" and written["paper"] == paper
+    assert "| grounding | - | 82.9 |" in (tmp_path / "report.md").read_text()
+
+
+def test_worst_mistakes_come_first_and_right_queries_never():
+    one = set_result(
+        positive=[0.5, 0.5, 0.5, 0.9],
+        hardest_negative=[0.6, 0.9, 0.7, 0.1],
+        top=[[1, 0], [2, 0], [1, 2], [0, 1]],
+        positives=[0, 0, 0, 0],
+        queries=["q0", "q1", "q0", "q1"],
+    )
+    [panel] = report.mistake_panels([one], INPUTS, per_set=2)
+    assert [row.candidates for row in panel.rows] == [
+        [(INPUTS["c2"], False), (INPUTS["c0"], True)],
+        [(INPUTS["c1"], False), (INPUTS["c2"], False)],
+    ]
+    assert len(report.mistake_panels([one], INPUTS, per_set=9)[0].rows) == 3
+    assert report.mistake_panels([set_result(hardest_negative=[0.1, -math.inf])], INPUTS) == []
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
@@ -215,8 +281,8 @@ def test_similarity_panels_show_both_samples(tmp_path):
     apart = set_result(positive=[0.9] * 20, hardest_negative=[0.1] * 20)
     report.plot_similarities([apart], tmp_path / "one.png")
     image = pixels(tmp_path / "one.png")[80:]  # below the legend
-    _, positive = np.nonzero(has(image, rgb(report.BLUE)))
-    _, negative = np.nonzero(has(image, rgb(report.ORANGE)))
+    _, positive = np.nonzero(has(image, rgb(figures.BLUE)))
+    _, negative = np.nonzero(has(image, rgb(figures.ORANGE)))
     tall = [np.bincount(columns).argmax() for columns in (negative, positive)]
     assert tall[0] < image.shape[1] / 2 < tall[1]
     report.plot_similarities([apart] * 5, tmp_path / "five.png")
@@ -226,7 +292,7 @@ def test_similarity_panels_show_both_samples(tmp_path):
 def test_similarity_panels_bear_empty_and_infinite_samples(tmp_path):
     alone = set_result(hardest_negative=[-math.inf, -math.inf])
     report.plot_similarities([alone], tmp_path / "alone.png")
-    assert has(pixels(tmp_path / "alone.png"), rgb(report.BLUE)).any()
+    assert has(pixels(tmp_path / "alone.png"), rgb(figures.BLUE)).any()
     report.plot_similarities([], tmp_path / "none.png")
     assert pixels(tmp_path / "none.png").shape[0] > 10
 
@@ -234,7 +300,7 @@ def test_similarity_panels_bear_empty_and_infinite_samples(tmp_path):
 def frames(image: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
     """Boxes (left, top, right, bottom) drawn in a colour below the legend, in the order of rows."""
     mask = has(image, colour)
-    mask[: report.LEGEND_HEIGHT] = False
+    mask[: montage.LEGEND_HEIGHT] = False
     found = []
     rows = np.flatnonzero(mask.any(axis=1))
     for block in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
@@ -243,17 +309,21 @@ def frames(image: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, i
     return found
 
 
+def draw(results, inputs, path, per_set: int = 3, k: int = 5) -> None:
+    montage.draw_montage(report.example_panels(results, inputs, per_set, k), path, k)
+
+
 def test_montage_frames_the_right_candidate_green_and_a_wrong_best_one_red(tmp_path):
     # First query: right at once. Second: c2 is best but wrong, the right c1 is third.
     one = set_result(top=[[0, 1, 2], [2, 0, 1]])
-    report.plot_montage([one], INPUTS, tmp_path / "montage.png")
+    draw([one], INPUTS, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     (first, third), (wrong,) = frames(image, GREEN), frames(image, RED)
     assert first[0] == wrong[0] and first[1] < wrong[1]  # both at rank 1, one row below the other
     assert third[1] == wrong[1]
-    assert third[0] - wrong[0] == 2 * (report.CELL + report.GAP)
+    assert third[0] - wrong[0] == 2 * (montage.CELL + montage.GAP)
     for left, top, right, bottom in (first, third, wrong):
-        assert right - left == bottom - top == report.CELL
+        assert right - left == bottom - top == montage.CELL
     for (left, top, right, bottom), colour in ((first, "cyan"), (third, "magenta"), (wrong, "yellow")):
         centre = image[(top + bottom) // 2, (left + right) // 2]
         assert tuple(centre) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
@@ -262,7 +332,7 @@ def test_montage_frames_the_right_candidate_green_and_a_wrong_best_one_red(tmp_p
 
 def test_montage_shows_no_more_than_asked_for(tmp_path):
     many = set_result(top=[[0, 1, 2]] * 90, positives=[0] * 90, queries=["q0"] * 90)
-    report.plot_montage([many], INPUTS, tmp_path / "montage.png", per_set=4, k=2)
+    draw([many], INPUTS, tmp_path / "montage.png", per_set=4, k=2)
     image = pixels(tmp_path / "montage.png")
     assert len(frames(image, GREEN)) == 4
     assert has(image, (255, 0, 255)).any() and not has(image, (255, 255, 0)).any()  # c2 has rank 3
@@ -272,7 +342,7 @@ def test_montage_spreads_its_queries_over_the_set(tmp_path):
     # Only queries 0, 30 and 60 of 90 are right: the three that are shown.
     top = [[0] if number % 30 == 0 else [1] for number in range(90)]
     one = set_result(top=top, positives=[0] * 90, queries=["q0"] * 90)
-    report.plot_montage([one], INPUTS, tmp_path / "montage.png")
+    draw([one], INPUTS, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     assert len(frames(image, GREEN)) == 3 and not frames(image, RED)
 
@@ -280,12 +350,12 @@ def test_montage_spreads_its_queries_over_the_set(tmp_path):
 def test_montage_of_texts_and_of_missing_candidates(tmp_path):
     inputs = INPUTS | {"c0": Side("x" * 300, []), "c1": Side("cat", []), "c2": Side("dog", [])}
     one = set_result(top=[[1, -1, -1], [1, 0, -1]])
-    report.plot_montage([one], inputs, tmp_path / "montage.png")
+    draw([one], inputs, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     (wrong,), (right,) = frames(image, RED), frames(image, GREEN)
     assert wrong[0] == right[0]
     # Nothing is drawn for the missing second candidate of the first query.
-    step = report.CELL + report.GAP
+    step = montage.CELL + montage.GAP
     assert (image[wrong[1] : wrong[3], wrong[0] + step : wrong[2] + step] == 255).all()
     # The text inside a frame is dark on pale, and stays inside.
     inside = image[right[1] + 10 : right[3] - 10, right[0] + 10 : right[2] - 10]
@@ -296,23 +366,23 @@ def test_montage_of_texts_and_of_missing_candidates(tmp_path):
 
 def test_montage_lays_sets_out_in_two_columns_in_order(tmp_path):
     right, wrong = set_result(top=[[0], [1]]), set_result(top=[[2], [2]])
-    report.plot_montage([right, wrong, right], INPUTS, tmp_path / "three.png")
-    report.plot_montage([right], INPUTS, tmp_path / "one.png")
+    draw([right, wrong, right], INPUTS, tmp_path / "three.png")
+    draw([right], INPUTS, tmp_path / "one.png")
     three, one = pixels(tmp_path / "three.png"), pixels(tmp_path / "one.png")
     assert three.shape[1] > 1.9 * one.shape[1] and three.shape[0] < 2 * one.shape[0]
     left, right_half = np.split(three, [three.shape[1] // 2], axis=1)
     # The second set is below the first, the third beside it.
     assert frames(left, RED)[0][1] > frames(left, GREEN)[-1][1]
     assert frames(right_half, GREEN) and not frames(right_half, RED)
-    report.plot_montage([], {}, tmp_path / "none.png")
+    draw([], {}, tmp_path / "none.png")
     assert pixels(tmp_path / "none.png").shape[1] > 100
 
 
 def test_wrapped_lines_fit_and_lose_no_letter():
     font = ImageFont.load_default(14)
     text = "a short text with one Donaudampfschifffahrtsgesellschaftskapitaen in it"
-    lines = report.wrap_text(text, font, 90)
+    lines = montage.wrap_text(text, font, 90)
     assert all(font.getlength(line) <= 90 for line in lines) and len(lines) > 3
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert report.wrap_text("", font, 90) == []
-    assert report.wrap_text("two words", font, 400) == ["two words"]
+    assert montage.wrap_text("", font, 90) == []
+    assert montage.wrap_text("two words", font, 400) == ["two words"]

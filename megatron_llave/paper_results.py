@@ -1,0 +1,17 @@
+"""What LLaVE's paper reports for the published models. Nothing but numbers.
+
+Precision@1 on MMEB in percent, as on its leaderboard: arXiv 2503.04812, table 1. None: not reported.
+"""
+
+MMEB = {
+    "0.5b": {"classification": 57.4, "vqa": 50.3, "retrieval": 59.8, "grounding": 82.9, "overall": 59.1},
+    "2b": {
+        **{"classification": 62.1, "vqa": 60.2, "retrieval": 65.2, "grounding": 84.9, "overall": 65.2},
+        **{"ind": 69.4, "ood": 59.8},
+    },
+    "7b": {
+        **{"classification": 65.7, "vqa": 65.4, "retrieval": 70.9, "grounding": 91.9, "overall": 70.3},
+        **{"ind": 75.0, "ood": 64.4},
+    },
+}
+"""By preset: meta-task, ind, ood or overall -> mean over its data sets."""
