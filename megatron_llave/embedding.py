@@ -4,10 +4,12 @@
     vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -99,14 +101,7 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
     """
     groups = model.groups
     encoded = [_encode(model, key, sides) for key in islice(sides, groups.dp.rank(), None, groups.dp.size())]
-    # Sequences of like length share a row, which keeps the attention's buckets full.
-    order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
-    rows = list(packed_rows([encoded[index] for index in order], model))
-    outputs = forward_only(model, rows)
-    width = model.cfg.model.language.hidden_size
-    local = torch.zeros(len(encoded), width, device=parallel.device())
-    if groups.pp.rank() == groups.pp.size() - 1 and encoded:
-        local[torch.tensor(order, device=local.device)] = torch.cat(outputs)
+    local = embed_encoded(model, encoded)
     dist.broadcast(local, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
     counts = [len(range(rank, len(sides), groups.dp.size())) for rank in range(groups.dp.size())]
     gathered = parallel.all_gather_rows(local, counts, groups.dp)  # [n, d] rank by rank
@@ -114,6 +109,45 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
     embeddings = torch.empty_like(gathered)
     embeddings[places.to(gathered.device)] = gathered
     return embeddings
+
+
+def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iterator[Tensor | None]:
+    """Embed parts of inputs, one after the other, by this replica alone; threads read and decode a part ahead.
+
+    Args:
+        model: its data-parallel ranks may have different parts, and different numbers of them.
+        parts: the same on all ranks of a replica.
+
+    Yields:
+        [inputs of the part, d] float32 in their order; None on all ranks of the replica but one.
+
+    Raises:
+        DataError: an input cannot be read; the message has its key.
+    """
+    groups = model.groups
+    has_result = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
+    pool = ThreadPoolExecutor(model.cfg.evaluate.threads)
+    try:
+        ahead: deque[list[Future[EncodedSequence]]] = deque()
+        for part in chain(parts, [None]):
+            if part is not None:
+                ahead.append([pool.submit(_encode, model, key, part) for key in part])
+            if ahead and (part is None or len(ahead) > 1):
+                rows = embed_encoded(model, [future.result() for future in ahead.popleft()])
+                yield rows if has_result else None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
+    """[n, d] float32 of this replica's inputs in their order; zeros but on the last pipeline stage."""
+    # Sequences of like length share a row, which keeps the attention's buckets full.
+    order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
+    outputs = forward_only(model, list(packed_rows([encoded[index] for index in order], model)))
+    rows = torch.zeros(len(encoded), model.cfg.model.language.hidden_size, device=parallel.device())
+    if model.groups.pp.rank() == model.groups.pp.size() - 1 and encoded:
+        rows[torch.tensor(order, device=rows.device)] = torch.cat(outputs)
+    return rows
 
 
 def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedSequence:

@@ -3,7 +3,10 @@
 Used by tools/evaluate.py and by training.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,11 +16,22 @@ from torch.nn import Module
 
 from megatron_llave.batch import Side
 from megatron_llave.config import RunConfig
-from megatron_llave.data.evaluation_sets import EvaluationSet, read_evaluation
+from megatron_llave.data.evaluation_sets import EvaluationSet, is_prepared, read_evaluation
 from megatron_llave.data.packing import build_encoder
+from megatron_llave.data.ranking_task import RankingTask
+from megatron_llave.data.sources.mmeb_evaluation import choose_sets, read_task
 from megatron_llave.embedding import LoadedModel, embed
+from megatron_llave.errors import ConfigError
+from megatron_llave.ranking_evaluation import score_task
 from megatron_llave.report import SetResult
-from megatron_llave.retrieval import overlap_coefficient, precision_at_1, rank_candidates
+from megatron_llave.retrieval import (
+    alignment,
+    hub_share,
+    overlap_coefficient,
+    precision_at_1,
+    rank_candidates,
+    uniformity,
+)
 
 Scores = dict[str, float]
 """Set -> Precision@1 in percent."""
@@ -43,18 +57,51 @@ def build_evaluation(
     Raises:
         DataError: the sets, or a picture of theirs, cannot be read.
     """
-    inputs, sets = read_evaluation(cfg.evaluate.path or cfg.data.path)
+    folder, names = Path(cfg.evaluate.path or cfg.data.path), cfg.evaluate.sets
     model = LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups, progress)
+    if is_prepared(folder):
+        inputs, sets = read_evaluation(folder)
+        sets = choose(sets, names, folder)
+        used = {key: inputs[key] for one in sets for key in (*one.queries, *one.candidates)}
+        evaluate_all = partial(evaluate, model, used, sets)
+    else:
+        images = cfg.evaluate.images or folder
+        tasks = [read_task(folder, images, name) for name in choose_sets(folder, names)]
+        for task in tasks:
+            task.inputs.require_files()
+        evaluate_all = partial(evaluate_in_memory, model, tasks)
 
     def run() -> Scores:
         for chunk in chunks:
             chunk.eval()
-        results = evaluate(model, inputs, sets)
+        results = evaluate_all()
         for chunk in chunks:
             chunk.train()
         return {result.name: result.precision_at_1 for result in results}
 
     return run
+
+
+def choose(sets: list[EvaluationSet], names: list[str], folder: Path) -> list[EvaluationSet]:
+    """The sets that are named, or all.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = {one.name: one for one in sets}
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"evaluate.sets: {name!r} is none of the sets in {folder}: {', '.join(found)}")
+    return [found[name] for name in names] or sets
+
+
+def evaluate_in_memory(model: LoadedModel, tasks: list[RankingTask]) -> list[SetResult]:
+    """Score ranking tasks without keeping anything on disk; the same result on every rank."""
+    results = []
+    for task in tasks:
+        embeddings = embed(model, task.inputs).cpu().numpy()  # [inputs, d]
+        results.append(score_task(task, embeddings.__getitem__, "first", dist.group.WORLD))
+    return results
 
 
 def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: dist.ProcessGroup) -> SetResult:
@@ -67,12 +114,14 @@ def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: di
         group: ranks that share the ranking.
     """
     queries = embeddings[[row[key] for key in one.queries]]
+    all_candidates = embeddings[[row[key] for key in one.candidates]]
     share = torch.arange(len(one.candidates)).tensor_split(group.size())[group.rank()]
-    candidates = embeddings[[row[one.candidates[index]] for index in share.tolist()]]
+    candidates = all_candidates[share.to(embeddings.device)]
     positives = torch.tensor(one.positives, device=embeddings.device)
     first = int(share[0]) if len(share) else 0
     k = min(TOP_K, len(one.candidates))
     ranking = rank_candidates(queries, candidates, positives, k=k, offset=first, group=group)
+    spread = uniformity(all_candidates)
     return SetResult(
         name=one.name,
         meta_task=one.meta_task,
@@ -82,6 +131,10 @@ def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: di
         num_queries=len(one.queries),
         num_candidates=len(one.candidates),
         overlap=overlap_coefficient(ranking.positive, ranking.hardest_negative),
+        alignment=alignment(ranking.positive),
+        uniformity=spread if math.isfinite(spread) else None,
+        hub_share=hub_share(ranking.top[:, 0]),
+        num_ties=int((ranking.positive == ranking.hardest_negative).sum()),
         positive=ranking.positive.tolist(),
         hardest_negative=ranking.hardest_negative.tolist(),
         top=ranking.top.tolist(),

@@ -1,5 +1,6 @@
 """Weights that a run or an embedder starts from, wherever they are: a checkpoint, a run's folder, or an HF folder."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from megatron_llave import checkpoint, config_file, training_state
 from megatron_llave.config import RunConfig
 from megatron_llave.config_checks import has_sizes, require_same_model
 from megatron_llave.config_model import ModelConfig
+from megatron_llave.data.packing import find_tokenizer
 from megatron_llave.errors import CheckpointError
 from megatron_llave.hf_config import read_config
 from megatron_llave.hf_weights import fill_from_hf, open_weights
 
 HF_CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+SAMPLE, SAMPLE_EVERY = 2**16, 2**24
+"""Bytes of a weights file that its fingerprint takes, and where the next ones begin."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,41 @@ class Pretrained:
         """The tokenizer file that belongs to these weights."""
         found = [self.assets / name for name in TOKENIZERS if (self.assets / name).is_file()]
         return str(found[0]) if found else None
+
+    def fingerprint(self) -> str:
+        """Of the weights: a hash of their files' names, sizes, and a sample of their bytes.
+
+        The same wherever the folder lies and however many ranks load it. A training step changes almost every weight,
+        so that one byte in 256 tells two checkpoints apart.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and (not self.is_hf or path.suffix == ".safetensors" or path.name == HF_CONFIG):
+                size = path.stat().st_size
+                digest.update(f"{path.relative_to(self.folder)} {size}\n".encode())
+                with open(path, "rb") as file:
+                    for start in (*range(0, size, SAMPLE_EVERY), max(0, size - SAMPLE)):
+                        file.seek(start)
+                        digest.update(file.read(SAMPLE))
+        return digest.hexdigest()
+
+    def identity(self, cfg: RunConfig, average: bool) -> dict[str, str]:
+        """What the embeddings of these weights depend on, under the configuration that they are used with."""
+        tokenizer = hashlib.sha256(find_tokenizer(cfg.data).read_bytes()).hexdigest()
+        data, model = cfg.data, cfg.model
+        values = {
+            "weights": self.fingerprint(),
+            "averaged": average,
+            "tokenizer": tokenizer,
+            "precision": model.precision,
+            "image_grids": [list(grid) for grid in model.image_grids],
+            "anyres_max_tiles": model.anyres_max_tiles,
+            "prompt": data.prompt,
+            "max_length": data.max_length,
+            "image_token_without_image": data.image_token_without_image,
+            "video_newline": data.video_newline,
+        }
+        return {key: str(value) for key, value in values.items()}
 
     def adopt(self, model: ModelConfig) -> ModelConfig:
         """`model` with the vocabulary of these weights; with all their sizes and grids where it gives no size itself.

@@ -21,7 +21,7 @@ from megatron_llave import config_file, fault_tolerance
 from megatron_llave.config import RunConfig
 from megatron_llave.parallel import validate_batch, validate_layout
 
-LAUNCH_FILES = sorted(EXAMPLES.glob("*.sh"))
+LAUNCH_FILES = sorted(EXAMPLES.glob("pretrain_*.sh"))
 TINY, LARGE = EXAMPLES / "pretrain_llave_tiny.sh", EXAMPLES / "pretrain_llave_7b.sh"
 RELEASED = ("0.5b", "2b", "7b")
 WAYS = {

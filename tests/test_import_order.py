@@ -17,17 +17,23 @@ PACKAGE = "megatron_llave"
 LAYERS = [
     [
         *("config_model", "config", "config_checks", "config_file", "presets", "errors"),
-        *("cpu_emulation", "batch", "flat_step", "hf_keys"),
+        *("cpu_emulation", "batch", "flat_step", "hf_keys", "paper_results"),
     ],
     ["parallel"],
-    ["data", "model", "loss", "retrieval", "hf_config", "hf_files", "tensor_files", "flops", "log_sinks", "figures"],
+    [
+        *("data", "model", "loss", "retrieval", "relevance", "hf_config", "hf_files", "tensor_files", "flops"),
+        *("log_sinks", "figures", "html_page"),
+    ],
+    ["montage"],
     [
         *("gradient_cache", "optimizer", "weight_average", "diagnostics", "checkpoint"),
         *("hf_weights", "replica", "run_log", "report", "fault_tolerance", "memory_plan"),
     ],
     ["training_state", "run_plan"],
     ["pretrained", "weight_stream", "checkpoint_writer"],
-    ["embedding", "embedding_files", "conversion", "inspection"],
+    ["embedding", "embedding_files", "embedding_store", "conversion", "inspection"],
+    ["stored_embedding"],
+    ["ranking_evaluation", "corpus_retrieval", "video_retrieval"],
     ["evaluate", "verification", "run_start"],
     ["train"],
 ]

@@ -91,6 +91,11 @@ def write_evaluation(directory: str | Path, inputs: dict[str, Side], sets: list[
     write_json(path, value)
 
 
+def is_prepared(directory: str | Path) -> bool:
+    """Whether it looks like a folder that `read_evaluation` reads, and not like MMEB-eval."""
+    return (Path(directory) / FOLDER).is_dir() or not any(Path(directory).glob("*/test-*.parquet"))
+
+
 def read_evaluation(directory: str | Path) -> tuple[dict[str, Side], list[EvaluationSet]]:
     """Read and check all inputs and sets of a data folder.
 

@@ -1,0 +1,173 @@
+"""Retrieval on the user's own data: queries, a corpus, relevance judgements -> scores and a ranking in TREC's format.
+
+Used by tools/evaluate.py retrieval. Queries and corpus are JSONL files as tools/embed.py takes; judgements are TREC's
+qrels (query, 0, candidate, grade) or BEIR's table (query, candidate, grade, with a first line of names). The corpus is
+embedded once into a folder and searched exactly, block by block from the disk, spread over all ranks.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_llave.data.file_inputs import FileInput, FileInputs
+from megatron_llave.embedding_files import read_lines
+from megatron_llave.embedding_store import EmbeddingStore, Identity
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.figures import replacing
+from megatron_llave.parallel import device
+from megatron_llave.relevance import score_ranking
+from megatron_llave.retrieval import search
+from megatron_llave.stored_embedding import EmbedParts, Progress, embed_missing
+
+RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The lines of a JSONL file: inputs, and the id of each."""
+
+    inputs: FileInputs
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """What is searched for, in what, and what should be found."""
+
+    queries: Collection
+    corpus: Collection
+    judgements: dict[str, dict[str, int]]
+
+
+class StoredRows:
+    """Rows [first, last) of a store, read from the disk slice by slice."""
+
+    def __init__(self, store: EmbeddingStore, first: int, last: int) -> None:
+        self.store, self.first, self.last = store, first, last
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.last - self.first
+
+    def __getitem__(self, index: slice) -> Tensor:
+        """[n, d] float32."""
+        return torch.from_numpy(self.store.rows(np.arange(self.first, self.last)[index]))
+
+
+def read_retrieval(queries: str | Path, corpus: str | Path, judgements: str | Path) -> RetrievalData:
+    """Read and check the three files.
+
+    Raises:
+        DataError: names file and line: malformed, an id twice or with white space, or one that does not exist.
+    """
+    found = [read_collection(path, name) for path, name in ((queries, "queries"), (corpus, "corpus"))]
+    return RetrievalData(*found, read_judgements(judgements, *found))
+
+
+def read_collection(path: str | Path, name: str) -> Collection:
+    """The inputs of a JSONL file; see read_retrieval."""
+    path, inputs, ids = Path(path), [], {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.id in ids:
+            raise DataError(f"{path}:{number}: id {line.id!r} is that of line {ids[line.id]} too; ids must be unique")
+        if not line.id or len(line.id.split()) != 1:
+            raise DataError(f"{path}:{number}: id {line.id!r} must be without white space, as judgements have it")
+        ids[line.id] = number
+        inputs.append(FileInput(line.text, tuple(str(image.relative_to(path.parent)) for image in line.images)))
+    if not inputs:
+        raise DataError(f"{path} has no lines")
+    return Collection(FileInputs(name, inputs, path.parent), list(ids))
+
+
+def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -> dict[str, dict[str, int]]:
+    """Query id -> candidate id -> grade; see read_retrieval."""
+    known = [(set(queries.ids), "query"), (set(corpus.ids), "candidate")]
+    found: dict[str, dict[str, int]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields or (number == 1 and len(fields) == 3 and not _is_integer(fields[2])):
+            continue
+        if len(fields) not in (3, 4) or not _is_integer(fields[-1]):
+            right = "QUERY 0 CANDIDATE GRADE nor QUERY CANDIDATE GRADE"
+            raise DataError(f"{path}:{number}: {line!r:.60} is neither {right}")
+        query, candidate, grade = fields[0], fields[-2], int(fields[-1])
+        for one, (ids, what) in zip((query, candidate), known):
+            if one not in ids:
+                raise DataError(f"{path}:{number}: no {what} has the id {one!r}")
+        found.setdefault(query, {})[candidate] = grade
+    if not any(grade > 0 for grades in found.values() for grade in grades.values()):
+        raise DataError(f"{path} has no candidate with a grade above 0")
+    return found
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("-").isdigit()
+
+
+def evaluate_retrieval(
+    embed_parts: EmbedParts,
+    data: RetrievalData,
+    out: str | Path,
+    identity: Identity,
+    replicas: dist.ProcessGroup,
+    depths: Sequence[int],
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, float]:
+    """Embed what is not there yet, search, score; the first rank writes scores.json and ranking.trec into `out`.
+
+    Args:
+        embed_parts: of this rank's replica.
+        data: see read_retrieval.
+        out: folder for embeddings and results, shared by all ranks.
+        identity: of the model.
+        replicas: data-parallel ranks that the embedding is dealt to; all ranks search.
+        depths: k of recall and nDCG; max(depths) candidates per query are written.
+        progress: told of each part.
+
+    Returns:
+        See relevance.score_ranking; the same on all ranks.
+    """
+    if not depths or min(depths) < 1:
+        raise ConfigError(f"--k {' '.join(map(str, depths))} must be numbers of at least 1")
+    out = Path(out)
+    stores = [
+        EmbeddingStore(out / "embeddings" / collection.inputs.name, collection.inputs)
+        for collection in (data.queries, data.corpus)
+    ]
+    embed_missing(embed_parts, stores, identity, replicas, progress)
+    queries = torch.from_numpy(stores[0].rows(np.arange(len(data.queries.ids)))).to(device())
+    world = dist.group.WORLD
+    bounds = [len(data.corpus.ids) * rank // world.size() for rank in range(world.size() + 1)]
+    first, last = bounds[world.rank()], bounds[world.rank() + 1]
+    places, similarities = search(queries, StoredRows(stores[1], first, last), max(depths), first, world)
+    ranking = {
+        query: [data.corpus.ids[place] for place in row if place >= 0]
+        for query, row in zip(data.queries.ids, places.tolist())
+    }
+    scores = score_ranking(ranking, data.judgements, depths)
+    if dist.get_rank() == 0:
+        _write(out, ranking, similarities.tolist(), scores)
+    dist.barrier()
+    return scores
+
+
+def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[float]], scores: dict[str, float]) -> None:
+    try:
+        with replacing(out / RANKING_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
+            for (query, candidates), row in zip(ranking.items(), similarities):
+                for rank, (candidate, similarity) in enumerate(zip(candidates, row), start=1):
+                    file.write(f"{query} Q0 {candidate} {rank} {similarity:.9g} megatron_llave\n")
+        with replacing(out / SCORES_FILE) as partial:
+            partial.write_text(json.dumps(scores, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"{out}: the ranking cannot be written: {error.strerror}") from error

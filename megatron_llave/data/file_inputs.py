@@ -1,0 +1,120 @@
+"""Many inputs whose pictures and videos lie in files: what an evaluation embeds, part by part.
+
+Made by the readers of benchmarks and of the user's own retrieval data; embedding_store.py keeps their embeddings.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llave.batch import Side
+from megatron_llave.data.video import read_frames
+from megatron_llave.errors import DataError
+
+PICTURE_COST, VIDEO_COST, CHARACTERS = 8, 64, 400
+"""What an input counts when inputs are cut into parts: a picture, a video, and 1 for every so many characters."""
+
+
+@dataclass(frozen=True)
+class FileInput:
+    """A text, pictures, a video, or a text with either."""
+
+    text: str
+    images: tuple[str, ...] = ()
+    """Files as the data set names them, relative to its image folder."""
+    video: str = ""
+    """A video file, likewise; it is then all there is besides the text."""
+
+    @property
+    def cost(self) -> int:
+        """Of embedding it, roughly, in texts of CHARACTERS."""
+        return 1 + len(self.text) // CHARACTERS + PICTURE_COST * len(self.images) + VIDEO_COST * bool(self.video)
+
+
+class FileInputs(Mapping[str, Side]):
+    """Inputs in their order, by keys that tell them from those of other data sets; files are read when asked for."""
+
+    def __init__(self, name: str, inputs: Sequence[FileInput], image_folder: str | Path, first: int = 0) -> None:
+        """Inputs of data set `name`; `first` is the index of the first of them there."""
+        self.name, self.inputs, self.image_folder, self.first = name, inputs, Path(image_folder), first
+
+    def key(self, index: int) -> str:
+        """Of the data set's input `index`: name, index, and its picture or its text."""
+        one = self.inputs[index - self.first]
+        return f"{self.name} {index} {one.video or ' '.join(one.images) or one.text[:40]}"
+
+    def index(self, key: str) -> int:
+        """The input that `key` names.
+
+        Raises:
+            KeyError: it is none of these.
+        """
+        name, _, rest = key.removeprefix(self.name).partition(" ")
+        number = rest.partition(" ")[0]
+        if name or not key.startswith(self.name) or not number.isdigit():
+            raise KeyError(key)
+        index = int(number)
+        if not self.first <= index < self.first + len(self.inputs):
+            raise KeyError(key)
+        return index
+
+    def __getitem__(self, key: str) -> Side:
+        """An input with its pictures.
+
+        Raises:
+            DataError: a picture or video cannot be read; names the data set and the file.
+        """
+        one = self.inputs[self.index(key) - self.first]
+        try:
+            if one.video:
+                return Side(one.text, [], read_frames(self.image_folder / one.video))
+            return Side.read(one.text, *(self.image_folder / image for image in one.images))
+        except DataError as error:
+            raise DataError(f"data set {self.name}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        """Keys."""
+        return map(self.key, range(self.first, self.first + len(self.inputs)))
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.inputs)
+
+    def part(self, indices: range) -> "FileInputs":
+        """Those of the data set's inputs."""
+        chosen = self.inputs[indices.start - self.first : indices.stop - self.first]
+        return FileInputs(self.name, chosen, self.image_folder, indices.start)
+
+    @property
+    def digest(self) -> str:
+        """Of the inputs: what embeddings of them belong to."""
+        digest = hashlib.sha256()
+        for one in self.inputs:
+            digest.update(repr((one.text, one.images, one.video)).encode())
+        return digest.hexdigest()
+
+    def cut(self, cost: int) -> list[int]:
+        """Bounds [parts + 1] of inputs that cost about `cost` together; the same for every number of ranks."""
+        bounds, spent = [0], 0
+        for index, one in enumerate(self.inputs):
+            if index > bounds[-1] and spent + one.cost > cost:
+                bounds.append(index)
+                spent = 0
+            spent += one.cost
+        return [*bounds, len(self.inputs)]
+
+    def require_files(self) -> None:
+        """Check that pictures and videos are there, before hours of work and not after.
+
+        Raises:
+            DataError: names the first that is not, and how many there are.
+        """
+        files = [file for one in self.inputs for file in (*one.images, *filter(None, [one.video]))]
+        missing = [file for file in files if not (self.image_folder / file).is_file()]
+        if missing:
+            raise DataError(
+                f"data set {self.name}: {self.image_folder / missing[0]} does not exist, {len(missing)} of "
+                f"{len(files)} files looked for are missing; the paths must start from the folder that --images or "
+                "--videos names"
+            )

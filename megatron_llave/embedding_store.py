@@ -1,0 +1,131 @@
+"""Embeddings of a data set's inputs on disk, in parts: what makes an evaluation resumable, at another layout too.
+
+A folder holds manifest.json (of which model, of which inputs) and part-00000.npy ..., float32 [inputs of the part, d],
+each there whole or not at all. How inputs are cut into parts does not depend on the number of ranks.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from megatron_llave.data.file_inputs import FileInputs
+from megatron_llave.data.index import VERSION, read_json, write_json
+from megatron_llave.errors import DataError
+
+FORMAT = "megatron_llave embeddings"
+MANIFEST = "manifest.json"
+PART_COST = 512
+"""Of the inputs of a part (FileInput.cost): some 56 with pictures, or 512 short texts."""
+
+Identity = dict[str, str]
+"""What decides a model's embeddings (its weights, how inputs become tokens): compared, and shown where it differs."""
+
+
+class EmbeddingStore:
+    """The parts of one data set's embeddings in a folder."""
+
+    def __init__(self, folder: str | Path, inputs: FileInputs) -> None:
+        """For `inputs`; nothing is read or written yet."""
+        self.folder, self.inputs = Path(folder), inputs
+        self.bounds = inputs.cut(PART_COST)
+        """[parts + 1] of the inputs of each part."""
+        self._opened: dict[int, np.ndarray] = {}
+
+    @property
+    def num_parts(self) -> int:
+        """That the inputs are cut into."""
+        return len(self.bounds) - 1
+
+    def inputs_of(self, part: int) -> FileInputs:
+        """A part's inputs."""
+        return self.inputs.part(range(self.bounds[part], self.bounds[part + 1]))
+
+    def claim(self, identity: Identity) -> None:
+        """Make the folder this model's, or check that it is; one rank does it before any other uses the folder.
+
+        Raises:
+            DataError: it holds embeddings of another model or of other inputs; names what differs.
+        """
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"format": FORMAT, "version": VERSION, "model": identity, "inputs": self.inputs.digest})
+            return
+        found = read_json(path, FORMAT, "delete the folder to embed again")
+        require_same_model(path, found.get("model"), identity)
+        if found.get("inputs") != self.inputs.digest:
+            raise DataError(
+                f"{self.folder} holds embeddings of other inputs than those of data set {self.inputs.name} now; choose "
+                "another --out, or delete the folder to embed again"
+            )
+
+    def missing(self) -> list[int]:
+        """Parts that are not there, or damaged."""
+        return [part for part in range(self.num_parts) if self._open(part) is None]
+
+    def write(self, part: int, rows: np.ndarray) -> None:
+        """Store a part's embeddings, [inputs of the part, d] float32.
+
+        Raises:
+            DataError: the disk is full or not writable; nothing is left of the part then.
+        """
+        path = self._path(part)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.save(file, rows.astype(np.float32, copy=False), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Embeddings [n, d] float32 of inputs by their index [n]; only what is asked for is read.
+
+        Raises:
+            DataError: a part is not there, which on several nodes means a folder that they do not share.
+        """
+        of_part = np.searchsorted(self.bounds, indices, side="right") - 1  # [n]
+        rows = None
+        for part in np.unique(of_part).tolist():
+            stored = self._opened.get(part)
+            stored = self._open(part) if stored is None else stored
+            if stored is None:
+                raise DataError(f"{self._path(part)} is missing; all nodes must share the folder of --out")
+            self._opened[part] = stored
+            if rows is None:
+                rows = np.empty((len(indices), stored.shape[1]), np.float32)
+            chosen = of_part == part
+            rows[chosen] = stored[indices[chosen] - self.bounds[part]]
+        return rows
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.npy"
+
+    def _open(self, part: int) -> np.ndarray | None:
+        """The part, not yet read; None where it is not there as it should be."""
+        try:
+            stored = np.load(self._path(part), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == len(self.inputs_of(part))
+        return stored if is_right else None
+
+
+def require_same_model(path: Path, found: object, identity: Identity) -> None:
+    """Check what a file says of the model that it was made with.
+
+    Raises:
+        DataError: it is not this one; names what differs.
+    """
+    if found == identity:
+        return
+    found = found if isinstance(found, dict) else {}
+    keys = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
+    apart = [f"{key} {found.get(key)!r} there, {identity.get(key)!r} here" for key in keys]
+    raise DataError(
+        f"{path} is of another model ({'; '.join(apart)}); choose another --out, or delete that folder to begin again"
+    )

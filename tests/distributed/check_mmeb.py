@@ -1,0 +1,59 @@
+"""Under torchrun: MMEB evaluation at a layout.
+
+    check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the released code's files
+    check_mmeb.py model FOLDER OUT tensor,pipeline TOKENIZER   a model: its results, in OUT
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from golden_mmeb import GOLDEN, IDENTITY, NAMES, GoldenEmbedder, assert_released_files, golden_tasks
+
+from megatron_llave import cpu_emulation, embedding_store, parallel
+from megatron_llave.config import EvaluateConfig, ParallelConfig
+from megatron_llave.embedding import embed_parts, load_model
+from megatron_llave.evaluate import evaluate_in_memory
+from megatron_llave.ranking_evaluation import evaluate_tasks
+
+
+def check_golden(out: Path, layout: str) -> None:
+    """As the released code, then again without any embedding."""
+    tensor, pipeline = map(int, layout.split(","))
+    groups = parallel.init(ParallelConfig(tensor=tensor, pipeline=pipeline))
+    is_writer = groups.tp.rank() == 0 and groups.pp.rank() == pipeline - 1
+    embedder, tasks = GoldenEmbedder(is_writer), golden_tasks()
+    done = evaluate_tasks(embedder, tasks, out, IDENTITY, groups.dp)
+    total = sum(len(task.inputs) for task in tasks)
+    assert (done.num_finished, done.num_inputs, done.num_embedded) == (0, total, total)
+    assert_released_files(out)
+    again = evaluate_tasks(GoldenEmbedder(is_writer), tasks, out, IDENTITY, groups.dp)
+    assert (again.num_finished, again.num_embedded) == (len(NAMES), 0)
+    assert again.results == done.results
+    print(f"golden at {layout}: {len(embedder.asked)} inputs of {total} here", flush=True)
+
+
+def check_model(folder: str, out: Path, layout: str, tokenizer: str) -> None:
+    """A real model writes its results; in memory they are the same."""
+    tensor, pipeline = map(int, layout.split(","))
+    overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"data.tokenizer={tokenizer}"]
+    model = load_model(folder, overrides=overrides)
+    tasks = golden_tasks()
+    done = evaluate_tasks(partial(embed_parts, model), tasks, out, IDENTITY, model.groups.dp)
+    for stored, kept in zip(done.results, evaluate_in_memory(model, tasks), strict=True):
+        assert stored.top == kept.top and stored.precision_at_1 == kept.precision_at_1
+    print(f"model at {layout}: {[result.precision_at_1 for result in done.results]}", flush=True)
+
+
+if __name__ == "__main__":
+    cpu_emulation.enable()
+    parallel.start_processes(120)
+    assert EvaluateConfig().threads >= 1 and GOLDEN.is_dir()
+    embedding_store.PART_COST = 20  # a few inputs a part, so that every rank gets some
+    if sys.argv[1] == "golden":
+        check_golden(Path(sys.argv[2]), sys.argv[3])
+    else:
+        check_model(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+    dist.barrier()
+    parallel.shut_down()

@@ -1,0 +1,52 @@
+"""The golden MMEB-eval sets, and an embedder that gives their golden embeddings instead of a model's."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_llave.batch import Side
+from megatron_llave.data.file_inputs import FileInputs
+from megatron_llave.data.ranking_task import RankingTask
+from megatron_llave.data.sources.mmeb_evaluation import choose_sets, read_task
+
+GOLDEN = Path(__file__).parent / "golden" / "mmeb" / "eval"
+NAMES = ["CIRR", "ImageNet-1K", "MSCOCO_t2i", "RefCOCO-Matching"]
+IDENTITY = {"weights": "golden"}
+
+
+def golden_tasks() -> list[RankingTask]:
+    return [read_task(GOLDEN, GOLDEN, name) for name in choose_sets(GOLDEN, None)]
+
+
+def golden_rows(inputs: FileInputs) -> torch.Tensor:
+    """[inputs, 16] of inputs of a golden set."""
+    with np.load(GOLDEN / inputs.name / "embeddings.npz") as file:
+        sides = [(file[f"{side}_text"], file[f"{side}_img_path"], file[f"{side}_emb"]) for side in ("qry", "tgt")]
+    rows = {(str(t), str(i)): row for texts, images, found in sides for t, i, row in zip(texts, images, found)}
+    return torch.from_numpy(np.stack([rows[one.text, "".join(one.images)] for one in inputs.inputs]))
+
+
+class GoldenEmbedder:
+    """Stands for embedding.embed_parts; counts what it is asked for."""
+
+    def __init__(self, is_writer: bool = True, stop_after: int | None = None) -> None:
+        self.is_writer, self.stop_after = is_writer, stop_after
+        self.asked: list[str] = []
+
+    def __call__(self, parts: Iterable[Mapping[str, Side]]) -> Iterator[torch.Tensor | None]:
+        for number, part in enumerate(parts):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            assert isinstance(part, FileInputs)
+            self.asked += part
+            yield golden_rows(part) if self.is_writer else None
+
+
+def assert_released_files(out: Path) -> None:
+    """Scores and predictions are those that the released code wrote, byte for byte."""
+    for name in NAMES:
+        for kind in ("score.json", "pred.txt"):
+            expected = (GOLDEN / name / f"expected_{kind}").read_bytes()
+            assert (out / f"{name}_{kind}").read_bytes() == expected, f"{name}_{kind} differs from the released file"

@@ -1,0 +1,259 @@
+"""Ranking tasks: the released code's scores, ties, what is done again after a stop, and what is refused."""
+
+import json
+import math
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_tasks
+from golden_model import ONEVISION, byte_tokenizer
+from launching import ROOT, started, wait_for
+
+from megatron_llave import embedding_store
+from megatron_llave.config_file import build
+from megatron_llave.data.file_inputs import FileInput
+from megatron_llave.data.packing import build_encoder
+from megatron_llave.data.ranking_task import build_task
+from megatron_llave.data.sources.mmeb_evaluation import read_task
+from megatron_llave.embedding import LoadedModel, embed_parts
+from megatron_llave.embedding_store import EmbeddingStore
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluate import build_evaluation
+from megatron_llave.model.embedder import build_model
+from megatron_llave.parallel import device
+from megatron_llave.ranking_evaluation import evaluate_tasks, score_task
+from megatron_llave.report import SetResult
+from megatron_llave.retrieval import hub_share, uniformity
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few inputs each."""
+    monkeypatch.setattr(embedding_store, "PART_COST", 20)
+
+
+def task_of(lists: list[list[str]], name: str = "made up"):
+    """A query "q0", "q1", ... for each list of candidates' texts."""
+    rows = [(FileInput(f"q{i}"), [FileInput(text) for text in texts]) for i, texts in enumerate(lists)]
+    return build_task(name, "retrieval", "ind", rows, ".")
+
+
+def scored(lists, vectors: dict[str, list[float]], groups, ties: str = "first") -> SetResult:
+    task = task_of(lists)
+    rows = np.array([vectors[one.text] for one in task.inputs.inputs], np.float32)
+    return score_task(task, rows.__getitem__, ties, groups.dp)
+
+
+def test_golden_sets_give_the_released_files(groups, tmp_path):
+    tasks = golden_tasks()
+    assert [task.name for task in tasks] == ["ImageNet-1K", "CIRR", "MSCOCO_t2i", "RefCOCO-Matching"]
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert_released_files(tmp_path)
+    assert [result.precision_at_1 for result in done.results] == [75.0, 100.0, 75.0, 75.0]
+    assert {result.name: result.num_ties for result in done.results}["RefCOCO-Matching"] == 3
+
+
+def test_strict_ties_count_as_wrong(groups, tmp_path):
+    done = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, ties="strict")
+    assert {result.name: result.precision_at_1 for result in done.results}["RefCOCO-Matching"] == 37.5
+    score = json.loads((tmp_path / "RefCOCO-Matching_score.json").read_text())
+    assert score == {"acc": 0.375, "num_correct": 3, "num_pred": 8}
+    # The same folder scored the other way: no embedding is done again.
+    again = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert (again.num_finished, again.num_embedded) == (0, 0)
+    assert_released_files(tmp_path)
+
+
+def test_ties_duplicates_and_single_candidates(groups):
+    vectors = {"q0": [1, 0], "q1": [1, 0], "q2": [0, 1], "q3": [0, 1], "a": [1, 0], "b": [1, 0], "c": [0, 1]}
+    lists = [["a", "b", "c"], ["a", "c", "a"], ["a", "c"], ["c"]]  # a tie; the right one twice; wrong; alone
+    first, strict = scored(lists, vectors, groups), scored(lists, vectors, groups, "strict")
+    assert (first.precision_at_1, strict.precision_at_1) == (75.0, 50.0)
+    assert first.positive == [1, 1, 0, 1] and first.hardest_negative == [1, 0, 1, -math.inf]
+    assert first.num_ties == strict.num_ties == 1
+    assert first.chance == pytest.approx(np.mean([100 / 3, 100 / 3, 50, 100]))
+    named = [[first.candidates[index].split()[-1] if index >= 0 else None for index in row] for row in first.top]
+    assert named == [
+        ["a", "b", "c", None, None],
+        ["a", "a", "c", None, None],
+        ["c", "a", None, None, None],
+        ["c", None, None, None, None],
+    ]
+    assert [first.candidates[index].split()[-1] for index in first.positives] == ["a", "a", "a", "c"]
+    assert first.hub_share == 50.0 and first.alignment == pytest.approx(0.5)
+
+
+def test_random_lists_are_ranked_as_numpy_ranks_them(groups):
+    rng = np.random.default_rng(0)
+    names = [f"c{number}" for number in range(50)]
+    vectors = {name: rng.normal(size=8) for name in names + [f"q{i}" for i in range(30)]}
+    vectors = {name: (v / np.linalg.norm(v)).astype(np.float32) for name, v in vectors.items()}
+    lists = [rng.choice(names, rng.integers(1, 20), replace=False).tolist() for _ in range(30)]
+    result = scored(lists, vectors, groups)
+    products = [[float(vectors[f"q{i}"] @ vectors[c]) for c in chosen] for i, chosen in enumerate(lists)]
+    assert result.precision_at_1 == pytest.approx(100 * np.mean([np.argmax(p) == 0 for p in products]))
+    assert result.positive == pytest.approx([p[0] for p in products], abs=1e-6)
+    assert result.hardest_negative == pytest.approx([max(p[1:], default=-np.inf) for p in products], abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_after_a_stop_nothing_is_embedded_twice(groups, tmp_path, stop_after):
+    tasks = golden_tasks()
+    first, second = GoldenEmbedder(stop_after=stop_after), GoldenEmbedder()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(first, tasks, tmp_path, IDENTITY, groups.dp)
+    done = evaluate_tasks(second, tasks, tmp_path, IDENTITY, groups.dp)
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) + len(second.asked) == sum(len(task.inputs) for task in tasks)
+    assert done.num_embedded == len(second.asked)
+    assert_released_files(tmp_path)
+
+
+def test_a_finished_set_is_only_read(groups, tmp_path):
+    evaluate_tasks(GoldenEmbedder(), golden_tasks()[:2], tmp_path, IDENTITY, groups.dp)
+    shutil.rmtree(tmp_path / "embeddings")
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert done.num_finished == 2 and {name.split()[0] for name in second.asked} == {"MSCOCO_t2i", "RefCOCO-Matching"}
+    assert_released_files(tmp_path)
+
+
+def test_a_damaged_part_is_embedded_again(groups, tmp_path):
+    evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    part = tmp_path / "embeddings" / "CIRR" / "part-00000.npy"
+    part.write_bytes(part.read_bytes()[:-1])
+    (tmp_path / "CIRR_score.json").unlink()
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert 0 < done.num_embedded == len(second.asked) < 15
+    assert_released_files(tmp_path)
+
+
+def test_another_models_embeddings_are_refused(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    other = {"weights": "others"}
+    message = "another model .weights 'golden' there, 'others' here.; choose another --out"
+    with pytest.raises(DataError, match=message):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is of another model"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
+
+
+def test_embeddings_of_other_inputs_are_refused(groups, tmp_path):
+    EmbeddingStore(tmp_path / "embeddings" / "CIRR", task_of([["a"]]).inputs).claim(IDENTITY)
+    tasks = [task for task in golden_tasks() if task.name == "CIRR"]
+    with pytest.raises(DataError, match="embeddings of other inputs than those of data set CIRR"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+
+
+def test_a_missing_picture_is_found_before_any_work(groups, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN, source)
+    (source / "CIRR" / "t3.png").unlink()
+    embedder = GoldenEmbedder()
+    with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist"):
+        evaluate_tasks(embedder, [read_task(source, source, "CIRR")], tmp_path / "out", IDENTITY, groups.dp)
+    assert embedder.asked == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(groups, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding_store.os, "fsync", full)
+    with pytest.raises(DataError, match=r"part-00000\.npy cannot be written: No space left on device"):
+        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert [path.name for path in tmp_path.rglob("part-*")] == []
+
+
+def test_stored_rows_come_back_in_any_order(tmp_path):
+    task = task_of([[f"text {number}" for number in range(100)]])
+    store = EmbeddingStore(tmp_path, task.inputs)
+    rows = np.random.default_rng(0).normal(size=(len(task.inputs), 8)).astype(np.float32)
+    assert store.num_parts > 3 and store.missing() == list(range(store.num_parts))
+    for part in range(store.num_parts):
+        store.write(part, rows[store.bounds[part] : store.bounds[part + 1]])
+    chosen = np.random.default_rng(1).integers(0, len(rows), 300)
+    np.testing.assert_array_equal(EmbeddingStore(tmp_path, task.inputs).rows(chosen), rows[chosen])
+
+
+def test_kill_and_restart_of_the_tool(tmp_path):
+    """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
+    source = tmp_path / "data"
+    make_data_set(source, num_texts=6000)
+    common = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "mmeb", "--checkpoint", str(ONEVISION)]
+    common += ["--data", str(source), f"data.tokenizer={byte_tokenizer(tmp_path)}"]
+    killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log.txt"
+    with started([*common, "--out", str(killed)], log) as process:
+        wait_for(lambda: len(list(killed.rglob("part-*.npy"))) >= 3, process, log)
+        process.kill()
+        process.wait()
+    before = sum(len(np.load(path)) for path in killed.rglob("part-*.npy"))
+    for out in (killed, whole):
+        with started([*common, "--out", str(out)], log) as process:
+            assert process.wait(200) == 0, log.read_text()[-3000:]
+    work = json.loads((killed / "report.json").read_text())["work"]
+    assert 0 < before < work["inputs"] and work["inputs_embedded"] == work["inputs"] - before
+    for name in ("VOC2007_result.json", "VOC2007_pred.txt", "VOC2007_score.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert (killed / "report.html").stat().st_size > 10000
+
+
+def make_data_set(folder: Path, num_texts: int) -> None:
+    """VOC2007 with eight pictures, and so many different labels in all that there are many parts."""
+    (folder / "VOC2007").mkdir(parents=True)
+    rows = []
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes((GOLDEN / "ImageNet-1K" / f"{number}.png").read_bytes())
+        labels = [f"label {index}" for index in range(number, num_texts, 8)]
+        query = {"qry_text": "<|image_1|>\nIdentify the object shown in the image.", "qry_img_path": f"{number}.png"}
+        rows.append({**query, "tgt_text": labels, "tgt_img_path": [""] * len(labels)})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "VOC2007" / "test-00000-of-00001.parquet")
+
+
+def test_uniformity_and_hubs():
+    points = torch.eye(3)
+    assert uniformity(points) == pytest.approx(-4.0)  # every squared distance is 2
+    assert uniformity(torch.ones(5, 2) / 2**0.5) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(uniformity(points[:1]))
+    assert hub_share(torch.tensor([4, 4, 1, 4])) == 75.0
+
+
+
+def training_evaluation(groups, tokenizer: Path, **evaluate):
+    cfg = build(
+        {
+            "model": {"preset": "tiny"},
+            "train": {"steps": 1},
+            "data": {"tokenizer": str(tokenizer)},
+            "evaluate": {"path": str(GOLDEN), **evaluate},
+        }
+    )
+    chunks = build_model(cfg.model, cfg.parallel, groups, device(), seed=0)
+    return cfg, chunks, build_evaluation(cfg, chunks, groups, lambda doing: None)
+
+
+def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
+    cfg, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    scores = run()
+    assert list(scores) == ["ImageNet-1K", "CIRR"] and chunks[0].training
+    model = LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
+    tasks = golden_tasks()[:2]
+    done = evaluate_tasks(partial(embed_parts, model), tasks, tmp_path / "out", IDENTITY, groups.dp)
+    assert scores == {result.name: result.precision_at_1 for result in done.results}
+
+
+def test_training_refuses_unknown_sets_before_it_begins(groups, tmp_path, openmoji_data):
+    with pytest.raises(ConfigError, match="'other' is no data set of MMEB-eval"):
+        training_evaluation(groups, byte_tokenizer(tmp_path), sets=["other"])
+    with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is none of the sets in .*openmoji: "):
+        training_evaluation(groups, byte_tokenizer(tmp_path), path=str(openmoji_data), sets=["other"])
