@@ -1,0 +1,93 @@
+"""Exact search over a corpus that is spread over ranks: seconds, and the memory of each rank.
+
+    torchrun --nproc-per-node 2 -m benchmarks.corpus_search --folder DIR [--rows 1000000] [--width 256] [--queries 1000]
+
+Random unit vectors, in the files that tools/evaluate.py retrieval makes; each rank searches its share of them block by
+block. The best 10 of a sample of the queries are compared with numpy's, in float64 over the whole corpus. `grown` is a
+rank's highest resident set less that before the search. Pages of the files that the system keeps are not in it.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.corpus_retrieval import StoredRows
+from megatron_llave.data.file_inputs import FileInput, FileInputs
+from megatron_llave.embedding_store import EmbeddingStore
+from megatron_llave.retrieval import search
+
+K, SAMPLE = 10, 20
+
+
+def unit_rows(count: int, width: int, seed: int) -> np.ndarray:
+    """[count, width] float32."""
+    rows = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make_store(folder: Path, rows: int, width: int) -> EmbeddingStore:
+    """The corpus on disk; the first rank writes it."""
+    store = EmbeddingStore(folder, FileInputs("corpus", [FileInput("x")] * rows, "."))
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        for part in range(store.num_parts):
+            store.write(part, unit_rows(len(store.inputs_of(part)), width, part + 1))
+    dist.barrier()
+    return store
+
+
+def check(store: EmbeddingStore, queries: np.ndarray, found: np.ndarray) -> None:
+    """The same best K as numpy's."""
+    similarity = np.concatenate(
+        [queries.astype(np.float64) @ store.rows(np.arange(*bounds)).astype(np.float64).T for bounds in blocks(store)],
+        axis=1,
+    )
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :K]
+    assert (best == found).all(), "the best candidates are not numpy's"
+
+
+def blocks(store: EmbeddingStore) -> list[tuple[int, int]]:
+    """Ranges of the corpus that together are all of it."""
+    total = store.bounds[-1]
+    return [(start, min(start + 50_000, total)) for start in range(0, total, 50_000)]
+
+
+def resident_mb() -> float:
+    """Highest so far, 1e6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def main() -> None:
+    """Search, report per rank, check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 1_000_000), ("width", 256), ("queries", 1000)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", required=True, help="for the corpus, which stays there")
+    args = parser.parse_args()
+    cpu_emulation.enable()
+    world = parallel.start_processes(600)
+    store = make_store(Path(args.folder), args.rows, args.width)
+    bounds = [args.rows * rank // world for rank in range(world + 1)]
+    first, last = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
+    queries = torch.from_numpy(unit_rows(args.queries, args.width, 0))
+    before, started = resident_mb(), time.perf_counter()
+    found, _ = search(queries, StoredRows(store, first, last), K, first, dist.group.WORLD)
+    seconds = time.perf_counter() - started
+    most = resident_mb()
+    memory = f"most {most:.0f} MB, grown {most - before:.0f} MB"
+    print(f"rank {dist.get_rank()}: rows {first} to {last}, {seconds:.1f} s, {memory}")
+    if dist.get_rank() == 0:
+        check(store, queries[:SAMPLE].numpy(), found[:SAMPLE].numpy())
+        print(f"the best {K} of {SAMPLE} queries are numpy's")
+    dist.barrier()
+    parallel.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Embeddings per second of an evaluation, beside the released way to embed on transformers' modules.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.evaluation [--layers 1] [--queries 8] [--per-query 5] [--repeats 3]
+
+A reduced 0.5b on one CPU process: real widths, heads, tiles, lengths; few layers, a small vocabulary. Four data sets in
+MMEB's manner: pictures with labels, pictures with captions, questions on pictures with answers, captions with pictures.
+Each has so many queries, and --per-query different candidates for each where those are texts, one where pictures.
+
+The released way: inputs of a side in batches of four as they come, padded to the longest, a blank picture for every
+text. Ours: packed, sorted by length, in rows of evaluate.tokens_per_batch. Both have the same weights, and their
+embeddings are compared before. `FLOPs` is the ratio that formulas give, `reached` the measured one over it. Arms take
+turns; each time is the median. Prints a Markdown table.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks import released_step
+from benchmarks.released_step import PaddedSides, Side, make_side
+from benchmarks.training_step import build_config
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.config import RunConfig
+from megatron_llave.data.packing import Encoder
+from megatron_llave.embedding import LoadedModel, embed_encoded
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.flops import Work, forward_flops
+from megatron_llave.model.embedder import build_model
+from megatron_llave.run_log import quiet_dependencies
+
+SETS = {"labels": (True, False), "captions": (True, False), "answers": (True, False), "pictures": (False, True)}
+"""Name -> whether its queries and its candidates have pictures."""
+BATCH = 4
+TOLERANCE = 1e-4
+
+
+def make_sets(cfg: RunConfig, queries: int, per_query: int) -> dict[str, tuple[list[Side], list[Side]]]:
+    """Queries and candidates of each set."""
+    rng, found = np.random.default_rng(0), {}
+    for name, (query_has_image, candidate_has_image) in SETS.items():
+        count = queries if candidate_has_image else queries * per_query
+        found[name] = (
+            [make_side(cfg.model, query_has_image, rng) for _ in range(queries)],
+            [make_side(cfg.model, candidate_has_image, rng) for _ in range(count)],
+        )
+    return found
+
+
+def batches_of(sides: Sequence[Side]) -> list[Sequence[Side]]:
+    """As the released loader makes them."""
+    return [sides[start : start + BATCH] for start in range(0, len(sides), BATCH)]
+
+
+def embed_released(model: torch.nn.Module, cfg: RunConfig, sides: Sequence[Side]) -> torch.Tensor:
+    """[n, h]."""
+    with torch.no_grad():
+        padded = (PaddedSides.of(batch, cfg.model, parallel.device(), torch.float32) for batch in batches_of(sides))
+        return torch.cat([released_step.embed(model, batch) for batch in padded])
+
+
+def embed_ours(model: LoadedModel, sides: Sequence[Side]) -> torch.Tensor:
+    """[n, h]."""
+    with torch.no_grad():
+        return embed_encoded(model, [side.sequence for side in sides])
+
+
+def work_of(sides: Sequence[Side], is_padded: bool) -> Work:
+    """What the model sees of them, padded and with blank pictures or not."""
+    total = Work(0, 0, 0)
+    for batch in batches_of(sides) if is_padded else [[side] for side in sides]:
+        lengths = [side.sequence.length for side in batch]
+        lengths = [max(lengths)] * len(lengths)
+        tiles = sum(side.num_tiles or int(is_padded) for side in batch)
+        total = Work(
+            total.tokens + sum(lengths), total.squared_lengths + sum(n * n for n in lengths), total.tiles + tiles
+        )
+    return total
+
+
+def main() -> None:
+    """Compare, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 1), ("queries", 8), ("per-query", 5), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        run(args)
+        parallel.shut_down()
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row per set, and one for all."""
+    cfg = build_config(args.layers, 4)
+    parallel.start_processes(600)
+    groups = parallel.init(cfg.parallel, 0)
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+    vision = cfg.model.vision
+    encoder = Encoder(None, "qwen", cfg.data.max_length, (), vision.image_size, vision.patch_size)
+    ours = LoadedModel(cfg, chunks, encoder, groups)
+    released = released_step.build_released(cfg.model)
+    released_step.copy_weights(chunks[0], released, cfg.model)
+    print(f"{torch.get_num_threads()} thread(s), {args.layers} layer(s) of tower and decoder, {args.repeats} repeats\n")
+    heads = ["set", "inputs", "with pictures", "ours /s", "released /s", "ratio", "FLOPs", "reached", "apart"]
+    print("|", " | ".join(heads), "|\n|---" + "|---:" * (len(heads) - 1) + "|", flush=True)
+    rows = []
+    for name, sides in make_sets(cfg, args.queries, args.per_query).items():
+        rows.append(measure(cfg, ours, released, sides, args.repeats))
+        print_row(name, *rows[-1])
+    print_row("all", *(sum(column) for column in list(zip(*rows))[:6]), max(row[6] for row in rows))
+
+
+def measure(
+    cfg: RunConfig, ours: LoadedModel, released: torch.nn.Module, sides: tuple[list[Side], list[Side]], repeats: int
+) -> tuple[int, int, float, float, int, int, float]:
+    """Inputs, those with pictures, seconds of ours and of the released way, FLOPs of both, largest difference."""
+    arms = {
+        "ours": lambda: torch.cat([embed_ours(ours, side) for side in sides]),
+        "released": lambda: torch.cat([embed_released(released, cfg, side) for side in sides]),
+    }
+    apart = (arms["ours"]() - arms["released"]()).abs().max().item()  # the warm-up too
+    assert apart < TOLERANCE, f"embeddings are {apart} apart, more than {TOLERANCE}"
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(repeats):
+        for arm, embed in arms.items():
+            started = time.perf_counter()
+            embed()
+            seconds[arm].append(time.perf_counter() - started)
+    flops = [sum(forward_flops(cfg.model, work_of(side, padded)) for side in sides) for padded in (False, True)]
+    inputs = [side for part in sides for side in part]
+    medians = [statistics.median(seconds[arm]) for arm in arms]
+    return len(inputs), sum(side.size is not None for side in inputs), *medians, *flops, apart
+
+
+def print_row(
+    name: str, inputs: int, pictures: int, ours: float, released: float, own_flops: int, padded_flops: int, apart: float
+) -> None:
+    """See the module."""
+    ratio, flops = released / ours, padded_flops / own_flops
+    cells = [name, str(inputs), str(pictures), f"{inputs / ours:.2f}", f"{inputs / released:.2f}", f"{ratio:.2f}"]
+    print("|", " | ".join([*cells, f"{flops:.2f}", f"{100 * ratio / flops:.0f} %", f"{apart:.1e}"]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
