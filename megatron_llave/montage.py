@@ -21,11 +21,11 @@ COLUMNS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """A query and its best candidates, best first."""
+    """A query and candidates for it, the best one first."""
 
     query: Side
-    candidates: list[tuple[Side, bool]]
-    """Each with whether it is the right one."""
+    candidates: list[tuple[Side, bool] | None]
+    """Under the panel's headings, each with whether it is the right one; None: an empty place."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,18 @@ class Panel:
     title: str
     about: str
     rows: list[Row]
+    headings: tuple[str, ...]
+    """Above the candidates."""
 
 
-def draw_montage(panels: Sequence[Panel], path: str | Path, k: int = 5) -> None:
-    """Panels in COLUMNS columns, with k candidates a row.
+def draw_montage(panels: Sequence[Panel], path: str | Path) -> None:
+    """Panels in COLUMNS columns.
 
     A green frame marks the right candidate, a red one a best candidate that is wrong.
     """
     across = min(COLUMNS, max(1, len(panels)))
     down = -(-len(panels) // across)
-    panel_width = QUERY_WIDTH + 2 * GAP + k * (CELL + GAP)
+    panel_width = QUERY_WIDTH + 2 * GAP + max((len(panel.headings) for panel in panels), default=0) * (CELL + GAP)
     panel_height = TITLE_HEIGHT + max((len(panel.rows) for panel in panels), default=0) * (CELL + GAP) + GAP
     size = (2 * MARGIN + across * panel_width + (across - 1) * 2 * MARGIN, LEGEND_HEIGHT + MARGIN + down * panel_height)
     canvas = Image.new("RGB", size, WHITE)
@@ -53,7 +55,7 @@ def draw_montage(panels: Sequence[Panel], path: str | Path, k: int = 5) -> None:
         # Down the first column, then the second: the order of the table.
         column, row = divmod(index, down)
         corner = (MARGIN + column * (panel_width + 2 * MARGIN), LEGEND_HEIGHT + row * panel_height)
-        _draw_panel(canvas, corner, panel, k)
+        _draw_panel(canvas, corner, panel)
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
@@ -66,7 +68,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw) -> None:
         left += 62 + round(_font(15).getlength(text))
 
 
-def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel, k: int) -> None:
+def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel) -> None:
     """Title, then a row per query."""
     draw = ImageDraw.Draw(canvas)
     left, top = corner
@@ -75,14 +77,17 @@ def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel, k: i
     draw.text((left + round(title.getlength(panel.title)) + 14, top + 23), panel.about, GREY, _font(15), anchor="lm")
     first = left + QUERY_WIDTH + 2 * GAP
     draw.text((left, top + 50), "query", GREY, _font(13), anchor="lm")
-    for rank in range(k):
-        draw.text((first + rank * (CELL + GAP) + CELL // 2, top + 50), str(rank + 1), GREY, _font(13), anchor="mm")
+    for rank, heading in enumerate(panel.headings):
+        draw.text((first + rank * (CELL + GAP) + CELL // 2, top + 50), heading, GREY, _font(13), anchor="mm")
     # What all candidates say ("Represent the given image.") tells none of them apart.
-    is_told_apart = len({side.text for row in panel.rows for side, _ in row.candidates}) > 1
+    is_told_apart = len({one[0].text for row in panel.rows for one in row.candidates if one}) > 1
     for number, row in enumerate(panel.rows):
         y = top + TITLE_HEIGHT + number * (CELL + GAP)
         _draw_side(canvas, row.query, (left, y, left + QUERY_WIDTH, y + CELL))
-        for rank, (side, is_right) in enumerate(row.candidates[:k]):
+        for rank, candidate in enumerate(row.candidates):
+            if candidate is None:
+                continue
+            side, is_right = candidate
             x = first + rank * (CELL + GAP)
             box = (x, y, x + CELL, y + CELL)
             _draw_side(canvas, side, box, with_text=is_told_apart)

@@ -205,24 +205,31 @@ def example_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set
 
 
 def mistake_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set: int = 3, k: int = 5) -> list[Panel]:
-    """Of each set with mistakes the worst ones: the queries whose best candidate is furthest ahead of the right one."""
+    """Of each set with mistakes the worst ones: the queries whose best candidate is furthest ahead of the right one.
+
+    The last of the k candidates is the right one.
+    """
     panels = []
     for one in results:
         margins = np.subtract(one.hardest_negative, one.positive)
         worst = [number for number in np.argsort(-margins, kind="stable")[:per_set].tolist() if margins[number] > 0]
         if worst:
-            panels.append(_panel(one, inputs, worst, k))
+            panels.append(_panel(one, inputs, worst, k, with_right=True))
     return panels
 
 
-def _panel(one: SetResult, inputs: Mapping[str, Side], queries: Iterable[int], k: int) -> Panel:
+def _panel(
+    one: SetResult, inputs: Mapping[str, Side], queries: Iterable[int], k: int, with_right: bool = False
+) -> Panel:
+    shown = k - 1 if with_right else k
     score = f"Precision@1 {one.precision_at_1:.1f} % (chance {one.chance:.3g} %)"
     rows = []
     for query in queries:
-        best = [index for index in one.top[query][:k] if index >= 0]
-        sides = [(inputs[one.candidates[index]], index == one.positives[query]) for index in best]
+        best = (one.top[query] + [-1] * shown)[:shown] + [one.positives[query]] * with_right
+        sides = [(inputs[one.candidates[i]], i == one.positives[query]) if i >= 0 else None for i in best]
         rows.append(Row(inputs[one.queries[query]], sides))
-    return Panel(one.name, f"{one.meta_task}, {one.split}, {score}", rows)
+    headings = (*map(str, range(1, shown + 1)), *["right"] * with_right)
+    return Panel(one.name, f"{one.meta_task}, {one.split}, {score}", rows, headings)
 
 
 def diagnostic_rows(results: list[SetResult]) -> list[tuple[str, ...]]:

@@ -226,12 +226,14 @@ def test_worst_mistakes_come_first_and_right_queries_never():
         positives=[0, 0, 0, 0],
         queries=["q0", "q1", "q0", "q1"],
     )
-    [panel] = report.mistake_panels([one], INPUTS, per_set=2)
+    [panel] = report.mistake_panels([one], INPUTS, per_set=2, k=2)
+    assert panel.headings == ("1", "right")
     assert [row.candidates for row in panel.rows] == [
         [(INPUTS["c2"], False), (INPUTS["c0"], True)],
-        [(INPUTS["c1"], False), (INPUTS["c2"], False)],
+        [(INPUTS["c1"], False), (INPUTS["c0"], True)],
     ]
-    assert len(report.mistake_panels([one], INPUTS, per_set=9)[0].rows) == 3
+    padded = report.mistake_panels([one], INPUTS, per_set=9)[0].rows
+    assert len(padded) == 3 and padded[0].candidates[2:] == [None, None, (INPUTS["c0"], True)]
     assert report.mistake_panels([set_result(hardest_negative=[0.1, -math.inf])], INPUTS) == []
 
 
@@ -310,7 +312,7 @@ def frames(image: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, i
 
 
 def draw(results, inputs, path, per_set: int = 3, k: int = 5) -> None:
-    montage.draw_montage(report.example_panels(results, inputs, per_set, k), path, k)
+    montage.draw_montage(report.example_panels(results, inputs, per_set, k), path)
 
 
 def test_montage_frames_the_right_candidate_green_and_a_wrong_best_one_red(tmp_path):
