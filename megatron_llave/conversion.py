@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_llave import checkpoint, config_file
-from megatron_llave.config import RunConfig
 from megatron_llave.config_checks import validate
 from megatron_llave.config_model import ModelConfig
 from megatron_llave.errors import CheckpointError
@@ -71,7 +70,7 @@ def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollectio
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CheckpointError(f"{source}: {weights.names[name]} is {dtype}; save it as float32 or less first")
     precision = "bf16" if set(used.values()) == {torch.bfloat16} else "fp32"
-    cfg = RunConfig(model=replace(config.model, precision=precision))
+    cfg = replace(config.run, model=replace(config.model, precision=precision))
     validate(cfg)
     embedder = model_without_memory(cfg.model, groups)
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}

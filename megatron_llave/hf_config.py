@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_llave.config import DataConfig, RunConfig
 from megatron_llave.config_checks import require_same_model
 from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig, one_of, require
 from megatron_llave.errors import CheckpointError
@@ -58,6 +59,12 @@ class HfConfig:
     """Layers of the tower that the weights hold: those that are run, and maybe some after them."""
     raw: dict
     """The file as it is."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Its model, and where the newline stands among a video's tokens (mm_newline_position of llava_qwen)."""
+        newline = self.raw.get("mm_newline_position", "one_token")
+        return RunConfig(model=self.model, data=DataConfig(video_newline=newline))
 
 
 def read_config(folder: str | Path) -> HfConfig:

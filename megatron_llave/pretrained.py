@@ -112,7 +112,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
     """
     path = Path(path)
     if (path / HF_CONFIG).is_file():
-        return Pretrained(path, RunConfig(model=read_config(path).model), is_hf=True)
+        return Pretrained(path, read_config(path).run, is_hf=True)
     try:
         folder = checkpoint.find(path)
     except CheckpointError as error:

@@ -360,3 +360,12 @@ def test_what_cannot_be_built() -> None:
     assert build_config_json(model, "llava_qwen", True, None)["image_aspect_ratio"] == "square"
     with pytest.raises(ConfigError, match=r"model.image_grids=\[\] has no place in layout llava_onevision"):
         build_config_json(model, "llava_onevision", True, None)
+
+
+def test_the_newline_of_videos_comes_from_the_file(tmp_path):
+    assert read_config(FOLDERS["llava_onevision"]).run.data.video_newline == "one_token"
+    for newline in ("grid", "no_token"):
+        found = read(tmp_path, changed("llava_qwen", {"mm_newline_position": newline}))
+        assert found.run.data.video_newline == newline
+    with pytest.raises(ConfigError, match="data.video_newline='somewhere' "):
+        _ = read(tmp_path, changed("llava_qwen", {"mm_newline_position": "somewhere"})).run

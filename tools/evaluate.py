@@ -66,8 +66,8 @@ def main() -> None:
     video.add_argument("--list", help="file with the ids of the videos to take, such as MSVD's test_list.txt")
     video.add_argument("--out", required=True, help="folder for embeddings and scores; the same one goes on")
     given = sys.argv[1:]
-    known = [*commands.choices, "-h", "--help"]
-    args = parser.parse_args(given if given and given[0] in known else ["prepared", *given])
+    is_prepared = given and (given[0].startswith("--") or "=" in given[0]) and given[0] != "--help"
+    args = parser.parse_args(["prepared", *given] if is_prepared else given)
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
