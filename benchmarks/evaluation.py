@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 1), ("queries", 8), ("per-query", 5), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value")
     args = parser.parse_args()
     with exit_with_one_line():
         quiet_dependencies()
@@ -96,7 +97,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row per set, and one for all."""
-    cfg = build_config(args.layers, 4)
+    cfg = build_config(args.layers, BATCH, args.overrides)
     parallel.start_processes(600)
     groups = parallel.init(cfg.parallel, 0)
     chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)

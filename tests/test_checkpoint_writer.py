@@ -87,7 +87,7 @@ def test_newest_is_current_and_the_older_ones_go(groups, tmp_path: Path) -> None
     manifest = checkpoint.require_whole(folder)
     assert manifest["step"] == 5
     assert manifest["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "chunks": 1}
-    assert {"config.yaml", "data.json", "metadata.json", ".metadata", "common.pt"} <= set(manifest["files"])
+    assert {"config.yaml", "data.json", "metadata.json", ".metadata"} <= set(manifest["files"])
     assert "reserve" not in manifest["files"]
 
 
@@ -130,7 +130,8 @@ def test_full_disk_leaves_the_one_before_current(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     [message] = said_by_us(caplog, logging.ERROR)
     assert "step-0000002.partial could not be saved" in message and "the one before stays current" in message
-    assert re.search("File too large|enforce fail", message) and "\n" not in message  # torch's zip says the second
+    # torch's zip says the second, and megatron-core 0.19 of its child process only the third.
+    assert re.search("File too large|enforce fail|Worker failure", message) and "\n" not in message
     assert checkpoint.find(tmp_path / "run").name == "step-0000001"
     assert names(tmp_path) == {"latest", "step-0000001"}
     assert save(run, 3)
