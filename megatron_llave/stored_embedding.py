@@ -15,6 +15,9 @@ EmbedParts = Callable[[Iterable[Mapping[str, Side]]], Iterator[Tensor | None]]
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) of this rank's parts."""
 
+TURNS_TOGETHER = 8
+"""Parts after which the ranks wait for each other: what a slow one is behind must not add up to the groups' timeout."""
+
 
 def embed_missing(
     embed_parts: EmbedParts,
@@ -44,10 +47,15 @@ def embed_missing(
         store.inputs_of(part).require_files()
     dist.barrier()  # a missing picture ends the run before any work is done
     embedded = embed_parts(store.inputs_of(part) for store, part in mine)
-    for done, ((store, part), rows) in enumerate(zip(mine, embedded)):
-        if rows is not None:
-            store.write(part, rows.cpu().numpy())
-        progress(f"embedding {store.inputs.name}", done + 1, len(mine))
+    for turn in range(-(-len(missing) // replicas.size())):
+        if turn < len(mine):
+            store, part = mine[turn]
+            rows = next(embedded)
+            if rows is not None:
+                store.write(part, rows.cpu().numpy())
+            progress(f"embedding {store.inputs.name}", turn + 1, len(mine))
+        if turn % TURNS_TOGETHER == 0:
+            dist.barrier()
     dist.barrier()
     return sum(len(store.inputs_of(part)) for store, part in missing)
 

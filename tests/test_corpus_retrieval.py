@@ -26,7 +26,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def vector(text: str) -> torch.Tensor:
     """[8] of unit length, the same for texts that end in the same word."""
-    seed = sum(map(ord, text.split()[-1])) * 1009
+    seed = int.from_bytes(text.split()[-1].encode(), "little") % 2**31
     return torch.nn.functional.normalize(torch.randn(8, generator=torch.Generator().manual_seed(seed)), dim=0)
 
 
