@@ -48,13 +48,20 @@ class EmbeddingStore:
             DataError: it holds embeddings of another model or of other inputs; names what differs.
         """
         path = self.folder / MANIFEST
+        own = {"format": FORMAT, "version": VERSION, "model": identity, "inputs": self.inputs.digest}
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"format": FORMAT, "version": VERSION, "model": identity, "inputs": self.inputs.digest})
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, own)
+            except OSError as error:
+                raise DataError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
             return
-        found = read_json(path, FORMAT, "delete the folder to embed again")
+        try:
+            found = read_json(path, FORMAT, "it is another file")
+        except DataError as error:
+            raise DataError(f"{error}; or delete {self.folder} to embed again") from error
         require_same_model(path, found.get("model"), identity)
-        if found.get("inputs") != self.inputs.digest:
+        if found.get("inputs") != own["inputs"]:
             raise DataError(
                 f"{self.folder} holds embeddings of other inputs than those of data set {self.inputs.name} now; choose "
                 "another --out, or delete the folder to embed again"

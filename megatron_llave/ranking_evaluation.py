@@ -153,7 +153,6 @@ def _finished(tasks: Sequence[RankingTask], out: Path, identity: Identity, ties:
     """
     found = torch.zeros(len(tasks), dtype=torch.int64, device=device())
     if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         found += torch.tensor([int(_read(task, out, identity, ties) is not None) for task in tasks], device=device())
     dist.broadcast(found, 0)
     is_there = map(bool, found.tolist())
@@ -164,7 +163,10 @@ def _read(task: RankingTask, out: Path, identity: Identity, ties: str) -> SetRes
     path = out / f"{task.name}_result.json"
     if not path.is_file() or not _score_file(out, task).is_file():
         return None
-    found = read_json(path, FORMAT, "")
+    try:
+        found = read_json(path, FORMAT, "")
+    except DataError:
+        return None  # damaged: it is made again from the embeddings
     require_same_model(path, found["model"], identity)
     if found["inputs"] != task.inputs.digest or found["ties"] != ties:
         return None

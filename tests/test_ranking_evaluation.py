@@ -155,6 +155,26 @@ def test_embeddings_of_other_inputs_are_refused(groups, tmp_path):
         evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
 
 
+def test_a_damaged_result_is_made_again_and_a_damaged_manifest_named(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    before = (tmp_path / "ImageNet-1K_result.json").read_bytes()
+    (tmp_path / "ImageNet-1K_result.json").write_text("{")
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert (done.num_finished, done.num_embedded) == (0, 0)
+    assert (tmp_path / "ImageNet-1K_result.json").read_bytes() == before
+    (tmp_path / "embeddings" / "ImageNet-1K" / "manifest.json").write_text("{")
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is not valid JSON .*or delete .*ImageNet-1K to embed again"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+
+
+def test_a_folder_that_cannot_be_made_is_named(groups, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/embeddings/ImageNet-1K cannot be made: Not a directory; choose another"):
+        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path / "file", IDENTITY, groups.dp)
+
+
 def test_a_missing_picture_is_found_before_any_work(groups, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN, source)

@@ -104,8 +104,10 @@ def prepared_sets(args: argparse.Namespace) -> None:
 
 def mmeb_sets(args: argparse.Namespace) -> None:
     """Embed what is not there yet, score, and let one rank write the report."""
-    tasks = [read_task(args.data, args.images or args.data, name) for name in choose_sets(args.data, args.subsets)]
-    model = load_model(args.checkpoint, None, args.overrides, args.average)
+    given = args.subsets or []  # takes overrides that follow it, too
+    names, overrides = [one for one in given if "=" not in one], [one for one in given if "=" in one]
+    tasks = [read_task(args.data, args.images or args.data, name) for name in choose_sets(args.data, names)]
+    model = load_model(args.checkpoint, None, [*overrides, *args.overrides], args.average)
     identity = find_pretrained(args.checkpoint).identity(model.cfg, args.average) if dist.get_rank() == 0 else {}
     with progress_bar() as progress:
         embedder = partial(embed_parts, model)
