@@ -129,7 +129,7 @@ def evaluate_retrieval(
         embed_parts: of this rank's replica.
         data: see read_retrieval.
         out: folder for embeddings and results, shared by all ranks.
-        identity: of the model.
+        identity: of the model; only the first rank's counts.
         replicas: data-parallel ranks that the embedding is dealt to; all ranks search.
         depths: k of recall and nDCG; max(depths) candidates per query are written.
         progress: told of each part.

@@ -64,7 +64,7 @@ def evaluate_tasks(
         embed_parts: of this rank's replica.
         tasks: the data sets, all of them different.
         out: folder for embeddings and results, shared by all ranks.
-        identity: of the model.
+        identity: of the model; only the first rank's counts.
         replicas: data-parallel ranks that the parts are dealt to.
         ties: see score_task.
         progress: told (what, done, total) of this rank's parts, then of the sets.
@@ -156,10 +156,11 @@ def _finished(tasks: Sequence[RankingTask], out: Path, identity: Identity, ties:
         found += torch.tensor([int(_read(task, out, identity, ties) is not None) for task in tasks], device=device())
     dist.broadcast(found, 0)
     is_there = map(bool, found.tolist())
-    return [_read(task, out, identity, ties) if there else None for task, there in zip(tasks, is_there)]
+    return [_read(task, out, None, ties) if there else None for task, there in zip(tasks, is_there)]
 
 
-def _read(task: RankingTask, out: Path, identity: Identity, ties: str) -> SetResult | None:
+def _read(task: RankingTask, out: Path, identity: Identity | None, ties: str) -> SetResult | None:
+    """The finished result, of `identity`'s model unless that is None."""
     path = out / f"{task.name}_result.json"
     if not path.is_file() or not _score_file(out, task).is_file():
         return None
@@ -167,7 +168,8 @@ def _read(task: RankingTask, out: Path, identity: Identity, ties: str) -> SetRes
         found = read_json(path, FORMAT, "")
     except DataError:
         return None  # damaged: it is made again from the embeddings
-    require_same_model(path, found["model"], identity)
+    if identity is not None:
+        require_same_model(path, found["model"], identity)
     if found["inputs"] != task.inputs.digest or found["ties"] != ties:
         return None
     result = SetResult(**found["result"])

@@ -31,7 +31,7 @@ def embed_missing(
     Args:
         embed_parts: of this rank's replica.
         stores: in folders that all ranks share.
-        identity: of the model.
+        identity: of the model; only the first rank's counts.
         replicas: data-parallel ranks that the parts are dealt to.
         progress: told of each part.
 

@@ -42,7 +42,7 @@ def evaluate_videos(
         videos: with their captions.
         folder: that the videos' files lie in.
         out: folder for embeddings and scores, shared by all ranks.
-        identity: of the model.
+        identity: of the model; only the first rank's counts.
         replicas: data-parallel ranks that the embedding is dealt to.
         progress: told of each part.
 
