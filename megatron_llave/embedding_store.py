@@ -5,6 +5,7 @@ each there whole or not at all. How inputs are cut into parts does not depend on
 """
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ FORMAT = "megatron_llave embeddings"
 MANIFEST = "manifest.json"
 PART_COST = 512
 """Of the inputs of a part (FileInput.cost): some 56 with pictures, or 512 short texts."""
+
+WAITS = (0, 1, 2, 4, 8, 16, 32)
+"""Seconds before each look for a part that should be there; NFS may believe for a minute that a file is missing."""
 
 Identity = dict[str, str]
 """What decides a model's embeddings (its weights, how inputs become tokens): compared, and shown where it differs."""
@@ -98,16 +102,23 @@ class EmbeddingStore:
         of_part = np.searchsorted(self.bounds, indices, side="right") - 1  # [n]
         rows = None
         for part in np.unique(of_part).tolist():
-            stored = self._opened.get(part)
-            stored = self._open(part) if stored is None else stored
-            if stored is None:
-                raise DataError(f"{self._path(part)} is missing; all nodes must share the folder of --out")
-            self._opened[part] = stored
+            if part not in self._opened:
+                self._opened[part] = self._await(part)
+            stored = self._opened[part]
             if rows is None:
                 rows = np.empty((len(indices), stored.shape[1]), np.float32)
             chosen = of_part == part
             rows[chosen] = stored[indices[chosen] - self.bounds[part]]
         return rows
+
+    def _await(self, part: int) -> np.ndarray:
+        """A part that another rank has just written: a network file system may not show it at once."""
+        for seconds in WAITS:
+            time.sleep(seconds)
+            stored = self._open(part)
+            if stored is not None:
+                return stored
+        raise DataError(f"{self._path(part)} is missing; all nodes must share the folder of --out")
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.npy"

@@ -6,8 +6,10 @@ Used by tools/evaluate.py and by training.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +23,7 @@ from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.ranking_task import RankingTask
 from megatron_llave.data.sources.mmeb_evaluation import choose_sets, read_task
 from megatron_llave.embedding import LoadedModel, embed
+from megatron_llave.embedding_store import PART_COST
 from megatron_llave.errors import ConfigError
 from megatron_llave.ranking_evaluation import score_task
 from megatron_llave.report import SetResult
@@ -99,7 +102,9 @@ def evaluate_in_memory(model: LoadedModel, tasks: list[RankingTask]) -> list[Set
     """Score ranking tasks without keeping anything on disk; the same result on every rank."""
     results = []
     for task in tasks:
-        embeddings = embed(model, task.inputs).cpu().numpy()  # [inputs, d]
+        bounds = task.inputs.cut(PART_COST * model.groups.dp.size())  # so much is decoded at a time
+        parts = [task.inputs.part(range(*pair)) for pair in pairwise(bounds)]
+        embeddings = np.concatenate([embed(model, part).cpu().numpy() for part in parts])  # [inputs, d]
         results.append(score_task(task, embeddings.__getitem__, "first", dist.group.WORLD))
     return results
 

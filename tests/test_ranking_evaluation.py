@@ -206,6 +206,18 @@ def test_stored_rows_come_back_in_any_order(tmp_path):
     np.testing.assert_array_equal(EmbeddingStore(tmp_path, task.inputs).rows(chosen), rows[chosen])
 
 
+def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, monkeypatch):
+    task = task_of([["a"]])
+    store = EmbeddingStore(tmp_path, task.inputs)
+    monkeypatch.setattr(embedding_store, "WAITS", (0, 0))
+    with pytest.raises(DataError, match=r"part-00000\.npy is missing; all nodes must share the folder of --out"):
+        store.rows(np.array([0]))
+    rows = np.ones((2, 4), np.float32)
+    monkeypatch.setattr(embedding_store.time, "sleep", lambda seconds: seconds and store.write(0, rows))
+    monkeypatch.setattr(embedding_store, "WAITS", (0, 1))
+    np.testing.assert_array_equal(store.rows(np.array([1, 0])), rows)
+
+
 def test_kill_and_restart_of_the_tool(tmp_path):
     """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
     source = tmp_path / "data"
