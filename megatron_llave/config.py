@@ -11,6 +11,7 @@ from megatron_llave.config_model import PARTS, ModelConfig, at_least, one_of, re
 
 HARDNESS = ("in_batch", "hard_negatives", "all")
 DIRECTIONS = ("symmetric", "query_to_target")
+NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
 
 
 def _is_margin(key: str, value: float | None) -> None:
@@ -140,7 +141,8 @@ class LossConfig:
     """Steps over which alpha rises linearly from 0."""
     negatives: str = "global_batch"
     """Negatives of a pair: global_batch (every other pair of the step, at any micro-batch size; costs one more forward
-    when a rank has several micro batches) or micro_batch (its micro batch on all data-parallel ranks, as released)."""
+    when a rank has several micro batches), micro_batch (its micro batch on all data-parallel ranks, as released) or
+    own_micro_batch (its micro batch on its own rank alone: the paper's ablation, what gathering is compared with)."""
     mask_same_target: bool = False
     """Pairs with equal target ids or equal query ids are not each other's negatives, in neither direction."""
     mask_margin: float | None = None
@@ -161,7 +163,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Check names and signs."""
-        one_of("loss.negatives", self.negatives, ("global_batch", "micro_batch"))
+        one_of("loss.negatives", self.negatives, NEGATIVES)
         one_of("loss.directions", self.directions, DIRECTIONS)
         one_of("loss.hardness", self.hardness, HARDNESS)
         one_of("loss.reward", self.reward, ("self", "ema"))
@@ -202,6 +204,9 @@ class OptimizerConfig:
     part_learning_rates: dict[str, float] = field(default_factory=dict)
     """Highest learning rate of vision, projector or language, where it is not learning_rate. 0 is not frozen: the
     gradient is still computed; see model.freeze."""
+    part_start_steps: dict[str, int] = field(default_factory=dict)
+    """First step (from 0) in which vision, projector or language is trained: before it its learning rate is 0, though
+    its gradient counts in the norm that is clipped."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -211,6 +216,9 @@ class OptimizerConfig:
         for part, rate in self.part_learning_rates.items():
             one_of("optimizer.part_learning_rates", part, PARTS)
             require(0 <= rate < math.inf, f"optimizer.part_learning_rates.{part}={rate} must be at least 0")
+        for part, step in self.part_start_steps.items():
+            one_of("optimizer.part_start_steps", part, PARTS)
+            require(step >= 0, f"optimizer.part_start_steps.{part}={step} must be at least 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")

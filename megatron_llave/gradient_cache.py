@@ -8,7 +8,8 @@ The parameters' gradient is that of one process with the whole batch at once (Gr
 one more forward, without the tower when that is frozen: its features are kept from the first pass for the second.
 
 `micro_batch`: one pass; the negatives of a pair are those of its own micro batch on all data-parallel ranks, as in the
-released code. With one micro batch per step both are the same, and the single pass is taken.
+released code. With one micro batch per step both are the same, and the single pass is taken. `own_micro_batch` is the
+same, but for a loss that does not look beyond this rank.
 
 A reward model other than the model itself embeds all micro batches once more, before anything else.
 """
@@ -48,7 +49,7 @@ def forward_backward(
         chunks: this rank's model chunks, wrapped for data parallel.
         batches: this rank's micro batches, on its device.
         compare: the loss.
-        negatives: global_batch or micro_batch.
+        negatives: global_batch, or micro_batch or own_micro_batch, between which `compare` tells.
         reward_model: whose cosines are the hardness; None: the model's own.
 
     Returns:
@@ -60,7 +61,7 @@ def forward_backward(
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
-    if negatives == "micro_batch" or len(batches) == 1:
+    if negatives != "global_batch" or len(batches) == 1:
         return run_schedule(chunks, list(zip(batches, rewards)), partial(_compare_step, compare=compare))
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)

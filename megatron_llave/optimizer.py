@@ -26,6 +26,8 @@ PART_PARAMETERS = {
     "language": ("language.*",),
 }
 """Names of the parameters of each part, as patterns."""
+LATE = "lr_start_step"
+"""Under which a group of parameters has its first step, if it is not 0."""
 
 
 @dataclass
@@ -146,19 +148,28 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
 
 
 def _overrides(cfg: RunConfig, config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's own (no weight decay of vectors), and the learning rates of parts."""
-    overrides = get_standard_config_overrides(config)
-    for part, rate in cfg.optimizer.part_learning_rates.items():
+    """megatron-core's own (no weight decay of vectors), and the learning rates and first steps of parts."""
+    overrides, own = get_standard_config_overrides(config), cfg.optimizer
+    for part in sorted(own.part_learning_rates.keys() | own.part_start_steps.keys()):
         names = tuple(f"module.{name}" for name in PART_PARAMETERS[part])
-        lowest = min(cfg.optimizer.min_learning_rate, rate)
-        overrides[ParamKey(name=names)] = ParamGroupOverride(max_lr=rate, min_lr=lowest)
+        rate = own.part_learning_rates.get(part, own.learning_rate)
+        values = {"max_lr": rate, "min_lr": min(own.min_learning_rate, rate)}
+        values |= {LATE: own.part_start_steps[part]} if part in own.part_start_steps else {}
+        overrides[ParamKey(name=names)] = ParamGroupOverride(**values)
     return overrides
+
+
+class _Schedule(OptimizerParamScheduler):
+    """megatron-core's, with a learning rate of 0 for a part until its first step."""
+
+    def get_lr(self, param_group: dict) -> float:
+        return 0.0 if self.num_steps < param_group.get(LATE, 0) else super().get_lr(param_group)
 
 
 def _build_schedule(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     own = cfg.optimizer
     warmup = own.warmup_steps or round(own.warmup_fraction * cfg.train.steps)
-    return OptimizerParamScheduler(
+    return _Schedule(
         optimizer,
         init_lr=0.0,
         max_lr=own.learning_rate,

@@ -22,6 +22,7 @@ from megatron_llave.montage import Panel, Row, draw_montage
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
+HISTOGRAM_BINS = 50
 DIAGNOSTICS = ("data set", "positive", "hardest negative", "overlap", "alignment", "uniformity", "hub (%)", "ties")
 NOTE = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
 PAPER_NOTE = (
@@ -96,10 +97,20 @@ def _mean(results: list[SetResult]) -> float | None:
 
 
 def write_json(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
-    """Write `extra`, the means and every set's numbers; the lists over queries and candidates stay out."""
-    short = [{key: value for key, value in asdict(one).items() if key not in LONG_LISTS} for one in results]
+    """Write `extra`, the means and every set's numbers; of the lists over queries only two histograms."""
+    short = []
+    for one in results:
+        numbers = {key: value for key, value in asdict(one).items() if key not in LONG_LISTS}
+        counts = {f"{name}_histogram": cosine_counts(getattr(one, name)) for name in ("positive", "hardest_negative")}
+        short.append(numbers | counts)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({**extra, "means": summarise(results), "sets": short}, indent=2) + "\n")
+
+
+def cosine_counts(cosines: list[float]) -> list[int]:
+    """How many lie in each of HISTOGRAM_BINS equal bins from -1 to 1; those that are not finite in none."""
+    finite = [min(1.0, max(-1.0, x)) for x in cosines if np.isfinite(x)]  # a cosine may be a rounding beyond 1
+    return np.histogram(finite, HISTOGRAM_BINS, (-1, 1))[0].tolist()
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:

@@ -139,7 +139,7 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
     share = cfg.train.global_batch_size // data_parallel
     size = cfg.train.micro_batch_size or share
     has_embed_pass = size < share and cfg.loss.negatives == "global_batch"
-    rows = size if cfg.loss.negatives == "micro_batch" else share
+    rows = share if cfg.loss.negatives == "global_batch" else size
     columns = rows * data_parallel * (1 + cfg.data.hard_negatives)
     batch = MicroBatch.of(longest_batch(kinds, size, cfg.data.hard_negatives))
     return StepShape(data_parallel, share // size, rows, columns, has_embed_pass, batch)

@@ -203,7 +203,8 @@ def train_step(
         The step's record, and what the loss saw; both have the loss and the similarities on the last pipeline stage.
     """
     temperature, alpha = temperature_at(loss_cfg, step), alpha_at(loss_cfg, step)
-    compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=groups.dp)
+    others = None if loss_cfg.negatives == "own_micro_batch" else groups.dp
+    compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=others)
     trainable.zero_gradients()
     reward_model = None if average is None else average.applied
     shares = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward_model)
@@ -226,9 +227,9 @@ def contrast(
     config: LossConfig,
     temperature: float,
     alpha: float,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> LossShare:
-    """The configured loss over the local embeddings and those of the other ranks of `group`."""
+    """The configured loss over the local embeddings and those of the other ranks of `group`, if any."""
     compare = hardness_weighted_contrastive_loss
     if config.matryoshka_dims:
         compare = partial(matryoshka_loss, dims=config.matryoshka_dims)
