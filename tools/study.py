@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="configuration that all runs share")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each arm runs with each")
     parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same one goes on")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="some of the study's, and the reference; default: all")
+    parser.add_argument("--arm", action="append", default=[], help="of the study's, besides the reference; default: all")
     parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
     parser.add_argument("--processes", type=int, default=2, help="of all runs at a time (2)")
     parser.add_argument("--per-run", type=int, default=1, help="processes of one run (1)")
@@ -61,7 +61,7 @@ def main() -> int:
         shared = Plan(Path(args.config), start, out, tuple(args.overrides), args.per_run)
         cfg = config_file.load(args.config, args.overrides)
         study = STUDIES[args.study](cfg, ranks(cfg, args.per_run))
-        runs = plan(study, cfg, args.seeds, args.arms or (), start is not None)
+        runs = plan(study, cfg, args.seeds, args.arm, start is not None)
         if args.task is not None:
             runs = [task(runs, args.task)]
         outcome = run_all(shared, runs, args.processes, lambda line: print(line, flush=True))

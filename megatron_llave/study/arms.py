@@ -183,7 +183,7 @@ def plan(study: Study, cfg: RunConfig, seeds: Sequence[int], arms: Sequence[str]
     """
     known = {arm.name: arm for arm in study.arms}
     for name in arms:
-        require(name in known, f"--arms: {name!r} is none of study {study.name}'s: {', '.join(map(repr, known))}")
+        require(name in known, f"--arm {name!r} is none of study {study.name}'s: {', '.join(map(repr, known))}")
     wanted = {study.reference, *arms} if arms else set(known)
     wanted |= {name for one in wanted for name, _ in known[one].merge}
     runs = []
