@@ -31,11 +31,12 @@ LAYERS = [
     ],
     ["training_state", "run_plan"],
     ["pretrained", "weight_stream", "checkpoint_writer"],
-    ["embedding", "embedding_files", "embedding_store", "conversion", "inspection"],
+    ["embedding", "embedding_files", "embedding_store", "conversion", "inspection", "merging"],
     ["stored_embedding"],
     ["ranking_evaluation", "corpus_retrieval", "video_retrieval"],
     ["evaluate", "verification", "run_start"],
     ["train"],
+    ["study"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -62,6 +62,7 @@ def _add_openmoji(commands: argparse._SubParsersAction) -> None:
     emoji.add_argument("--image-size", type=int, default=56, metavar="PIXELS", help="side of every picture (56)")
     emoji.add_argument("--seed", type=int, default=0, help="of augmentations, canvases and order (0)")
     emoji.add_argument("--pairs-scale", type=float, default=1.0, metavar="X", help="share of the pairs to make (1.0)")
+    emoji.add_argument("--hard-negatives", type=int, default=0, metavar="N", help="wrong targets of each pair (0)")
     _add_output(emoji, default_workers=2)
     emoji.set_defaults(run=run_openmoji)
 
@@ -110,6 +111,7 @@ def run_openmoji(given: argparse.Namespace) -> int:
             workers=given.workers,
             pairs_scale=given.pairs_scale,
             overwrite=given.overwrite,
+            hard_negatives=given.hard_negatives,
             progress=report,
         )
     return _print_made(given.out, index, {})

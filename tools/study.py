@@ -1,6 +1,6 @@
 """Run one of the paper's experiments: its arms, each with several seeds, then tables and pictures.
 
-python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out runs/hardness [section.key=value ...]
+python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out DIR [section.key=value ...]
 
 The same command again goes on with what is missing, and writes the report anew. docs/studies.md has the rest.
 """
@@ -14,8 +14,11 @@ from megatron_llave import config_file
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import require
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.study.arms import STUDIES, Run, Study, plan
+from megatron_llave.paper_results import ABLATIONS
+from megatron_llave.study.arms import STUDIES, Run, plan
+from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import Plan, run_all
+from megatron_llave.study.write_up import write_up
 
 
 def parse() -> argparse.Namespace:
@@ -25,7 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="configuration that all runs share")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each arm runs with each")
     parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same one goes on")
-    parser.add_argument("--arm", action="append", default=[], help="of the study's, besides the reference; default: all")
+    parser.add_argument(
+        "--arm", action="append", default=[], help="of the study's, besides the reference; default: all"
+    )
     parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
     parser.add_argument("--processes", type=int, default=2, help="of all runs at a time (2)")
     parser.add_argument("--per-run", type=int, default=1, help="processes of one run (1)")
@@ -68,6 +73,10 @@ def main() -> int:
         print(f"{outcome.num_before} runs were finished before, {outcome.num_done} were done now")
         for name, why in outcome.failed.items():
             print(f"failed: {name}: {why}")
+        if args.task is None:
+            findings = read_findings(out, study, runs, cfg.evaluate.sets, outcome.failed)
+            write_up(findings, study, out, ABLATIONS.get(study.name))
+            print(f"report: {out / 'report.md'}")
     return 1 if outcome.failed else 0
 
 

@@ -81,9 +81,8 @@ def negatives(cfg: RunConfig, ranks: int) -> Study:
         f"study negatives: {ranks} data-parallel ranks with train.micro_batch_size={size} of {total} pairs do not tell "
         "its arms apart: needed are at least 2 ranks, and several micro batches of at least 2 pairs on each",
     )
-    seen = {"own_micro_batch": size, "micro_batch": size * ranks, "global_batch": total}
     titles = {"own_micro_batch": "own micro batch", "micro_batch": "gathered", "global_batch": "global batch"}
-    arms = [Arm(f"{titles[key]}: {n - 1} negatives", (f"loss.negatives={key}",)) for key, n in seen.items()]
+    arms = [Arm(title, (f"loss.negatives={key}",)) for key, title in titles.items()]
     for factor in BATCH_FACTORS:
         batch = int(total * factor)
         if batch % ranks == 0 and batch // ranks >= 1:
@@ -168,7 +167,9 @@ STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
 """Name -> study, of the base configuration and the number of data-parallel ranks of a run."""
 
 
-def plan(study: Study, cfg: RunConfig, seeds: Sequence[int], arms: Sequence[str] = (), trained_start: bool = False) -> list[Run]:
+def plan(
+    study: Study, cfg: RunConfig, seeds: Sequence[int], arms: Sequence[str] = (), trained_start: bool = False
+) -> list[Run]:
     """The runs of a study, those that others need first.
 
     Args:

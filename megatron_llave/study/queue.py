@@ -120,7 +120,11 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
     sets = []
     if not is_prepared(Path(data)):
         evaluate.append("mmeb")
-        sets = ["--images", cfg.evaluate.images or data, *(["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else [])]
+        sets = [
+            "--images",
+            cfg.evaluate.images or data,
+            *(["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else []),
+        ]
     layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
     given = ["--checkpoint", str(checkpoint), "--data", data, "--out", str(folder / EVALUATION)]
     yield [*evaluate, *given, *layout, *sets]
@@ -212,11 +216,18 @@ def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[st
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     if torch.cuda.device_count():
         own = range(slot * plan.per_run, (slot + 1) * plan.per_run)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else None
+        visible = (
+            os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else None
+        )
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in own)
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env, pass_fds=[lock.fileno()],
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            pass_fds=[lock.fileno()],
             start_new_session=True,
         )
 

@@ -27,6 +27,7 @@ from megatron_llave.data.sources.openmoji_tasks import (
     POSITIONS,
     REPRESENT_IMAGE,
     World,
+    add_hard_negatives,
     make_example,
     subgroup_text,
     training_answers,
@@ -68,6 +69,8 @@ class ShardJob:
     """The emoji its pairs are about."""
     image_size: int
     seed: int
+    hard_negatives: int
+    """Of each pair, at most."""
 
 
 def prepare(
@@ -77,11 +80,13 @@ def prepare(
     workers: int = 2,
     pairs_scale: float = 1.0,
     overwrite: bool = False,
+    hard_negatives: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Index:
     """Make the whole folder: shards, index, evaluation sets, tokenizer, attribution.
 
-    The bytes depend on image_size, seed and pairs_scale, not on workers; held-out emoji on none of them.
+    The bytes depend on image_size, seed, pairs_scale and hard_negatives, not on workers; held-out emoji on none of
+    them. Queries and targets do not depend on hard_negatives.
 
     Args:
         directory: made when missing.
@@ -90,15 +95,20 @@ def prepare(
         workers: processes; 1 works in this one.
         pairs_scale: share of the pairs and evaluation queries to make.
         overwrite: replace a finished folder.
+        hard_negatives: wrong targets of each pair at most, for data.hard_negatives: other skin tones of the right
+            emoji, then emoji of its subgroup. Groups and subgroups as targets have none.
         progress: told after each step.
 
     Raises:
         ConfigError: an argument out of range.
         DataError: the folder is finished already, a package is missing, or a worker was killed.
     """
-    if image_size < SMALLEST_IMAGE or workers < 1 or not 0 < pairs_scale:
-        given = f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}"
-        raise ConfigError(f"{given}: needed are at least {SMALLEST_IMAGE} pixels, 1 worker and a scale above 0")
+    if image_size < SMALLEST_IMAGE or workers < 1 or not 0 < pairs_scale or hard_negatives < 0:
+        given = (
+            f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}, hard negatives {hard_negatives}"
+        )
+        needed = f"at least {SMALLEST_IMAGE} pixels, 1 worker, a scale above 0 and 0 hard negatives"
+        raise ConfigError(f"{given}: needed are {needed}")
     directory = Path(directory)
     try:
         with (
@@ -112,7 +122,7 @@ def prepare(
             catalogue_file = str(Path(scratch) / "catalogue.npz")
             catalogue.save(catalogue_file)
             world = World(catalogue, image_size)
-            jobs = _plan(world, catalogue_file, directory, image_size, seed, pairs_scale)
+            jobs = _plan(world, catalogue_file, directory, image_size, seed, pairs_scale, hard_negatives)
             # Workers start on the shards while this process makes the evaluation sets.
             shards = executor.map(_write_one_shard, jobs) if executor else map(_write_one_shard, jobs)
             _write_rest(world, directory, pairs_scale)
@@ -125,7 +135,13 @@ def prepare(
 
 
 def _plan(
-    world: World, catalogue_file: str, directory: Path, image_size: int, seed: int, pairs_scale: float
+    world: World,
+    catalogue_file: str,
+    directory: Path,
+    image_size: int,
+    seed: int,
+    pairs_scale: float,
+    hard_negatives: int,
 ) -> list[ShardJob]:
     jobs = []
     for subset, (_, pairs) in SUBSETS.items():
@@ -135,7 +151,8 @@ def _plan(
         answers = training_answers(world, subset, count, Random(f"{seed}/{subset}"))
         for number, start in enumerate(range(0, count, PAIRS_PER_SHARD)):
             part = tuple(answers[start : start + PAIRS_PER_SHARD])
-            jobs.append(ShardJob(catalogue_file, str(directory), subset, number, part, image_size, seed))
+            place = catalogue_file, str(directory), subset, number
+            jobs.append(ShardJob(*place, part, image_size, seed, hard_negatives))
     return jobs
 
 
@@ -153,9 +170,10 @@ def _load_world(catalogue: str, image_size: int) -> World:
 def _make_pairs(world: World, job: ShardJob) -> Iterator[Pair]:
     for position, index in enumerate(job.answers, start=job.number * PAIRS_PER_SHARD):
         # A generator for each pair: a pair does not depend on which shard or worker it falls to.
-        example = make_example(world, job.subset, index, Random(f"{job.seed}/{job.subset}/{position}"))
-        key = f"{job.subset}-{position:06d}"
-        yield Pair(key, job.subset, example.query, example.target, example.query_id, example.target_id)
+        rng = Random(f"{job.seed}/{job.subset}/{position}")
+        example = make_example(world, job.subset, index, rng)
+        add_hard_negatives(world, job.subset, index, example, job.hard_negatives, rng)
+        yield Pair(f"{job.subset}-{position:06d}", job.subset, **vars(example))
 
 
 def _collect(jobs: list[ShardJob], shards: Iterator[Shard], progress: Progress) -> Index:

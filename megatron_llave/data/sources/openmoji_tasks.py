@@ -7,7 +7,7 @@ drawn from the generator that is passed in, so that an example is a pure functio
 import io
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 
@@ -54,6 +54,10 @@ class Example:
     """Code of the emoji, the name, or both where the query is composed; not the augmentation."""
     target_id: str
     """Code of an emoji, or the text."""
+    hard_negatives: list[Side] = field(default_factory=list)
+    """Wrong targets that look or sound like the right one."""
+    hard_negative_ids: list[str] = field(default_factory=list)
+    """As `target_id`."""
 
 
 class World:
@@ -202,6 +206,29 @@ def make_example(world: World, task: str, index: int, rng: Random) -> Example:
         return Example(query, picture_target, emoji.code, emoji.code)
     text = answer_text(world, task, index)
     return Example(query, Side(text, []), emoji.code, text)
+
+
+def add_hard_negatives(world: World, task: str, index: int, example: Example, count: int, rng: Random) -> None:
+    """Give the example up to `count` wrong targets: other training emoji of its base, then of its subgroup.
+
+    For tasks that are answered by one emoji; a group's or subgroup's name has no near miss.
+    """
+    if task in ("group", "subgroup"):
+        return
+    emoji, named = world.emoji[index], set(world.named)
+    near = [
+        [i for i in members if i != index and i in named]
+        for members in (world.by_base[emoji.base], world.train_subgroups.get(emoji.subgroup, []))
+    ]
+    siblings = rng.sample(near[0], len(near[0]))
+    others = [i for i in rng.sample(near[1], len(near[1])) if i not in siblings]
+    for wrong in (*siblings, *others)[:count]:
+        if example.target.images:
+            side, name = Side(REPRESENT_IMAGE, [world.clean(wrong)]), world.emoji[wrong].code
+        else:
+            side, name = Side(world.emoji[wrong].name, []), world.emoji[wrong].name
+        example.hard_negatives.append(side)
+        example.hard_negative_ids.append(name)
 
 
 def answer_text(world: World, task: str, index: int) -> str:

@@ -1,0 +1,240 @@
+"""The report of a study: report.md, runs.csv, comparisons.csv, and the pictures, written anew from what is there.
+
+Last step of a study. Every run is listed, those that failed with their reason; nothing is left out of a mean but what
+has no value, and each mean says over how many runs it is.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from megatron_llave.figures import BLUE, GREY, INK, ORANGE, SUBSET_COLOURS, label_axes, replacing, save_png
+from megatron_llave.report import HISTOGRAM_BINS, markdown_rows
+from megatron_llave.study.arms import UNTRAINED, Study
+from megatron_llave.study.findings import ALL, OUTCOMES, OVERLAP, TRAINING, Finding, by_seed, comparisons
+from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
+
+SMOOTH = 25
+"""Steps that a point of the curves is the mean of."""
+METHOD = (
+    f"Differences are paired by seed (same random weights, same order of the data); the interval is a percentile "
+    f"bootstrap of their mean, {CONFIDENCE:.0%}, p of the exact test that flips their signs. A difference counts as "
+    f"shown where the interval excludes 0 and p is below 0.05, which takes at least {FEWEST_FOR_TEST} seeds. No "
+    f"correction was made for the number of comparisons; the one that decides is Precision@1 over all held-out sets."
+)
+
+PAPER = "Beside it the paper's ablation, LLaVE-2B on MMEB (arXiv 2503.04812, table 3): other model, other data."
+
+
+def write_up(
+    findings: Sequence[Finding], study: Study, out: Path, paper: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
+    """Write all files into `out`, each replacing an old one whole.
+
+    Args:
+        findings: of all runs.
+        study: its arms and its question.
+        out: folder.
+        paper: arm -> what the paper reports of it, by the name of the mean.
+    """
+    done = [one for one in findings if not one.problem]
+    arms = [name for name in dict.fromkeys(one.arm for one in done)]
+    parts = [f"# Study: {study.name}\n\n{study.question} Compared with: {study.reference}.\n"]
+    parts.append(_section("Means over seeds", *_means(done, arms, paper or {}), PAPER if paper else ""))
+    parts.append(_section("Against the reference", *_differences(done, study), METHOD))
+    parts.append(_section("Precision@1 of each evaluation set, means over seeds", *_sets(done, arms)))
+    parts.append(_section("Every run", *_runs(findings)))
+    if done:
+        plot_outcomes(done, study, out / "precision.png")
+        plot_similarities(done, arms, out / "similarities.png")
+        plot_curves([one for one in done if len(one.log) > 1], arms, out / "curves.png")
+        parts.append("\n![Precision@1](precision.png)\n\n![Similarities](similarities.png)\n\n![Curves](curves.png)\n")
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text("".join(parts), encoding="utf-8")
+    _write_csv(out / "runs.csv", *_run_table(findings))
+    _write_csv(out / "comparisons.csv", *_comparison_table(done, study))
+
+
+def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], about: str = "") -> str:
+    text = f"\n## {title}\n\n" + (f"{about}\n\n" if about else "")
+    return text + (markdown_rows(columns, rows) if rows else "Nothing yet.\n")
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _means(
+    done: Sequence[Finding], arms: Sequence[str], paper: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    names = [*OUTCOMES, OVERLAP, *TRAINING]
+    rows = []
+    for arm in arms:
+        row = [arm, str(sum(one.arm == arm for one in done))]
+        for name in names:
+            values = list(by_seed(done, arm, name).values())
+            spread = f" ± {_number(statistics.stdev(values))}" if len(values) > 1 and name in OUTCOMES else ""
+            row.append(_number(statistics.fmean(values)) + spread if values else "-")
+        reported = [_number(paper.get(arm, {}).get(name, math.nan)) for name in OUTCOMES if paper]
+        rows.append([*row[: 2 + len(OUTCOMES)], *reported, *row[2 + len(OUTCOMES) :]])
+    heads = [f"paper: {name}" for name in OUTCOMES if paper]
+    return ["arm", "runs", *OUTCOMES, *heads, OVERLAP, *TRAINING], rows
+
+
+def _differences(done: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name in OUTCOMES:
+        for arm, found in comparisons(done, study, name).items():
+            interval = f"{found.low:+.1f} to {found.high:+.1f}"
+            signs = f"{sum(x > 0 for x in found.differences)} up, {sum(x < 0 for x in found.differences)} down"
+            values = [f"{found.mean:+.1f}", interval, signs, f"{found.p_value:.3f}", found.verdict]
+            rows.append([name, arm, str(len(found.differences)), *values])
+    return [
+        "Precision@1",
+        "arm",
+        "seeds",
+        "mean difference",
+        f"{CONFIDENCE:.0%} interval",
+        "signs",
+        "p",
+        "verdict",
+    ], rows
+
+
+def _sets(done: Sequence[Finding], arms: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(name for one in done for name in one.sets))
+    rows = []
+    for name in names:
+        values = [list(by_seed(done, arm, name).values()) for arm in arms]
+        rows.append([name, *(f"{statistics.fmean(some):.1f}" if some else "-" for some in values)])
+    return ["set", *arms], rows
+
+
+def _runs(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
+    names = [*OUTCOMES, OVERLAP, *TRAINING]
+    rows = []
+    for one in findings:
+        values = [_number(one.values.get(name, math.nan)) for name in names]
+        rows.append([one.arm, str(one.seed), *values, one.problem or "finished"])
+    return ["arm", "seed", *names, "state"], rows
+
+
+def _run_table(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
+    names = [*OUTCOMES, OVERLAP, *TRAINING]
+    sets = list(dict.fromkeys(name for one in findings for name in one.sets))
+    rows = []
+    for one in findings:
+        values = [one.values.get(name, math.nan) for name in names] + [one.sets.get(name, math.nan) for name in sets]
+        rows.append([one.arm, str(one.seed), one.problem, *("" if math.isnan(x) else f"{x:.6g}" for x in values)])
+    return ["arm", "seed", "problem", *names, *sets], rows
+
+
+def _comparison_table(done: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
+    """Of every number, not of the outcomes alone."""
+    sets = list(dict.fromkeys(name for one in done for name in one.sets))
+    rows = []
+    for name in (*OUTCOMES, OVERLAP, *TRAINING, *sets):
+        for arm, found in comparisons(done, study, name).items():
+            numbers = (found.mean, found.low, found.high, found.p_value)
+            differences = " ".join(f"{x:.6g}" for x in found.differences)
+            rows.append([name, arm, study.reference, *(f"{x:.6g}" for x in numbers), differences])
+    return ["number", "arm", "reference", "mean difference", "low", "high", "p", "differences by seed"], rows
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    with replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
+    """Two panels as a PNG: Precision@1 of every run by arm, and the differences from the reference with intervals."""
+    arms = [arm.name for arm in study.arms if by_seed(done, arm.name, ALL)]
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(arms)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = {arm: place for place, arm in enumerate(arms)}
+    for name, colour, shift in zip(OUTCOMES[1:], (BLUE, ORANGE), (-0.14, 0.14)):
+        found = comparisons(done, study, name)
+        for arm, place in places.items():
+            values = list(by_seed(done, arm, name).values())
+            left.plot(values, [place + shift] * len(values), "o", color=colour, alpha=0.4, markersize=5, mew=0)
+            if values:
+                left.plot(statistics.fmean(values), place + shift, "|", color=colour, markersize=15, mew=2.5)
+            if arm in found:
+                one = found[arm]
+                right.plot([one.low, one.high], [place + shift] * 2, color=colour, linewidth=2)
+                right.plot(one.mean, place + shift, "o", color=colour, markersize=6)
+        left.plot([], [], "o", color=colour, label=name)
+    right.axvline(0, color=INK, linewidth=1)
+    left.set_yticks(list(places.values()), list(places), fontsize=9)
+    left.invert_yaxis()
+    label_axes(left, "Precision@1: a dot per seed, a bar for the mean", "", "percent")
+    label_axes(right, f"difference from {study.reference}, {CONFIDENCE:.0%} interval", "", "points")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    save_png(figure, path)
+
+
+def plot_similarities(done: Sequence[Finding], arms: Sequence[str], path: Path) -> None:
+    """A panel per arm as a PNG: cosine of positives and of hardest negatives, over all its runs' evaluation queries."""
+    arms = sorted(arms, key=lambda arm: arm != UNTRAINED)  # before training first
+    across = min(4, max(1, len(arms)))
+    down = max(1, -(-len(arms) // across))
+    figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.5 * down), layout="constrained")
+    edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+    for index, arm in enumerate(arms):
+        axes = figure.add_subplot(down, across, index + 1)
+        runs = [one for one in done if one.arm == arm]
+        for side, (colour, label) in enumerate(((BLUE, "positive"), (ORANGE, "hardest negative"))):
+            counts = np.sum([one.histograms[side] for one in runs], axis=0)
+            shares = 100 * counts / max(1, counts.sum())
+            axes.stairs(shares, edges, fill=True, facecolor=(colour, 0.35), edgecolor=colour, label=label)
+        overlap = statistics.fmean(one.values[OVERLAP] for one in runs)
+        label_axes(axes, f"{arm}\noverlap {overlap:.2f}, {len(runs)} runs", "", "")
+        if index % across == 0:
+            axes.set_ylabel("share of queries (%)")
+        if index + across >= len(arms):
+            axes.set_xlabel("cosine similarity")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    save_png(figure, path)
+
+
+def plot_curves(trained: Sequence[Finding], arms: Sequence[str], path: Path) -> None:
+    """Loss, gradient norm, effective negatives and overlap over the steps as a PNG: a faint line per run, mean bold."""
+    panels = ("loss", "gradient_norm", "effective_negatives", "similarity_overlap")
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    shown = [arm for arm in arms if any(one.arm == arm for one in trained)]
+    for axes, name in zip(figure.subplots(2, 2).flat, panels):
+        for index, arm in enumerate(shown):
+            colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
+            curves = [_smooth(one, name) for one in trained if one.arm == arm]
+            for steps, values in curves:
+                axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+            length = min(len(values) for _, values in curves)
+            mean = np.nanmean([values[:length] for _, values in curves], axis=0) if length else np.array([])
+            style = "-" if index < len(SUBSET_COLOURS) else "--"
+            axes.plot(curves[0][0][:length], mean, color=colour, linewidth=1.8, linestyle=style, label=arm)
+        label_axes(axes, f"{name.replace('_', ' ')}, mean of {SMOOTH} steps", "")
+    if shown:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.text(0.99, 0.005, "subsets of different difficulty alternate", ha="right", fontsize=8, color=GREY)
+    save_png(figure, path)
+
+
+def _smooth(one: Finding, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of SMOOTH records at a time, [n // SMOOTH] each."""
+    values = np.array([record.get(name) for record in one.log], dtype=float)
+    count = len(values) // SMOOTH
+    steps = np.array([record["step"] for record in one.log[: count * SMOOTH]], dtype=float)
+    with np.errstate(invalid="ignore"):
+        return steps.reshape(count, SMOOTH).mean(1), values[: count * SMOOTH].reshape(count, SMOOTH).mean(1)

@@ -1,0 +1,50 @@
+"""Weighted mean of the weights of checkpoints of one model, as a checkpoint.
+
+python tools/merge.py runs/frozen=0.5 runs/trained=0.5 --to runs/merged
+
+The result is evaluated, exported (tools/convert_hf.py) or trained on (checkpoint.init) like any other. A Hugging Face
+folder is imported first.
+"""
+
+import argparse
+
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.config import ParallelConfig
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.merging import merge
+from megatron_llave.run_log import quiet_dependencies
+
+TIMEOUT_SECONDS = 600
+
+
+def main() -> None:
+    """Merge in this process alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", metavar="CKPT=SHARE", help="a checkpoint or run, and its share of the mean")
+    parser.add_argument("--to", required=True, dest="out", help="checkpoint folder to make")
+    args = parser.parse_args()
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        parts = list(map(parse_part, args.parts))
+        if parallel.start_processes(TIMEOUT_SECONDS) > 1:
+            raise ConfigError("tools/merge.py runs in one process; start it with python, not torchrun")
+        print(f"checkpoint: {merge(parts, args.out, parallel.init(ParallelConfig()))}")
+        parallel.shut_down()
+
+
+def parse_part(text: str) -> tuple[str, float]:
+    """`runs/a=0.5` as folder and share.
+
+    Raises:
+        ConfigError: it has no share that is a number.
+    """
+    folder, equals, share = text.rpartition("=")
+    try:
+        return folder, float(share) if equals and folder else float("")
+    except ValueError:
+        raise ConfigError(f"{text!r} must be a checkpoint with its share of the mean, such as runs/a=0.5") from None
+
+
+if __name__ == "__main__":
+    main()
