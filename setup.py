@@ -23,6 +23,7 @@ REQUIRES = [
     "omegaconf",
     "pillow",
     "numpy",
+    "scipy>=1.15",
     "rich",
     "matplotlib",
     "pyarrow",

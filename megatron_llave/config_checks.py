@@ -27,6 +27,8 @@ def validate(cfg: RunConfig) -> None:
         cfg.loss.reward == "self" or cfg.loss.alpha > 0,
         f"loss.reward={cfg.loss.reward} judges hardness, which loss.alpha=0 gives no weight; use reward=self",
     )
+    ok = cfg.loss.negatives != "own_micro_batch" or cfg.train.micro_batch_size != 1
+    require(ok, "loss.negatives=own_micro_batch: with train.micro_batch_size=1 a pair has no negative")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
     require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),

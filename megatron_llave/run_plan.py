@@ -159,7 +159,7 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
 
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
-    """Bytes that a rank receives in one loss over b pairs of each of N ranks (benchmarks/gather_overhead.py)."""
+    """Bytes that a rank receives in one loss over b pairs of each of N ranks (study/communication_model.py)."""
     hard, total = rows * cfg.data.hard_negatives, 0
     for dim in cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]:
         total += 8 * (rows + hard) * dim + 20 * rows + 16

@@ -14,7 +14,7 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml")) + sorted((ROOT / "examples" / "studies").glob("*.yaml"))
 TINY = "model: {preset: tiny}\n"
 STEPS = "train: {steps: 3}\n"
 
@@ -102,6 +102,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert message(path) == f"train in {path} must be a section with keys, not 5"
 
 
+def test_a_single_pair_has_no_negatives_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "loss: {negatives: own_micro_batch}\ntrain: {steps: 5, micro_batch_size: 1}\n")
+    assert "train.micro_batch_size=1 a pair has no negative" in message(path)
+
+
 def test_no_sizes_at_all_is_refused(tmp_path: Path) -> None:
     assert "model.preset" in message(write(tmp_path, "train: {steps: 5}\n"))
 
@@ -166,7 +171,7 @@ def test_number_of_keys_stays_small() -> None:
     assert 40 < count(RunConfig) <= 100
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_example_loads(path: Path) -> None:
     cfg = load(path)
     assert (cfg.train.steps > 0) != (cfg.train.epochs > 0) and cfg.model.preset in PRESETS

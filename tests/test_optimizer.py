@@ -38,6 +38,40 @@ def test_parts_have_rates_of_their_own(groups) -> None:
     assert learning_rate(trainable) == max(group["lr"] for group in trainable.optimizer.param_groups)
 
 
+def test_part_that_starts_late_stays_as_it_is_until_then(groups) -> None:
+    cfg, trainable = build(groups, part_start_steps={"vision": 2}, part_learning_rates={"projector": 1e-5})
+    changes = [step(cfg, trainable, groups) for _ in range(4)]
+    tower = [max(c for name, c in change.items() if name.startswith("vision")) for change in changes]
+    assert tower[:2] == [0.0, 0.0] and min(tower[2:]) > 1e-4
+    for change in changes:  # the others know nothing of it
+        assert max(c for name, c in change.items() if name.startswith("language")) > 1e-4
+        assert 0 < max(c for name, c in change.items() if name.startswith("projector")) <= 1.1e-5
+    assert learning_rate(trainable) > 0
+
+
+def test_learning_rate_of_a_late_part_is_that_of_its_step(groups) -> None:
+    """It joins the schedule where the others are; nothing is warmed up again."""
+    _, late = build(groups, part_start_steps={"vision": 3}, warmup_steps=2)
+    _, plain = build(groups, warmup_steps=2)
+    for number in range(8):
+        rates = {group["lr"] for group in late.optimizer.param_groups}
+        assert rates == ({learning_rate(plain)} if number >= 3 else {0.0, learning_rate(plain)})
+        for one in (late, plain):
+            one.schedule.step(increment=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tower": 3}, "optimizer.part_start_steps='tower' is not one of"),
+        ({"vision": -1}, "vision=-1 must be at least 0"),
+    ],
+)
+def test_first_step_that_cannot_be(given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_file.build({"optimizer": {"part_start_steps": given}})
+
+
 def test_unknown_part_is_named() -> None:
     with pytest.raises(ConfigError, match="optimizer.part_learning_rates='tower' is not one of vision, projector"):
         config_file.build({"optimizer": {"part_learning_rates": {"tower": 1e-5}}})

@@ -70,13 +70,15 @@ class Slurm:
         file = self.folder / name
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    def run(self, plays: str, *arguments: str, ask: signal.Signals | None = None, **env: str) -> int:
+    def run(
+        self, plays: str, *arguments: str, ask: signal.Signals | None = None, file: Path = BATCH_FILE, **env: str
+    ) -> int:
         """Status of the batch script; it gets `ask` as soon as it has called srun."""
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
         job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "node[7-9]"}
         env = {**job, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32", "PLAYS": plays, **env, "PATH": path}
         output = self.folder / "slurm.out"
-        with started(["bash", str(BATCH_FILE), *arguments], output, **env) as script:
+        with started(["bash", str(file), *arguments], output, **env) as script:
             if ask:
                 wait_for(lambda: len(self.calls("torchrun")) > 0, script, output)
                 script.send_signal(ask)
@@ -138,3 +140,38 @@ def test_slurm_array_has_a_folder_per_task(slurm: Slurm) -> None:
 def test_slurm_script_says_what_it_needs(slurm: Slurm) -> None:
     assert slurm.run("to the end", "file.sh") != 0
     assert "usage: sbatch" in (slurm.folder / "slurm.out").read_text()
+
+
+STUDY_FILE = BATCH_FILE.with_name("study.sbatch")
+STUDY_TOOL = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+folder = Path(os.environ["NOTES"])
+(folder / "python").write_text(json.dumps(sys.argv[1:]))
+signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))
+if os.environ["PLAYS"] == "until asked":
+    (folder / "torchrun").write_text("[]")
+    time.sleep(20)
+sys.exit(int(os.environ["PLAYS"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("plays", "ask", "status", "queued"),
+    [("0", None, 0, False), ("1", None, 1, False), ("until asked", signal.SIGUSR1, 0, True)],
+)
+def test_slurm_study_runs_its_task_and_is_queued_again_when_interrupted(
+    slurm: Slurm, plays: str, ask: signal.Signals | None, status: int, queued: bool
+) -> None:
+    python = slurm.folder / "bin" / "python"
+    python.write_text(f"#!{sys.executable}\n{STUDY_TOOL}")
+    python.chmod(0o755)
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "NOTES": str(slurm.folder)}
+    arguments = ["hardness", "examples/studies/2b.yaml", "0,1", "with space", "loss.temperature=0.03"]
+    assert slurm.run(plays, *arguments, ask=ask, file=STUDY_FILE, **array) == status
+    given = json.loads((slurm.folder / "python").read_text())
+    options = ["--config", "examples/studies/2b.yaml", "--seeds", "0,1", "--out", "with space", "--processes", "4"]
+    ends = ["--per-run", "4", "--task", "3", "loss.temperature=0.03"]
+    assert given == ["tools/study.py", "hardness", *options, *ends]
+    assert slurm.calls("scontrol") == ([["requeue", "7_3"]] if queued else [])

@@ -105,6 +105,23 @@ def test_every_choice_of_the_loss_at_once_is_the_same_on_two_ranks(
     assert counts == [0, 16, 0]
 
 
+def test_negatives_of_the_own_micro_batch_are_gathered_from_nobody(openmoji_data: Path, tmp_path: Path) -> None:
+    """Micro batches of four compare the same four pairs on one rank and on two, which the gathered ones do not."""
+    logs = {}
+    for world in (1, 2):
+        for negatives in ("own_micro_batch", "micro_batch"):
+            settings = [f"loss.negatives={negatives}", "train.micro_batch_size=4", "optimizer.epsilon=0.00001"]
+            settings += [f"data.path={openmoji_data}", f"train.output={tmp_path / negatives / str(world)}"]
+            run_ranks(world, TRAIN, *settings, *SHORT)
+            logs[negatives, world] = log_of(tmp_path / negatives / str(world))
+    for one, other in zip(logs["own_micro_batch", 1], logs["own_micro_batch", 2], strict=True):
+        for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
+            assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
+        assert other["effective_negatives"] <= 3 + 1e-5
+    assert logs["own_micro_batch", 1][0]["loss"] == pytest.approx(logs["micro_batch", 1][0]["loss"], abs=1e-5)
+    assert logs["micro_batch", 2][0]["loss"] > logs["own_micro_batch", 2][0]["loss"] + 0.1
+
+
 def test_averaged_weights_that_are_not_there_are_named(runs: dict[str, Path], openmoji_data: Path) -> None:
     command = [sys.executable, str(EVALUATE), "--checkpoint", str(runs["one"]), "--data", str(openmoji_data)]
     done = subprocess.run([*command, "--average"], capture_output=True, text=True, timeout=120, cwd=ROOT)

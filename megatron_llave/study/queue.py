@@ -6,6 +6,7 @@ when its evaluation's report is there.
 """
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from megatron_llave.checkpoint import differences
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import require
 from megatron_llave.data.evaluation_sets import is_prepared
+from megatron_llave.errors import CheckpointError
+from megatron_llave.fault_tolerance import STATE_FILE
 from megatron_llave.study.arms import START, Run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -31,7 +34,7 @@ LOCK = ".lock"
 EVALUATION = "evaluation"
 MERGED = "merged"
 POLL_SECONDS = 0.5
-END_SECONDS = 60
+END_SECONDS = 300
 """A run that is asked to stop may take so long to save."""
 
 
@@ -115,6 +118,7 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
     else:
         settings = ["--config", str(plan.config_of(run)), *plan.overrides_of(run), "--resume", "auto"]
         yield [*torchrun, "-m", "megatron_llave.train", *settings]
+        require_trained(folder)
     evaluate = [*torchrun, str(TOOLS / "evaluate.py")]
     data = cfg.evaluate.path or cfg.data.path
     sets = []
@@ -128,6 +132,20 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
     layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
     given = ["--checkpoint", str(checkpoint), "--data", data, "--out", str(folder / EVALUATION)]
     yield [*evaluate, *given, *layout, *sets]
+
+
+def require_trained(folder: Path) -> None:
+    """Refuse to evaluate a run that was stopped before its last step, with which torchrun ends well too.
+
+    Raises:
+        CheckpointError: says who stopped it.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: the training could not write it")
+    state = json.loads(file.read_text())
+    if state["state"] != "finished":
+        raise CheckpointError(f"{state['state']} after step {state['step']}: {state['reason']}")
 
 
 def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:
@@ -159,41 +177,80 @@ def run_all(plan: Plan, runs: Sequence[Run], processes: int, report: Callable[[s
     Raises:
         ConfigError: a run cannot work, or contradicts its folder.
     """
-    cfgs = check(plan, runs)
-    outcome = Outcome()
-    finished = {run.name for run in runs if is_finished(plan.folder(run))}
-    outcome.num_before = len(finished)
-    waiting = [run for run in runs if run.name not in finished]
-    left_behind: set[str] = set()
-    free = list(range(processes // plan.per_run))
-    active: list[_Active] = []
+    queue = _Queue(plan, check(plan, runs), list(runs), list(range(processes // plan.per_run)), report)
+    queue.drop_finished()
+    queue.outcome.num_before = len(queue.finished)
     try:
-        while waiting or active:
-            for run in [run for run in waiting if any(name in outcome.failed for name in run.needs)]:
-                waiting.remove(run)
-                outcome.failed[run.name] = f"{next(n for n in run.needs if n in outcome.failed)} has failed"
-            ready = [run for run in waiting if finished.issuperset(run.needs)]
-            for run, slot in list(zip(ready, free)):
-                started = _start(plan, run, cfgs[run.name], slot)
-                if started is None and run.name not in left_behind:
-                    left_behind.add(run.name)
-                    report(f"{run.name}: another process is at it, perhaps one that a killed study left; waiting")
-                if started is not None:
-                    report(f"{run.name}: started")
-                    active.append(started)
-                    free.remove(slot)
-                    waiting.remove(run)
+        while queue.waiting or queue.active:
+            queue.drop_hopeless()
+            queue.start_ready()
             time.sleep(POLL_SECONDS)
-            for one in [one for one in active if _has_ended(one, outcome, plan, report)]:
-                active.remove(one)
-                free.append(one.slot)
-                one.lock.close()
-                if one.run.name not in outcome.failed:
-                    finished.add(one.run.name)
-                    outcome.num_done += 1
+            queue.collect()
+            queue.drop_finished()
     finally:
-        _end(active)
-    return outcome
+        _end(queue.active)
+    return queue.outcome
+
+
+@dataclass
+class _Queue:
+    """Where the runs of a study are."""
+
+    plan: Plan
+    cfgs: dict[str, RunConfig]
+    waiting: list[Run]
+    free: list[int]
+    """Slots: a run in slot s has the s-th per_run GPUs."""
+    report: Callable[[str], None]
+    active: list[_Active] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
+    """Runs that another process was at when they were to be started."""
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def drop_finished(self) -> None:
+        """Runs that need nothing more, since an earlier call or another study has done them."""
+        for run in [run for run in self.waiting if is_finished(self.plan.folder(run))]:
+            self.waiting.remove(run)
+            self.finished.add(run.name)
+
+    def drop_hopeless(self) -> None:
+        """Runs that need one that has failed, or one that nobody here will do."""
+        here = self.finished | {run.name for run in self.waiting} | {one.run.name for one in self.active}
+        for run in list(self.waiting):
+            for name in run.needs:
+                if name not in here and not is_finished(self.plan.out / name):
+                    why = "has failed" if name in self.outcome.failed else "is not finished"
+                    self.outcome.failed[run.name] = f"it needs {name}, which {why}"
+            if run.name in self.outcome.failed:
+                self.waiting.remove(run)
+
+    def start_ready(self) -> None:
+        """As many as there are slots for; those that another process is at come last."""
+        ready = [run for run in self.waiting if all(is_finished(self.plan.out / name) for name in run.needs)]
+        for run in sorted(ready, key=lambda run: run.name in self.elsewhere):
+            if not self.free:
+                return
+            started = _start(self.plan, run, self.cfgs[run.name], self.free[0])
+            if started is None:
+                if run.name not in self.elsewhere:
+                    self.report(f"{run.name}: another process is at it, perhaps one that a killed study left; waiting")
+                self.elsewhere.add(run.name)
+            else:
+                self.report(f"{run.name}: started")
+                self.active.append(started)
+                self.free.pop(0)
+                self.waiting.remove(run)
+
+    def collect(self) -> None:
+        """Runs that are over."""
+        for one in [one for one in self.active if _has_ended(one, self.outcome, self.plan, self.report)]:
+            self.active.remove(one)
+            self.free.append(one.slot)
+            one.lock.close()
+            if one.run.name not in self.outcome.failed:
+                self.finished.add(one.run.name)
+                self.outcome.num_done += 1
 
 
 def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
@@ -216,10 +273,8 @@ def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[st
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     if torch.cuda.device_count():
         own = range(slot * plan.per_run, (slot + 1) * plan.per_run)
-        visible = (
-            os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else None
-        )
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in own)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if len(visible) > i else str(i) for i in own)
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(
             command,
@@ -239,15 +294,19 @@ def _has_ended(one: _Active, outcome: Outcome, plan: Plan, report: Callable[[str
         return False
     folder = plan.folder(one.run)
     minutes = (time.monotonic() - one.started) / 60
+    why = ""
     if status == 0:
-        following = next(one.commands, None)
+        try:
+            following = next(one.commands, None)
+        except CheckpointError as error:
+            following, why = None, str(error)
         if following is not None:
             one.process = _launch(plan, folder, following, one.slot, one.lock)
             return False
         if is_finished(folder):
             report(f"{one.run.name}: finished after {minutes:.1f} min")
             return True
-    outcome.failed[one.run.name] = reason(folder / OUTPUT, status)
+    outcome.failed[one.run.name] = why or reason(folder / OUTPUT, status)
     report(f"{one.run.name}: failed after {minutes:.1f} min: {outcome.failed[one.run.name]}")
     return True
 

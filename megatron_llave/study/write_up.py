@@ -161,7 +161,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
 def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
     """Two panels as a PNG: Precision@1 of every run by arm, and the differences from the reference with intervals."""
     arms = [arm.name for arm in study.arms if by_seed(done, arm.name, ALL)]
-    figure = Figure(figsize=(13, 1.6 + 0.42 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(13, 1.8 + 0.42 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = {arm: place for place, arm in enumerate(arms)}
     for name, colour, shift in zip(OUTCOMES[1:], (BLUE, ORANGE), (-0.14, 0.14)):
@@ -178,7 +178,7 @@ def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
         left.plot([], [], "o", color=colour, label=name)
     right.axvline(0, color=INK, linewidth=1)
     left.set_yticks(list(places.values()), list(places), fontsize=9)
-    left.invert_yaxis()
+    left.set_ylim(len(arms) - 0.5, -0.5)
     label_axes(left, "Precision@1: a dot per seed, a bar for the mean", "", "percent")
     label_axes(right, f"difference from {study.reference}, {CONFIDENCE:.0%} interval", "", "points")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
@@ -221,7 +221,7 @@ def plot_curves(trained: Sequence[Finding], arms: Sequence[str], path: Path) -> 
             for steps, values in curves:
                 axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             length = min(len(values) for _, values in curves)
-            mean = np.nanmean([values[:length] for _, values in curves], axis=0) if length else np.array([])
+            mean = _mean_of_finite(np.array([values[:length] for _, values in curves]), axis=0)
             style = "-" if index < len(SUBSET_COLOURS) else "--"
             axes.plot(curves[0][0][:length], mean, color=colour, linewidth=1.8, linestyle=style, label=arm)
         label_axes(axes, f"{name.replace('_', ' ')}, mean of {SMOOTH} steps", "")
@@ -236,5 +236,11 @@ def _smooth(one: Finding, name: str) -> tuple[np.ndarray, np.ndarray]:
     values = np.array([record.get(name) for record in one.log], dtype=float)
     count = len(values) // SMOOTH
     steps = np.array([record["step"] for record in one.log[: count * SMOOTH]], dtype=float)
-    with np.errstate(invalid="ignore"):
-        return steps.reshape(count, SMOOTH).mean(1), values[: count * SMOOTH].reshape(count, SMOOTH).mean(1)
+    return steps.reshape(count, SMOOTH).mean(1), _mean_of_finite(values[: count * SMOOTH].reshape(count, SMOOTH), 1)
+
+
+def _mean_of_finite(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over an axis of those that are finite; NaN where none is."""
+    finite = np.isfinite(values)
+    counts = finite.sum(axis)
+    return np.where(counts > 0, np.where(finite, values, 0.0).sum(axis) / np.maximum(counts, 1), np.nan)

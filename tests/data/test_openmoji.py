@@ -31,6 +31,7 @@ from megatron_llave.data.sources.openmoji_catalogue import (
 from megatron_llave.data.sources.openmoji_tasks import (
     REPRESENT_IMAGE,
     World,
+    add_hard_negatives,
     make_example,
     spread,
     spread_over_classes,
@@ -143,6 +144,27 @@ def test_full_plan_shows_training_emoji_only_and_spreads_them(world, task):
     else:
         uses = Counter(answers)
     assert max(uses.values()) - min(uses.values()) <= 1
+
+
+@pytest.mark.parametrize("task", openmoji.SUBSETS)
+def test_hard_negatives_are_near_wrong_and_trained(world, task):
+    trained = {world.emoji[i].code for i in world.named} | {world.emoji[i].name for i in world.named}
+    for position, index in enumerate(training_answers(world, task, 60, Random(5))):
+        plain = make_example(world, task, index, Random(position))
+        rng = Random(position)
+        example = make_example(world, task, index, rng)
+        add_hard_negatives(world, task, index, example, 2, rng)
+        assert (plain.query, plain.target, plain.target_id) == (example.query, example.target, example.target_id)
+        assert len(example.hard_negative_ids) == len(example.hard_negatives) <= 2
+        assert len({example.target_id, *example.hard_negative_ids}) == 1 + len(example.hard_negatives)
+        assert set(example.hard_negative_ids) <= trained
+        assert all(bool(side.images) == bool(example.target.images) for side in example.hard_negatives)
+        siblings = [i for i in world.by_base[world.emoji[index].base] if i != index and i in world.named]
+        if task in ("group", "subgroup"):
+            assert example.hard_negatives == []
+        elif len(siblings) >= 2:
+            near = {world.emoji[i].code for i in siblings} | {world.emoji[i].name for i in siblings}
+            assert set(example.hard_negative_ids) <= near
 
 
 def test_composed_queries_never_show_a_held_out_tone(world):

@@ -115,6 +115,8 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
         trainable = build_trainable(cfg, chunks, groups)
     share = 4 // groups.dp.size()
     worst = [compare_gradients(directory, "micro_batch", share, cfg, trainable, groups)]
+    if groups.dp.size() == 2:
+        worst.append(compare_gradients(directory, "own_micro_batch", share, cfg, trainable, groups))
     if "language" in freeze and groups.dp.size() == 2:
         # One pair per rank: the third is text alone, of which nothing is trained.
         worst.append(compare_gradients(directory, "micro_batch", 1, cfg, trainable, groups))
@@ -151,9 +153,11 @@ def compare_gradients(
     if negatives == "global_batch":  # whose last decides when gradients are summed: one rank's has no pictures
         batches.sort(key=lambda batch: len(batch.sequences.tiles) == 0)
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), negatives)
+    own = {"group": None} if negatives == "own_micro_batch" else {}
+    seen = forward_backward(trainable.chunks, batches, partial(comparison(cfg, groups), **own), negatives)
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
-    pool = GLOBAL_BATCH if negatives == "global_batch" else size * groups.dp.size()
+    pools = {"global_batch": GLOBAL_BATCH, "micro_batch": size * groups.dp.size(), "own_micro_batch": size}
+    pool = pools[negatives]
     error = check_step(directory / f"pool{pool}.safetensors", seen, cfg, trainable, groups, what)
     assert all(batch.sequences.features is None for batch in batches), f"{what}: features are kept after the step"
     passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in cfg.model.freeze else 1

@@ -1,0 +1,120 @@
+"""The arms of each study: what they change, that all of it is a valid configuration, and in which order runs come."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_llave import config_file
+from megatron_llave.errors import ConfigError
+from megatron_llave.paper_results import ABLATIONS
+from megatron_llave.study.arms import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
+NEEDED = {
+    "negatives": ["train.micro_batch_size=16"],
+    "hardness": [],
+    "hardness_modes": ["data.hard_negatives=2"],
+    "freezing": [],
+}
+
+
+def load(name: str, *overrides: str):
+    file = "tiny_freezing.yaml" if name == "freezing" else "tiny.yaml"
+    return config_file.load(EXAMPLES / file, [*NEEDED[name], *overrides])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_valid_configuration_and_no_two_are_equal(name: str) -> None:
+    cfg = load(name)
+    study = STUDIES[name](cfg, 2)
+    assert study.reference in {arm.name for arm in study.arms}
+    trained = [arm for arm in study.arms if not arm.merge]
+    cfgs = [config_file.override(cfg, arm.overrides) for arm in trained]
+    assert all(one != other for index, one in enumerate(cfgs) for other in cfgs[:index])
+    assert len({run_name(arm.name, 0) for arm in study.arms}) == len(study.arms)
+    for arm in study.arms:
+        assert (
+            arm.name in ABLATIONS.get(name, {}) or name == "hardness_modes" or arm.name not in ("alpha 9", "gathered")
+        )
+        for other, share in arm.merge:
+            assert other in {one.name for one in trained} and 0 < share < 1
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_arms_of_the_paper_are_arms_here(name: str) -> None:
+    assert ABLATIONS[name].keys() <= {arm.name for arm in STUDIES[name](load(name), 2).arms}
+
+
+def test_batch_sizes_see_equal_pairs_or_make_equal_updates() -> None:
+    cfg = load("negatives")
+    for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
+        one = config_file.override(cfg, arm.overrides)
+        pairs = one.train.steps * one.train.global_batch_size
+        if "equal pairs" in arm.name:
+            assert pairs == cfg.train.steps * cfg.train.global_batch_size
+            warmup = cfg.loss.temperature_warmup_steps / cfg.train.steps
+            assert one.loss.temperature_warmup_steps == pytest.approx(warmup * one.train.steps)
+        else:
+            assert one.train.steps == cfg.train.steps and pairs < cfg.train.steps * cfg.train.global_batch_size
+        assert one.train.micro_batch_size <= one.train.global_batch_size // 2
+    sizes = {
+        config_file.override(cfg, arm.overrides).train.global_batch_size for arm in STUDIES["negatives"](cfg, 2).arms
+    }
+    assert sizes == {16, 32, 64, 128}
+
+
+def test_late_and_slow_towers() -> None:
+    cfg = load("freezing")
+    arms = {arm.name: arm for arm in STUDIES["freezing"](cfg, 1).arms}
+    late = config_file.override(cfg, arms["vision from the middle"].overrides)
+    assert late.optimizer.part_start_steps == {"vision": 200} and late.model.freeze == []
+    slow = config_file.override(cfg, arms["vision at a tenth"].overrides)
+    assert slow.optimizer.part_learning_rates == {"vision": pytest.approx(5e-5)}
+
+
+def test_runs_come_after_those_they_need() -> None:
+    cfg = load("freezing")
+    study = STUDIES["freezing"](cfg, 1)
+    runs = plan(study, cfg, [0, 1], trained_start=True)
+    assert len(runs) == 2 * (1 + len(study.arms))
+    for index, run in enumerate(runs):
+        assert set(run.needs) <= {one.name for one in runs[:index]}
+        assert (run.start == f"start-seed{run.seed}") == (run.arm.name != START and not run.arm.merge)
+    some = plan(study, cfg, [3], ["merged, 25 % of frozen"], trained_start=True)
+    names = {"start-seed3", "nothing-frozen-seed3", "vision-frozen-seed3", "merged-25-of-frozen-seed3"}
+    assert {run.name for run in some} == names
+
+
+def test_one_run_shows_the_weights_before_training() -> None:
+    cfg = load("hardness", "optimizer.part_learning_rates={vision: 0.0001}")
+    runs = plan(STUDIES["hardness"](cfg, 1), cfg, [4, 5], ["alpha 9"])
+    assert [run.name for run in runs] == [
+        *("before-training-seed4", "alpha-0-seed4", "alpha-9-seed4"),
+        *("alpha-0-seed5", "alpha-9-seed5"),
+    ]
+    untrained = config_file.override(cfg, runs[0].arm.overrides)
+    assert runs[0].arm.name == UNTRAINED and untrained.train.steps == 1
+    assert untrained.optimizer.learning_rate == 0 and set(untrained.optimizer.part_learning_rates.values()) == {0}
+    assert len(STUDIES["hardness"](cfg, 1).arms) == len(ALPHAS)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "overrides", "message"),
+    [
+        ("negatives", 1, [], "1 data-parallel ranks"),
+        ("negatives", 2, ["train.micro_batch_size=32"], "several micro batches"),
+        ("negatives", 2, ["train.micro_batch_size=null"], "train.micro_batch_size=None"),
+        ("hardness_modes", 1, ["data.hard_negatives=0"], "data.hard_negatives=0"),
+        ("hardness_modes", 1, ["loss.alpha=0"], "loss.alpha=0"),
+        ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
+    ],
+)
+def test_base_that_cannot_tell_the_arms_apart_is_refused(name, ranks, overrides, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        STUDIES[name](load(name, *overrides), ranks)
+
+
+def test_unknown_arm_is_named() -> None:
+    cfg = load("hardness")
+    with pytest.raises(ConfigError, match="'alpha 3' is none of study hardness's: 'alpha 0', 'alpha 0.5'"):
+        plan(STUDIES["hardness"](cfg, 1), cfg, [0], ["alpha 3"])

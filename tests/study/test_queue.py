@@ -1,0 +1,203 @@
+"""The queue, with runs that are scripts of a few lines: order, slots, failures, kills, what is not done again."""
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_llave.errors import ConfigError
+from megatron_llave.fault_tolerance import write_state
+from megatron_llave.study import queue
+from megatron_llave.study.arms import STUDIES, Run, plan
+from megatron_llave.study.queue import Plan, run_all
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"
+WORK = """
+import sys, time
+from pathlib import Path
+folder, seconds, log = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
+with log.open("a") as file: file.write(f"begin {folder.name} {time.time()}\\n")
+time.sleep(seconds)
+if folder.name in sys.argv[4:]: sys.exit("error: this one cannot")
+(folder / "evaluation").mkdir(exist_ok=True)
+(folder / "evaluation" / "report.json").write_text("{}")
+with log.open("a") as file: file.write(f"end {folder.name} {time.time()}\\n")
+"""
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path: Path):
+    """Runs that write into a log when they begin and end; returns what starts a study of them."""
+    log = tmp_path / "log"
+
+    def start(runs: list[Run], processes: int, per_run=1, seconds=0.0, failing=(), overrides=()):
+        def commands(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
+            yield [sys.executable, "-c", WORK, str(shared.folder(run)), str(seconds), str(log), *failing]
+
+        monkeypatch.setattr(queue, "commands", commands)
+        monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
+        shared = Plan(CONFIG, None, tmp_path / "out", tuple(overrides), per_run)
+        lines: list[str] = []
+        return run_all(shared, runs, processes, lines.append), lines
+
+    start.log = log
+    return start
+
+
+def runs_of(name: str, seeds=(0,), arms=()) -> list[Run]:
+    cfg = queue.config_file.load(CONFIG)
+    return plan(STUDIES[name](cfg, 1), cfg, seeds, arms, trained_start=name == "freezing")
+
+
+def events(log: Path) -> list[tuple[str, str]]:
+    return [tuple(line.split()[:2]) for line in log.read_text().splitlines()]
+
+
+def test_finished_runs_are_not_done_again(scripted) -> None:
+    runs = runs_of("hardness", arms=["alpha 1"])
+    outcome, lines = scripted(runs, 2)
+    assert (outcome.num_before, outcome.num_done, outcome.failed) == (0, 3, {})
+    assert lines[0] == "before-training-seed0: started" and lines[-1].startswith("alpha-1-seed0: finished")
+    again, lines = scripted(runs_of("hardness", seeds=(0, 1), arms=["alpha 1"]), 2)
+    assert (again.num_before, again.num_done) == (3, 2)
+    assert [name for what, name in events(scripted.log) if what == "begin"].count("alpha-1-seed0") == 1
+
+
+@pytest.mark.parametrize(("processes", "per_run", "most"), [(1, 1, 1), (3, 1, 3), (3, 2, 1)])
+def test_no_more_at_a_time_than_the_processes_allow(scripted, processes: int, per_run: int, most: int) -> None:
+    scripted(runs_of("hardness")[1:4], processes, per_run, seconds=1.5)
+    running = highest = 0
+    for what, _ in events(scripted.log):
+        running += 1 if what == "begin" else -1
+        highest = max(highest, running)
+    assert highest == most
+
+
+def test_runs_wait_for_those_they_need_and_fail_with_them(scripted) -> None:
+    runs = runs_of("freezing", seeds=(0, 1), arms=["merged, 50 % of frozen"])
+    outcome, _ = scripted(runs, 4, seconds=0.1, failing=["vision-frozen-seed0"])
+    order = events(scripted.log)
+    assert order.index(("end", "start-seed1")) < order.index(("begin", "nothing-frozen-seed1"))
+    assert order.index(("end", "vision-frozen-seed1")) < order.index(("begin", "merged-50-of-frozen-seed1"))
+    assert outcome.failed == {
+        "vision-frozen-seed0": "this one cannot",
+        "merged-50-of-frozen-seed0": "it needs vision-frozen-seed0, which has failed",
+    }
+    again, _ = scripted(runs, 4)
+    assert (again.num_done, again.failed) == (2, {})
+
+
+def test_run_whose_needs_are_left_out_says_so(scripted) -> None:
+    """As one task of a job array; when what it needs is there, it runs."""
+    runs = runs_of("freezing", arms=["merged, 50 % of frozen"])
+    outcome, _ = scripted(runs[-1:], 1)
+    assert outcome.failed["merged-50-of-frozen-seed0"].endswith("-frozen-seed0, which is not finished")
+    scripted(runs[:-1], 2)
+    assert scripted(runs[-1:], 1)[0].num_done == 1
+
+
+def test_folder_with_other_settings_is_refused_before_anything_starts(scripted) -> None:
+    scripted(runs_of("hardness")[:2], 1)
+    with pytest.raises(ConfigError, match="train.steps was 600, is 500; choose another --out"):
+        scripted(runs_of("hardness"), 1, overrides=["train.steps=500"])
+    assert len(events(scripted.log)) == 4
+
+
+def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "alpha-0-seed0"
+    folder.mkdir(parents=True)
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    holder += "print('held', flush=True); time.sleep(1)"
+    with subprocess.Popen([sys.executable, "-c", holder, folder / ".lock"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        started = time.monotonic()
+        outcome, lines = scripted(runs_of("hardness", arms=["alpha 1"]), 3)
+        assert time.monotonic() - started > 0.5
+    assert outcome.num_done == 3
+    assert sum("another process is at it" in line for line in lines) == 1
+
+
+STUDY = """
+import signal, sys
+from pathlib import Path
+from megatron_llave.study import queue
+from megatron_llave.study.arms import STUDIES, plan
+
+config, out, run = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+queue.commands = lambda shared, one, cfg: iter([[sys.executable, "-c", run]])
+cfg = queue.config_file.load(config)
+[first] = plan(STUDIES["hardness"](cfg, 1), cfg, [0], ["alpha 1"])[1:2]
+queue.run_all(queue.Plan(config, None, out, (), 1), [first], 1, print)
+"""
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *given: sys.exit(print("asked", flush=True)))
+print("runs", flush=True)
+time.sleep(4)
+"""
+
+
+@pytest.fixture
+def going_on(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A study in a process of its own, in the middle of its only run, and what that run prints."""
+    study = subprocess.Popen([sys.executable, "-c", STUDY, str(CONFIG), str(tmp_path), SLEEPER], cwd=ROOT)
+    output = tmp_path / "alpha-0-seed0" / "output.log"
+    deadline = time.monotonic() + 60
+    while not (output.is_file() and "runs" in output.read_text()):
+        assert time.monotonic() < deadline and study.poll() is None
+        time.sleep(0.05)
+    yield study, output
+    study.kill()
+    study.wait()
+
+
+def test_a_killed_study_leaves_its_runs_locked_until_they_have_ended(going_on) -> None:
+    """The lock is the run's own too: a second study cannot start it beside the first one's."""
+    study, output = going_on
+    study.kill()
+    study.wait()
+    with (output.parent / ".lock").open("w") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # free when the run has ended
+    assert output.read_text().split() == ["runs"]
+
+
+def test_a_study_that_is_asked_to_end_asks_its_runs(going_on) -> None:
+    study, output = going_on
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(30) == 143
+    assert output.read_text().split() == ["runs", "asked"]
+
+
+def test_a_stopped_run_is_not_evaluated(tmp_path: Path, monkeypatch) -> None:
+    """Under torchrun a run that was asked to stop, by a file `stop` say, ends with status 0."""
+    shared = Plan(CONFIG, None, tmp_path, (), 1)
+    run = runs_of("hardness", arms=["alpha 1"])[1]
+    commands = queue.commands
+
+    def stopped(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
+        steps = commands(shared, run, cfg)
+        assert "megatron_llave.train" in next(steps)
+        write_state(shared.folder(run), "stopped", 200, "a file 'stop' in train.output")
+        yield [sys.executable, "-c", ""]
+        yield from steps
+
+    monkeypatch.setattr(queue, "commands", stopped)
+    outcome = run_all(shared, [run], 1, print)
+    assert outcome.failed == {run.name: "stopped after step 200: a file 'stop' in train.output"}
+
+
+def test_last_error_line_is_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    file.write_text("error: old\nstep 1\nerror: the loss was not finite in 10 steps\nTraceback ...\n")
+    assert queue.reason(file, 1) == "the loss was not finite in 10 steps"
+    file.write_text("Killed\n")
+    assert queue.reason(file, -9) == f"exit status -9, see {file}"

@@ -1,0 +1,113 @@
+"""Findings and report: every run is there, failed ones with their reason, and the numbers are those of the files."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_llave import config_file
+from megatron_llave.errors import DataError
+from megatron_llave.report import HISTOGRAM_BINS
+from megatron_llave.study.arms import STUDIES, plan, run_name
+from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
+from megatron_llave.study.write_up import write_up
+
+CONFIG = Path(__file__).resolve().parents[2] / "examples" / "studies" / "tiny.yaml"
+
+
+def write_run(out: Path, arm: str, seed: int, ind: float, ood: float, steps: int = 60) -> None:
+    folder = out / run_name(arm, seed)
+    (folder / "evaluation").mkdir(parents=True)
+    counts = [1] * HISTOGRAM_BINS
+    sets = [
+        {"name": name, "split": split, "precision_at_1": score, "overlap": 0.5}
+        | {"positive_histogram": counts, "hardest_negative_histogram": counts}
+        for name, split, score in (("a", "ind", ind), ("b", "ood", ood), ("c", "ind", 99.0), ("s", "seen", 100.0))
+    ]
+    (folder / "evaluation" / "report.json").write_text(json.dumps({"sets": sets}))
+    record = {"loss": 2.0, "gradient_norm": 1.0, "effective_negatives": 5.0, "similarity_overlap": 0.3, "seconds": 0.1}
+    lines = [{**record, "step": step + 1, "loss": None if step == 3 else 2.0} for step in range(steps)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def study():
+    return STUDIES["hardness"](config_file.load(CONFIG), 1)
+
+
+def read(out: Path, study, seeds=(0, 1, 2), failed={}, chosen=("a", "b")):
+    runs = plan(study, config_file.load(CONFIG), seeds, ["alpha 9"])
+    return read_findings(out, study, runs, chosen, failed)
+
+
+def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> None:
+    for seed, (plain, weighted) in enumerate([(40.0, 43.0), (50.0, 51.0), (45.0, 47.0)]):
+        write_run(tmp_path, "alpha 0", seed, plain, 20.0)
+        write_run(tmp_path, "alpha 9", seed, weighted, 20.0 - seed)
+    write_run(tmp_path, "alpha 5", 0, 1.0, 1.0)  # of an earlier call
+    findings = read(tmp_path, study, seeds=(0, 1, 2, 3), failed={"alpha-9-seed3": "the loss was not finite"})
+    assert [(one.arm, one.seed) for one in findings if one.problem] == [
+        *(("before training", 0), ("alpha 0", 3), ("alpha 9", 3))
+    ]
+    found = comparisons(findings, study, IND)
+    assert found["alpha 9"].differences == (3.0, 1.0, 2.0) and found["alpha 9"].mean == 2.0
+    assert comparisons(findings, study, OOD)["alpha 9"].differences == (0.0, -1.0, -2.0)
+    assert comparisons(findings, study, ALL)["alpha 9"].mean == 0.5
+    assert "alpha 5" not in found  # one seed
+
+    write_up(findings, study, tmp_path, {"alpha 9": {IND: 69.4}})
+    text = (tmp_path / "report.md").read_text()
+    assert "| alpha 9 | 3 | 33.0 ± " in text and "69.4" in text
+    line = "| in distribution | alpha 9 | 3 | +2.0 | +1.0 to +3.0 | 3 up, 0 down | 0.250 |"
+    assert f"{line} higher, but 3 seeds are too few for a test |" in text
+    assert "the loss was not finite |" in text and "not finished |" in text
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(rows) == 3 + 3 + 1 + 3
+    nine = next(row for row in rows if (row["arm"], row["seed"]) == ("alpha 9", "1"))
+    assert (float(nine["a"]), float(nine[IND]), float(nine["steps not finite"]), nine["problem"]) == (
+        51.0,
+        51.0,
+        1.0,
+        "",
+    )
+    compared = list(csv.DictReader((tmp_path / "comparisons.csv").open()))
+    assert {row["number"] for row in compared} >= {ALL, IND, OOD, "overlap", "a", "s", "loss, last 50 steps"}
+    for name in ("precision.png", "similarities.png", "curves.png"):
+        assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+
+
+def test_without_chosen_sets_means_are_over_all_held_out_ones(tmp_path: Path, study) -> None:
+    write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
+    [finding] = [one for one in read(tmp_path, study, chosen=()) if not one.problem]
+    assert finding.values[IND] == 70.0 and finding.values[OOD] == 20.0 and "s" in finding.sets
+
+
+def test_nothing_finished_is_a_report_too(tmp_path: Path, study) -> None:
+    findings = read(tmp_path, study)
+    write_up(findings, study, tmp_path)
+    assert (tmp_path / "report.md").read_text().count("not finished") == len(findings) == 7
+
+
+def test_merged_run_has_no_log(tmp_path: Path, study) -> None:
+    write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
+    (tmp_path / "alpha-0-seed0" / "log.jsonl").unlink()
+    [finding] = [one for one in read(tmp_path, study) if not one.problem]
+    assert math.isnan(finding.values["gradient norm, largest"]) and finding.values[IND] == 41.0
+    write_up([finding], study, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["{", '{"sets": [{}]}', "[]"])
+def test_damaged_report_is_named(tmp_path: Path, study, damage: str) -> None:
+    write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
+    file = tmp_path / "alpha-0-seed0" / "evaluation" / "report.json"
+    file.write_text(damage)
+    with pytest.raises(DataError, match="alpha-0-seed0/evaluation/report.json is damaged"):
+        read(tmp_path, study)
+
+
+def test_set_that_is_not_there_is_named(tmp_path: Path, study) -> None:
+    write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
+    with pytest.raises(DataError, match=r"has no set 'zebra' \(evaluate.sets\), only a, b, c, s"):
+        read(tmp_path, study, chosen=("zebra",))
