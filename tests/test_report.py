@@ -126,12 +126,21 @@ def test_terminal_table_is_not_cut_in_a_log_file(capsys):
     assert "mean of all held-out sets" in out
 
 
+def test_cosines_are_counted_in_equal_bins_and_what_is_not_finite_in_none():
+    counts = report.cosine_counts([-1.0, 0.001, 1.0, 1.0000001, -math.inf, math.nan])
+    assert (len(counts), sum(counts), counts[0], counts[25], counts[-1]) == (50, 4, 1, 1, 2)
+
+
 def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
     report.write_json(MIXED, tmp_path / "report.json", {"checkpoint": "step 7"})
     value = json.loads((tmp_path / "report.json").read_text())
     assert value["checkpoint"] == "step 7" and value["means"] == report.summarise(MIXED)
     assert [one["name"] for one in value["sets"]] == ["a", "b", "c", "d"]
-    assert value["sets"][0] == {
+    first = value["sets"][0]
+    counts = [first.pop(f"{name}_histogram") for name in ("positive", "hardest_negative")]
+    for found, cosines in zip(counts, (MIXED[0].positive, MIXED[0].hardest_negative)):
+        assert found == np.histogram(cosines, 50, (-1, 1))[0].tolist()
+    assert first == {
         "name": "a",
         "meta_task": "classification",
         "split": "ind",

@@ -151,8 +151,7 @@ def _measured_part(measured: Sequence[Measured]) -> Iterator[str]:
         rows.append([one.processes, total, *numbers[0], *numbers[1], *numbers[2]])
     yield table(heads, rows)
     yield f"Subsets of the last row's batches: {', '.join(measured[-1].subsets)}."
-    yield MEASURED_NOTE
-    yield BYTES_NOTE
+    yield MEASURED_NOTE + BYTES_NOTE
 
 
 def _model_part(measured: Sequence[Measured]) -> Iterator[str]:
@@ -200,7 +199,7 @@ def _cluster_part(clusters: Sequence[ClusterStep]) -> Iterator[str]:
             steps = [own[gpus, pairs] for pairs in PAIRS_PER_GPU]
             rows.append([gpus, *(f"{100 * x.share:.2f} ({100 * x.one_ring_share:.2f})" for x in steps)])
         yield table(heads, rows)
-    yield REDUCTION_NOTE
+    yield REDUCTION_NOTE.lstrip()
     for model in MODELS:
         own = {(one.gpus, one.pairs): one for one in clusters if one.model == model}
         heads = [f"LLaVE-{model}: GPUs", *(f"{b} pairs" for b in PAIRS_PER_GPU), "reduction, MB", "reduction, ms"]
@@ -255,10 +254,12 @@ def draw(measured: Sequence[Measured], clusters: Sequence[ClusterStep]) -> Figur
             colour = SUBSET_COLOURS[index]
             modelled.plot(CLUSTERS, shares, color=colour, linestyle=style, label=f"{model}, {pairs} pairs per GPU")
     modelled.set_yscale("log")
+    modelled.set_ylim(top=100)  # room for the legend
+    modelled.yaxis.set_major_formatter("{x:g}")
     label_axes(modelled, f"gather in a step, modelled for {GPU} nodes", "share of the step (%)", "GPUs")
     _powers(modelled, CLUSTERS)
-    for axes in (share, negatives, modelled):
-        axes.legend(frameon=False, loc="best")
+    for axes, columns in ((share, 1), (negatives, 1), (modelled, 2)):
+        axes.legend(frameon=False, loc="upper left", ncols=columns, fontsize=9)
     return figure
 
 
