@@ -25,7 +25,7 @@ from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder,
 from megatron_llave.errors import DataError
 from megatron_llave.gradient_cache import run_schedule
 from megatron_llave.model.embedder import build_model
-from megatron_llave.pretrained import TOKENIZERS, find_pretrained
+from megatron_llave.pretrained import TOKENIZERS, Pretrained, find_pretrained
 
 
 @dataclass
@@ -38,6 +38,19 @@ class LoadedModel:
     groups: ProcessGroupCollection
     progress: Callable[[str], None] = lambda doing: None
     """Told of each input that is read and each row that is embedded."""
+    source: Pretrained | None = None
+    """What was loaded; None where the model is being trained."""
+    average: bool = False
+    """Whether it was the averaged weights."""
+
+    def identity(self) -> dict[str, str]:
+        """What the embeddings depend on (Pretrained.identity); the first rank's, empty on the others.
+
+        Raises:
+            CheckpointError: what was loaded cannot be read any more.
+        """
+        assert self.source is not None
+        return self.source.identity(self.cfg, self.average) if dist.get_rank() == 0 else {}
 
     @property
     def pad_to_multiple(self) -> int:
@@ -73,6 +86,24 @@ def load_model(
     """
     cpu_emulation.enable()
     found = find_pretrained(path)
+    parallel.start_processes(_configure(found, data, overrides).parallel.timeout_seconds)
+    # A run that is still going on may have saved between two ranks' looks at it: the first rank's checkpoint is meant.
+    folder = [found.folder]
+    dist.broadcast_object_list(folder, 0, device=parallel.device())
+    found = find_pretrained(folder[0])
+    cfg = _configure(found, data, overrides)
+    parallel.validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
+    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=None)
+    found.load(chunks, groups, average)
+    for chunk in chunks:
+        chunk.eval()
+    encoder = build_encoder(cfg.data, cfg.model)
+    return LoadedModel(cfg, chunks, encoder, groups, source=found, average=average)
+
+
+def _configure(found: Pretrained, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of these weights with what the caller wants otherwise; arguments of load_model."""
     cfg = replace(found.cfg, data=replace(found.cfg.data, tokenizer=found.find_tokenizer() or found.cfg.data.tokenizer))
     given = [] if data is None else [f"data.path={data}"]
     cfg = config_file.override(cfg, [*given, *overrides])
@@ -81,14 +112,7 @@ def load_model(
             f"{found.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (of vocab.json and merges.txt "
             "tools/convert_hf.py import makes one)"
         )
-    world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
-    parallel.validate_layout(cfg.model, cfg.parallel, world_size)
-    groups = parallel.init(cfg.parallel, cfg.train.seed)
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=None)
-    found.load(chunks, groups, average)
-    for chunk in chunks:
-        chunk.eval()
-    return LoadedModel(cfg, chunks, build_encoder(cfg.data, cfg.model), groups)
+    return cfg
 
 
 def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights that a run or an embedder starts from, wherever they are: a checkpoint, a run's folder, or an HF folder."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from megatron_llave.hf_weights import fill_from_hf, open_weights
 HF_CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
-SAMPLE, SAMPLE_EVERY = 2**16, 2**24
-"""Bytes of a weights file that its fingerprint takes, and where the next ones begin."""
+HASH_THREADS, HASH_BYTES = 8, 2**22
+"""Files that are hashed at a time, and bytes of each that are held."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,26 @@ class Pretrained:
         return str(found[0]) if found else None
 
     def fingerprint(self) -> str:
-        """Of the weights: a hash of their files' names, sizes, and a sample of their bytes.
+        """Of the weights: a hash of their files' names and of every byte in them.
 
-        The same wherever the folder lies and however many ranks load it. A training step changes almost every weight,
-        so that one byte in 256 tells two checkpoints apart.
+        The same wherever the folder lies and however many ranks load it; one rank is enough. A sample would not
+        do: a fine-tune of the projector alone changes few of them. SHA-256 does 1.9 GB/s on a core of an AMD EPYC with
+        SHA instructions, BLAKE2b 1.3, and the files of a checkpoint are hashed side by side.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is gone since the weights were loaded.
         """
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = [path for path in found if not self.is_hf or path.suffix == ".safetensors" or path.name == HF_CONFIG]
         digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and (not self.is_hf or path.suffix == ".safetensors" or path.name == HF_CONFIG):
-                size = path.stat().st_size
-                digest.update(f"{path.relative_to(self.folder)} {size}\n".encode())
-                with open(path, "rb") as file:
-                    for start in (*range(0, size, SAMPLE_EVERY), max(0, size - SAMPLE)):
-                        file.seek(start)
-                        digest.update(file.read(SAMPLE))
+        try:
+            with ThreadPoolExecutor(HASH_THREADS) as pool:
+                for path, own in zip(files, pool.map(_hash, files)):
+                    digest.update(f"{path.relative_to(self.folder)} {own}\n".encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be read: {error.strerror}; is a run removing it?"
+            ) from error
         return digest.hexdigest()
 
     def identity(self, cfg: RunConfig, average: bool) -> dict[str, str]:
@@ -102,6 +109,14 @@ class Pretrained:
             )
         require_same_model(model, own, f"the weights in {self.folder}")
         return replace(model, language=replace(model.language, vocab_size=own.language.vocab_size))
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_pretrained(path: str | Path) -> Pretrained:

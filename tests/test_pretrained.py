@@ -1,13 +1,15 @@
 """What a run starts from: found wherever it is, refused when it is another model, the vocabulary taken over."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from golden_model import ONEVISION, byte_tokenizer
 
-from megatron_llave import config_file
+from megatron_llave import config_file, embedding
 from megatron_llave.config_model import ModelConfig
+from megatron_llave.embedding import load_model
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.pretrained import find_pretrained
 
@@ -55,3 +57,41 @@ def test_nothing_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match=f"{path} is neither a checkpoint .* would hold config.json"):
             find_pretrained(path)
+
+
+def test_fingerprint_sees_every_byte_of_the_weights_and_no_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ONEVISION / "config.json", tmp_path / name)
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            file.truncate(40 * 2**20)
+    a, b = (find_pretrained(tmp_path / name) for name in ("a", "b"))
+    before = a.fingerprint()
+    assert before == b.fingerprint()
+    with open(tmp_path / "b" / "model.safetensors", "r+b") as file:
+        file.seek(25 * 2**20 + 12345)
+        file.write(b"x")
+    (tmp_path / "a" / "README.md").write_text("weights are all that counts in a Hugging Face folder")
+    assert (a.fingerprint(), b.fingerprint() != before) == (before, True)
+
+
+def test_identity_is_of_the_checkpoint_that_was_loaded(groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on moves `latest` to another checkpoint, or removes this one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(ONEVISION / name, folder)
+    latest = {"run": old}
+    monkeypatch.setattr(embedding, "find_pretrained", lambda path: find_pretrained(latest.get(str(path), path)))
+    model = load_model("run", overrides=[f"data.tokenizer={byte_tokenizer(tmp_path)}"])
+    latest["run"] = new
+    assert model.source is not None and model.source.folder == old
+    assert model.identity()["weights"] == find_pretrained(old).fingerprint()
+    monkeypatch.setattr("builtins.open", gone)
+    with pytest.raises(CheckpointError, match=r"old/config\.json cannot be read: No such file or directory; is a run"):
+        model.source.fingerprint()
+
+
+def gone(path: Path, *args: object, **kwargs: object) -> None:
+    raise FileNotFoundError(2, "No such file or directory", str(path))

@@ -33,7 +33,6 @@ from megatron_llave.errors import exit_with_one_line
 from megatron_llave.evaluate import evaluate
 from megatron_llave.paper_results import MMEB
 from megatron_llave.presets import PRESETS
-from megatron_llave.pretrained import find_pretrained
 from megatron_llave.ranking_evaluation import TIES, evaluate_tasks
 from megatron_llave.report import print_table, write_report
 from megatron_llave.run_log import LOG_FILE, quiet_dependencies, read_log
@@ -108,10 +107,9 @@ def mmeb_sets(args: argparse.Namespace) -> None:
     names, overrides = [one for one in given if "=" not in one], [one for one in given if "=" in one]
     tasks = [read_task(args.data, args.images or args.data, name) for name in choose_sets(args.data, names)]
     model = load_model(args.checkpoint, None, [*overrides, *args.overrides], args.average)
-    identity = find_pretrained(args.checkpoint).identity(model.cfg, args.average) if dist.get_rank() == 0 else {}
     with progress_bar() as progress:
         embedder = partial(embed_parts, model)
-        done = evaluate_tasks(embedder, tasks, args.out, identity, model.groups.dp, args.ties, progress)
+        done = evaluate_tasks(embedder, tasks, args.out, model.identity(), model.groups.dp, args.ties, progress)
     if dist.get_rank() == 0:
         inputs = ChainMap(*(task.inputs for task in tasks))
         work = {"inputs": done.num_inputs, "inputs_embedded": done.num_embedded, "sets_finished": done.num_finished}
@@ -125,10 +123,9 @@ def own_retrieval(args: argparse.Namespace) -> None:
     """Embed what is not there yet, search, and let one rank write scores and ranking."""
     data = read_retrieval(args.queries, args.corpus, args.judgements)
     model = load_model(args.checkpoint, None, args.overrides, args.average)
-    identity = find_pretrained(args.checkpoint).identity(model.cfg, args.average) if dist.get_rank() == 0 else {}
     with progress_bar() as progress:
         embedder = partial(embed_parts, model)
-        scores = evaluate_retrieval(embedder, data, args.out, identity, model.groups.dp, args.k, progress)
+        scores = evaluate_retrieval(embedder, data, args.out, model.identity(), model.groups.dp, args.k, progress)
     if dist.get_rank() == 0:
         for name, score in scores.items():
             print(f"{name:>14} {score:6.2f} %")
@@ -141,10 +138,9 @@ def video_sets(args: argparse.Namespace) -> None:
     videos = read_videos(args.manifest, folder, args.format, args.list)
     # 32 frames are up to 6720 tokens: the released evaluation of videos raises the limit too.
     model = load_model(args.checkpoint, None, ["data.max_length=8192", *args.overrides], args.average)
-    identity = find_pretrained(args.checkpoint).identity(model.cfg, args.average) if dist.get_rank() == 0 else {}
     with progress_bar() as progress:
         embedder = partial(embed_parts, model)
-        scores = evaluate_videos(embedder, videos, folder, args.out, identity, model.groups.dp, progress)
+        scores = evaluate_videos(embedder, videos, folder, args.out, model.identity(), model.groups.dp, progress)
     if dist.get_rank() == 0:
         for direction, found in scores.items():
             values = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
