@@ -1,18 +1,25 @@
 """Embeddings of a data set's inputs on disk, in parts: what makes an evaluation resumable, at another layout too.
 
-A folder holds manifest.json (of which model, of which inputs) and part-00000.npy ..., float32 [inputs of the part, d],
-each there whole or not at all. How inputs are cut into parts does not depend on the number of ranks.
+A folder holds manifest.json (of which model, of which inputs, of which state of each part's files) and part-00000.npy
+..., float32 [inputs of the part, d], each there whole or not at all. How inputs are cut into parts does not depend on
+the number of ranks.
 """
 
+import hashlib
+import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_llave.data.file_inputs import FileInputs
 from megatron_llave.data.index import VERSION, read_json, write_json
 from megatron_llave.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_llave embeddings"
 MANIFEST = "manifest.json"
@@ -34,6 +41,8 @@ class EmbeddingStore:
         self.folder, self.inputs = Path(folder), inputs
         self.bounds = inputs.cut(PART_COST)
         """[parts + 1] of the inputs of each part."""
+        self.claimed_files: str | None = None
+        """`digest_of_files` when the folder was claimed: what the embeddings are of. None on the ranks that did not."""
         self._opened: dict[int, np.ndarray] = {}
 
     @property
@@ -48,28 +57,66 @@ class EmbeddingStore:
     def claim(self, identity: Identity) -> None:
         """Make the folder this model's, or check that it is; one rank does it before any other uses the folder.
 
+        Parts whose pictures or videos have changed since are removed, to be embedded again.
+
         Raises:
-            DataError: it holds embeddings of another model or of other inputs; names what differs.
+            DataError: it holds embeddings of another model or of other inputs (names what differs), parts that nothing
+                tells the model of, or it cannot be written; or a picture or video is not there.
         """
         path = self.folder / MANIFEST
         own = {"format": FORMAT, "version": VERSION, "model": identity, "inputs": self.inputs.digest}
-        if not path.is_file():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(path, own)
-            except OSError as error:
-                raise DataError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
-            return
+        found = self._read_manifest(path)
+        if found is not None:
+            require_same_model(path, found.get("model"), identity)
+            if found.get("inputs") != own["inputs"]:
+                raise DataError(
+                    f"{self.folder} holds embeddings of other inputs than those of data set {self.inputs.name} now; "
+                    f"choose another --out, or delete {self.folder} to embed again"
+                )
+        states = self._part_states(self.inputs.require_files())
         try:
-            found = read_json(path, FORMAT, "it is another file")
-        except DataError as error:
-            raise DataError(f"{error}; or delete {self.folder} to embed again") from error
-        require_same_model(path, found.get("model"), identity)
-        if found.get("inputs") != own["inputs"]:
+            if found is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            else:
+                self._remove_changed(found.get("files"), states)
+            if found is None or found.get("files") != states:  # the parts first: a killed run must not keep an old one
+                write_json(path, {**own, "files": states})
+        except OSError as error:
+            raise DataError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
+        self.claimed_files = _digest(states)
+
+    def digest_of_files(self) -> str:
+        """Of sizes and times of the last change of all pictures and videos, as they are now."""
+        return _digest(self._part_states(self.inputs.file_states()))
+
+    def _read_manifest(self, path: Path) -> dict[str, Any] | None:
+        if path.is_file():
+            try:
+                return read_json(path, FORMAT, "it is another file")
+            except DataError as error:
+                raise DataError(f"{error}; or delete {self.folder} to embed again") from error
+        if any(self.folder.glob("part-*.npy")):
             raise DataError(
-                f"{self.folder} holds embeddings of other inputs than those of data set {self.inputs.name} now; choose "
-                "another --out, or delete the folder to embed again"
+                f"{self.folder} holds embeddings but no {MANIFEST}, which says of which model they are; choose another "
+                f"--out, or delete {self.folder} to embed again"
             )
+        return None
+
+    def _part_states(self, states: Mapping[str, str]) -> list[str]:
+        """For each part, a digest of its files' states."""
+        parts = (self.inputs_of(part).inputs for part in range(self.num_parts))
+        return [_digest([states[file] for one in part for file in one.files]) for part in parts]
+
+    def _remove_changed(self, before: object, now: list[str]) -> None:
+        """Remove the parts whose files have changed, or of which that is not known."""
+        before = before if isinstance(before, list) and len(before) == len(now) else [""] * len(now)
+        changed = [part for part, (old, new) in enumerate(zip(before, now)) if old != new]
+        there = [part for part in changed if self._path(part).is_file()]
+        for part in there:
+            self._path(part).unlink()
+        if there:
+            what = f"{len(there)} of {self.num_parts} parts of {self.folder} are embedded again"
+            logger.warning("%s: their pictures or videos have changed", what)
 
     def missing(self) -> list[int]:
         """Parts that are not there, or damaged."""
@@ -133,6 +180,10 @@ class EmbeddingStore:
         return stored if is_right else None
 
 
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def require_same_model(path: Path, found: object, identity: Identity) -> None:
     """Check what a file says of the model that it was made with.
 
@@ -144,6 +195,5 @@ def require_same_model(path: Path, found: object, identity: Identity) -> None:
     found = found if isinstance(found, dict) else {}
     keys = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
     apart = [f"{key} {found.get(key)!r} there, {identity.get(key)!r} here" for key in keys]
-    raise DataError(
-        f"{path} is of another model ({'; '.join(apart)}); choose another --out, or delete that folder to begin again"
-    )
+    hint = f"choose another --out, or delete {path.parent} to begin again"
+    raise DataError(f"{path} is of another model ({'; '.join(apart)}); {hint}")

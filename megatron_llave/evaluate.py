@@ -69,7 +69,7 @@ def build_evaluation(
         evaluate_all = partial(evaluate, model, used, sets)
     else:
         images = cfg.evaluate.images or folder
-        tasks = [read_task(folder, images, name) for name in choose_sets(folder, names)]
+        tasks = [read_task(folder, images, name) for name in choose_sets(folder, names, "evaluate.sets")]
         for task in tasks:
             task.inputs.require_files()
         evaluate_all = partial(evaluate_in_memory, model, tasks)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +76,17 @@ def evaluate_tasks(
     out = Path(out)
     found = _finished(tasks, out, identity, ties)
     waiting = [task for task, result in zip(tasks, found) if result is None]
-    num_embedded = embed_missing(embed_parts, [_store(out, task) for task in waiting], identity, replicas, progress)
+    stores = {task.name: _store(out, task) for task in waiting}
+    num_embedded = embed_missing(embed_parts, list(stores.values()), identity, replicas, progress)
     results = []
     for number, (task, result) in enumerate(zip(tasks, found)):
         progress("scoring", number, len(tasks))
         if result is None:
-            result = score_task(task, _store(out, task).rows, ties, dist.group.WORLD)
+            store = stores[task.name]
+            result = score_task(task, store.rows, ties, dist.group.WORLD)
             if dist.get_rank() == 0:
-                _write(result, task, out, identity, ties)
+                about = {"model": identity, "task": task.digest, "files": store.claimed_files, "ties": ties}
+                _write(result, task, out, about)
         results.append(result)
     progress("scoring", len(tasks), len(tasks))
     dist.barrier()  # whoever returns finds everything written
@@ -151,42 +155,46 @@ def _finished(tasks: Sequence[RankingTask], out: Path, identity: Identity, ties:
     Raises:
         DataError: one is of another model.
     """
-    found = torch.zeros(len(tasks), dtype=torch.int64, device=device())
+    found = [None] * len(tasks)
     if dist.get_rank() == 0:
-        found += torch.tensor([int(_read(task, out, identity, ties) is not None) for task in tasks], device=device())
-    dist.broadcast(found, 0)
-    is_there = map(bool, found.tolist())
-    return [_read(task, out, None, ties) if there else None for task, there in zip(tasks, is_there)]
+        found = [_read(task, out, identity, ties) for task in tasks]
+    # What the first rank has read is everyone's: on a network file system the others might find something else.
+    dist.broadcast_object_list(found, 0, device=device())
+    return found
 
 
-def _read(task: RankingTask, out: Path, identity: Identity | None, ties: str) -> SetResult | None:
-    """The finished result, of `identity`'s model unless that is None."""
+def _read(task: RankingTask, out: Path, identity: Identity, ties: str) -> SetResult | None:
+    """The finished result, if it is of this task with its files as they are now.
+
+    Raises:
+        DataError: it is of another model.
+    """
     path = out / f"{task.name}_result.json"
     if not path.is_file() or not _score_file(out, task).is_file():
         return None
     try:
         found = read_json(path, FORMAT, "")
-    except DataError:
+        model, about = found["model"], (found["task"], found["files"], found["ties"])
+        result = SetResult(**found["result"])
+        result.hardest_negative = [-math.inf if x is None else x for x in result.hardest_negative]
+        lists = (result.positive, result.hardest_negative, result.top, result.positives, result.queries)
+        is_whole = all(len(one) == result.num_queries for one in lists)
+    except (DataError, KeyError, TypeError):
         return None  # damaged: it is made again from the embeddings
-    if identity is not None:
-        require_same_model(path, found["model"], identity)
-    if found["inputs"] != task.inputs.digest or found["ties"] != ties:
-        return None
-    result = SetResult(**found["result"])
-    result.hardest_negative = [-math.inf if x is None else x for x in result.hardest_negative]
-    return result
+    require_same_model(path, model, identity)
+    is_same = about == (task.digest, _store(out, task).digest_of_files(), ties)
+    return result if is_whole and is_same else None
 
 
-def _write(result: SetResult, task: RankingTask, out: Path, identity: Identity, ties: str) -> None:
+def _write(result: SetResult, task: RankingTask, out: Path, about: dict[str, Any]) -> None:
     """The released code's two files, and all numbers; the score last, which makes the set a finished one."""
     best = [result.candidates[row[0]] for row in result.top]
     predicted = [task.inputs.inputs[task.inputs.index(key)] for key in best]
     try:
         _score_file(out, task).unlink(missing_ok=True)
-        about = {"format": FORMAT, "version": VERSION, "model": identity, "inputs": task.inputs.digest, "ties": ties}
         hardest = [x if math.isfinite(x) else None for x in result.hardest_negative]  # JSON has no infinity
         values = {**asdict(result), "hardest_negative": hardest}
-        write_json(out / f"{task.name}_result.json", {**about, "result": values})
+        write_json(out / f"{task.name}_result.json", {"format": FORMAT, "version": VERSION, **about, "result": values})
         with replacing(out / f"{task.name}_pred.txt") as partial:
             partial.write_text("".join(f"{(one.text, ''.join(one.images))}\n" for one in predicted), encoding="utf-8")
         correct = round(result.precision_at_1 * result.num_queries / 100)

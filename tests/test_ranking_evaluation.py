@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -140,11 +142,13 @@ def test_another_models_embeddings_are_refused(groups, tmp_path):
     tasks = golden_tasks()[:1]
     evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
     other = {"weights": "others"}
-    message = "another model .weights 'golden' there, 'others' here.; choose another --out"
+    message = f"another model .weights 'golden' there, 'others' here.; choose another --out, or delete {tmp_path} to"
     with pytest.raises(DataError, match=message):
         evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
     (tmp_path / "ImageNet-1K_score.json").unlink()
-    with pytest.raises(DataError, match=r"manifest\.json is of another model"):
+    with pytest.raises(
+        DataError, match=rf"manifest\.json is of another model .*delete {tmp_path}/embeddings/ImageNet-1K"
+    ):
         evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
 
 
@@ -167,6 +171,67 @@ def test_a_damaged_result_is_made_again_and_a_damaged_manifest_named(groups, tmp
     (tmp_path / "ImageNet-1K_score.json").unlink()
     with pytest.raises(DataError, match=r"manifest\.json is not valid JSON .*or delete .*ImageNet-1K to embed again"):
         evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+
+
+def test_an_incomplete_result_is_made_again(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    path = tmp_path / "ImageNet-1K_result.json"
+    whole = json.loads(path.read_text())
+    cut = {key: value for key, value in whole["result"].items() if key != "top"}
+    short = {**whole["result"], "top": whole["result"]["top"][1:]}
+    without_model = {key: value for key, value in whole.items() if key != "model"}
+    for broken in (without_model, {**whole, "result": cut}, {**whole, "result": short}, {**whole, "result": None}):
+        path.write_text(json.dumps(broken))
+        done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+        assert (done.num_finished, done.num_embedded) == (0, 0)
+        assert json.loads(path.read_text()) == whole
+
+
+def test_other_right_candidates_are_scored_again_without_embedding(groups, tmp_path):
+    """The inputs are the same ones: only which is whose candidate, and right, has changed."""
+    task = [task for task in golden_tasks() if task.name == "ImageNet-1K"]
+    first = evaluate_tasks(GoldenEmbedder(), task, tmp_path / "out", IDENTITY, groups.dp)
+    # The last query first, with the candidates of the last in reverse, and so on.
+    bounds = len(task[0].candidates) - task[0].bounds[::-1]
+    turned = [replace(task[0], queries=task[0].queries[::-1], candidates=task[0].candidates[::-1], bounds=bounds)]
+    assert turned[0].inputs.digest == task[0].inputs.digest and turned[0].digest != task[0].digest
+    again = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "out", IDENTITY, groups.dp)
+    assert (again.num_finished, again.num_embedded) == (0, 0)
+    fresh = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "fresh", IDENTITY, groups.dp)
+    assert again.results == fresh.results and again.results != first.results
+
+
+def test_parts_with_changed_pictures_are_embedded_again(groups, tmp_path, caplog):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(GOLDEN, source)
+    tasks = [read_task(source, source, name) for name in ("CIRR", "ImageNet-1K")]
+    evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp)
+    assert evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp).num_finished == 2
+    picture = source / "CIRR" / "t3.png"
+    os.utime(picture, ns=(0, 12345))
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, tasks, out, IDENTITY, groups.dp)
+    store = EmbeddingStore(out / "embeddings" / "CIRR", tasks[0].inputs)
+    changed = [part for part in map(store.inputs_of, range(store.num_parts)) if any("t3.png" in key for key in part)]
+    assert done.num_finished == 1 and second.asked == [key for part in changed for key in part] != []
+    assert len(changed) < store.num_parts
+    assert f"{len(changed)} of {store.num_parts} parts of {store.folder} are embedded again" in caplog.text
+    third = GoldenEmbedder()
+    assert evaluate_tasks(third, tasks, out, IDENTITY, groups.dp).num_finished == 2 and third.asked == []
+    picture.unlink()
+    with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist, 1 of \d+ files .* that --images names"):
+        evaluate_tasks(third, tasks, out, IDENTITY, groups.dp)
+
+
+def test_parts_without_a_manifest_are_refused(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    folder = tmp_path / "embeddings" / "ImageNet-1K"
+    (folder / "manifest.json").unlink()
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(DataError, match=rf"{folder} holds embeddings but no manifest.json.*or delete {folder} to"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, {"weights": "others"}, groups.dp)
 
 
 def test_a_folder_that_cannot_be_made_is_named(groups, tmp_path):
@@ -260,7 +325,6 @@ def test_uniformity_and_hubs():
     assert hub_share(torch.tensor([4, 4, 1, 4])) == 75.0
 
 
-
 def training_evaluation(groups, tokenizer: Path, **evaluate):
     cfg = build(
         {
@@ -285,7 +349,7 @@ def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
 
 
 def test_training_refuses_unknown_sets_before_it_begins(groups, tmp_path, openmoji_data):
-    with pytest.raises(ConfigError, match="'other' is no data set of MMEB-eval"):
+    with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is no data set of MMEB-eval"):
         training_evaluation(groups, byte_tokenizer(tmp_path), sets=["other"])
     with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is none of the sets in .*openmoji: "):
         training_evaluation(groups, byte_tokenizer(tmp_path), path=str(openmoji_data), sets=["other"])

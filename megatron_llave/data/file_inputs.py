@@ -4,8 +4,10 @@ Made by the readers of benchmarks and of the user's own retrieval data; embeddin
 """
 
 import hashlib
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_llave.batch import Side
@@ -14,6 +16,8 @@ from megatron_llave.errors import DataError
 
 PICTURE_COST, VIDEO_COST, CHARACTERS = 8, 64, 400
 """What an input counts when inputs are cut into parts: a picture, a video, and 1 for every so many characters."""
+STAT_THREADS = 16
+"""Files that are looked for at a time; each takes a network file system a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,13 @@ class FileInput:
     """Files as the data set names them, relative to its image folder."""
     video: str = ""
     """A video file, likewise; it is then all there is besides the text."""
+    id: str = field(default="", compare=False)
+    """What the user calls it, for messages; "" where it has no name."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Pictures and video."""
+        return (*self.images, *filter(None, [self.video]))
 
     @property
     def cost(self) -> int:
@@ -35,9 +46,20 @@ class FileInput:
 class FileInputs(Mapping[str, Side]):
     """Inputs in their order, by keys that tell them from those of other data sets; files are read when asked for."""
 
-    def __init__(self, name: str, inputs: Sequence[FileInput], image_folder: str | Path, first: int = 0) -> None:
-        """Inputs of data set `name`; `first` is the index of the first of them there."""
-        self.name, self.inputs, self.image_folder, self.first = name, inputs, Path(image_folder), first
+    def __init__(
+        self, name: str, inputs: Sequence[FileInput], image_folder: str | Path, first: int = 0, hint: str = ""
+    ) -> None:
+        """Inputs of data set `name`.
+
+        Args:
+            name: for keys and messages.
+            inputs: in their order.
+            image_folder: that their files are relative to.
+            first: index of the first of them in the data set.
+            hint: ends the message about a missing file: where files should be.
+        """
+        self.name, self.inputs, self.image_folder = name, inputs, Path(image_folder)
+        self.first, self.hint = first, hint
 
     def key(self, index: int) -> str:
         """Of the data set's input `index`: name, index, and its picture or its text."""
@@ -71,7 +93,7 @@ class FileInputs(Mapping[str, Side]):
                 return Side(one.text, [], read_frames(self.image_folder / one.video))
             return Side.read(one.text, *(self.image_folder / image for image in one.images))
         except DataError as error:
-            raise DataError(f"data set {self.name}: {error}") from error
+            raise DataError(f"data set {self.name}{_called(one)}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         """Keys."""
@@ -84,7 +106,7 @@ class FileInputs(Mapping[str, Side]):
     def part(self, indices: range) -> "FileInputs":
         """Those of the data set's inputs."""
         chosen = self.inputs[indices.start - self.first : indices.stop - self.first]
-        return FileInputs(self.name, chosen, self.image_folder, indices.start)
+        return FileInputs(self.name, chosen, self.image_folder, indices.start, self.hint)
 
     @property
     def digest(self) -> str:
@@ -104,17 +126,34 @@ class FileInputs(Mapping[str, Side]):
             spent += one.cost
         return [*bounds, len(self.inputs)]
 
-    def require_files(self) -> None:
-        """Check that pictures and videos are there, before hours of work and not after.
+    def file_states(self) -> dict[str, str]:
+        """Size and time of the last change of each different file, as they are now; "" for one that is not there."""
+        files = list(dict.fromkeys(file for one in self.inputs for file in one.files))
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            return dict(zip(files, pool.map(self._state, files)))
+
+    def _state(self, file: str) -> str:
+        try:
+            found = (self.image_folder / file).stat()
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}" if stat.S_ISREG(found.st_mode) else ""
+
+    def require_files(self) -> dict[str, str]:
+        """Check that pictures and videos are there, before hours of work and not after; their states.
 
         Raises:
             DataError: names the first that is not, and how many there are.
         """
-        files = [file for one in self.inputs for file in (*one.images, *filter(None, [one.video]))]
-        missing = [file for file in files if not (self.image_folder / file).is_file()]
+        states = self.file_states()
+        missing = [file for file, state in states.items() if not state]
         if missing:
-            raise DataError(
-                f"data set {self.name}: {self.image_folder / missing[0]} does not exist, {len(missing)} of "
-                f"{len(files)} files looked for are missing; the paths must start from the folder that --images or "
-                "--videos names"
-            )
+            [first, *_] = (one for one in self.inputs if missing[0] in one.files)
+            where = f"data set {self.name}{_called(first)}: {self.image_folder / missing[0]}"
+            count = f"{len(missing)} of {len(states)} files looked for are missing"
+            raise DataError(f"{where} does not exist, {count}{self.hint and '; '}{self.hint}")
+        return states
+
+
+def _called(one: FileInput) -> str:
+    return f", input {one.id!r}" if one.id else ""

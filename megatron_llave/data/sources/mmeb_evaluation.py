@@ -32,11 +32,12 @@ META_TASKS = {
 SETS = {name: place for place, names in META_TASKS.items() for name in names}
 """The 36 data sets -> (meta-task, split), spelled as the test data spells them."""
 
+FILES_HINT = "the paths must start from the folder that --images names, or evaluate.images while training"
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
-def choose_sets(source: str | Path, subsets: Sequence[str] | None) -> list[str]:
-    """The data sets asked for, or all that the folder holds, in the order of the paper.
+def choose_sets(source: str | Path, subsets: Sequence[str] | None, asked_by: str = "--subsets") -> list[str]:
+    """The data sets asked for, or all that the folder holds, in the order of the paper; `asked_by` names the option.
 
     Raises:
         ConfigError: one is none of MMEB's.
@@ -44,7 +45,7 @@ def choose_sets(source: str | Path, subsets: Sequence[str] | None) -> list[str]:
     """
     for name in subsets or ():
         if name not in SETS:
-            raise ConfigError(f"{name!r} is no data set of MMEB-eval, which are {', '.join(SETS)}")
+            raise ConfigError(f"{asked_by}: {name!r} is no data set of MMEB-eval, which are {', '.join(SETS)}")
     if not Path(source).is_dir():
         raise DataError(f"{source} is not a folder; it must be that of MMEB-eval")
     chosen = [name for name in SETS if (name in subsets if subsets else (Path(source) / name).is_dir())]
@@ -71,7 +72,7 @@ def read_task(source: str | Path, image_folder: str | Path, name: str) -> Rankin
         rows.append((query, _candidates(row, where)))
     if not rows:
         raise DataError(f"data set {name} of {source} has no rows; download it again")
-    return build_task(name, *SETS[name], rows, image_folder)
+    return build_task(name, *SETS[name], rows, image_folder, FILES_HINT)
 
 
 def _candidates(row: dict[str, Any], where: str) -> list[FileInput]:
