@@ -22,7 +22,7 @@ from megatron_llave import config_file, cpu_emulation, parallel
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config import RunConfig, row_multiple
 from megatron_llave.data.packing import EncodedSequence, Encoder, build_encoder, pack_sequences
-from megatron_llave.errors import DataError
+from megatron_llave.errors import DataError, NotFiniteError
 from megatron_llave.gradient_cache import run_schedule
 from megatron_llave.model.embedder import build_model
 from megatron_llave.pretrained import TOKENIZERS, Pretrained, find_pretrained
@@ -172,6 +172,21 @@ def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
     if model.groups.pp.rank() == model.groups.pp.size() - 1 and encoded:
         rows[torch.tensor(order, device=rows.device)] = torch.cat(outputs)
     return rows
+
+
+def require_finite(embeddings: Tensor, keys: Iterable[str]) -> None:
+    """Check embeddings [n, d] of the inputs `keys`: similarities to NaN would rank as if they were scores.
+
+    Raises:
+        NotFiniteError: names the first input whose embedding is not finite, and how many there are.
+    """
+    is_bad = ~embeddings.isfinite().all(dim=1)  # [n]
+    num_bad = int(is_bad.sum())
+    if num_bad:
+        first = next(islice(keys, int(is_bad.int().argmax()), None))
+        count = f"{num_bad} of {len(is_bad)} inputs that were embedded together"
+        hint = "take an earlier checkpoint or, if the weights are finite, model.precision=fp32"
+        raise NotFiniteError(f"input {first} has no finite embedding ({count}); {hint}")
 
 
 def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedSequence:

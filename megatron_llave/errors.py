@@ -29,6 +29,10 @@ class DivergedError(UserError):
     """A run whose losses or gradients are not finite any more."""
 
 
+class NotFiniteError(DataError):
+    """An input whose embedding is not finite: such a model, or such an input, has no score."""
+
+
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
     """Wrap an entry point: a UserError ends the process with status 2 and its one line, without a traceback."""

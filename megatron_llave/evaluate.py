@@ -3,6 +3,7 @@
 Used by tools/evaluate.py and by training.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +20,13 @@ from torch.nn import Module
 from megatron_llave.batch import Side
 from megatron_llave.config import RunConfig
 from megatron_llave.data.evaluation_sets import EvaluationSet, is_prepared, read_evaluation
+from megatron_llave.data.file_inputs import FileInputs
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.ranking_task import RankingTask
 from megatron_llave.data.sources.mmeb_evaluation import choose_sets, read_task
-from megatron_llave.embedding import LoadedModel, embed
+from megatron_llave.embedding import LoadedModel, embed, require_finite
 from megatron_llave.embedding_store import PART_COST
-from megatron_llave.errors import ConfigError
+from megatron_llave.errors import ConfigError, NotFiniteError
 from megatron_llave.ranking_evaluation import score_task
 from megatron_llave.report import SetResult
 from megatron_llave.retrieval import (
@@ -36,16 +38,23 @@ from megatron_llave.retrieval import (
     uniformity,
 )
 
+logger = logging.getLogger(__name__)
+
 Scores = dict[str, float]
-"""Set -> Precision@1 in percent."""
+"""Set -> Precision@1 in percent; NaN where embeddings are not finite."""
 
 TOP_K = 5
 """Candidates per query that a result keeps."""
 
 
 def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
-    """Precision@1 of every set, its similarities and the best candidates; the same result on every rank."""
+    """Precision@1 of every set, its similarities and the best candidates; the same result on every rank.
+
+    Raises:
+        DataError: an input cannot be read, or its embedding is not finite.
+    """
     embeddings = embed(model, inputs)  # [inputs, d]
+    require_finite(embeddings, inputs)
     row = {key: index for index, key in enumerate(inputs)}
     return [score(one, embeddings, row, model.groups.dp) for one in sets]
 
@@ -55,7 +64,9 @@ def build_evaluation(
 ) -> Callable[[], Scores]:
     """A function that evaluates the model that is being trained, as it is, on the sets in evaluate.path.
 
-    It tells `progress` of every row that it embeds.
+    It tells `progress` of every row that it embeds. Of a model whose embeddings are not finite it gives NaN for every
+    set, with a warning: whether such a run goes on is for its steps to decide (train.max_bad_steps), not for a
+    measurement.
 
     Raises:
         DataError: the sets, or a picture of theirs, cannot be read.
@@ -66,21 +77,26 @@ def build_evaluation(
         inputs, sets = read_evaluation(folder)
         sets = choose(sets, names, folder)
         used = {key: inputs[key] for one in sets for key in (*one.queries, *one.candidates)}
-        evaluate_all = partial(evaluate, model, used, sets)
+        evaluate_all, names = partial(evaluate, model, used, sets), [one.name for one in sets]
     else:
         images = cfg.evaluate.images or folder
         tasks = [read_task(folder, images, name) for name in choose_sets(folder, names, "evaluate.sets")]
         for task in tasks:
             task.inputs.require_files()
-        evaluate_all = partial(evaluate_in_memory, model, tasks)
+        evaluate_all, names = partial(evaluate_in_memory, model, tasks), [task.name for task in tasks]
 
     def run() -> Scores:
         for chunk in chunks:
             chunk.eval()
-        results = evaluate_all()
+        try:
+            scores = {result.name: result.precision_at_1 for result in evaluate_all()}
+        except NotFiniteError as error:  # met by all ranks alike: each has all embeddings
+            if dist.get_rank() == 0:
+                logger.warning("no evaluation: %s", error)
+            scores = dict.fromkeys(names, math.nan)
         for chunk in chunks:
             chunk.train()
-        return {result.name: result.precision_at_1 for result in results}
+        return scores
 
     return run
 
@@ -99,14 +115,24 @@ def choose(sets: list[EvaluationSet], names: list[str], folder: Path) -> list[Ev
 
 
 def evaluate_in_memory(model: LoadedModel, tasks: list[RankingTask]) -> list[SetResult]:
-    """Score ranking tasks without keeping anything on disk; the same result on every rank."""
+    """Score ranking tasks without keeping anything on disk; the same result on every rank.
+
+    Raises:
+        DataError: an input cannot be read, or its embedding is not finite.
+    """
     results = []
     for task in tasks:
         bounds = task.inputs.cut(PART_COST * model.groups.dp.size())  # so much is decoded at a time
         parts = [task.inputs.part(range(*pair)) for pair in pairwise(bounds)]
-        embeddings = np.concatenate([embed(model, part).cpu().numpy() for part in parts])  # [inputs, d]
+        embeddings = np.concatenate([_embed_part(model, part) for part in parts])  # [inputs, d]
         results.append(score_task(task, embeddings.__getitem__, "first", dist.group.WORLD))
     return results
+
+
+def _embed_part(model: LoadedModel, part: FileInputs) -> np.ndarray:
+    embeddings = embed(model, part)  # [inputs of the part, d]
+    require_finite(embeddings, part)
+    return embeddings.cpu().numpy()
 
 
 def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: dist.ProcessGroup) -> SetResult:

@@ -95,19 +95,22 @@ class RunLog:
 
         Args:
             step: steps done.
-            scores: Precision@1 in percent by set.
+            scores: Precision@1 in percent by set, at least one; NaN, written as null, where there is none.
             seconds: that it took.
         """
         if self._file is None:
             return
-        record = {"step": step, "precision_at_1": dict(scores), "seconds": seconds}
+        written = {name: None if _is_broken(value) else value for name, value in scores.items()}
+        record = {"step": step, "precision_at_1": written, "seconds": seconds}
         with self._survived(), (self._output / EVALUATIONS_FILE).open("ab", buffering=0) as file:
             _append_line(file, record)
+        finite = {f"precision_at_1/{name}": value for name, value in written.items() if value is not None}
         with self._survived():
             for sink in self._sinks:
-                sink.step(step, {f"precision_at_1/{name}": value for name, value in scores.items()})
-        mean = sum(scores.values()) / len(scores)
-        print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
+                sink.step(step, finite)
+        if len(finite) == len(scores):
+            mean = sum(scores.values()) / len(scores)
+            print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
 
     @contextmanager
     def _survived(self) -> Iterator[None]:

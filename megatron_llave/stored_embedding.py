@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.batch import Side
+from megatron_llave.embedding import require_finite
 from megatron_llave.embedding_store import EmbeddingStore, Identity
 from megatron_llave.parallel import device
 
@@ -36,7 +37,8 @@ def embed_missing(
         progress: told of each part.
 
     Raises:
-        DataError: a picture is missing or damaged, a store has another model's embeddings, or the disk is full.
+        DataError: a picture is missing or damaged, a store has another model's embeddings, an embedding is not finite
+            (nothing of its part is stored), or the disk is full.
     """
     if dist.get_rank() == 0:
         for store in stores:
@@ -52,6 +54,7 @@ def embed_missing(
             store, part = mine[turn]
             rows = next(embedded)
             if rows is not None:
+                require_finite(rows, store.inputs_of(part))
                 store.write(part, rows.cpu().numpy())
             progress(f"embedding {store.inputs.name}", turn + 1, len(mine))
         if turn % TURNS_TOGETHER == 0:

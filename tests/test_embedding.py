@@ -52,3 +52,13 @@ def test_scores_find_each_input_itself(model: LoadedModel) -> None:
     results = evaluate(model, inputs, [right, wrong])
     assert [result.precision_at_1 for result in results] == [100, 0]
     assert results[0].top[0][0] == 3 and results[0].positive == pytest.approx([1.0] * 4)
+
+
+def test_embeddings_that_are_not_finite_are_not_scored(model: LoadedModel) -> None:
+    inputs = {text: Side(text, []) for text in ("ab", "c", "d")}
+    one = EvaluationSet("a set", "retrieval", "ind", ["ab", "c"], ["d", "c"], [0, 1])
+    weight = next(p for name, p in model.chunks[0].named_parameters() if "word_embeddings" in name)
+    with torch.no_grad():
+        weight[ord("d")] = float("nan")
+    with pytest.raises(DataError, match="input d has no finite embedding .1 of 3 inputs"):
+        evaluate(model, inputs, [one])

@@ -1,6 +1,7 @@
 """tools/plot.py on logs as runs write them, half-written, and damaged."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_what_cannot_be_drawn_is_one_line(
     assert stopped.value.code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_evaluation_without_scores_is_a_gap(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    evaluations = [{"step": 10, "precision_at_1": {"x": None}}, {"step": 20, "precision_at_1": {"x": 30.0}}]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(value) + "\n" for value in evaluations))
+    [(step, score), after] = plot.read_evaluations(folder / "evaluations.jsonl")
+    assert (step, after) == (10, (20, 30.0)) and math.isnan(score)
+    assert run(folder).returncode == 0
 
 
 def test_damaged_evaluation_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_tasks
+from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_rows, golden_tasks
 from golden_model import ONEVISION, byte_tokenizer
 from launching import ROOT, started, wait_for
 
@@ -26,7 +26,7 @@ from megatron_llave.data.ranking_task import build_task
 from megatron_llave.data.sources.mmeb_evaluation import read_task
 from megatron_llave.embedding import LoadedModel, embed_parts
 from megatron_llave.embedding_store import EmbeddingStore
-from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.errors import ConfigError, DataError, NotFiniteError
 from megatron_llave.evaluate import build_evaluation
 from megatron_llave.model.embedder import build_model
 from megatron_llave.parallel import device
@@ -260,6 +260,22 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(groups, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.rglob("part-*")] == []
 
 
+def test_an_embedding_that_is_not_finite_is_named_and_not_stored(groups, tmp_path):
+    def broken(parts):
+        for part in parts:
+            rows = golden_rows(part)
+            if part.name == "CIRR":
+                rows[1, 3] = math.nan
+            yield rows
+
+    tasks = golden_tasks()
+    with pytest.raises(NotFiniteError, match=r"input CIRR 1 .* has no finite embedding .1 of \d+ inputs"):
+        evaluate_tasks(broken, tasks, tmp_path, IDENTITY, groups.dp)
+    assert list((tmp_path / "embeddings" / "CIRR").glob("part-*")) == []
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert 0 < done.num_embedded < done.num_inputs
+
+
 def test_stored_rows_come_back_in_any_order(tmp_path):
     task = task_of([[f"text {number}" for number in range(100)]])
     store = EmbeddingStore(tmp_path, task.inputs)
@@ -346,6 +362,15 @@ def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
     tasks = golden_tasks()[:2]
     done = evaluate_tasks(partial(embed_parts, model), tasks, tmp_path / "out", IDENTITY, groups.dp)
     assert scores == {result.name: result.precision_at_1 for result in done.results}
+
+
+def test_training_goes_on_without_scores_where_embeddings_are_not_finite(groups, tmp_path, caplog):
+    _, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    with torch.no_grad():
+        next(chunks[0].parameters()).fill_(math.nan)
+    scores = run()
+    assert list(scores) == ["ImageNet-1K", "CIRR"] and all(map(math.isnan, scores.values())) and chunks[0].training
+    assert "no evaluation: input ImageNet-1K " in caplog.text and "has no finite embedding" in caplog.text
 
 
 def test_training_refuses_unknown_sets_before_it_begins(groups, tmp_path, openmoji_data):

@@ -1,8 +1,10 @@
 """The run's log: what is written, what is printed, and what a killed or resumed run leaves."""
 
 import json
+import math
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +132,17 @@ def test_evaluations_have_a_file_of_their_own(tmp_path, capsys):
     ]
     assert capsys.readouterr().out == "step 1: Precision@1 20.0 %, mean of 2 sets\n"
     assert len(read_log(tmp_path / LOG_FILE)) == 1
+
+
+def test_an_evaluation_without_scores_is_written_as_null(tmp_path, capsys):
+    told = []
+    sink = SimpleNamespace(step=lambda step, values: told.append(values), close=lambda: None)
+    log = RunLog(tmp_path, 1, 2, enabled=True, sinks=[sink])
+    log.evaluation(1, {"a": math.nan, "b": math.nan}, seconds=2.5)
+    log.close()
+    written = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert written == {"step": 1, "precision_at_1": {"a": None, "b": None}, "seconds": 2.5}
+    assert capsys.readouterr().out == "" and not any(told)
 
 
 def test_full_disk_costs_lines_and_not_the_run(tmp_path, caplog, monkeypatch):

@@ -7,6 +7,7 @@ Also while a run goes on: it reads log.jsonl and evaluations.jsonl in the runs' 
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from megatron_llave.config_model import require
@@ -57,6 +58,8 @@ def short_names(runs: list[str]) -> list[str]:
 def read_evaluations(path: Path) -> list[tuple[int, float]]:
     """(step, mean Precision@1 in percent) in the order of the steps; of repeated ones the later counts.
 
+    NaN where a set has no score: embeddings were not finite.
+
     Raises:
         DataError: a line other than a half-written last one is no evaluation.
     """
@@ -66,7 +69,7 @@ def read_evaluations(path: Path) -> list[tuple[int, float]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            scores = list(record["precision_at_1"].values())
+            scores = [math.nan if score is None else score for score in record["precision_at_1"].values()]
             found[int(record["step"])] = sum(scores) / len(scores)
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise DataError(f"{path} line {number} is not an evaluation; delete that line") from error
