@@ -114,6 +114,21 @@ def _is_integer(text: str) -> bool:
     return text.lstrip("-").isdigit()
 
 
+def parse_depths(given: Sequence[str | int]) -> list[int]:
+    """The k of recall and nDCG.
+
+    Raises:
+        ConfigError: one is no number of at least 1, or there is none.
+    """
+    try:
+        depths = [int(one) for one in given]
+    except ValueError:
+        depths = []
+    if not depths or min(depths) < 1:
+        raise ConfigError(f"--k {' '.join(map(str, given))} must be numbers of at least 1")
+    return depths
+
+
 def evaluate_retrieval(
     embed_parts: EmbedParts,
     data: RetrievalData,
@@ -137,9 +152,7 @@ def evaluate_retrieval(
     Returns:
         See relevance.score_ranking; the same on all ranks.
     """
-    if not depths or min(depths) < 1:
-        raise ConfigError(f"--k {' '.join(map(str, depths))} must be numbers of at least 1")
-    out = Path(out)
+    depths, out = parse_depths(depths), Path(out)
     stores = [
         EmbeddingStore(out / "embeddings" / collection.inputs.name, collection.inputs)
         for collection in (data.queries, data.corpus)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_llave.batch import PairBatch
 from megatron_llave.loss import LossShare
 from megatron_llave.parallel import all_gather_rows, row_counts
-from megatron_llave.retrieval import overlap_coefficient
+from megatron_llave.retrieval import HISTOGRAM_BINS, overlap_coefficient
 
 MEANS = {
     "positive": "positive_similarity",
@@ -21,9 +21,6 @@ MEANS = {
     "hardest_share": "hardest_share",
 }
 """What the loss saw of each query -> under which name its mean stands in the step's record."""
-
-HISTOGRAM_BINS = 50
-"""Equal bins from -1 to 1."""
 
 
 def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float | int]:
@@ -54,7 +51,10 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
 
 
 def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> dict[str, list[int]]:
-    """Queries per bin of HISTOGRAM_BINS: the cosine of the positive, and that of the hardest negative where it is."""
+    """Queries per bin: the cosine of the positive, and that of the hardest negative where it is.
+
+    HISTOGRAM_BINS equal bins from -1 to 1.
+    """
     counted = []
     for values in similarities(shares, group, device):
         cosines = values[values.isfinite()].float().clamp(-1, 1)  # a cosine may be a rounding beyond 1

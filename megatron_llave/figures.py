@@ -5,6 +5,7 @@ report.py draws one run beside its evaluation, tools/plot.py several runs togeth
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +38,16 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` at the end: a reader sees the old file or the new one, never a half."""
-    temporary = Path(path).with_name(f".{Path(path).name}.partial")
-    yield temporary
-    os.replace(temporary, path)
+    """A temporary name that becomes `path` at the end: a reader sees the old file or the new one, never a half.
+
+    Two processes that write the same file have different names; of a failure nothing is left.
+    """
+    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:

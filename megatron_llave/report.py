@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.batch import Side
+from megatron_llave.errors import DataError
 from megatron_llave.figures import BLUE, GREEN, GREY, ORANGE, label_axes, plot_loss, replacing, save_png
 from megatron_llave.html_page import Section, html_page
 from megatron_llave.montage import Panel, Row, draw_montage
+from megatron_llave.retrieval import HISTOGRAM_BINS
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
-HISTOGRAM_BINS = 50
 DIAGNOSTICS = ("data set", "positive", "hardest negative", "overlap", "alignment", "uniformity", "hub (%)", "ties")
 NOTE = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
 PAPER_NOTE = (
@@ -161,15 +162,15 @@ def print_table(results: list[SetResult]) -> None:
     console.print(table, markup=False)
 
 
-def plot_similarities(results: list[SetResult], path: str | Path, bins: int = 30) -> None:
-    """One histogram panel per set, positives against hardest negatives, as a PNG."""
+def plot_similarities(results: list[SetResult], path: str | Path) -> None:
+    """One histogram panel per set, positives against hardest negatives, as a PNG; the overlap is that of its bins."""
     across = min(4, max(1, len(results)))
     down = max(1, -(-len(results) // across))
     figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.7 * down), layout="constrained")
     for index, result in enumerate(results):
         axes = figure.add_subplot(down, across, index + 1)
         samples = [[x for x in sample if np.isfinite(x)] for sample in (result.positive, result.hardest_negative)]
-        edges = np.histogram_bin_edges(samples[0] + samples[1], bins)
+        edges = np.histogram_bin_edges(samples[0] + samples[1], HISTOGRAM_BINS)
         for sample, colour, label in zip(samples, (BLUE, ORANGE), ("positive", "hardest negative"), strict=True):
             weights = np.full(len(sample), 100 / max(1, len(sample)))
             colours = {"facecolor": (colour, 0.35), "edgecolor": colour}
@@ -280,9 +281,27 @@ def write_report(
         directory: made when missing.
         paper: published means to compare with (paper_results.py).
         extra: goes into report.json.
+
+    Raises:
+        DataError: a file cannot be written: the disk is full, or a folder has its name.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_files(results, records, inputs, directory, paper or {}, extra or {})
+    except OSError as error:
+        file = error.filename2 or error.filename or directory
+        raise DataError(f"report: {file} cannot be written: {error.strerror or error}") from error
+
+
+def _write_files(
+    results: list[SetResult],
+    records: list[dict[str, Any]],
+    inputs: Mapping[str, Side],
+    directory: Path,
+    paper: Mapping[str, float],
+    extra: Mapping[str, Any],
+) -> None:
     pictures = {"Precision@1": "scores.png", "Similarities": "similarities.png", "Examples": "montage.png"}
     pictures["Worst mistakes"] = "mistakes.png"
     if records:
@@ -293,7 +312,7 @@ def write_report(
     draw_montage(example_panels(results, inputs), directory / "montage.png")
     draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
     steps = {"steps": records[-1]["step"]} if records else {}
-    write_json(results, directory / "report.json", {**steps, **(extra or {}), **({"paper": paper} if paper else {})})
+    write_json(results, directory / "report.json", {**steps, **extra, **({"paper": paper} if paper else {})})
     tables = [Section("Scores", NOTE, COLUMNS, [*_set_rows(results), *_mean_rows(results)], _means_of(results))]
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))

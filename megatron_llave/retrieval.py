@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CANDIDATES_PER_BLOCK = 16384
+HISTOGRAM_BINS = 50
+"""Of the histograms of similarities that are drawn and written, and of those that an overlap is read off."""
 LOW_WORD = 2**32 - 1
 # Below the key of every similarity: the bits of a NaN, which no similarity is.
 ABSENT = torch.iinfo(torch.int64).min
@@ -206,7 +208,7 @@ def recall_at_k(ranking: Ranking, positives: Tensor, k: int) -> float:
     return 100.0 * int(hits.sum()) / num_queries
 
 
-def overlap_coefficient(a: Tensor, b: Tensor, bins: int = 50) -> float:
+def overlap_coefficient(a: Tensor, b: Tensor, bins: int = HISTOGRAM_BINS) -> float:
     """Area shared by the histograms of two samples, each of area 1: 0 for separate samples, 1 for equal histograms.
 
     Both use `bins` equal bins from the smallest to the largest value of the two; values that are not finite (a hardest

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_llave.data.file_inputs import FileInput, FileInputs
 from megatron_llave.data.sources.video_sets import CaptionedVideo
 from megatron_llave.embedding_store import EmbeddingStore, Identity
+from megatron_llave.errors import DataError
 from megatron_llave.figures import replacing
 from megatron_llave.retrieval import similarities
 from megatron_llave.stored_embedding import EmbedParts, Progress, embed_missing
@@ -46,13 +47,17 @@ def evaluate_videos(
         replicas: data-parallel ranks that the embedding is dealt to.
         progress: told of each part.
 
+    Raises:
+        DataError: see embed_missing, or the scores cannot be written.
+
     Returns:
         text_to_video and video_to_text: recall@k in percent, median_rank; the same on all ranks.
     """
     out = Path(out)
     captions = [(caption, number) for number, video in enumerate(videos) for caption in video.captions]
     texts = FileInputs("captions", [FileInput(TEXT_PROMPT.format(caption)) for caption, _ in captions], folder)
-    clips = FileInputs("videos", [FileInput(VIDEO_PROMPT, video=video.file) for video in videos], folder)
+    inputs = [FileInput(VIDEO_PROMPT, video=video.file, id=video.id) for video in videos]
+    clips = FileInputs("videos", inputs, folder, hint="--videos names the folder that they are looked for in")
     stores = [EmbeddingStore(out / "embeddings" / inputs.name, inputs) for inputs in (texts, clips)]
     embed_missing(embed_parts, stores, identity, replicas, progress)
     text, video = (torch.from_numpy(store.rows(np.arange(store.bounds[-1]))) for store in stores)
@@ -60,8 +65,11 @@ def evaluate_videos(
     both = {"text_to_video": (text, video, belongs), "video_to_text": (video, text, belongs.T)}
     scores = {name: summarise_ranks(ranks_of_right(*sides)) for name, sides in both.items()}
     if dist.get_rank() == 0:
-        with replacing(out / SCORES_FILE) as partial:
-            partial.write_text(json.dumps(scores, indent=2) + "\n")
+        try:
+            with replacing(out / SCORES_FILE) as partial:
+                partial.write_text(json.dumps(scores, indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"{out / SCORES_FILE} cannot be written: {error.strerror}") from error
     dist.barrier()
     return scores
 

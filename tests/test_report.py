@@ -8,12 +8,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
 from megatron_llave import figures, montage, report
 from megatron_llave.batch import Side
+from megatron_llave.errors import DataError
 from megatron_llave.report import SetResult
+from megatron_llave.retrieval import overlap_coefficient
 
 GREEN, RED = (0, 158, 115), (213, 94, 0)
 
@@ -162,6 +165,39 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         report.write_json(MIXED, tmp_path / "report.json", {"broken": object()})
     assert (tmp_path / "report.json").read_text() == before
+
+
+def test_two_writers_of_a_file_have_names_of_their_own(tmp_path):
+    path = tmp_path / "report.md"
+    with figures.replacing(path) as one:
+        one.write_text("one")
+        with figures.replacing(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    with pytest.raises(KeyboardInterrupt), figures.replacing(path) as one:
+        one.write_text("half")
+        raise KeyboardInterrupt
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.md", "one")]
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json", "scores.png", "montage.png", "report.md"])
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=f"report: {tmp_path}/{name} cannot be written: Is a directory"):
+        report.write_report(MIXED, [], INPUTS, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_drawn_histogram_has_the_bins_of_the_overlap(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, x, bins, **kwargs: drawn.append((x, bins, kwargs)))
+    numbers = np.random.default_rng(0).normal(size=(2, 300)) * 0.1 + [[0.3], [0.2]]
+    result = set_result(positive=numbers[0].tolist(), hardest_negative=numbers[1].tolist())
+    report.plot_similarities([result], tmp_path / "a.png")
+    shares = [np.histogram(x, edges)[0] / len(x) for x, edges, _ in drawn]
+    overlap = overlap_coefficient(*map(torch.from_numpy, numbers))
+    assert np.minimum(*shares).sum() == pytest.approx(overlap, abs=1e-6)
 
 
 def test_report_writes_all_files(tmp_path):

@@ -11,9 +11,10 @@ from golden_model import ONEVISION, byte_tokenizer
 from run_ranks import run_ranks
 
 from megatron_llave.data.sources.openmoji_clips import make_clips
+from megatron_llave.data.sources.video_sets import CaptionedVideo
 from megatron_llave.embedding import load_model
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.video_retrieval import ranks_of_right, summarise_ranks
+from megatron_llave.video_retrieval import evaluate_videos, ranks_of_right, summarise_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,22 @@ def test_recall_and_median():
     scores = summarise_ranks(torch.tensor([1, 1, 4, 6, 20, 11]))
     expected = {"recall@1": 100 / 3, "recall@5": 50.0, "recall@10": 200 / 3, "median_rank": 5.0}
     assert scores == pytest.approx(expected)
+
+
+def test_scores_that_cannot_be_written_and_missing_videos_are_one_line(groups, tmp_path):
+    def embedder(parts):
+        for part in parts:
+            yield torch.eye(4)[: len(part)]
+
+    videos = [CaptionedVideo(name, f"{name}.mp4", ["text"]) for name in "ab"]
+    (tmp_path / "a.mp4").touch()
+    missing = r"data set videos, input 'b': .*b\.mp4 does not exist, 1 of 2 files .*; --videos names the folder"
+    with pytest.raises(DataError, match=missing):
+        evaluate_videos(embedder, videos, tmp_path, tmp_path / "out", {}, groups.dp)
+    (tmp_path / "b.mp4").touch()
+    (tmp_path / "out" / "scores.json").mkdir()
+    with pytest.raises(DataError, match=r"out/scores\.json cannot be written: Is a directory"):
+        evaluate_videos(embedder, videos, tmp_path, tmp_path / "out", {}, groups.dp)
 
 
 def test_clips_are_the_same_every_time_and_not_overwritten(clips, tmp_path):

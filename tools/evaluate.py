@@ -12,10 +12,11 @@ tools/prepare_data.py made. Each command has its own --help.
 """
 
 import argparse
+import os
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from rich.progress import Progress, TextColumn
 
 from megatron_llave import cpu_emulation, parallel
 from megatron_llave.config import RunConfig
-from megatron_llave.corpus_retrieval import evaluate_retrieval, read_retrieval
+from megatron_llave.corpus_retrieval import evaluate_retrieval, parse_depths, read_retrieval
 from megatron_llave.data.evaluation_sets import read_evaluation
+from megatron_llave.data.index import hold_folder
 from megatron_llave.data.sources.mmeb_evaluation import SETS, choose_sets, read_task
 from megatron_llave.data.sources.video_sets import FORMATS, read_videos
 from megatron_llave.embedding import embed_parts, load_model
@@ -33,6 +35,7 @@ from megatron_llave.errors import exit_with_one_line
 from megatron_llave.evaluate import evaluate
 from megatron_llave.paper_results import MMEB
 from megatron_llave.presets import PRESETS
+from megatron_llave.pretrained import find_pretrained
 from megatron_llave.ranking_evaluation import TIES, evaluate_tasks
 from megatron_llave.report import print_table, write_report
 from megatron_llave.run_log import LOG_FILE, quiet_dependencies, read_log
@@ -56,7 +59,7 @@ def main() -> None:
     own.add_argument("--queries", required=True, help="JSONL of {id, text, image}, as tools/embed.py takes")
     own.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
     own.add_argument("--judgements", required=True, help="TREC qrels (query 0 candidate grade) or BEIR's table")
-    own.add_argument("--k", type=int, nargs="+", default=[1, 5, 10], help="of recall@k and ndcg@k (1 5 10)")
+    own.add_argument("--k", nargs="+", default=["1", "5", "10"], help="of recall@k and ndcg@k (1 5 10)")
     own.add_argument("--out", required=True, help="folder for embeddings, scores, ranking; the same one goes on")
     video = add_command(commands, "video", video_sets, "zero-shot text-video retrieval: MSR-VTT, MSVD, or your own")
     video.add_argument("--manifest", required=True, help="annotations: .jsonl of your own, or as MSR-VTT and MSVD come")
@@ -70,7 +73,8 @@ def main() -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        args.run(args)
+        with held_output(args):
+            args.run(args)
         parallel.shut_down()
 
 
@@ -86,6 +90,20 @@ def add_command(
     return parser
 
 
+@contextmanager
+def held_output(args: argparse.Namespace) -> Iterator[None]:
+    """The folder of --out, made and held by the first rank: before hours of work, and against a second evaluation."""
+    find_pretrained(args.checkpoint)  # a mistyped one leaves no folder behind
+    args.out = args.out or str(Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation"))
+    with hold_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        yield
+
+
+def without_overrides(given: list[str]) -> tuple[list[str], list[str]]:
+    """Values of an option that takes several, and the overrides behind them, which argparse gives to it too."""
+    return [one for one in given if "=" not in one], [one for one in given if "=" in one]
+
+
 def prepared_sets(args: argparse.Namespace) -> None:
     """Load at the layout asked for, embed, score, and let one rank write the report."""
     inputs, sets = read_evaluation(args.data)
@@ -94,17 +112,14 @@ def prepared_sets(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         log = Path(args.checkpoint) / LOG_FILE
         records = read_log(log) if log.is_file() else []
-        out = Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation")
-        out = Path(args.out) if args.out else out
-        write_report(results, records, inputs, out)
+        write_report(results, records, inputs, args.out)
         print_table(results)
-        print(f"report, tables and pictures: {out}")
+        print(f"report, tables and pictures: {args.out}")
 
 
 def mmeb_sets(args: argparse.Namespace) -> None:
     """Embed what is not there yet, score, and let one rank write the report."""
-    given = args.subsets or []  # takes overrides that follow it, too
-    names, overrides = [one for one in given if "=" not in one], [one for one in given if "=" in one]
+    names, overrides = without_overrides(args.subsets or [])
     tasks = [read_task(args.data, args.images or args.data, name) for name in choose_sets(args.data, names)]
     model = load_model(args.checkpoint, None, [*overrides, *args.overrides], args.average)
     with progress_bar() as progress:
@@ -121,11 +136,13 @@ def mmeb_sets(args: argparse.Namespace) -> None:
 
 def own_retrieval(args: argparse.Namespace) -> None:
     """Embed what is not there yet, search, and let one rank write scores and ranking."""
+    given, overrides = without_overrides(args.k)
+    depths = parse_depths(given)
     data = read_retrieval(args.queries, args.corpus, args.judgements)
-    model = load_model(args.checkpoint, None, args.overrides, args.average)
+    model = load_model(args.checkpoint, None, [*overrides, *args.overrides], args.average)
     with progress_bar() as progress:
         embedder = partial(embed_parts, model)
-        scores = evaluate_retrieval(embedder, data, args.out, model.identity(), model.groups.dp, args.k, progress)
+        scores = evaluate_retrieval(embedder, data, args.out, model.identity(), model.groups.dp, depths, progress)
     if dist.get_rank() == 0:
         for name, score in scores.items():
             print(f"{name:>14} {score:6.2f} %")
@@ -165,8 +182,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: None
         return
     with Progress(*Progress.get_default_columns(), TextColumn("{task.completed} of {task.total}")) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        task = bar.add_task("", visible=False)  # until there is something to count
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Written last by every source, read first by the training stream. The tars themse
 import fcntl
 import json
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,11 +61,14 @@ class Index:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON; the file takes its name only when it is whole."""
+    """Write indented JSON; the file takes its name only when it is whole, whoever else writes it."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk
 
 
 def read_json(path: str | Path, file_format: str, hint: str) -> dict[str, Any]:
@@ -101,17 +106,34 @@ def fill_folder(directory: str | Path, overwrite: bool) -> Iterator[None]:
     """Hold a folder while it is written: made when missing, without index, and without the shards an old index names.
 
     Raises:
-        DataError: the folder holds a finished index and `overwrite` is false, or another process is writing into it.
+        DataError: the folder holds a finished index and `overwrite` is false, or see hold_folder.
+    """
+    directory = Path(directory)
+    with hold_folder(directory):
+        _clear_finished(directory, overwrite)
+        yield
+
+
+@contextmanager
+def hold_folder(directory: str | Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder, which is made when missing.
+
+    Raises:
+        DataError: it cannot be made or written into, or another process holds it.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = os.open(directory, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"folder {directory} cannot be made: {error.strerror}") from error
+        raise DataError(f"folder {directory} cannot be made: {error.strerror}; choose another") from error
     try:
         _lock(held, directory)
-        _clear_finished(directory, overwrite)
+        try:
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise DataError(f"folder {directory} cannot be written into: {error.strerror}; choose another") from error
         yield
     finally:
         os.close(held)
