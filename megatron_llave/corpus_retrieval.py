@@ -6,6 +6,7 @@ embedded once into a folder and searched exactly, block by block from the disk, 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_llave.relevance import score_ranking
 from megatron_llave.retrieval import search
 from megatron_llave.stored_embedding import EmbedParts, Progress, embed_missing
 
+GRADE = re.compile(r"-?[0-9]+")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
 
 
@@ -79,10 +81,14 @@ def read_collection(path: str | Path, name: str) -> Collection:
         if not line.id or len(line.id.split()) != 1:
             raise DataError(f"{path}:{number}: id {line.id!r} must be without white space, as judgements have it")
         ids[line.id] = number
-        inputs.append(FileInput(line.text, tuple(str(image.relative_to(path.parent)) for image in line.images)))
+        inputs.append(FileInput(line.text, tuple(_relative(image, path.parent) for image in line.images), id=line.id))
     if not inputs:
         raise DataError(f"{path} has no lines")
-    return Collection(FileInputs(name, inputs, path.parent), list(ids))
+    return Collection(FileInputs(name, inputs, path.parent, hint=f"they start from the folder of {path}"), list(ids))
+
+
+def _relative(image: Path, folder: Path) -> str:
+    return str(image.relative_to(folder) if image.is_relative_to(folder) else image)
 
 
 def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -> dict[str, dict[str, int]]:
@@ -90,28 +96,35 @@ def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -
     known = [(set(queries.ids), "query"), (set(corpus.ids), "candidate")]
     found: dict[str, dict[str, int]] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at rarer characters too
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, start=1):
         fields = line.split()
-        if not fields or (number == 1 and len(fields) == 3 and not _is_integer(fields[2])):
+        if not fields or (number == 1 and len(fields) == 3 and _is_name(fields[2])):
             continue
-        if len(fields) not in (3, 4) or not _is_integer(fields[-1]):
-            right = "QUERY 0 CANDIDATE GRADE nor QUERY CANDIDATE GRADE"
+        if len(fields) not in (3, 4) or not GRADE.fullmatch(fields[-1]):
+            right = "QUERY 0 CANDIDATE GRADE nor QUERY CANDIDATE GRADE with a whole number as grade"
             raise DataError(f"{path}:{number}: {line!r:.60} is neither {right}")
         query, candidate, grade = fields[0], fields[-2], int(fields[-1])
         for one, (ids, what) in zip((query, candidate), known):
             if one not in ids:
                 raise DataError(f"{path}:{number}: no {what} has the id {one!r}")
-        found.setdefault(query, {})[candidate] = grade
+        before = found.setdefault(query, {}).setdefault(candidate, grade)
+        if before != grade:
+            raise DataError(f"{path}:{number}: {query!r} and {candidate!r} have grade {grade} here and {before} before")
     if not any(grade > 0 for grades in found.values() for grade in grades.values()):
         raise DataError(f"{path} has no candidate with a grade above 0")
     return found
 
 
-def _is_integer(text: str) -> bool:
-    return text.lstrip("-").isdigit()
+def _is_name(field: str) -> bool:
+    """Of a column, and no grade, not even one that is written wrong, such as 1.0 or nan."""
+    try:
+        float(field)
+    except ValueError:
+        return field[0].isalpha()
+    return False
 
 
 def parse_depths(given: Sequence[str | int]) -> list[int]:

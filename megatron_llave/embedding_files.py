@@ -65,7 +65,7 @@ def read_lines(path: str | Path) -> Iterator[InputLine]:
     """
     path = Path(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, text in enumerate(file, start=1):
                 yield _parse(text, f"{path}:{number}", path.parent, str(number))
     except OSError as error:

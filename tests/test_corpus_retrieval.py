@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_mmeb import GOLDEN
 from golden_model import ONEVISION, byte_tokenizer
 from run_ranks import run_ranks
 
@@ -79,6 +80,13 @@ def test_beirs_table_and_grades(groups, tmp_path):
         (2, "q0 0 c0 1\nq0 0 c99 1\n", r"qrels\.txt:2: no candidate has the id 'c99'"),
         (2, "q99 0 c0 1\n", r"qrels\.txt:1: no query has the id 'q99'"),
         (2, "q0 0 c0 high\n", r"qrels\.txt:1: 'q0 0 c0 high' is neither QUERY 0 CANDIDATE GRADE nor"),
+        (2, "q0 c0 1.0\nq1 c1 1\n", r"qrels\.txt:1: 'q0 c0 1\.0' is neither .* with a whole number as grade"),
+        (2, "q0 c0 1\nq1 c1 1.5\n", r"qrels\.txt:2: 'q1 c1 1\.5' is neither"),
+        (2, "q0 c0 nan\n", r"qrels\.txt:1: 'q0 c0 nan' is neither"),
+        (2, "q0 c0 --5\n", r"qrels\.txt:1: 'q0 c0 --5' is neither"),
+        (2, "q0 0 c0 \u00b2\n", r"qrels\.txt:1: 'q0 0 c0 .' is neither"),
+        (2, "q0 c0 \u00b2\n", r"qrels\.txt:1: 'q0 c0 .' is neither"),
+        (2, "q0 c0 1\nq1 c1 1\nq0 c0 2\n", r"qrels\.txt:3: 'q0' and 'c0' have grade 2 here and 1 before"),
         (2, "q0 0 c0 0\n", r"qrels\.txt has no candidate with a grade above 0"),
     ],
 )
@@ -87,6 +95,36 @@ def test_bad_files_are_named(tmp_path, which, text, message):
     paths[which].write_text(text)
     with pytest.raises(DataError, match=message):
         read_retrieval(*paths)
+
+
+def test_byte_order_marks_and_rare_line_ends_are_text(tmp_path):
+    paths = write_files(tmp_path)
+    queries = '{"id": "q0", "text": "two\u2028lines"}\n{"id": "q1", "text": "x"}\n'
+    paths[0].write_text(queries, encoding="utf-8-sig")
+    paths[2].write_text("query-id\tcorpus-id\tscore\r\nq0\tc0\t1\r\n\r\nq0\tc0\t1\r\n", encoding="utf-8-sig")
+    data = read_retrieval(*paths)
+    assert data.queries.ids == ["q0", "q1"] and data.queries.inputs.inputs[0].text == "two\u2028lines"
+    assert data.judgements == {"q0": {"c0": 1}}
+    paths[2].write_text("q0 0 c0 1\n", encoding="utf-8-sig")
+    assert read_retrieval(*paths).judgements == {"q0": {"c0": 1}}
+
+
+def test_pictures_outside_the_folder_and_missing_ones(groups, tmp_path):
+    (tmp_path / "far").mkdir()
+    paths = write_files(tmp_path)
+    picture = tmp_path / "far" / "0.png"
+    picture.write_bytes((GOLDEN / "ImageNet-1K" / "0.png").read_bytes())
+    lines = [{"id": "q0", "image": str(picture)}, {"id": "q1", "image": ["near.png", str(picture)]}]
+    lines += [{"id": "q2", "image": ["near.png", "near.png"]}]
+    (tmp_path / "queries").mkdir()
+    path = tmp_path / "queries" / "queries.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths[2].write_text("q0 0 c0 1\n")
+    data = read_retrieval(path, *paths[1:])
+    assert data.queries.inputs["queries 0 " + str(picture)].images == [picture.read_bytes()]
+    missing = r"data set queries, input 'q1': .*near\.png does not exist, 1 of 2 files looked for are missing; they "
+    with pytest.raises(DataError, match=missing + rf"start from the folder of {path}"):
+        evaluate_retrieval(embedder, data, tmp_path / "out", IDENTITY, groups.dp, [1])
 
 
 def test_depths_below_one_are_refused(groups, tmp_path):

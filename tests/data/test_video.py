@@ -122,6 +122,22 @@ def test_msrvtt_and_msvd_as_published(tmp_path):
     ]
 
 
+def test_byte_order_marks_and_rare_line_ends_are_text(tmp_path):
+    caption = "a\u2028b\u0085c"
+    line = json.dumps({"id": "a", "video": "a.mp4", "captions": [caption]}, ensure_ascii=False)
+    texts = {"a.jsonl": f"{line}\n", "a.csv": f'video_id,sentence\r\na,"{caption}\nd"\r\n', "a.txt": f"a {caption}\n"}
+    texts["a.json"] = MSRVTT % json.dumps({"video_id": "a", "caption": caption})
+    texts["a.json"] = texts["a.json"].replace('"v"', '"a"')
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig", newline="")
+        [one] = read_videos(tmp_path / name, tmp_path)
+        assert (one.id, one.file) == ("a", "a.mp4")
+        assert one.captions == [caption + "\nd" if name == "a.csv" else caption], name
+
+
+MSRVTT = '{"videos": [{"video_id": "v", "split": "test"}], "sentences": [%s]}'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -129,7 +145,15 @@ def test_msrvtt_and_msvd_as_published(tmp_path):
         ("a.jsonl", '{"id": "a", "video": "a.mp4", "captions": []}\n', r"a\.jsonl:1: video must be a file name, capt"),
         ("a.jsonl", 2 * '{"id": "a", "video": "a.mp4", "captions": ["x"]}\n', r"a\.jsonl:2: id 'a' comes twice"),
         ("a.csv", "a,b\n1,2\n", r"a\.csv must have the columns video_id and sentence"),
-        ("a.csv", "video_id,sentence\nv, \n", r"a\.csv: video 'v' has an empty caption"),
+        ("a.jsonl", '{"id": "a", "video": "", "captions": ["x"]}\n', r"a\.jsonl:1: video must be a file name, capt"),
+        ("a.jsonl", '\n{"id": "a", "video": "a.mp4", "captions": ["x", " "]}\n', r"a\.jsonl:2: .* none empty"),
+        ("a.jsonl", '{"id": "a", "video": "a.mp4", "captions": ["x", null]}\n', r"a\.jsonl:1: video must be a file"),
+        ("a.csv", "video_id,sentence\nv, \n", r"a\.csv:2: video 'v' has ' ' for a caption, which must be a text"),
+        ("a.csv", "video_id,sentence\nv,x\nw\n", r"a\.csv:3: video 'w' has None for a caption"),
+        ("a.csv", "video_id,sentence\n,x\n", r"a\.csv:2: video '' must be the id of a video"),
+        ("a.json", MSRVTT % '{"video_id": "v", "caption": null}', r"a\.json: sentence 0: video 'v' has None for a"),
+        ("a.json", MSRVTT % '{"video_id": ["v"], "caption": "x"}', r"a\.json must hold videos .*unhashable"),
+        ("a.txt", "v\n", r"a\.txt:1: video 'v' has '' for a caption"),
         ("a.json", "[]", r"a\.json must hold videos .video_id, split. and sentences"),
         ("a.txt", "\n", r"a\.txt has no video"),
     ],

@@ -10,8 +10,9 @@ Read by tools/evaluate.py video. Formats, told by the file's name unless one is 
 """
 
 import csv
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,15 @@ def read_videos(
 
 def _manifest(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
     found: dict[str, CaptionedVideo] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
             one = CaptionedVideo(str(value["id"]), value["video"], value["captions"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{where}: must be {{"id": ..., "video": FILE, "captions": [...]}} ({error})') from error
-        captions_are_text = isinstance(one.captions, list) and all(isinstance(text, str) for text in one.captions)
-        if not isinstance(one.file, str) or not captions_are_text or not one.captions:
-            raise DataError(f"{where}: video must be a file name, captions a list of at least one text")
+        if not _is_text(one.file) or not isinstance(one.captions, list) or not all(map(_is_text, one.captions or [""])):
+            raise DataError(f"{where}: video must be a file name, captions a list of at least one text, none empty")
         if one.id in found:
             raise DataError(f"{where}: id {one.id!r} comes twice")
         found[one.id] = one
@@ -83,36 +83,52 @@ def _manifest(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
 
 
 def _msrvtt_csv(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
-    rows = list(csv.DictReader(_read(path).splitlines()))
-    if not rows or not {"video_id", "sentence"} <= rows[0].keys():
+    reader = csv.DictReader(io.StringIO(_read(path), newline=""))
+    try:
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: {error}") from error
+    if not rows or not {"video_id", "sentence"} <= rows[0][1].keys():
         raise DataError(f"{path} must have the columns video_id and sentence")
-    return _collect(((row["video_id"], row["sentence"]) for row in rows), path, folder)
+    return _collect(((where, row["video_id"], row["sentence"]) for where, row in rows), folder)
 
 
 def _msrvtt_json(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
     try:
         value: dict[str, Any] = json.loads(_read(path))
         splits = {one["video_id"]: one.get("split", "test") for one in value["videos"]}
-        pairs = [(one["video_id"], one["caption"]) for one in value["sentences"]]
-    except (ValueError, KeyError, TypeError) as error:
+        found = [(one["video_id"], one["caption"]) for one in value["sentences"]]
+        wanted = [splits.get(video) == "test" for video, _ in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         right = "videos (video_id, split) and sentences (video_id, caption)"
         raise DataError(f"{path} must hold {right}: {error}") from error
-    return _collect(((video, caption) for video, caption in pairs if splits.get(video) == "test"), path, folder)
+    numbered = enumerate(zip(found, wanted))
+    return _collect(((f"{path}: sentence {number}", *one) for number, (one, is_test) in numbered if is_test), folder)
 
 
 def _msvd(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
-    lines = (line for line in _read(path).splitlines() if line.strip() and not line.startswith("#"))
-    return _collect((line.partition(" ")[::2] for line in lines), path, folder)
+    lines = ((number, line) for number, line in _lines(path) if not line.startswith("#"))
+    return _collect(((f"{path}:{number}", *line.partition(" ")[::2]) for number, line in lines), folder)
 
 
-def _collect(pairs: Iterable[tuple[str, str]], path: Path, folder: Path) -> Iterable[CaptionedVideo]:
-    """Captions by video; its file is the one in `folder` with the id as its name."""
-    captions: dict[str, list[str]] = {}
-    for video, caption in pairs:
-        if not caption.strip():
-            raise DataError(f"{path}: video {video!r} has an empty caption")
-        captions.setdefault(video, []).append(caption.strip())
-    return [CaptionedVideo(video, _file_of(video, folder), texts) for video, texts in captions.items()]
+def _collect(captions: Iterable[tuple[str, Any, Any]], folder: Path) -> Iterable[CaptionedVideo]:
+    """Captions by video, from (where, video, caption); the video's file is the one in `folder` with the id as its name.
+
+    Raises:
+        DataError: a video or a caption is no text, or empty.
+    """
+    found: dict[str, list[str]] = {}
+    for where, video, caption in captions:
+        if not _is_text(video):
+            raise DataError(f"{where}: video {video!r} must be the id of a video")
+        if not _is_text(caption):
+            raise DataError(f"{where}: video {video!r} has {caption!r} for a caption, which must be a text")
+        found.setdefault(video, []).append(caption.strip())
+    return [CaptionedVideo(video, _file_of(video, folder), texts) for video, texts in found.items()]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _file_of(video: str, folder: Path) -> str:
@@ -120,8 +136,13 @@ def _file_of(video: str, folder: Path) -> str:
     return found[0] if found else video + SUFFIXES[0]  # which is then said to be missing
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines that are not blank; str.splitlines would cut captions at rarer characters too."""
+    return ((number, line) for number, line in enumerate(_read(path).split("\n"), start=1) if line.strip())
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # as spreadsheets save it
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
