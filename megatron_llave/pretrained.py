@@ -65,17 +65,19 @@ class Pretrained:
         Raises:
             CheckpointError: a file cannot be read, or is gone since the weights were loaded.
         """
-        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        files = [path for path in found if not self.is_hf or path.suffix == ".safetensors" or path.name == HF_CONFIG]
+        if self.is_hf:
+            found = [self.folder / HF_CONFIG, *self.folder.rglob("*.safetensors")]
+        else:  # without other folders in it, such as that of an evaluation
+            found = [*self.folder.iterdir(), *self.assets.rglob("*")]
+        files = sorted(path for path in found if path.is_file())
         digest = hashlib.sha256()
         try:
             with ThreadPoolExecutor(HASH_THREADS) as pool:
                 for path, own in zip(files, pool.map(_hash, files)):
                     digest.update(f"{path.relative_to(self.folder)} {own}\n".encode())
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be read: {error.strerror}; is a run removing it?"
-            ) from error
+            why = f"{error.strerror}; is a run removing it?"
+            raise CheckpointError(f"{error.filename} cannot be read: {why}") from error
         return digest.hexdigest()
 
     def identity(self, cfg: RunConfig, average: bool) -> dict[str, str]:

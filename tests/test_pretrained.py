@@ -11,7 +11,7 @@ from megatron_llave import config_file, embedding
 from megatron_llave.config_model import ModelConfig
 from megatron_llave.embedding import load_model
 from megatron_llave.errors import CheckpointError, ConfigError
-from megatron_llave.pretrained import find_pretrained
+from megatron_llave.pretrained import Pretrained, find_pretrained
 
 
 def test_sizes_come_with_the_weights() -> None:
@@ -73,6 +73,18 @@ def test_fingerprint_sees_every_byte_of_the_weights_and_no_folder(tmp_path: Path
         file.write(b"x")
     (tmp_path / "a" / "README.md").write_text("weights are all that counts in a Hugging Face folder")
     assert (a.fingerprint(), b.fingerprint() != before) == (before, True)
+
+
+def test_fingerprint_of_a_checkpoint_is_not_of_an_evaluation_in_its_folder(tmp_path: Path) -> None:
+    found = Pretrained(tmp_path, find_pretrained(ONEVISION).cfg, is_hf=False)
+    (tmp_path / "assets").mkdir()
+    seen = [found.fingerprint()]
+    for name in ("__0_0.distcp", "assets/tokenizer.json"):
+        (tmp_path / name).write_text("x")
+        seen.append(found.fingerprint())
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.json").write_text("{}")
+    assert len(set(seen)) == 3 and found.fingerprint() == seen[-1]
 
 
 def test_identity_is_of_the_checkpoint_that_was_loaded(groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
