@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_llave.errors import DataError
 from megatron_llave.run_log import LOG_FILE, read_log
-from megatron_llave.study.arms import Run, Study, run_name
+from megatron_llave.study.arms import START, UNTRAINED, Run, Study, run_name
 from megatron_llave.study.paired import Comparison, compare
 from megatron_llave.study.queue import EVALUATION, is_finished
 
@@ -79,7 +79,7 @@ def read_findings(
         DataError: a report or log in there is damaged.
     """
     asked = {(run.arm.name, run.seed) for run in runs}
-    names = dict.fromkeys([*(run.arm.name for run in runs), *(arm.name for arm in study.arms)])
+    names = dict.fromkeys([UNTRAINED, START, *(arm.name for arm in study.arms)])
     there = {(arm, seed) for arm in names for seed in _seeds_of(out, arm)}
     order = {name: place for place, name in enumerate(names)}
     findings = []

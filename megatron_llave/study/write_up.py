@@ -66,10 +66,11 @@ def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], 
     return text + (markdown_rows(columns, rows) if rows else "Nothing yet.\n")
 
 
-def _number(value: float) -> str:
+def _number(name: str, value: float) -> str:
+    """Percent with one decimal, others with three digits."""
     if math.isnan(value):
         return "-"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return f"{value:.1f}" if name in OUTCOMES or abs(value) >= 10 else f"{value:.3g}"
 
 
 def _means(
@@ -81,9 +82,10 @@ def _means(
         row = [arm, str(sum(one.arm == arm for one in done))]
         for name in names:
             values = list(by_seed(done, arm, name).values())
-            spread = f" ± {_number(statistics.stdev(values))}" if len(values) > 1 and name in OUTCOMES else ""
-            row.append(_number(statistics.fmean(values)) + spread if values else "-")
-        reported = [_number(paper.get(arm, {}).get(name, math.nan)) for name in OUTCOMES if paper]
+            is_spread = len(values) > 1 and name in OUTCOMES
+            spread = f" ± {statistics.stdev(values):.1f}" if is_spread else ""
+            row.append(_number(name, statistics.fmean(values)) + spread if values else "-")
+        reported = [_number(name, paper.get(arm, {}).get(name, math.nan)) for name in OUTCOMES if paper]
         rows.append([*row[: 2 + len(OUTCOMES)], *reported, *row[2 + len(OUTCOMES) :]])
     heads = [f"paper: {name}" for name in OUTCOMES if paper]
     return ["arm", "runs", *OUTCOMES, *heads, OVERLAP, *TRAINING], rows
@@ -122,7 +124,7 @@ def _runs(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
     names = [*OUTCOMES, OVERLAP, *TRAINING]
     rows = []
     for one in findings:
-        values = [_number(one.values.get(name, math.nan)) for name in names]
+        values = [_number(name, one.values.get(name, math.nan)) for name in names]
         rows.append([one.arm, str(one.seed), *values, one.problem or "finished"])
     return ["arm", "seed", *names, "state"], rows
 
@@ -174,13 +176,15 @@ def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
             if arm in found:
                 one = found[arm]
                 right.plot([one.low, one.high], [place + shift] * 2, color=colour, linewidth=2)
-                right.plot(one.mean, place + shift, "o", color=colour, markersize=6)
+                face = colour if len(one.differences) >= FEWEST_FOR_TEST else "white"
+                right.plot(one.mean, place + shift, "o", color=colour, markerfacecolor=face, markersize=6)
         left.plot([], [], "o", color=colour, label=name)
     right.axvline(0, color=INK, linewidth=1)
     left.set_yticks(list(places.values()), list(places), fontsize=9)
     left.set_ylim(len(arms) - 0.5, -0.5)
     label_axes(left, "Precision@1: a dot per seed, a bar for the mean", "", "percent")
-    label_axes(right, f"difference from {study.reference}, {CONFIDENCE:.0%} interval", "", "points")
+    title = f"difference from {study.reference}, {CONFIDENCE:.0%} interval; hollow: too few seeds for a test"
+    label_axes(right, title, "", "points")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save_png(figure, path)
 
@@ -200,7 +204,7 @@ def plot_similarities(done: Sequence[Finding], arms: Sequence[str], path: Path) 
             shares = 100 * counts / max(1, counts.sum())
             axes.stairs(shares, edges, fill=True, facecolor=(colour, 0.35), edgecolor=colour, label=label)
         overlap = statistics.fmean(one.values[OVERLAP] for one in runs)
-        label_axes(axes, f"{arm}\noverlap {overlap:.2f}, {len(runs)} runs", "", "")
+        label_axes(axes, f"{arm}\noverlap {overlap:.2f}, {len(runs)} run{'s' * (len(runs) > 1)}", "", "")
         if index % across == 0:
             axes.set_ylabel("share of queries (%)")
         if index + across >= len(arms):
