@@ -62,6 +62,17 @@ class TrainingState:
         Raises:
             CheckpointError: it is damaged or of another model.
         """
+        with _own_settings(self.trainable.optimizer):
+            loaded = self._load_all(folder, is_same_layout)
+        if self.average is not None:
+            self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
+        if is_same_layout and "random" in loaded:
+            _restore_random(loaded["random"])
+        self.trainable.schedule.num_steps = 0
+        self.trainable.schedule.step(increment=step)
+
+    def _load_all(self, folder: Path, is_same_layout: bool) -> dict:
+        """The checkpoint's tensors; weights and optimizer are in place then."""
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
         optimizer = self.trainable.optimizer
@@ -76,13 +87,9 @@ class TrainingState:
         for key, chunk in zip(_model_keys(self.chunks), self.chunks):
             chunk.load_state_dict(loaded[key])
         if self._is_trained():
-            _load_optimizer(optimizer, loaded["optimizer"])
-        if self.average is not None:
-            self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
-        if is_same_layout and "random" in loaded:
-            _restore_random(loaded["random"])
-        self.trainable.schedule.num_steps = 0
-        self.trainable.schedule.step(increment=step)
+            with _steps_of_torch_adamw(_distributed(optimizer)):
+                optimizer.load_state_dict(loaded["optimizer"])
+        return loaded
 
     def _is_trained(self) -> bool:
         """Whether this rank has optimizer state; a pipeline stage that is all frozen has none, nor expects it."""
@@ -114,9 +121,7 @@ class TrainingState:
         return averages
 
 
-def load_weights(
-    path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False
-) -> None:
+def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
     """Fill the chunks with the weights of checkpoint folder `path`, whatever layout it was saved at.
 
     Args:
@@ -202,11 +207,15 @@ def _make_states(optimizer: MegatronOptimizer) -> None:
                     one.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict) -> None:
-    """Moments and steps from the checkpoint; learning rates and decay stay those of this run's configuration."""
+@contextmanager
+def _own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Learning rates, decay and first steps stay those of this run's configuration while a checkpoint is loaded.
+
+    megatron-core takes them from the checkpoint and, already when it is asked what it would load, from its own groups
+    of parameters, which it tells apart by wd_mult alone: parts with rates of their own would swap them.
+    """
     given = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-    with _steps_of_torch_adamw(_distributed(optimizer)):
-        optimizer.load_state_dict(loaded)
+    yield
     for group, values in zip(optimizer.param_groups, given):
         group.update(values)
 

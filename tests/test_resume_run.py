@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import torch
 from run_ranks import ROOT, TORCHRUN, run_ranks
 
+from megatron_llave import checkpoint, config_file
 from megatron_llave.embedding import load_model
+from megatron_llave.weight_stream import model_without_memory, read_weights
 
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
 STEPS = 6
@@ -101,3 +104,37 @@ def test_run_goes_on_at_another_layout(uninterrupted: Path, openmoji_data: Path,
     assert f"going on from {run / 'checkpoints' / 'step-0000001'}" in output
     for step, loss in losses(uninterrupted).items():
         assert losses(run)[step] == pytest.approx(loss, rel=1e-5), step
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rates_and_first_steps_of_parts_are_the_same_after_a_resume(
+    openmoji_data: Path, groups, tmp_path: Path, world: int
+) -> None:
+    """Bit-equal weights, from a checkpoint before the tower's first step and from one after it."""
+    parts = [
+        "optimizer.part_start_steps={vision: 3}",
+        "optimizer.part_learning_rates={projector: 1e-5, language: 5e-4}",
+    ]
+    given = [f"data.path={openmoji_data}", *SHORT, "train.steps=5", "optimizer.warmup_steps=2", *parts]
+    given += ["checkpoint.interval=1", "checkpoint.keep_last=0", "optimizer.weight_decay=0.1"]
+    whole = tmp_path / "whole"
+    run_ranks(world, TRAIN, *given, f"train.output={whole}")
+    last = weights_after(whole, 5, groups)
+    tower = "vision.encoder.conv1.weight"
+    before = [weights_after(whole, step, groups)[tower] for step in (1, 3, 4)]
+    assert torch.equal(before[0], before[1]) and not torch.equal(before[1], before[2])
+    for resumed_at in (1, 4):
+        run = tmp_path / f"resumed{resumed_at}"
+        shutil.copytree(whole, run)
+        for step in range(resumed_at + 1, 6):
+            shutil.rmtree(run / "checkpoints" / f"step-{step:07d}")
+        (run / "checkpoints" / "latest").write_text(f"step-{resumed_at:07d}\n")
+        run_ranks(world, TRAIN, *given, f"train.output={run}", "--resume", "auto")
+        for name, value in weights_after(run, 5, groups).items():
+            assert torch.equal(value, last[name]), f"resumed after {resumed_at} steps: {name}"
+
+
+def weights_after(run: Path, step: int, groups) -> dict[str, torch.Tensor]:
+    folder = checkpoint.step_folder(run, step)
+    cfg = config_file.load(folder / checkpoint.CONFIG)
+    return dict(read_weights(folder, model_without_memory(cfg.model, groups), groups))
