@@ -31,5 +31,10 @@ ABLATIONS = {
         "projector frozen": {"in distribution": 60.3, "out of distribution": 57.0, "all held out": 58.8},
     },
 }
-"""Study -> arm -> means over MMEB of the 2B model: table 3. The rows of freezing have no gathered negatives, those of
-negatives a frozen tower and alpha 0, those of hardness gathered negatives and a frozen tower."""
+"""Study -> arm -> means over MMEB of the 2B model: table 3."""
+ABLATION_NOTES = {
+    "negatives": "There with alpha 0 and a frozen tower; 4 pairs per device, 32 gathered.",
+    "hardness": "There with a frozen tower and 32 pairs gathered.",
+    "freezing": "There with alpha 0 and negatives of the own device alone.",
+}
+"""Study -> what else those runs had."""

@@ -175,3 +175,8 @@ def test_slurm_study_runs_its_task_and_is_queued_again_when_interrupted(
     ends = ["--per-run", "4", "--task", "3", "loss.temperature=0.03"]
     assert given == ["tools/study.py", "hardness", *options, *ends]
     assert slurm.calls("scontrol") == ([["requeue", "7_3"]] if queued else [])
+
+
+def test_slurm_study_refuses_what_is_not_for_a_cluster(slurm: Slurm) -> None:
+    assert slurm.run("0", "communication", "examples/studies/2b.yaml", "0", "out", file=STUDY_FILE) == 2
+    assert "study communication measures processes" in (slurm.folder / "slurm.out").read_text()

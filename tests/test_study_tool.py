@@ -59,6 +59,9 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
         (["hardness", "train.stepz=3"], "unknown key train.stepz"),
         (["negatives"], "do not tell its arms apart"),
         (["hardness_modes"], "data.hard_negatives=0; set it to at least 1"),
+        (["hardness", "parallel.tensor=2"], "--per-run 1 is no multiple of tensor x pipeline = 2"),
+        (["freezing"], "needs trained weights to start from"),
+        (["communication", "--arm", "alpha 1"], "study communication takes --processes and overrides"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], message: str) -> None:
@@ -67,6 +70,12 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], messag
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "message"), [("", "is no name for a folder"), ("/proc/nope/x", "cannot be written")])
+def test_folder_that_cannot_be(given: str, message: str) -> None:
+    done = subprocess.run([*TOOL, "hardness", *CONFIG, "--out", given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_run_that_cannot_work_is_listed_and_the_status_tells(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The same command again goes on with what is missing, and writes the report anew.
 """
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 from megatron_llave import config_file
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import require
-from megatron_llave.errors import exit_with_one_line
-from megatron_llave.paper_results import ABLATIONS
-from megatron_llave.study.arms import STUDIES, plan
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.paper_results import ABLATION_NOTES, ABLATIONS
+from megatron_llave.study.arms import STUDIES, Run, Study, plan
 from megatron_llave.study.communication import run_communication
 from megatron_llave.study.findings import read_findings
-from megatron_llave.study.queue import Plan, is_finished, run_all
+from megatron_llave.study.queue import run_all
+from megatron_llave.study.run_folder import Plan, is_finished
 from megatron_llave.study.write_up import write_up
 
 COMMUNICATION = "communication"
@@ -46,7 +48,10 @@ def parse() -> argparse.Namespace:
 
 def seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` as numbers."""
-    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    if not all(0 <= seed < 2**31 for seed in found):
+        raise ValueError
+    return found
 
 
 def main() -> int:
@@ -55,42 +60,56 @@ def main() -> int:
     # A study that is asked to end asks its runs to save and stop.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with exit_with_one_line():
-        wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
-        require(args.processes >= args.per_run >= 1, wrong)
-        cfg = config_file.load(args.config, args.overrides)
-        if args.study == COMMUNICATION:
-            counts = [2**power for power in range(args.processes.bit_length())]
-            pairs = cfg.train.micro_batch_size or PAIRS
-            settings = counts, pairs, STEPS, cfg.checkpoint.init
-            run_communication(Path(args.config), args.overrides, Path(args.out), *settings, say)
-            return 0
-        return run_study(args, cfg)
+        try:
+            return run(args)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {error.filename} cannot be written: {error.strerror}") from error
 
 
-def run_study(args: argparse.Namespace, cfg: RunConfig) -> int:
-    """The runs of a study, or one of them; returns the exit status."""
-    out, start = Path(args.out), Path(args.start) if args.start else None
-    ranks = args.per_run // (cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context)
-    study = STUDIES[args.study](cfg, ranks)
-    runs = asked = plan(study, cfg, args.seeds, args.arm, start is not None)
+def run(args: argparse.Namespace) -> int:
+    """What was asked for; returns the exit status."""
+    require(args.out != "" and "${" not in args.out, f"--out {args.out!r} is no name for a folder of runs")
+    wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
+    require(args.processes >= args.per_run >= 1, wrong)
+    cfg, out = config_file.load(args.config, args.overrides), Path(args.out).absolute()
+    if args.study == COMMUNICATION:
+        useless = bool(args.arm or args.task or args.start) or args.per_run != 1
+        require(not useless, "study communication takes --processes and overrides: it has no arms, tasks or seeds")
+        counts = [2**power for power in range(args.processes.bit_length())]
+        settings = counts, cfg.train.micro_batch_size or PAIRS, STEPS, cfg.checkpoint.init
+        run_communication(Path(args.config), args.overrides, out, *settings, say)
+        return 0
+    start = Path(args.start) if args.start else None
+    layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
+    require(args.per_run % layout == 0, f"--per-run {args.per_run} is no multiple of tensor x pipeline = {layout}")
+    study = STUDIES[args.study](cfg, args.per_run // layout)
+    runs = plan(study, cfg, args.seeds, args.arm, start is not None)
     shared = Plan(Path(args.config), start, out, tuple(args.overrides), args.per_run)
     if args.task == "list":
-        for number, run in enumerate(runs):
-            print(f"{number:4} {run.name}{'  finished' if is_finished(shared.folder(run)) else ''}")
+        for number, one in enumerate(runs):
+            say(f"{number:4} {one.name}{'  finished' if is_finished(shared.folder(one)) else ''}")
         return 0
+    return run_study(study, shared, runs, args, cfg)
+
+
+def run_study(study: Study, shared: Plan, runs: list[Run], args: argparse.Namespace, cfg: RunConfig) -> int:
+    """The runs, or one of them without a report; returns the exit status."""
+    asked = runs
     if args.task is not None:
-        ok = args.task.isdigit() and int(args.task) < len(runs)
-        require(ok, f"--task {args.task}: the study has the runs 0 to {len(runs) - 1}")
+        is_number = re.fullmatch("[0-9]{1,6}", args.task) and int(args.task) < len(runs)
+        require(bool(is_number), f"--task {args.task}: the study has the runs 0 to {len(runs) - 1}")
         asked = [runs[int(args.task)]]
-    outcome = run_all(shared, asked, args.processes, say)
+    outcome = run_all(shared, study.name, asked, args.processes, say)
     say(f"{outcome.num_before} runs were finished before, {outcome.num_done} were done now")
     for name, why in outcome.failed.items():
         say(f"failed: {name}: {why}")
     if args.task is None:
-        write_up(
-            read_findings(out, study, runs, cfg.evaluate.sets, outcome.failed), study, out, ABLATIONS.get(study.name)
-        )
-        say(f"report: {out / 'report.md'}")
+        findings = read_findings(shared.out, study, runs, cfg.evaluate.sets, outcome.failed)
+        paper = ABLATIONS.get(study.name), ABLATION_NOTES.get(study.name, "")
+        write_up(findings, study, shared.out, *paper)
+        say(f"report: {shared.out / 'report.md'}")
     return 1 if outcome.failed else 0
 
 

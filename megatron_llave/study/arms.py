@@ -6,7 +6,7 @@ of overrides; one that only merges is made of the weights of two others.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import require
@@ -18,6 +18,7 @@ MERGES = (0.25, 0.5, 0.75)
 BATCH_FACTORS = (0.25, 0.5, 2.0)
 SLOW_TOWER = 0.1
 """Learning rate of the tower relative to the rest."""
+WHOLE = "global batch"
 UNTRAINED = "before training"
 START = "start"
 
@@ -32,8 +33,9 @@ class Arm:
     merge: tuple[tuple[str, float], ...] = ()
     """(arm, share) of the weights it is merged of; then it is not trained."""
     is_treatment: bool = True
-    """Compared with the reference. Others are there to be looked at, or to start from."""
-    one_seed: bool = False
+    """Compared with another arm. Others are there to be looked at, or to start from."""
+    compared_with: str | None = None
+    """Arm that differs from it in one thing; None: the study's reference."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,14 @@ class Study:
     name: str
     question: str
     reference: str
-    """Arm that the others are compared with, seed by seed."""
+    """Arm that the others are compared with, seed by seed, unless they name another."""
     arms: tuple[Arm, ...]
+    needs_weights: bool = False
+    """Says nothing about runs that start from random weights."""
+
+    def reference_of(self, arm: str) -> str:
+        """What an arm is compared with."""
+        return next((one.compared_with for one in self.arms if one.name == arm), None) or self.reference
 
 
 @dataclass(frozen=True)
@@ -77,20 +85,28 @@ def negatives(cfg: RunConfig, ranks: int) -> Study:
     """How many negatives: a rank's micro batch, gathered, the global batch; and the batch size."""
     size, total = cfg.train.micro_batch_size, cfg.train.global_batch_size
     require(
-        size is not None and 2 <= size < total // ranks and ranks > 1,
+        size is not None and 2 <= size < total // ranks and ranks > 1 and total % (size * ranks) == 0,
         f"study negatives: {ranks} data-parallel ranks with train.micro_batch_size={size} of {total} pairs do not tell "
-        "its arms apart: needed are at least 2 ranks, and several micro batches of at least 2 pairs on each",
+        "its arms apart: needed are at least 2 ranks, and several whole micro batches of at least 2 pairs on each",
     )
-    titles = {"own_micro_batch": "own micro batch", "micro_batch": "gathered", "global_batch": "global batch"}
+    titles = {"own_micro_batch": "own micro batch", "micro_batch": "gathered", "global_batch": WHOLE}
     arms = [Arm(title, (f"loss.negatives={key}",)) for key, title in titles.items()]
     for factor in BATCH_FACTORS:
-        batch = int(total * factor)
-        if batch % ranks == 0 and batch // ranks >= 1:
-            sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={min(size, batch // ranks)}")
-            arms.append(Arm(f"batch {batch}, equal pairs", (*sizes, *_stretched(cfg, 1 / factor))))
-            if factor < 1:
-                arms.append(Arm(f"batch {batch}, equal updates", (*sizes, *_epochs(cfg, factor))))
+        batch, rest = divmod(total * factor, ranks)
+        if rest == 0 and batch >= 1:
+            arms += _batch_size(cfg, round(total * factor), ranks, factor)
     return Study("negatives", "What are more negatives worth?", arms[0].name, tuple(arms))
+
+
+def _batch_size(cfg: RunConfig, batch: int, ranks: int, factor: float) -> list[Arm]:
+    """Arms of another batch size: all of it negatives, so that it is compared with the base's global batch."""
+    share = batch // ranks
+    micro = max(size for size in range(1, min(cfg.train.micro_batch_size, share) + 1) if share % size == 0)
+    sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}", "loss.negatives=global_batch")
+    arms = [Arm(f"batch {batch}, equal pairs", (*sizes, *_stretched(cfg, 1 / factor)), compared_with=WHOLE)]
+    if factor < 1:
+        arms.append(Arm(f"batch {batch}, equal updates", (*sizes, *_epochs(cfg, factor)), compared_with=WHOLE))
+    return arms
 
 
 def _epochs(cfg: RunConfig, factor: float) -> tuple[str, ...]:
@@ -122,16 +138,17 @@ def hardness_modes(cfg: RunConfig, ranks: int) -> Study:
     require(
         cfg.data.hard_negatives > 0,
         "study hardness_modes: data.hard_negatives=0; set it to at least 1, with data that has hard negatives "
-        "(tools/prepare_data.py openmoji --hard-negatives 2)",
+        "(docs/data.md; tools/prepare_data.py openmoji --hard-negatives 2)",
     )
+    plain = ("loss.hardness=all", "loss.mask_same_target=false", "loss.mask_margin=null", "loss.reward=self")
     arms = [
-        Arm("all negatives weighted", ("loss.hardness=all",)),
-        Arm("in-batch negatives weighted", ("loss.hardness=in_batch",)),
-        Arm("hard negatives weighted", ("loss.hardness=hard_negatives",)),
-        Arm("none weighted", ("loss.alpha=0",)),
-        Arm("all weighted, equal targets masked", ("loss.hardness=all", "loss.mask_same_target=true")),
-        Arm("all weighted, margin 0.1 masked", ("loss.hardness=all", "loss.mask_margin=0.1")),
-        Arm("all weighted by the average", ("loss.hardness=all", "loss.reward=ema", "loss.ema_decay=0.99")),
+        Arm("all negatives weighted", plain),
+        Arm("in-batch negatives weighted", (*plain, "loss.hardness=in_batch")),
+        Arm("hard negatives weighted", (*plain, "loss.hardness=hard_negatives")),
+        Arm("none weighted", (*plain, "loss.alpha=0")),
+        Arm("all weighted, equal targets masked", (*plain, "loss.mask_same_target=true")),
+        Arm("all weighted, margin 0.1 masked", (*plain, "loss.mask_margin=0.1")),
+        Arm("all weighted by the average", (*plain, "loss.reward=ema", "loss.ema_decay=0.99")),
     ]
     question = "Which negatives should be weighted, and by whose judgement?"
     return Study("hardness_modes", question, arms[0].name, tuple(arms))
@@ -141,6 +158,10 @@ def freezing(cfg: RunConfig, ranks: int) -> Study:
     """Frozen parts, and three ways between a frozen and a trained tower."""
     steps = cfg.train.steps
     require(steps > 0, "study freezing: train.steps=0; the tower that is trained late needs the number of steps")
+    own = cfg.optimizer.part_learning_rates or cfg.optimizer.part_start_steps
+    require(
+        not own, f"study freezing: the base configuration has rates or first steps of parts, {own}; its arms set them"
+    )
     slow = SLOW_TOWER * cfg.optimizer.learning_rate
     free, frozen = "nothing frozen", "vision frozen"
     arms = [
@@ -155,7 +176,7 @@ def freezing(cfg: RunConfig, ranks: int) -> Study:
         name = f"merged, {round(100 * share)} % of frozen"
         arms.append(Arm(name, merge=((frozen, share), (free, 1 - share))))
     question = "What does a frozen vision tower cost in distribution, and bring out of it?"
-    return Study("freezing", question, free, tuple(arms))
+    return Study("freezing", question, free, tuple(arms), needs_weights=True)
 
 
 STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
@@ -180,12 +201,16 @@ def plan(
         trained_start: every seed's runs start from a run of its own, of another configuration.
 
     Raises:
-        ConfigError: an arm that the study does not have.
+        ConfigError: an arm that the study does not have, or nothing to start from where it needs that.
     """
+    require(
+        trained_start or cfg.checkpoint.init is not None or not study.needs_weights,
+        f"study {study.name} needs trained weights to start from: checkpoint.init, or --start with a configuration",
+    )
     known = {arm.name: arm for arm in study.arms}
     for name in arms:
         require(name in known, f"--arm {name!r} is none of study {study.name}'s: {', '.join(map(repr, known))}")
-    wanted = {study.reference, *arms} if arms else set(known)
+    wanted = {study.reference, *arms, *map(study.reference_of, arms)} if arms else set(known)
     wanted |= {name for one in wanted for name, _ in known[one].merge}
     runs = []
     for seed in seeds:
@@ -201,5 +226,5 @@ def plan(
 def _untrained(cfg: RunConfig) -> Arm:
     """The weights that all runs start from, as a run that changes nothing: one step at a learning rate of 0."""
     rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
-    overrides = ("train.steps=1", "optimizer.learning_rate=0", *rates)
-    return replace(Arm(UNTRAINED, overrides, is_treatment=False), one_seed=True)
+    overrides = ("train.steps=1", "optimizer.learning_rate=0", "optimizer.min_learning_rate=0", *rates)
+    return Arm(UNTRAINED, overrides, is_treatment=False)

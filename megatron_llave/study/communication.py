@@ -27,11 +27,11 @@ from megatron_llave.study.communication_model import (
     oversubscription,
 )
 from megatron_llave.study.communication_report import Measured, write_report
-from megatron_llave.study.queue import reason
+from megatron_llave.study.run_folder import reason
 
 FIXED = (
     "optimizer.learning_rate=0",  # so that all steps see the same weights
-    "optimizer.part_learning_rates={}",
+    "optimizer.min_learning_rate=0",
     "loss.mask_same_target=false",
     "loss.reward=self",
     "loss.matryoshka_dims=[]",
@@ -70,7 +70,10 @@ class Launch:
 
     def is_done(self) -> bool:
         """Whether the result is there, and of these settings."""
-        return self.result.is_file() and json.loads(self.result.read_text())["settings"] == self.settings()
+        try:
+            return json.loads(self.result.read_text())["settings"] == self.settings()
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: it is measured again
+            return False
 
 
 def run_communication(
@@ -130,7 +133,8 @@ def plan_launches(
     for number in sorted(set(processes)):
         cfg = config_file.load(config, [*overrides, *FIXED, f"train.global_batch_size={number * pairs}"])
         starts = [f"data.subsets.{name}.start_step=0" for name in cfg.data.subsets]  # the whole mixture at once
-        cfg = config_file.override(cfg, starts)
+        rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
+        cfg = config_file.override(cfg, [*starts, *rates])
         layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
         require(layout == 1, "study communication: parallel.tensor, pipeline and context must be 1, as in tiny.yaml")
         launches.append(Launch(cfg, number, steps, checkpoint, out))

@@ -18,7 +18,7 @@ from megatron_llave.errors import DataError
 from megatron_llave.run_log import LOG_FILE, read_log
 from megatron_llave.study.arms import START, UNTRAINED, Run, Study, run_name
 from megatron_llave.study.paired import Comparison, compare
-from megatron_llave.study.queue import EVALUATION, is_finished
+from megatron_llave.study.run_folder import EVALUATION, is_finished
 
 IND, OOD, ALL = "in distribution", "out of distribution", "all held out"
 OUTCOMES = (ALL, IND, OOD)
@@ -74,9 +74,6 @@ def read_findings(
         runs: that were asked for.
         chosen: evaluation sets that the means are over; none: all that are not "seen".
         failed: run -> why.
-
-    Raises:
-        DataError: a report or log in there is damaged.
     """
     asked = {(run.arm.name, run.seed) for run in runs}
     names = dict.fromkeys([UNTRAINED, START, *(arm.name for arm in study.arms)])
@@ -86,7 +83,10 @@ def read_findings(
     for arm, seed in sorted(asked | there, key=lambda one: (order[one[0]], one[1])):
         folder = out / run_name(arm, seed)
         if is_finished(folder):
-            findings.append(read_finding(folder, arm, seed, chosen))
+            try:
+                findings.append(read_finding(folder, arm, seed, chosen))
+            except DataError as error:
+                findings.append(Finding(arm, seed, {}, {}, None, [], str(error)))
         elif (arm, seed) in asked or folder.is_dir():
             findings.append(Finding(arm, seed, {}, {}, None, [], failed.get(folder.name, "not finished")))
     return findings
@@ -145,9 +145,10 @@ def by_seed(findings: Sequence[Finding], arm: str, name: str) -> dict[int, float
     return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
 
-def comparisons(findings: Sequence[Finding], study: Study, name: str) -> dict[str, Comparison]:
-    """Arm -> how it compares with the reference, of the arms that share at least two seeds with it."""
-    reference = by_seed(findings, study.reference, name)
-    arms = [arm.name for arm in study.arms if arm.name != study.reference]
-    found = {arm: compare(by_seed(findings, arm, name), reference) for arm in arms}
-    return {arm: one for arm, one in found.items() if one is not None}
+def comparisons(findings: Sequence[Finding], study: Study, name: str) -> dict[str, Comparison | None]:
+    """Arm -> how it compares with its reference; None: fewer than two seeds in common. Of arms that have runs."""
+    there = {one.arm for one in findings}
+    arms = [arm.name for arm in study.arms if arm.name in there and arm.name != study.reference_of(arm.name)]
+    return {
+        arm: compare(by_seed(findings, arm, name), by_seed(findings, study.reference_of(arm), name)) for arm in arms
+    }

@@ -9,71 +9,41 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
+import psutil
 import torch
 
 from megatron_llave import config_file
 from megatron_llave.checkpoint import differences
 from megatron_llave.config import RunConfig
 from megatron_llave.config_model import require
-from megatron_llave.data.evaluation_sets import is_prepared
-from megatron_llave.errors import CheckpointError
-from megatron_llave.fault_tolerance import STATE_FILE
-from megatron_llave.study.arms import START, Run
+from megatron_llave.errors import CheckpointError, ConfigError
+from megatron_llave.figures import replacing
+from megatron_llave.study.arms import Run
+from megatron_llave.study.run_folder import (
+    OUTPUT,
+    PLANNED,
+    Plan,
+    commands,
+    is_finished,
+    ranks_of,
+    reason,
+    require_same_settings,
+)
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-PLANNED = "planned.yaml"
-OUTPUT = "output.log"
+STUDY = "study.json"
 LOCK = ".lock"
-EVALUATION = "evaluation"
-MERGED = "merged"
 POLL_SECONDS = 0.5
-END_SECONDS = 300
-"""A run that is asked to stop may take so long to save."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all runs of a study share."""
-
-    config: Path
-    """Base configuration."""
-    start_config: Path | None
-    """Configuration of the run that each seed starts from, if it trains one."""
-    out: Path
-    overrides: tuple[str, ...]
-    """For every run, before those of its arm."""
-    per_run: int
-    """Processes of a run."""
-
-    def folder(self, run: Run) -> Path:
-        """Of a run."""
-        return self.out / run.name
-
-    def overrides_of(self, run: Run) -> list[str]:
-        """Everything that a run has over its configuration file."""
-        own = [f"train.seed={run.seed}", f"train.output={self.folder(run)}"]
-        if run.start is not None:
-            own.append(f"checkpoint.init={self.out / run.start}")
-        return [*self.overrides, *run.arm.overrides, *own]
-
-    def config_of(self, run: Run) -> Path:
-        """The file that a run starts from."""
-        return self.start_config if run.arm.name == START and self.start_config else self.config
-
-    def load(self, run: Run) -> RunConfig:
-        """What a run is configured to be.
-
-        Raises:
-            ConfigError: it cannot work.
-        """
-        return config_file.load(self.config_of(run), self.overrides_of(run))
+SAVE_SECONDS = 240
+"""torchrun waits so long for ranks that it has asked to stop, which save first."""
+END_SECONDS = SAVE_SECONDS + 60
 
 
 @dataclass
@@ -100,52 +70,29 @@ class _Active:
     started: float
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run's folder has all that a study wants of it."""
-    return (folder / EVALUATION / "report.json").is_file()
-
-
-def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
-    """What makes a run: training or merging, then the evaluation. Each is asked for when the one before has ended."""
-    folder = plan.folder(run)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.per_run)]
-    checkpoint = folder
-    if run.arm.merge:
-        checkpoint = folder / MERGED
-        parts = [f"{plan.out / name}={share:g}" for name, (_, share) in zip(run.needs, run.arm.merge)]
-        if not checkpoint.exists():
-            yield [sys.executable, str(TOOLS / "merge.py"), *parts, "--to", str(checkpoint)]
-    else:
-        settings = ["--config", str(plan.config_of(run)), *plan.overrides_of(run), "--resume", "auto"]
-        yield [*torchrun, "-m", "megatron_llave.train", *settings]
-        require_trained(folder)
-    evaluate = [*torchrun, str(TOOLS / "evaluate.py")]
-    data = cfg.evaluate.path or cfg.data.path
-    sets = []
-    if not is_prepared(Path(data)):
-        evaluate.append("mmeb")
-        sets = [
-            "--images",
-            cfg.evaluate.images or data,
-            *(["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else []),
-        ]
-    layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
-    given = ["--checkpoint", str(checkpoint), "--data", data, "--out", str(folder / EVALUATION)]
-    yield [*evaluate, *given, *layout, *sets]
-
-
-def require_trained(folder: Path) -> None:
-    """Refuse to evaluate a run that was stopped before its last step, with which torchrun ends well too.
+def check_study(plan: Plan, name: str) -> None:
+    """Keep what all runs in the study's folder have in common, or compare with what was kept.
 
     Raises:
-        CheckpointError: says who stopped it.
+        ConfigError: its runs are of another study, base configuration, start or number of processes.
     """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: the training could not write it")
-    state = json.loads(file.read_text())
-    if state["state"] != "finished":
-        raise CheckpointError(f"{state['state']} after step {state['step']}: {state['reason']}")
+    cfg = config_file.load(plan.config, plan.overrides)
+    start = config_file.load(plan.start_config, plan.overrides) if plan.start_config else None
+    own = {"study": name, "config": asdict(cfg), "start": start and asdict(start), "processes per run": plan.per_run}
+    own = json.loads(json.dumps(own))
+    file = plan.out / STUDY
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=plan.out, prefix=".study", suffix=".partial") as partial:
+        json.dump(own, partial, indent=1)
+        partial.flush()
+        with suppress(FileExistsError):
+            os.link(partial.name, file)  # unlike a rename it leaves the file of whoever was first
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged; choose another --out") from error
+    changed = "; ".join(differences(before, own))
+    require(not changed, f"{plan.out} holds another study or other settings: {changed}; choose another --out")
 
 
 def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:
@@ -157,27 +104,27 @@ def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:
     cfgs = {}
     for run in runs:
         cfgs[run.name] = plan.load(run)
-        planned = plan.folder(run) / PLANNED
-        if planned.is_file():
-            before, now = asdict(config_file.load(planned)), asdict(cfgs[run.name])
-            changed = "; ".join(differences(before, now))
-            require(not changed, f"{plan.folder(run)} holds a run with other settings: {changed}; choose another --out")
+        require_same_settings(plan.folder(run), cfgs[run.name])
     return cfgs
 
 
-def run_all(plan: Plan, runs: Sequence[Run], processes: int, report: Callable[[str], None]) -> Outcome:
+def run_all(plan: Plan, study: str, runs: Sequence[Run], processes: int, report: Callable[[str], None]) -> Outcome:
     """Run what is not finished, `processes` // plan.per_run at a time, and wait for it.
 
     Args:
         plan: what the runs share.
+        study: its name.
         runs: those that others need first.
         processes: at a time; on GPUs each has one of its own.
         report: told in one line of each run that starts or ends.
 
     Raises:
-        ConfigError: a run cannot work, or contradicts its folder.
+        ConfigError: a run cannot work, or contradicts its folder or the study's; or there are too few GPUs.
     """
-    queue = _Queue(plan, check(plan, runs), list(runs), list(range(processes // plan.per_run)), report)
+    cfgs = check(plan, runs)
+    check_study(plan, study)
+    visible_gpus(processes)
+    queue = _Queue(plan, cfgs, list(runs), list(range(processes // plan.per_run)), report)
     queue.drop_finished()
     queue.outcome.num_before = len(queue.finished)
     try:
@@ -232,11 +179,11 @@ class _Queue:
             if not self.free:
                 return
             started = _start(self.plan, run, self.cfgs[run.name], self.free[0])
-            if started is None:
+            if started is None and not is_finished(self.plan.folder(run)):
                 if run.name not in self.elsewhere:
                     self.report(f"{run.name}: another process is at it, perhaps one that a killed study left; waiting")
                 self.elsewhere.add(run.name)
-            else:
+            elif started is not None:
                 self.report(f"{run.name}: started")
                 self.active.append(started)
                 self.free.pop(0)
@@ -244,7 +191,7 @@ class _Queue:
 
     def collect(self) -> None:
         """Runs that are over."""
-        for one in [one for one in self.active if _has_ended(one, self.outcome, self.plan, self.report)]:
+        for one in [one for one in self.active if _advance(one, self.outcome, self.plan, self.report)]:
             self.active.remove(one)
             self.free.append(one.slot)
             one.lock.close()
@@ -263,18 +210,38 @@ def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
     except BlockingIOError:
         lock.close()
         return None
-    config_file.save(cfg, folder / PLANNED)
+    if is_finished(folder) or ranks_of(folder):
+        lock.close()
+        return None
+    require_same_settings(folder, cfg)  # another study may have begun it since the check
+    with replacing(folder / PLANNED) as temporary:
+        config_file.save(cfg, temporary)
     steps = commands(plan, run, cfg)
     return _Active(run, slot, steps, _launch(plan, folder, next(steps), slot, lock), lock, time.monotonic())
 
 
+def visible_gpus(processes: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or would; nothing on a machine without GPUs.
+
+    Raises:
+        ConfigError: there are fewer than `processes`.
+    """
+    count = torch.cuda.device_count()
+    if count == 0:
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(count)]
+    require(len(names) >= processes, f"--processes {processes} is more than the {len(names)} GPUs there are")
+    return names
+
+
 def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[str]) -> subprocess.Popen:
     """Start one command of a run. It holds the lock too: should the study be killed, until it has ended itself."""
-    env = {"OMP_NUM_THREADS": "1", **os.environ}
-    if torch.cuda.device_count():
-        own = range(slot * plan.per_run, (slot + 1) * plan.per_run)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if len(visible) > i else str(i) for i in own)
+    env = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS), **os.environ}
+    first = slot * plan.per_run
+    gpus = visible_gpus(first + plan.per_run)
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + plan.per_run])
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(
             command,
@@ -287,8 +254,8 @@ def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[st
         )
 
 
-def _has_ended(one: _Active, outcome: Outcome, plan: Plan, report: Callable[[str], None]) -> bool:
-    """Whether a run is over; starts its next command when one has ended well."""
+def _advance(one: _Active, outcome: Outcome, plan: Plan, report: Callable[[str], None]) -> bool:
+    """Start the next command of a run when one has ended well; True when the run is over."""
     status = one.process.poll()
     if status is None:
         return False
@@ -311,13 +278,6 @@ def _has_ended(one: _Active, outcome: Outcome, plan: Plan, report: Callable[[str
     return True
 
 
-def reason(output: Path, status: int) -> str:
-    """What a run said in its last line that tells of an error; where it said nothing, its status."""
-    lines = output.read_text(errors="replace").splitlines()[-200:]
-    said = [line for line in lines if line.startswith("error: ")]
-    return said[-1].removeprefix("error: ") if said else f"exit status {status}, see {output}"
-
-
 def _end(active: Sequence[_Active]) -> None:
     """Ask the runs that are going on to save and stop, and wait for it."""
     for one in active:
@@ -327,5 +287,7 @@ def _end(active: Sequence[_Active]) -> None:
         try:
             one.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(one.process.pid, 9)
+            root = psutil.Process(one.process.pid)
+            for process in [*root.children(recursive=True), root]:
+                process.kill()
         one.lock.close()

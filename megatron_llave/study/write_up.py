@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_llave.figures import BLUE, GREY, INK, ORANGE, SUBSET_COLOURS, label_axes, replacing, save_png
+from megatron_llave.figures import BLUE, INK, ORANGE, SUBSET_COLOURS, label_axes, replacing, save_png
 from megatron_llave.report import HISTOGRAM_BINS, markdown_rows
 from megatron_llave.study.arms import UNTRAINED, Study
-from megatron_llave.study.findings import ALL, OUTCOMES, OVERLAP, TRAINING, Finding, by_seed, comparisons
+from megatron_llave.study.findings import OUTCOMES, OVERLAP, TRAINING, Finding, by_seed, comparisons
 from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
 
 SMOOTH = 25
-"""Steps that a point of the curves is the mean of."""
+"""Steps that a point of the curves is the mean of; fewer in a short run."""
 METHOD = (
     f"Differences are paired by seed (same random weights, same order of the data); the interval is a percentile "
     f"bootstrap of their mean, {CONFIDENCE:.0%}, p of the exact test that flips their signs. A difference counts as "
@@ -29,11 +29,15 @@ METHOD = (
     f"correction was made for the number of comparisons; the one that decides is Precision@1 over all held-out sets."
 )
 
-PAPER = "Beside it the paper's ablation, LLaVE-2B on MMEB (arXiv 2503.04812, table 3): other model, other data."
+PAPER = "Beside it the paper's ablation, LLaVE-2B on all of MMEB (arXiv 2503.04812, table 3)."
 
 
 def write_up(
-    findings: Sequence[Finding], study: Study, out: Path, paper: Mapping[str, Mapping[str, float]] | None = None
+    findings: Sequence[Finding],
+    study: Study,
+    out: Path,
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+    paper_note: str = "",
 ) -> None:
     """Write all files into `out`, each replacing an old one whole.
 
@@ -42,23 +46,27 @@ def write_up(
         study: its arms and its question.
         out: folder.
         paper: arm -> what the paper reports of it, by the name of the mean.
+        paper_note: under which conditions it does.
     """
     done = [one for one in findings if not one.problem]
-    arms = [name for name in dict.fromkeys(one.arm for one in done)]
+    arms = list(dict.fromkeys(one.arm for one in findings))
     parts = [f"# Study: {study.name}\n\n{study.question} Compared with: {study.reference}.\n"]
-    parts.append(_section("Means over seeds", *_means(done, arms, paper or {}), PAPER if paper else ""))
-    parts.append(_section("Against the reference", *_differences(done, study), METHOD))
+    parts.append(
+        _section("Means over seeds", *_means(findings, arms, paper or {}), f"{PAPER} {paper_note}" if paper else "")
+    )
+    parts.append(_section("Against the reference", *_differences(findings, study), METHOD))
     parts.append(_section("Precision@1 of each evaluation set, means over seeds", *_sets(done, arms)))
     parts.append(_section("Every run", *_runs(findings)))
     if done:
-        plot_outcomes(done, study, out / "precision.png")
-        plot_similarities(done, arms, out / "similarities.png")
-        plot_curves([one for one in done if len(one.log) > 1], arms, out / "curves.png")
+        shown = list(dict.fromkeys(one.arm for one in done))
+        plot_outcomes(done, study, shown, out / "precision.png")
+        plot_similarities(done, shown, out / "similarities.png")
+        plot_curves([one for one in done if len(one.log) > 1], shown, out / "curves.png")
         parts.append("\n![Precision@1](precision.png)\n\n![Similarities](similarities.png)\n\n![Curves](curves.png)\n")
     with replacing(out / "report.md") as temporary:
         temporary.write_text("".join(parts), encoding="utf-8")
     _write_csv(out / "runs.csv", *_run_table(findings))
-    _write_csv(out / "comparisons.csv", *_comparison_table(done, study))
+    _write_csv(out / "comparisons.csv", *_comparison_table(findings, study))
 
 
 def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], about: str = "") -> str:
@@ -74,41 +82,38 @@ def _number(name: str, value: float) -> str:
 
 
 def _means(
-    done: Sequence[Finding], arms: Sequence[str], paper: Mapping[str, Mapping[str, float]]
+    findings: Sequence[Finding], arms: Sequence[str], paper: Mapping[str, Mapping[str, float]]
 ) -> tuple[list[str], list[list[str]]]:
-    names = [*OUTCOMES, OVERLAP, *TRAINING]
     rows = []
     for arm in arms:
-        row = [arm, str(sum(one.arm == arm for one in done))]
-        for name in names:
-            values = list(by_seed(done, arm, name).values())
+        runs = [one for one in findings if one.arm == arm]
+        cells = []
+        for name in (*OUTCOMES, OVERLAP, *TRAINING):
+            values = list(by_seed(findings, arm, name).values())
             is_spread = len(values) > 1 and name in OUTCOMES
             spread = f" ± {statistics.stdev(values):.1f}" if is_spread else ""
-            row.append(_number(name, statistics.fmean(values)) + spread if values else "-")
+            cells.append(_number(name, statistics.fmean(values)) + spread if values else "-")
         reported = [_number(name, paper.get(arm, {}).get(name, math.nan)) for name in OUTCOMES if paper]
-        rows.append([*row[: 2 + len(OUTCOMES)], *reported, *row[2 + len(OUTCOMES) :]])
+        finished = f"{sum(not one.problem for one in runs)} of {len(runs)}"
+        rows.append([arm, finished, *cells[: len(OUTCOMES)], *reported, *cells[len(OUTCOMES) :]])
     heads = [f"paper: {name}" for name in OUTCOMES if paper]
     return ["arm", "runs", *OUTCOMES, *heads, OVERLAP, *TRAINING], rows
 
 
-def _differences(done: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
+def _differences(findings: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in OUTCOMES:
-        for arm, found in comparisons(done, study, name).items():
+        for arm, found in comparisons(findings, study, name).items():
+            pair = [name, arm, study.reference_of(arm)]
+            if found is None:
+                rows.append([*pair, "-", "-", "-", "-", "-", "fewer than two seeds in common"])
+                continue
             interval = f"{found.low:+.1f} to {found.high:+.1f}"
             signs = f"{sum(x > 0 for x in found.differences)} up, {sum(x < 0 for x in found.differences)} down"
             values = [f"{found.mean:+.1f}", interval, signs, f"{found.p_value:.3f}", found.verdict]
-            rows.append([name, arm, str(len(found.differences)), *values])
-    return [
-        "Precision@1",
-        "arm",
-        "seeds",
-        "mean difference",
-        f"{CONFIDENCE:.0%} interval",
-        "signs",
-        "p",
-        "verdict",
-    ], rows
+            rows.append([*pair, str(len(found.differences)), *values])
+    heads = ["mean difference", f"{CONFIDENCE:.0%} interval", "signs", "p", "verdict"]
+    return ["Precision@1", "arm", "against", "seeds", *heads], rows
 
 
 def _sets(done: Sequence[Finding], arms: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -139,15 +144,16 @@ def _run_table(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]
     return ["arm", "seed", "problem", *names, *sets], rows
 
 
-def _comparison_table(done: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
+def _comparison_table(findings: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
     """Of every number, not of the outcomes alone."""
-    sets = list(dict.fromkeys(name for one in done for name in one.sets))
+    sets = list(dict.fromkeys(name for one in findings for name in one.sets))
     rows = []
     for name in (*OUTCOMES, OVERLAP, *TRAINING, *sets):
-        for arm, found in comparisons(done, study, name).items():
-            numbers = (found.mean, found.low, found.high, found.p_value)
-            differences = " ".join(f"{x:.6g}" for x in found.differences)
-            rows.append([name, arm, study.reference, *(f"{x:.6g}" for x in numbers), differences])
+        for arm, found in comparisons(findings, study, name).items():
+            if found is not None:
+                numbers = (found.mean, found.low, found.high, found.p_value)
+                differences = " ".join(f"{x:.6g}" for x in found.differences)
+                rows.append([name, arm, study.reference_of(arm), *(f"{x:.6g}" for x in numbers), differences])
     return ["number", "arm", "reference", "mean difference", "low", "high", "p", "differences by seed"], rows
 
 
@@ -160,21 +166,20 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
+def plot_outcomes(done: Sequence[Finding], study: Study, arms: Sequence[str], path: Path) -> None:
     """Two panels as a PNG: Precision@1 of every run by arm, and the differences from the reference with intervals."""
-    arms = [arm.name for arm in study.arms if by_seed(done, arm.name, ALL)]
-    figure = Figure(figsize=(13, 1.8 + 0.42 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(13, 1.8 + 0.5 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = {arm: place for place, arm in enumerate(arms)}
-    for name, colour, shift in zip(OUTCOMES[1:], (BLUE, ORANGE), (-0.14, 0.14)):
+    for name, colour, shift in zip(OUTCOMES, (INK, BLUE, ORANGE), (-0.22, 0, 0.22)):
         found = comparisons(done, study, name)
         for arm, place in places.items():
             values = list(by_seed(done, arm, name).values())
             left.plot(values, [place + shift] * len(values), "o", color=colour, alpha=0.4, markersize=5, mew=0)
             if values:
-                left.plot(statistics.fmean(values), place + shift, "|", color=colour, markersize=15, mew=2.5)
-            if arm in found:
-                one = found[arm]
+                left.plot(statistics.fmean(values), place + shift, "|", color=colour, markersize=12, mew=2.5)
+            one = found.get(arm)
+            if one is not None:
                 right.plot([one.low, one.high], [place + shift] * 2, color=colour, linewidth=2)
                 face = colour if len(one.differences) >= FEWEST_FOR_TEST else "white"
                 right.plot(one.mean, place + shift, "o", color=colour, markerfacecolor=face, markersize=6)
@@ -183,9 +188,11 @@ def plot_outcomes(done: Sequence[Finding], study: Study, path: Path) -> None:
     left.set_yticks(list(places.values()), list(places), fontsize=9)
     left.set_ylim(len(arms) - 0.5, -0.5)
     label_axes(left, "Precision@1: a dot per seed, a bar for the mean", "", "percent")
-    title = f"difference from {study.reference}, {CONFIDENCE:.0%} interval; hollow: too few seeds for a test"
+    others = {study.reference_of(arm.name) for arm in study.arms if arm.name in places}
+    against = study.reference if len(others) == 1 else "what it is compared with"
+    title = f"difference from {against}, {CONFIDENCE:.0%} interval; hollow: too few seeds for a test"
     label_axes(right, title, "", "points")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     save_png(figure, path)
 
 
@@ -196,8 +203,9 @@ def plot_similarities(done: Sequence[Finding], arms: Sequence[str], path: Path) 
     down = max(1, -(-len(arms) // across))
     figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.5 * down), layout="constrained")
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+    axes = None
     for index, arm in enumerate(arms):
-        axes = figure.add_subplot(down, across, index + 1)
+        axes = figure.add_subplot(down, across, index + 1, sharey=axes)
         runs = [one for one in done if one.arm == arm]
         for side, (colour, label) in enumerate(((BLUE, "positive"), (ORANGE, "hardest negative"))):
             counts = np.sum([one.histograms[side] for one in runs], axis=0)
@@ -218,29 +226,29 @@ def plot_curves(trained: Sequence[Finding], arms: Sequence[str], path: Path) -> 
     panels = ("loss", "gradient_norm", "effective_negatives", "similarity_overlap")
     figure = Figure(figsize=(13, 8), layout="constrained")
     shown = [arm for arm in arms if any(one.arm == arm for one in trained)]
+    smooth = max(1, min(SMOOTH, min((len(one.log) for one in trained), default=1) // 4))
     for axes, name in zip(figure.subplots(2, 2).flat, panels):
         for index, arm in enumerate(shown):
             colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
-            curves = [_smooth(one, name) for one in trained if one.arm == arm]
+            curves = [_smooth(one, name, smooth) for one in trained if one.arm == arm]
             for steps, values in curves:
                 axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             length = min(len(values) for _, values in curves)
             mean = _mean_of_finite(np.array([values[:length] for _, values in curves]), axis=0)
             style = "-" if index < len(SUBSET_COLOURS) else "--"
             axes.plot(curves[0][0][:length], mean, color=colour, linewidth=1.8, linestyle=style, label=arm)
-        label_axes(axes, f"{name.replace('_', ' ')}, mean of {SMOOTH} steps", "")
+        label_axes(axes, f"{name.replace('_', ' ')}, mean of {smooth} steps", "")
     if shown:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.text(0.99, 0.005, "subsets of different difficulty alternate", ha="right", fontsize=8, color=GREY)
     save_png(figure, path)
 
 
-def _smooth(one: Finding, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and means of SMOOTH records at a time, [n // SMOOTH] each."""
+def _smooth(one: Finding, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of `size` records at a time, [records // size] each."""
     values = np.array([record.get(name) for record in one.log], dtype=float)
-    count = len(values) // SMOOTH
-    steps = np.array([record["step"] for record in one.log[: count * SMOOTH]], dtype=float)
-    return steps.reshape(count, SMOOTH).mean(1), _mean_of_finite(values[: count * SMOOTH].reshape(count, SMOOTH), 1)
+    count = len(values) // size
+    steps = np.array([record["step"] for record in one.log[: count * size]], dtype=float)
+    return steps.reshape(count, size).mean(1), _mean_of_finite(values[: count * size].reshape(count, size), 1)
 
 
 def _mean_of_finite(values: np.ndarray, axis: int) -> np.ndarray:

@@ -19,6 +19,7 @@ NEEDED = {
 
 
 def load(name: str, *overrides: str):
+    """A base configuration of the study."""
     file = "tiny_freezing.yaml" if name == "freezing" else "tiny.yaml"
     return config_file.load(EXAMPLES / file, [*NEEDED[name], *overrides])
 
@@ -27,15 +28,12 @@ def load(name: str, *overrides: str):
 def test_every_arm_is_a_valid_configuration_and_no_two_are_equal(name: str) -> None:
     cfg = load(name)
     study = STUDIES[name](cfg, 2)
-    assert study.reference in {arm.name for arm in study.arms}
+    assert {study.reference_of(arm.name) for arm in study.arms} <= {arm.name for arm in study.arms}
     trained = [arm for arm in study.arms if not arm.merge]
     cfgs = [config_file.override(cfg, arm.overrides) for arm in trained]
     assert all(one != other for index, one in enumerate(cfgs) for other in cfgs[:index])
     assert len({run_name(arm.name, 0) for arm in study.arms}) == len(study.arms)
     for arm in study.arms:
-        assert (
-            arm.name in ABLATIONS.get(name, {}) or name == "hardness_modes" or arm.name not in ("alpha 9", "gathered")
-        )
         for other, share in arm.merge:
             assert other in {one.name for one in trained} and 0 < share < 1
 
@@ -63,6 +61,31 @@ def test_batch_sizes_see_equal_pairs_or_make_equal_updates() -> None:
     assert sizes == {16, 32, 64, 128}
 
 
+def test_batch_sizes_differ_from_what_they_are_compared_with_in_nothing_else() -> None:
+    cfg = load("negatives", "loss.negatives=micro_batch")
+    study = STUDIES["negatives"](cfg, 2)
+    for arm in study.arms[3:]:
+        assert study.reference_of(arm.name) == "global batch"
+        assert config_file.override(cfg, arm.overrides).loss.negatives == "global_batch"
+    assert study.reference_of("gathered") == "own micro batch"
+    wanted = {run.arm.name for run in plan(study, cfg, [1], ["batch 16, equal pairs"])} - {UNTRAINED}
+    assert wanted == {"own micro batch", "global batch", "batch 16, equal pairs"}
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "batches"), [(40, 4, {10, 20, 80}), (24, 4, {6, 12, 48}), (20, 2, {10, 40})]
+)
+def test_batch_sizes_are_whole_and_can_be_dealt(total: int, micro: int, batches: set[int]) -> None:
+    cfg = load("negatives", f"train.global_batch_size={total}", f"train.micro_batch_size={micro}")
+    for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
+        train = config_file.override(cfg, arm.overrides).train
+        assert train.global_batch_size % (2 * train.micro_batch_size) == 0
+        batches = batches - {train.global_batch_size}
+        if "equal pairs" in arm.name:
+            assert train.steps * train.global_batch_size == pytest.approx(cfg.train.steps * total, rel=0.002)
+    assert batches == set()
+
+
 def test_late_and_slow_towers() -> None:
     cfg = load("freezing")
     arms = {arm.name: arm for arm in STUDIES["freezing"](cfg, 1).arms}
@@ -86,7 +109,7 @@ def test_runs_come_after_those_they_need() -> None:
 
 
 def test_one_run_shows_the_weights_before_training() -> None:
-    cfg = load("hardness", "optimizer.part_learning_rates={vision: 0.0001}")
+    cfg = load("hardness", "optimizer.part_learning_rates={vision: 0.0001}", "optimizer.min_learning_rate=1e-5")
     runs = plan(STUDIES["hardness"](cfg, 1), cfg, [4, 5], ["alpha 9"])
     assert [run.name for run in runs] == [
         *("before-training-seed4", "alpha-0-seed4", "alpha-9-seed4"),
@@ -94,7 +117,8 @@ def test_one_run_shows_the_weights_before_training() -> None:
     ]
     untrained = config_file.override(cfg, runs[0].arm.overrides)
     assert runs[0].arm.name == UNTRAINED and untrained.train.steps == 1
-    assert untrained.optimizer.learning_rate == 0 and set(untrained.optimizer.part_learning_rates.values()) == {0}
+    assert untrained.optimizer.learning_rate == untrained.optimizer.min_learning_rate == 0
+    assert set(untrained.optimizer.part_learning_rates.values()) == {0}
     assert len(STUDIES["hardness"](cfg, 1).arms) == len(ALPHAS)
 
 
@@ -102,8 +126,10 @@ def test_one_run_shows_the_weights_before_training() -> None:
     ("name", "ranks", "overrides", "message"),
     [
         ("negatives", 1, [], "1 data-parallel ranks"),
-        ("negatives", 2, ["train.micro_batch_size=32"], "several micro batches"),
+        ("negatives", 2, ["train.micro_batch_size=32"], "several whole micro batches"),
         ("negatives", 2, ["train.micro_batch_size=null"], "train.micro_batch_size=None"),
+        ("negatives", 2, ["train.global_batch_size=18", "train.micro_batch_size=4"], "several whole micro batches"),
+        ("freezing", 1, ["optimizer.part_start_steps.vision=3"], "its arms set them"),
         ("hardness_modes", 1, ["data.hard_negatives=0"], "data.hard_negatives=0"),
         ("hardness_modes", 1, ["loss.alpha=0"], "loss.alpha=0"),
         ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
@@ -112,6 +138,14 @@ def test_one_run_shows_the_weights_before_training() -> None:
 def test_base_that_cannot_tell_the_arms_apart_is_refused(name, ranks, overrides, message) -> None:
     with pytest.raises(ConfigError, match=message):
         STUDIES[name](load(name, *overrides), ranks)
+
+
+def test_freezing_needs_something_to_freeze() -> None:
+    cfg = load("freezing")
+    with pytest.raises(ConfigError, match="study freezing needs trained weights"):
+        plan(STUDIES["freezing"](cfg, 1), cfg, [0])
+    cfg.checkpoint.init = "somewhere"
+    assert plan(STUDIES["freezing"](cfg, 1), cfg, [0])[0].arm.name == UNTRAINED
 
 
 def test_unknown_arm_is_named() -> None:

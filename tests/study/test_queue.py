@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llave import config_file
 from megatron_llave.errors import ConfigError
 from megatron_llave.fault_tolerance import write_state
 from megatron_llave.study import queue
 from megatron_llave.study.arms import STUDIES, Run, plan
-from megatron_llave.study.queue import Plan, run_all
+from megatron_llave.study.queue import run_all
+from megatron_llave.study.run_folder import Plan, quoted, ranks_of, reason
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"
@@ -36,7 +38,7 @@ def scripted(monkeypatch, tmp_path: Path):
     """Runs that write into a log when they begin and end; returns what starts a study of them."""
     log = tmp_path / "log"
 
-    def start(runs: list[Run], processes: int, per_run=1, seconds=0.0, failing=(), overrides=()):
+    def start(runs: list[Run], processes: int, per_run=1, seconds=0.0, failing=(), overrides=(), study="hardness"):
         def commands(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
             yield [sys.executable, "-c", WORK, str(shared.folder(run)), str(seconds), str(log), *failing]
 
@@ -44,14 +46,14 @@ def scripted(monkeypatch, tmp_path: Path):
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
         shared = Plan(CONFIG, None, tmp_path / "out", tuple(overrides), per_run)
         lines: list[str] = []
-        return run_all(shared, runs, processes, lines.append), lines
+        return run_all(shared, study, runs, processes, lines.append), lines
 
     start.log = log
     return start
 
 
 def runs_of(name: str, seeds=(0,), arms=()) -> list[Run]:
-    cfg = queue.config_file.load(CONFIG)
+    cfg = config_file.load(CONFIG)
     return plan(STUDIES[name](cfg, 1), cfg, seeds, arms, trained_start=name == "freezing")
 
 
@@ -102,11 +104,53 @@ def test_run_whose_needs_are_left_out_says_so(scripted) -> None:
     assert scripted(runs[-1:], 1)[0].num_done == 1
 
 
-def test_folder_with_other_settings_is_refused_before_anything_starts(scripted) -> None:
+def test_folder_with_other_settings_is_refused_before_anything_starts(scripted, tmp_path: Path) -> None:
     scripted(runs_of("hardness")[:2], 1)
     with pytest.raises(ConfigError, match="train.steps was 600, is 500; choose another --out"):
         scripted(runs_of("hardness"), 1, overrides=["train.steps=500"])
+    with pytest.raises(ConfigError, match="another study or other settings: config.train.steps was 600, is 500"):
+        scripted(runs_of("hardness", seeds=(7,)), 1, overrides=["train.steps=500"])  # no run of this seed is there
+    with pytest.raises(ConfigError, match="processes per run was 1, is 2"):
+        scripted(runs_of("hardness"), 2, per_run=2)
+    with pytest.raises(ConfigError, match="study was hardness, is negatives"):
+        scripted(runs_of("hardness")[:2], 1, study="negatives")
+    (tmp_path / "out" / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match="study.json is damaged"):
+        scripted(runs_of("hardness")[:2], 1)
     assert len(events(scripted.log)) == 4
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_names_that_yaml_would_cut(tmp_path: Path) -> None:
+    shared = Plan(CONFIG, None, tmp_path / "a #b: c='d\"", (), 1)
+    [run] = runs_of("hardness", arms=["alpha 1"])[1:2]
+    assert shared.load(run).train.output == str(shared.out / run.name)
+
+
+def test_ranks_that_outlive_their_torchrun_are_waited_for(scripted, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "alpha-0-seed0"
+    word = f"train.output={quoted(folder)}"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)", word]) as left:
+        assert [one.pid for one in ranks_of(folder)] == [left.pid]
+        outcome, lines = scripted(runs_of("hardness", arms=["alpha 1"]), 3)
+        assert left.poll() == 0
+    assert outcome.num_done == 3 and any("another process is at it" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "slot", "seen"), [(None, 0, "0,1"), (None, 3, "6,7"), ("4,5,GPU-a,7", 1, "GPU-a,7"), ("", 0, "0,1")]
+)
+def test_each_run_has_gpus_of_its_own(monkeypatch, tmp_path: Path, given: str | None, slot: int, seen: str) -> None:
+    monkeypatch.setattr(queue.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given) if given is not None else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", raising=False
+    )
+    command = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    with (tmp_path / "lock").open("w") as lock:
+        assert queue._launch(Plan(CONFIG, None, tmp_path, (), 2), tmp_path, command, slot, lock).wait(60) == 0
+    assert (tmp_path / "output.log").read_text().strip() == seen
+    with pytest.raises(ConfigError, match="--processes 9 is more than the"):
+        queue.visible_gpus(9)
 
 
 def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) -> None:
@@ -126,15 +170,18 @@ def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) ->
 STUDY = """
 import signal, sys
 from pathlib import Path
+from megatron_llave import config_file
+from megatron_llave import config_file
 from megatron_llave.study import queue
 from megatron_llave.study.arms import STUDIES, plan
+from megatron_llave.study.run_folder import Plan
 
 config, out, run = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 queue.commands = lambda shared, one, cfg: iter([[sys.executable, "-c", run]])
-cfg = queue.config_file.load(config)
+cfg = config_file.load(config)
 [first] = plan(STUDIES["hardness"](cfg, 1), cfg, [0], ["alpha 1"])[1:2]
-queue.run_all(queue.Plan(config, None, out, (), 1), [first], 1, print)
+queue.run_all(Plan(config, None, out, (), 1), "hardness", [first], 1, print)
 """
 SLEEPER = """
 import signal, sys, time
@@ -191,13 +238,13 @@ def test_a_stopped_run_is_not_evaluated(tmp_path: Path, monkeypatch) -> None:
         yield from steps
 
     monkeypatch.setattr(queue, "commands", stopped)
-    outcome = run_all(shared, [run], 1, print)
+    outcome = run_all(shared, "hardness", [run], 1, print)
     assert outcome.failed == {run.name: "stopped after step 200: a file 'stop' in train.output"}
 
 
 def test_last_error_line_is_the_reason(tmp_path: Path) -> None:
     file = tmp_path / "output.log"
     file.write_text("error: old\nstep 1\nerror: the loss was not finite in 10 steps\nTraceback ...\n")
-    assert queue.reason(file, 1) == "the loss was not finite in 10 steps"
+    assert reason(file, 1) == "the loss was not finite in 10 steps"
     file.write_text("Killed\n")
-    assert queue.reason(file, -9) == f"exit status -9, see {file}"
+    assert reason(file, -9) == f"exit status -9, see {file}"

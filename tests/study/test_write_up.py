@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_llave import config_file
-from megatron_llave.errors import DataError
 from megatron_llave.report import HISTOGRAM_BINS
 from megatron_llave.study.arms import STUDIES, plan, run_name
 from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
@@ -55,12 +54,13 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
     assert found["alpha 9"].differences == (3.0, 1.0, 2.0) and found["alpha 9"].mean == 2.0
     assert comparisons(findings, study, OOD)["alpha 9"].differences == (0.0, -1.0, -2.0)
     assert comparisons(findings, study, ALL)["alpha 9"].mean == 0.5
-    assert "alpha 5" not in found  # one seed
+    assert found["alpha 5"] is None  # one seed
 
-    write_up(findings, study, tmp_path, {"alpha 9": {IND: 69.4}})
+    write_up(findings, study, tmp_path, {"alpha 9": {IND: 69.4}}, "There with cats.")
     text = (tmp_path / "report.md").read_text()
-    assert "| alpha 9 | 3 | 33.0 ± " in text and "69.4" in text
-    line = "| in distribution | alpha 9 | 3 | +2.0 | +1.0 to +3.0 | 3 up, 0 down | 0.250 |"
+    assert "| alpha 9 | 3 of 4 | 33.0 ± " in text and "69.4" in text and "There with cats." in text
+    assert "| all held out | alpha 5 | alpha 0 | - | - | - | - | - | fewer than two seeds in common |" in text
+    line = "| in distribution | alpha 9 | alpha 0 | 3 | +2.0 | +1.0 to +3.0 | 3 up, 0 down | 0.250 |"
     assert f"{line} higher, but 3 seeds are too few for a test |" in text
     assert "the loss was not finite |" in text and "not finished |" in text
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
@@ -87,7 +87,8 @@ def test_without_chosen_sets_means_are_over_all_held_out_ones(tmp_path: Path, st
 def test_nothing_finished_is_a_report_too(tmp_path: Path, study) -> None:
     findings = read(tmp_path, study)
     write_up(findings, study, tmp_path)
-    assert (tmp_path / "report.md").read_text().count("not finished") == len(findings) == 7
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("not finished") == len(findings) == 7 and "| alpha 9 | 0 of 3 | - |" in text
 
 
 def test_merged_run_has_no_log(tmp_path: Path, study) -> None:
@@ -99,15 +100,22 @@ def test_merged_run_has_no_log(tmp_path: Path, study) -> None:
 
 
 @pytest.mark.parametrize("damage", ["{", '{"sets": [{}]}', "[]"])
-def test_damaged_report_is_named(tmp_path: Path, study, damage: str) -> None:
+def test_damaged_report_is_listed_and_the_others_are_not_lost(tmp_path: Path, study, damage: str) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, "alpha 0", seed, 41.0, 20.0)
+    (tmp_path / "alpha-0-seed0" / "evaluation" / "report.json").write_text(damage)
+    found = {one.seed: one for one in read(tmp_path, study) if one.arm == "alpha 0"}
+    assert "alpha-0-seed0/evaluation/report.json is damaged" in found[0].problem and found[1].values[IND] == 41.0
+
+
+def test_damaged_log_is_listed(tmp_path: Path, study) -> None:
     write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
-    file = tmp_path / "alpha-0-seed0" / "evaluation" / "report.json"
-    file.write_text(damage)
-    with pytest.raises(DataError, match="alpha-0-seed0/evaluation/report.json is damaged"):
-        read(tmp_path, study)
+    (tmp_path / "alpha-0-seed0" / "log.jsonl").write_text("nonsense\n{}\n")
+    [found] = [one for one in read(tmp_path, study, seeds=(0,)) if one.arm == "alpha 0"]
+    assert "log.jsonl line 1 is not a step's record" in found.problem
 
 
 def test_set_that_is_not_there_is_named(tmp_path: Path, study) -> None:
     write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
-    with pytest.raises(DataError, match=r"has no set 'zebra' \(evaluate.sets\), only a, b, c, s"):
-        read(tmp_path, study, chosen=("zebra",))
+    [found] = [one for one in read(tmp_path, study, seeds=(0,), chosen=("zebra",)) if one.arm == "alpha 0"]
+    assert "has no set 'zebra' (evaluate.sets), only a, b, c, s" in found.problem
