@@ -294,7 +294,7 @@ def test_one_process_makes_the_same_bytes_as_two(rendered, openmoji_data, tmp_pa
 
 def test_seed_changes_the_pairs(world, tmp_path):
     def jobs(seed):
-        return openmoji._plan(world, "catalogue.npz", tmp_path, 56, seed, SCALE)
+        return openmoji._plan(world, "catalogue.npz", tmp_path, 56, seed, SCALE, hard_negatives=0)
 
     assert jobs(0) == jobs(0)
     one, other = jobs(0)[0], jobs(1)[0]
@@ -386,7 +386,7 @@ def test_tool_prints_a_table_and_refuses_a_finished_folder(rendered, shards_only
     assert json.loads((tmp_path / "index.json").read_text()) == index
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 8}, {"workers": 0}, {"pairs_scale": 0.0}])
+@pytest.mark.parametrize("wrong", [{"image_size": 8}, {"workers": 0}, {"pairs_scale": 0.0}, {"hard_negatives": -1}])
 def test_argument_out_of_range(tmp_path, wrong):
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
         openmoji.prepare(tmp_path / "new", **wrong)
