@@ -189,8 +189,8 @@ def plot_outcomes(done: Sequence[Finding], study: Study, arms: Sequence[str], pa
     left.set_ylim(len(arms) - 0.5, -0.5)
     label_axes(left, "Precision@1: a dot per seed, a bar for the mean", "", "percent")
     others = {study.reference_of(arm.name) for arm in study.arms if arm.name in places}
-    against = study.reference if len(others) == 1 else "what it is compared with"
-    title = f"difference from {against}, {CONFIDENCE:.0%} interval; hollow: too few seeds for a test"
+    against = study.reference if len(others) == 1 else "its reference"
+    title = f"difference from {against}, {CONFIDENCE:.0%} interval; hollow: few seeds"
     label_axes(right, title, "", "points")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     save_png(figure, path)
