@@ -95,7 +95,8 @@ def run_communication(
         processes: numbers of processes, each measured in a launch of its own. The links are fitted at the smallest one
             above 1.
         pairs: of a process, at least 2.
-        steps: batches that are measured per number of processes, after one that is not.
+        steps: batches that are measured per number of processes, after one that is not; about so many, equally many
+            of each subset.
         checkpoint: a run or checkpoint whose weights the model gets; None: random ones, whose effective negatives mean
             little.
         report: told of each launch in one line.
@@ -192,7 +193,7 @@ def predict(results: Sequence[dict[str, Any]]) -> list[Measured]:
                 processes=ranks,
                 cores=cores,
                 pairs=settings["config"]["train"]["global_batch_size"] // ranks,
-                steps=settings["steps"],
+                steps=len(result["subsets"]),
                 checkpoint=settings["checkpoint"],
                 moving=sum(seconds for *_, seconds in result["collectives"]),
                 modelled=local_seconds(collectives, ranks, reference, slowdown),

@@ -10,10 +10,9 @@ meets both. Gloo on the CPU, one thread per rank.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +29,11 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.config import RunConfig, loss_of_subset
 from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.data.storage import open_storage
 from megatron_llave.diagnostics import step_metrics
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.figures import replacing
-from megatron_llave.flat_step import unflatten
+from megatron_llave.flat_step import FlatStep, unflatten
 from megatron_llave.gradient_cache import Compare, forward_backward
 from megatron_llave.loss import LossShare
 from megatron_llave.model.embedder import build_model
@@ -137,7 +137,7 @@ def measure(cfg: RunConfig, steps: int, weights: str | None) -> dict[str, Any]:
 
     Args:
         cfg: of the run; its global batch over the ranks is one micro batch of each.
-        steps: batches that are measured, after one that is not.
+        steps: batches that are measured, after one that is not; about so many, equally many of each subset.
         weights: a run or checkpoint whose weights the model gets; None: random ones.
 
     Returns:
@@ -148,7 +148,7 @@ def measure(cfg: RunConfig, steps: int, weights: str | None) -> dict[str, Any]:
     groups = parallel.init(cfg.parallel, cfg.train.seed)
     stream = build_train_stream(cfg, build_encoder(cfg.data, cfg.model), groups.dp.rank(), ranks, pad_to_multiple=1)
     # All before the first step: pictures that are decoded meanwhile would take the cores from it.
-    batches = [unflatten(step).batches[0] for step in islice(stream, steps + 1)]
+    batches = take_evenly(stream, list(cfg.data.subsets) or list(open_storage(cfg.data).read_index().subsets), steps)
     trainable = _build(cfg, weights, groups)
     pairs = cfg.train.global_batch_size // ranks
     expected = loss_collectives(pairs, cfg.model.language.hidden_size, ranks)
@@ -171,6 +171,26 @@ def measure(cfg: RunConfig, steps: int, weights: str | None) -> dict[str, Any]:
         "collectives": _described(expected, _typical(moving)),
         "calibration": _described(kinds, _typical(alone)),
     }
+
+
+def take_evenly(stream: Iterator[FlatStep], subsets: Sequence[str], steps: int) -> list[PairBatch]:
+    """Batches of a stream: one to warm up, then equally many of each subset, at least one and about `steps` in all.
+
+    Subsets differ in how many of their negatives count, and which come first depends on the size of the batch: numbers
+    of processes would be compared on other kinds of pairs.
+    """
+    most = max(1, round(steps / len(subsets)))
+    taken: list[PairBatch] = []
+    counts = dict.fromkeys(subsets, 0)
+    first = None
+    while min(counts.values()) < most:
+        batch = unflatten(next(stream)).batches[0]
+        if first is None:
+            first = batch
+        elif counts[batch.subset] < most:
+            counts[batch.subset] += 1
+            taken.append(batch)
+    return [first, *taken]
 
 
 def _build(cfg: RunConfig, weights: str | None, groups: ProcessGroupCollection) -> Trainable:

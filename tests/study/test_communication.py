@@ -1,8 +1,10 @@
 """Study communication: what the model says in limits, what the ranks measure, and that nothing is measured twice."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from megatron_llave import config_file
 from megatron_llave.errors import ConfigError, UserError
 from megatron_llave.run_plan import gather_bytes
-from megatron_llave.study import communication
+from megatron_llave.study import communication, communication_ranks
 from megatron_llave.study.communication import plan_launches, run_communication, run_ranks
 from megatron_llave.study.communication_model import (
     CLUSTERS,
@@ -191,3 +193,12 @@ def test_ranks_are_data_parallel(tmp_path: Path) -> None:
     assert [launch.cfg.train.global_batch_size for launch in launches] == [2 * PAIRS, 4 * PAIRS]
     assert all(subset.start_step == 0 for launch in launches for subset in launch.cfg.data.subsets.values())
     assert launches[0].cfg.optimizer.learning_rate == 0 and launches[0].cfg.loss.matryoshka_dims == []
+
+
+@pytest.mark.parametrize(("steps", "each"), [(1, 1), (3, 1), (8, 3)])
+def test_numbers_of_processes_are_compared_on_the_same_kinds_of_pairs(monkeypatch, steps: int, each: int) -> None:
+    drawn = itertools.cycle(["b", "a", "a", "c", "a", "b"])
+    monkeypatch.setattr(communication_ranks, "unflatten", lambda step: SimpleNamespace(batches=[step]))
+    stream = (SimpleNamespace(subset=name) for name in drawn)
+    taken = [batch.subset for batch in communication_ranks.take_evenly(stream, ["a", "b", "c"], steps)]
+    assert taken[0] == "b" and sorted(taken[1:]) == sorted("abc" * each)
