@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_llave.batch import PairBatch
 from megatron_llave.loss import LossShare
 from megatron_llave.parallel import all_gather_rows, row_counts
-from megatron_llave.retrieval import HISTOGRAM_BINS, overlap_coefficient
+from megatron_llave.retrieval import cosine_counts, overlap_coefficient
 
 MEANS = {
     "positive": "positive_similarity",
@@ -51,14 +51,8 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
 
 
 def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> dict[str, list[int]]:
-    """Queries per bin: the cosine of the positive, and that of the hardest negative where it is.
-
-    HISTOGRAM_BINS equal bins from -1 to 1.
-    """
-    counted = []
-    for values in similarities(shares, group, device):
-        cosines = values[values.isfinite()].float().clamp(-1, 1)  # a cosine may be a rounding beyond 1
-        counted.append(torch.histc(cosines, HISTOGRAM_BINS, -1, 1).int().tolist())
+    """Queries per bin (retrieval.cosine_counts): the cosine of the positive, and that of the hardest negative."""
+    counted = map(cosine_counts, similarities(shares, group, device))
     return dict(zip(("positive_histogram", "hardest_negative_histogram"), counted))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from megatron_llave.errors import DataError
 from megatron_llave.figures import BLUE, GREEN, GREY, ORANGE, label_axes, plot_loss, replacing, save_png
 from megatron_llave.html_page import Section, html_page
 from megatron_llave.montage import Panel, Row, draw_montage
-from megatron_llave.retrieval import HISTOGRAM_BINS
+from megatron_llave.retrieval import HISTOGRAM_BINS, cosine_counts
 
 COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
@@ -102,16 +103,11 @@ def write_json(results: list[SetResult], path: str | Path, extra: dict[str, Any]
     short = []
     for one in results:
         numbers = {key: value for key, value in asdict(one).items() if key not in LONG_LISTS}
-        counts = {f"{name}_histogram": cosine_counts(getattr(one, name)) for name in ("positive", "hardest_negative")}
-        short.append(numbers | counts)
+        for name in ("positive", "hardest_negative"):
+            numbers[f"{name}_histogram"] = cosine_counts(torch.tensor(getattr(one, name), dtype=torch.float64))
+        short.append(numbers)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({**extra, "means": summarise(results), "sets": short}, indent=2) + "\n")
-
-
-def cosine_counts(cosines: list[float]) -> list[int]:
-    """How many lie in each of HISTOGRAM_BINS equal bins from -1 to 1; those that are not finite in none."""
-    finite = [min(1.0, max(-1.0, x)) for x in cosines if np.isfinite(x)]  # a cosine may be a rounding beyond 1
-    return np.histogram(finite, HISTOGRAM_BINS, (-1, 1))[0].tolist()
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:

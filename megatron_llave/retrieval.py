@@ -208,6 +208,12 @@ def recall_at_k(ranking: Ranking, positives: Tensor, k: int) -> float:
     return 100.0 * int(hits.sum()) / num_queries
 
 
+def cosine_counts(cosines: Tensor) -> list[int]:
+    """How many of [n] cosines lie in each of HISTOGRAM_BINS equal bins from -1 to 1; what is not finite in none."""
+    finite = cosines[cosines.isfinite()].double().clamp(-1, 1)  # a cosine may be a rounding beyond 1
+    return torch.histc(finite, HISTOGRAM_BINS, -1, 1).int().tolist()
+
+
 def overlap_coefficient(a: Tensor, b: Tensor, bins: int = HISTOGRAM_BINS) -> float:
     """Area shared by the histograms of two samples, each of area 1: 0 for separate samples, 1 for equal histograms.
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_llave.batch import PackedSequences, PairBatch
-from megatron_llave.diagnostics import HISTOGRAM_BINS, histograms, step_metrics
+from megatron_llave.diagnostics import histograms, step_metrics
 from megatron_llave.loss import SimilarityStatistics
+from megatron_llave.retrieval import HISTOGRAM_BINS
 
 
 def batch(pairs: int, tokens: int, skipped: int) -> PairBatch:

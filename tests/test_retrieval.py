@@ -1,5 +1,6 @@
 """Ranking: against numpy, with exact ties, over chunks, blocks and ranks; and the numbers read off it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 from run_ranks import run_ranks
 
 from megatron_llave import retrieval
-from megatron_llave.retrieval import Ranking, overlap_coefficient, precision_at_1, rank_candidates, recall_at_k
+from megatron_llave.retrieval import (
+    Ranking,
+    cosine_counts,
+    overlap_coefficient,
+    precision_at_1,
+    rank_candidates,
+    recall_at_k,
+)
 
 CHECK = Path(__file__).parent / "distributed" / "check_retrieval.py"
 
@@ -144,3 +152,8 @@ def test_overlap_coefficient():
     assert overlap_coefficient(torch.ones(3), torch.tensor([float("-inf")])) == 0.0
     with_gap = torch.tensor([0.0, 1.0, float("-inf")])
     assert overlap_coefficient(with_gap, torch.tensor([0.0, 1.0]), bins=2) == pytest.approx(1.0)
+
+
+def test_cosines_are_counted_in_equal_bins_and_what_is_not_finite_in_none() -> None:
+    counts = cosine_counts(torch.tensor([-1.0, 0.001, 1.0, 1.0000001, -math.inf, math.nan]))
+    assert (len(counts), sum(counts), counts[0], counts[25], counts[-1]) == (50, 4, 1, 1, 2)

@@ -17,7 +17,7 @@ from megatron_llave.config_model import require
 from megatron_llave.errors import ConfigError, exit_with_one_line
 from megatron_llave.paper_results import ABLATION_NOTES, ABLATIONS
 from megatron_llave.study.arms import STUDIES, Run, Study, plan
-from megatron_llave.study.communication import run_communication
+from megatron_llave.study.communication import plan_launches, run_communication
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, is_finished
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         require(not useless, "study communication takes --processes and overrides: it has no arms, tasks or seeds")
         counts = [2**power for power in range(args.processes.bit_length())]
         settings = counts, cfg.train.micro_batch_size or PAIRS, STEPS, cfg.checkpoint.init
-        run_communication(Path(args.config), args.overrides, out, *settings, say)
+        run_communication(plan_launches(Path(args.config), args.overrides, out, *settings), out, say)
         return 0
     start = Path(args.start) if args.start else None
     layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context

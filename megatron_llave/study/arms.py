@@ -32,8 +32,6 @@ class Arm:
     """section.key=value, after those of the base configuration."""
     merge: tuple[tuple[str, float], ...] = ()
     """(arm, share) of the weights it is merged of; then it is not trained."""
-    is_treatment: bool = True
-    """Compared with another arm. Others are there to be looked at, or to start from."""
     compared_with: str | None = None
     """Arm that differs from it in one thing; None: the study's reference."""
 
@@ -216,7 +214,7 @@ def plan(
     for seed in seeds:
         start = run_name(START, seed) if trained_start else None
         if trained_start:
-            runs.append(Run(Arm(START, is_treatment=False), seed))
+            runs.append(Run(Arm(START), seed))
         elif seed == seeds[0]:
             runs.append(Run(_untrained(cfg), seed))
         runs += [Run(arm, seed, None if arm.merge else start) for arm in study.arms if arm.name in wanted]
@@ -227,4 +225,4 @@ def _untrained(cfg: RunConfig) -> Arm:
     """The weights that all runs start from, as a run that changes nothing: one step at a learning rate of 0."""
     rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
     overrides = ("train.steps=1", "optimizer.learning_rate=0", "optimizer.min_learning_rate=0", *rates)
-    return Arm(UNTRAINED, overrides, is_treatment=False)
+    return Arm(UNTRAINED, overrides)

@@ -76,50 +76,6 @@ class Launch:
             return False
 
 
-def run_communication(
-    config: Path,
-    overrides: Sequence[str],
-    out: Path,
-    processes: Sequence[int],
-    pairs: int,
-    steps: int,
-    checkpoint: str | None,
-    report: Callable[[str], None],
-) -> None:
-    """Measure, model, and write communication.md, .csv and .png.
-
-    Args:
-        config: YAML file of the model, the data and the loss; every rank is data parallel.
-        overrides: section.key=value, winning over the file; FIXED wins over them.
-        out: folder of the results and of the report, made if missing.
-        processes: numbers of processes, each measured in a launch of its own. The links are fitted at the smallest one
-            above 1.
-        pairs: of a process, at least 2.
-        steps: batches that are measured per number of processes, after one that is not; about so many, equally many
-            of each subset.
-        checkpoint: a run or checkpoint whose weights the model gets; None: random ones, whose effective negatives mean
-            little.
-        report: told of each launch in one line.
-
-    Raises:
-        ConfigError: the configuration cannot work with these numbers.
-        UserError: a rank failed or hung; the message has its error, or names the file with its output.
-    """
-    require(pairs >= 2, f"{pairs} pairs per process: a single pair has no negatives of its own; take at least 2")
-    require(steps >= 1, f"{steps} steps are none to measure; take at least 1")
-    require(bool(processes) and min(processes) >= 1, f"{processes} are no numbers of processes")
-    launches = plan_launches(config, overrides, out, processes, pairs, steps, checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    for launch in launches:
-        if launch.is_done():
-            report(f"{launch.processes} processes: measured before")
-            continue
-        report(f"{launch.processes} processes: measuring")
-        run_ranks(launch)
-    write_report(predict([json.loads(launch.result.read_text()) for launch in launches]), cluster_steps(), out)
-    report(f"report: {out / 'communication.md'}")
-
-
 def plan_launches(
     config: Path,
     overrides: Sequence[str],
@@ -129,7 +85,25 @@ def plan_launches(
     steps: int,
     checkpoint: str | None,
 ) -> list[Launch]:
-    """What will be started, in rising order of processes; arguments and errors as of `run_communication`."""
+    """What is to be measured, in rising order of processes.
+
+    Args:
+        config: YAML file of the model, the data and the loss; every rank is data parallel.
+        overrides: section.key=value, winning over the file; FIXED wins over them.
+        out: folder of the results.
+        processes: numbers of processes, each measured in a launch of its own.
+        pairs: of a process, at least 2.
+        steps: batches that are measured per number of processes, after one that is not; about so many, equally many
+            of each subset.
+        checkpoint: a run or checkpoint whose weights the model gets; None: random ones, whose effective negatives mean
+            little.
+
+    Raises:
+        ConfigError: the configuration cannot work with these numbers.
+    """
+    require(pairs >= 2, f"{pairs} pairs per process: a single pair has no negatives of its own; take at least 2")
+    require(steps >= 1, f"{steps} steps are none to measure; take at least 1")
+    require(bool(processes) and min(processes) >= 1, f"{processes} are no numbers of processes")
     launches = []
     for number in sorted(set(processes)):
         cfg = config_file.load(config, [*overrides, *FIXED, f"train.global_batch_size={number * pairs}"])
@@ -140,6 +114,25 @@ def plan_launches(
         require(layout == 1, "study communication: parallel.tensor, pipeline and context must be 1, as in tiny.yaml")
         launches.append(Launch(cfg, number, steps, checkpoint, out))
     return launches
+
+
+def run_communication(launches: Sequence[Launch], out: Path, report: Callable[[str], None]) -> None:
+    """Measure, model, and write communication.md, .csv and .png into `out`, which is made if missing.
+
+    The links are fitted at the smallest number of processes above 1; `report` is told of each launch in one line.
+
+    Raises:
+        UserError: a rank failed or hung; the message has its error, or names the file with its output.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for launch in launches:
+        if launch.is_done():
+            report(f"{launch.processes} processes: measured before")
+            continue
+        report(f"{launch.processes} processes: measuring")
+        run_ranks(launch)
+    write_report(predict([json.loads(launch.result.read_text()) for launch in launches]), cluster_steps(), out)
+    report(f"report: {out / 'communication.md'}")
 
 
 def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:

@@ -90,19 +90,13 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
         settings = ["--config", str(plan.config_of(run)), *plan.overrides_of(run), "--resume", "auto"]
         yield [*torchrun, "-m", "megatron_llave.train", *settings]
         require_trained(folder)
-    evaluate = [*torchrun, str(TOOLS / "evaluate.py")]
     data = cfg.evaluate.path or cfg.data.path
-    sets = []
-    if not is_prepared(Path(data)):
-        evaluate.append("mmeb")
-        sets = [
-            "--images",
-            cfg.evaluate.images or data,
-            *(["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else []),
-        ]
-    layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
     given = ["--checkpoint", str(checkpoint), "--data", data, "--out", str(folder / EVALUATION)]
-    yield [*evaluate, *given, *layout, *sets]
+    if not is_prepared(Path(data)):
+        given = ["mmeb", *given, "--images", cfg.evaluate.images or data]
+        given += ["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else []
+    layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
+    yield [*torchrun, str(TOOLS / "evaluate.py"), *given, *layout]
 
 
 def require_trained(folder: Path) -> None:

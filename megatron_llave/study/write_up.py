@@ -10,18 +10,18 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_llave.figures import BLUE, INK, ORANGE, SUBSET_COLOURS, label_axes, replacing, save_png
-from megatron_llave.report import HISTOGRAM_BINS, markdown_rows
+from megatron_llave.figures import BLUE, INK, ORANGE, label_axes, plot_runs, replacing, save_png
+from megatron_llave.report import markdown_rows
+from megatron_llave.retrieval import HISTOGRAM_BINS
 from megatron_llave.study.arms import UNTRAINED, Study
-from megatron_llave.study.findings import OUTCOMES, OVERLAP, TRAINING, Finding, by_seed, comparisons
+from megatron_llave.study.findings import OUTCOMES, OVERLAP, TRAINING, Finding, Log, by_seed, comparisons
 from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
 
-SMOOTH = 25
-"""Steps that a point of the curves is the mean of; fewer in a short run."""
 METHOD = (
     f"Differences are paired by seed (same random weights, same order of the data); the interval is a percentile "
     f"bootstrap of their mean, {CONFIDENCE:.0%}, p of the exact test that flips their signs. A difference counts as "
@@ -61,7 +61,7 @@ def write_up(
         shown = list(dict.fromkeys(one.arm for one in done))
         plot_outcomes(done, study, shown, out / "precision.png")
         plot_similarities(done, shown, out / "similarities.png")
-        plot_curves([one for one in done if len(one.log) > 1], shown, out / "curves.png")
+        plot_runs(mean_curves(done, shown), {}, out / "curves.png", "step")
         parts.append("\n![Precision@1](precision.png)\n\n![Similarities](similarities.png)\n\n![Curves](curves.png)\n")
     with replacing(out / "report.md") as temporary:
         temporary.write_text("".join(parts), encoding="utf-8")
@@ -221,38 +221,18 @@ def plot_similarities(done: Sequence[Finding], arms: Sequence[str], path: Path) 
     save_png(figure, path)
 
 
-def plot_curves(trained: Sequence[Finding], arms: Sequence[str], path: Path) -> None:
-    """Loss, gradient norm, effective negatives and overlap over the steps as a PNG: a faint line per run, mean bold."""
-    panels = ("loss", "gradient_norm", "effective_negatives", "similarity_overlap")
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    shown = [arm for arm in arms if any(one.arm == arm for one in trained)]
-    smooth = max(1, min(SMOOTH, min((len(one.log) for one in trained), default=1) // 4))
-    for axes, name in zip(figure.subplots(2, 2).flat, panels):
-        for index, arm in enumerate(shown):
-            colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
-            curves = [_smooth(one, name, smooth) for one in trained if one.arm == arm]
-            for steps, values in curves:
-                axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            length = min(len(values) for _, values in curves)
-            mean = _mean_of_finite(np.array([values[:length] for _, values in curves]), axis=0)
-            style = "-" if index < len(SUBSET_COLOURS) else "--"
-            axes.plot(curves[0][0][:length], mean, color=colour, linewidth=1.8, linestyle=style, label=arm)
-        label_axes(axes, f"{name.replace('_', ' ')}, mean of {smooth} steps", "")
-    if shown:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    save_png(figure, path)
+def mean_curves(done: Sequence[Finding], arms: Sequence[str]) -> dict[str, Log]:
+    """Arm -> a record per step, each number the mean over the arm's runs; of arms that were trained."""
+    curves = {}
+    for arm in arms:
+        logs = [one.log for one in done if one.arm == arm and len(one.log) > 1]
+        if logs:
+            curves[arm] = [_mean_record(records) for records in zip(*logs)]
+    return curves
 
 
-def _smooth(one: Finding, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and means of `size` records at a time, [records // size] each."""
-    values = np.array([record.get(name) for record in one.log], dtype=float)
-    count = len(values) // size
-    steps = np.array([record["step"] for record in one.log[: count * size]], dtype=float)
-    return steps.reshape(count, size).mean(1), _mean_of_finite(values[: count * size].reshape(count, size), 1)
-
-
-def _mean_of_finite(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over an axis of those that are finite; NaN where none is."""
-    finite = np.isfinite(values)
-    counts = finite.sum(axis)
-    return np.where(counts > 0, np.where(finite, values, 0.0).sum(axis) / np.maximum(counts, 1), np.nan)
+def _mean_record(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of one step; what was not finite in a run does not count."""
+    names = [name for name, value in records[0].items() if isinstance(value, int | float) or value is None]
+    values = {name: [one[name] for one in records if one.get(name) is not None] for name in names}
+    return {name: statistics.fmean(some) for name, some in values.items() if some}

@@ -117,7 +117,8 @@ def run(out: Path, data: Path, processes: list[int], steps: int = 1, **settings:
     """What it reports."""
     lines: list[str] = []
     settings = {"pairs": PAIRS, "checkpoint": None} | settings
-    run_communication(TINY, [f"data.path={data}"], out, processes, steps=steps, report=lines.append, **settings)
+    launches = plan_launches(TINY, [f"data.path={data}"], out, processes, steps=steps, **settings)
+    run_communication(launches, out, lines.append)
     return lines
 
 

@@ -16,7 +16,7 @@ from megatron_llave.fault_tolerance import write_state
 from megatron_llave.study import queue
 from megatron_llave.study.arms import STUDIES, Run, plan
 from megatron_llave.study.queue import run_all
-from megatron_llave.study.run_folder import Plan, quoted, ranks_of, reason
+from megatron_llave.study.run_folder import Plan, commands, quoted, ranks_of, reason
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"
@@ -228,7 +228,6 @@ def test_a_stopped_run_is_not_evaluated(tmp_path: Path, monkeypatch) -> None:
     """Under torchrun a run that was asked to stop, by a file `stop` say, ends with status 0."""
     shared = Plan(CONFIG, None, tmp_path, (), 1)
     run = runs_of("hardness", arms=["alpha 1"])[1]
-    commands = queue.commands
 
     def stopped(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
         steps = commands(shared, run, cfg)
@@ -240,6 +239,27 @@ def test_a_stopped_run_is_not_evaluated(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(queue, "commands", stopped)
     outcome = run_all(shared, "hardness", [run], 1, print)
     assert outcome.failed == {run.name: "stopped after step 200: a file 'stop' in train.output"}
+
+
+def test_mmeb_is_evaluated_by_its_own_command(tmp_path: Path) -> None:
+    data = tmp_path / "MMEB-eval"
+    (data / "CIRR").mkdir(parents=True)
+    (data / "CIRR" / "test-00000-of-00001.parquet").write_bytes(b"")
+    overrides = (f"evaluate.path={data}", "evaluate.images=pictures", "evaluate.sets=[CIRR, WebQA]")
+    shared = Plan(CONFIG, None, tmp_path, overrides, 2)
+    run = runs_of("hardness", arms=["alpha 1"])[1]
+    write_finished(shared.folder(run))
+    train, evaluate = commands(shared, run, shared.load(run))
+    assert train[-2:] == ["--resume", "auto"]
+    tool = next(place for place, word in enumerate(evaluate) if word.endswith("evaluate.py"))
+    assert evaluate[tool + 1] == "mmeb" and evaluate[evaluate.index("--images") + 1] == "pictures"
+    named = evaluate[evaluate.index("--subsets") + 1 :]
+    assert named[:2] == ["CIRR", "WebQA"] and all("=" in word for word in named[2:])
+
+
+def write_finished(folder: Path) -> None:
+    folder.mkdir()
+    write_state(folder, "finished", 600)
 
 
 def test_last_error_line_is_the_reason(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_llave import config_file
-from megatron_llave.report import HISTOGRAM_BINS
+from megatron_llave.retrieval import HISTOGRAM_BINS
 from megatron_llave.study.arms import STUDIES, plan, run_name
 from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
-from megatron_llave.study.write_up import write_up
+from megatron_llave.study.write_up import mean_curves, write_up
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "studies" / "tiny.yaml"
 
@@ -26,7 +26,16 @@ def write_run(out: Path, arm: str, seed: int, ind: float, ood: float, steps: int
         for name, split, score in (("a", "ind", ind), ("b", "ood", ood), ("c", "ind", 99.0), ("s", "seen", 100.0))
     ]
     (folder / "evaluation" / "report.json").write_text(json.dumps({"sets": sets}))
-    record = {"loss": 2.0, "gradient_norm": 1.0, "effective_negatives": 5.0, "similarity_overlap": 0.3, "seconds": 0.1}
+    record = {
+        "loss": 2.0,
+        "gradient_norm": ind,
+        "subset": "a",
+        "pairs": 64,
+        "data_seconds": 0.0,
+        "effective_negatives": 5.0,
+        "similarity_overlap": 0.3,
+        "seconds": 0.1,
+    }
     lines = [{**record, "step": step + 1, "loss": None if step == 3 else 2.0} for step in range(steps)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -82,6 +91,16 @@ def test_without_chosen_sets_means_are_over_all_held_out_ones(tmp_path: Path, st
     write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
     [finding] = [one for one in read(tmp_path, study, chosen=()) if not one.problem]
     assert finding.values[IND] == 70.0 and finding.values[OOD] == 20.0 and "s" in finding.sets
+
+
+def test_curves_are_means_over_the_runs_of_an_arm(tmp_path: Path, study) -> None:
+    write_run(tmp_path, "alpha 0", 0, 40.0, 20.0, steps=5)
+    write_run(tmp_path, "alpha 0", 1, 42.0, 20.0, steps=4)  # a run that is shorter ends the mean
+    write_run(tmp_path, "before training", 0, 1.0, 1.0, steps=1)
+    curves = mean_curves(read(tmp_path, study), ["before training", "alpha 0", "alpha 9"])
+    assert list(curves) == ["alpha 0"] and [record["step"] for record in curves["alpha 0"]] == [1, 2, 3, 4]
+    assert all(record["gradient_norm"] == 41.0 and "subset" not in record for record in curves["alpha 0"])
+    assert ["loss" in record for record in curves["alpha 0"]] == [True, True, True, False]  # not finite in both
 
 
 def test_nothing_finished_is_a_report_too(tmp_path: Path, study) -> None:

@@ -213,7 +213,7 @@ def add_hard_negatives(world: World, task: str, index: int, example: Example, co
 
     For tasks that are answered by one emoji; a group's or subgroup's name has no near miss.
     """
-    if task in ("group", "subgroup"):
+    if count == 0 or task in ("group", "subgroup"):
         return
     emoji, named = world.emoji[index], set(world.named)
     near = [
