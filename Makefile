@@ -23,7 +23,7 @@ endif
 
 help:
 	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, evaluate it"
-	@echo "make test    run all tests (TESTS=tests/test_loss.py: only these)"
+	@echo "make test    run all tests (TESTS=tests/loss: only these)"
 	@echo "make lint    check the style of the code"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 	@echo
@@ -61,6 +61,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	@echo "Checking the style with ruff."
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
 
 clean:
 	rm -rf $(VENV) build megatron_llave.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.loss import hardness_weighted_contrastive_loss
+from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
 
 TEMPERATURE, ALPHA = 0.02, 9.0
 

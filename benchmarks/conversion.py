@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.config import ParallelConfig
-from megatron_llave.config_file import build
+from megatron_llave.checkpoint.stream import model_without_memory
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.hf_config import build_config_json, read_config
-from megatron_llave.hf_weights import POST_NORM, hf_shapes, open_weights
-from megatron_llave.tensor_files import write_tensor_files
-from megatron_llave.weight_stream import model_without_memory
+from megatron_llave.models.hf.tensor_files import write_tensor_files
+from megatron_llave.models.llava_onevision.hf_config import build_config_json, read_config
+from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, hf_shapes, open_weights
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
 ALONE = "import sys; from megatron_llave import conversion"
@@ -75,9 +75,9 @@ def main() -> None:
 def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int]:
     """Random weights in layout llava_onevision; returns the bytes of all tensors and of the largest."""
     cpu_emulation.enable()
-    parallel.start_processes(60)
-    model = build({"model": {"preset": preset}}).model
-    embedder = model_without_memory(model, parallel.init(ParallelConfig()))
+    process_groups.initialize_distributed(60)
+    model = config_from_dict({"model": {"preset": preset}}).model
+    embedder = model_without_memory(model, process_groups.initialize_model_parallel(ParallelConfig()))
     found = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, model)
     found |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
     shapes = {name: (shape, dtype) for name, shape in found.items()}
@@ -85,7 +85,7 @@ def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int
     write_tensor_files(folder, shapes, random_tensors(shapes))
     config = build_config_json(model, "llava_onevision", tied=True, dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config))
-    parallel.shut_down()
+    process_groups.destroy_distributed()
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in found.values()]
     return sum(sizes), max(sizes)
 

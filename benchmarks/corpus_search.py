@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.corpus_retrieval import StoredRows
-from megatron_llave.data.file_inputs import FileInput, FileInputs
-from megatron_llave.embedding_store import EmbeddingStore
-from megatron_llave.retrieval import search
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding.cache import EmbeddingCache
+from megatron_llave.embedding.inputs import FileInput, FileInputs
+from megatron_llave.evaluation.benchmarks.corpus import StoredRows
+from megatron_llave.evaluation.ranking import search
 
 K, SAMPLE = 10, 20
 
@@ -31,9 +31,9 @@ def unit_rows(count: int, width: int, seed: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def make_store(folder: Path, rows: int, width: int) -> EmbeddingStore:
+def make_store(folder: Path, rows: int, width: int) -> EmbeddingCache:
     """The corpus on disk; the first rank writes it."""
-    store = EmbeddingStore(folder, FileInputs("corpus", [FileInput("x")] * rows, "."))
+    store = EmbeddingCache(folder, FileInputs("corpus", [FileInput("x")] * rows, "."))
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
         for part in range(store.num_parts):
@@ -42,7 +42,7 @@ def make_store(folder: Path, rows: int, width: int) -> EmbeddingStore:
     return store
 
 
-def check(store: EmbeddingStore, queries: np.ndarray, found: np.ndarray) -> None:
+def check(store: EmbeddingCache, queries: np.ndarray, found: np.ndarray) -> None:
     """The same best K as numpy's."""
     similarity = np.concatenate(
         [queries.astype(np.float64) @ store.rows(np.arange(*bounds)).astype(np.float64).T for bounds in blocks(store)],
@@ -52,7 +52,7 @@ def check(store: EmbeddingStore, queries: np.ndarray, found: np.ndarray) -> None
     assert (best == found).all(), "the best candidates are not numpy's"
 
 
-def blocks(store: EmbeddingStore) -> list[tuple[int, int]]:
+def blocks(store: EmbeddingCache) -> list[tuple[int, int]]:
     """Ranges of the corpus that together are all of it."""
     total = store.bounds[-1]
     return [(start, min(start + 50_000, total)) for start in range(0, total, 50_000)]
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="for the corpus, which stays there")
     args = parser.parse_args()
     cpu_emulation.enable()
-    world = parallel.start_processes(600)
+    world = process_groups.initialize_distributed(600)
     store = make_store(Path(args.folder), args.rows, args.width)
     bounds = [args.rows * rank // world for rank in range(world + 1)]
     first, last = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
@@ -86,7 +86,7 @@ def main() -> None:
         check(store, queries[:SAMPLE].numpy(), found[:SAMPLE].numpy())
         print(f"the best {K} of {SAMPLE} queries are numpy's")
     dist.barrier()
-    parallel.shut_down()
+    process_groups.destroy_distributed()
 
 
 if __name__ == "__main__":

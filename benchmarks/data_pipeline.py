@@ -38,17 +38,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from megatron_llave import config_file
 from megatron_llave.batch import Pair, PairBatch, Side
-from megatron_llave.config import RunConfig
-from megatron_llave.data import images, packing, pipeline, shard_reader
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.data import pipeline, shard_reader
 from megatron_llave.data.index import Index, read_index, write_index
-from megatron_llave.data.packing import Encoder, build_encoder, encode_pairs, pack_pairs
+from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs
 from megatron_llave.data.pipeline import build_train_stream
-from megatron_llave.data.prompts import qwen_prompt, user_content
 from megatron_llave.data.shards import unpack_pair, write_subset
+from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flat_step import unflatten
+from megatron_llave.models.llava_onevision import anyres, processor
+from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models.llava_onevision.prompt import qwen_prompt, user_content
 
 Arm = Callable[[RunConfig], Iterator[int]]
 """Yields the number of pairs of each batch it made."""
@@ -70,11 +72,11 @@ CHECK_EVERY = 40
 MAX_LENGTH = 4096
 TIMED = {
     "read a pair": (shard_reader.ShardReader, "read"),
-    "decode": (images, "decode_image"),
-    "resize, cut tiles": (images, "cut_tiles"),
-    "tokenize": (packing, "encode_prompt"),
+    "decode": (processor, "decode_image"),
+    "resize, cut tiles": (anyres, "cut_tiles"),
+    "tokenize": (processor, "encode_prompt"),
     "pack": (pipeline, "pack_pairs"),
-    "into one buffer": (pipeline, "flatten"),
+    "into one buffer": (pipeline, "pack_step"),
 }
 """Stages of ours, by the function that does them."""
 
@@ -219,7 +221,7 @@ def processor_arm(cfg: RunConfig, folder: Path, samples: dict[str, list[Sample]]
     return (num_pairs for _, _, num_pairs in loader)
 
 
-def webdataset_arm(cfg: RunConfig, encoder: Encoder) -> Iterator[int]:
+def webdataset_arm(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
     """Arm (b): pairs per batch."""
     folder = Path(cfg.data.path)
     shards = [str(folder / s.file) for subset in read_index(folder).subsets.values() for s in subset.shards]
@@ -229,7 +231,7 @@ def webdataset_arm(cfg: RunConfig, encoder: Encoder) -> Iterator[int]:
     return (batch.num_pairs for batch in loader)
 
 
-def _encode_samples(samples: list[dict[str, Any]], encoder: Encoder) -> PairBatch:
+def _encode_samples(samples: list[dict[str, Any]], encoder: Processor) -> PairBatch:
     pairs = [unpack_pair(_without_notes(sample), sample["__url__"]) for sample in samples]
     encoded = encode_pairs(pairs, encoder, 0, print)
     return pack_pairs(encoded, 0, "", 1, encoder.tile_shape)
@@ -240,10 +242,10 @@ def _without_notes(sample: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sample.items() if name == "__key__" or not name.startswith("__")}
 
 
-def our_arm(cfg: RunConfig, encoder: Encoder) -> Iterator[int]:
+def our_arm(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
     """Ours: pairs per step."""
     stream = build_train_stream(cfg, encoder, rank=0, world=1, pad_to_multiple=1)
-    return (sum(batch.num_pairs for batch in unflatten(step).batches) for step in stream)
+    return (sum(batch.num_pairs for batch in unpack_step(step).batches) for step in stream)
 
 
 def pairs_per_second(arm: Iterator[int], num_pairs: int) -> float:
@@ -256,7 +258,7 @@ def pairs_per_second(arm: Iterator[int], num_pairs: int) -> float:
     return done / (time.perf_counter() - started)
 
 
-def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder: Encoder, backend: str) -> str:
+def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder: Processor, backend: str) -> str:
     """Compare lengths and tiles of some sides; returns what differs."""
     processor = make_processor(folder, cfg, backend)
     worst, other_lengths = 0.0, 0
@@ -272,7 +274,7 @@ def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder
     return f"{lengths}, pixels at most {worst:.2f} of 255 levels apart"
 
 
-def time_stages(cfg: RunConfig, encoder: Encoder, num_pairs: int) -> dict[str, float]:
+def time_stages(cfg: RunConfig, encoder: Processor, num_pairs: int) -> dict[str, float]:
     """Seconds of ours per stage, in one process; the last entry is everything else."""
     seconds: Counter[str] = Counter()
 
@@ -333,8 +335,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         "data": {"path": str(folder), "max_length": MAX_LENGTH},
         "train": {"steps": 1, "global_batch_size": args.batch},
     }
-    cfg = config_file.build(values)
-    encoder = build_encoder(cfg.data, cfg.model)
+    cfg = config_from_dict(values)
+    encoder = build_processor(cfg.data, cfg.model)
     arms: dict[str, Arm] = {"ours": partial(our_arm, encoder=encoder)}
     for backend in ("Pillow", "torchvision") if is_torchvision_available() else ("Pillow",):
         same = check_same_work(folder, everything[::CHECK_EVERY], cfg, encoder, backend)

@@ -23,14 +23,14 @@ import torch
 from benchmarks import released_step
 from benchmarks.released_step import PaddedSides, Side, make_side
 from benchmarks.training_step import build_config
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.config import RunConfig
-from megatron_llave.data.packing import Encoder
-from megatron_llave.embedding import LoadedModel, embed_encoded
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding.embedder import LoadedModel, embed_encoded
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flops import Work, forward_flops
-from megatron_llave.model.embedder import build_model
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+from megatron_llave.planning.flops import Work, forward_flops
+from megatron_llave.training.logger import quiet_dependencies
 
 SETS = {"labels": (True, False), "captions": (True, False), "answers": (True, False), "pictures": (False, True)}
 """Name -> whether its queries and its candidates have pictures."""
@@ -58,7 +58,8 @@ def batches_of(sides: Sequence[Side]) -> list[Sequence[Side]]:
 def embed_released(model: torch.nn.Module, cfg: RunConfig, sides: Sequence[Side]) -> torch.Tensor:
     """[n, h]."""
     with torch.no_grad():
-        padded = (PaddedSides.of(batch, cfg.model, parallel.device(), torch.float32) for batch in batches_of(sides))
+        device = process_groups.device()
+        padded = (PaddedSides.of(batch, cfg.model, device, torch.float32) for batch in batches_of(sides))
         return torch.cat([released_step.embed(model, batch) for batch in padded])
 
 
@@ -92,17 +93,17 @@ def main() -> None:
         quiet_dependencies()
         cpu_emulation.enable()
         run(args)
-        parallel.shut_down()
+        process_groups.destroy_distributed()
 
 
 def run(args: argparse.Namespace) -> None:
     """A row per set, and one for all."""
     cfg = build_config(args.layers, BATCH, args.overrides)
-    parallel.start_processes(600)
-    groups = parallel.init(cfg.parallel, 0)
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+    process_groups.initialize_distributed(600)
+    groups = process_groups.initialize_model_parallel(cfg.parallel, 0)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     vision = cfg.model.vision
-    encoder = Encoder(None, "qwen", cfg.data.max_length, (), vision.image_size, vision.patch_size)
+    encoder = LlavaOnevisionProcessor(None, "qwen", cfg.data.max_length, (), vision.image_size, vision.patch_size)
     ours = LoadedModel(cfg, chunks, encoder, groups)
     released = released_step.build_released(cfg.model)
     released_step.copy_weights(chunks[0], released, cfg.model)

@@ -33,15 +33,16 @@ from safetensors.torch import load_file, save_file
 from benchmarks import released_step
 from benchmarks.released_step import packed_work, sequences_of, total
 from benchmarks.training_step import MicroBatches, Ours, Released, make_step, start
-from megatron_llave import config_file, cpu_emulation, parallel
-from megatron_llave.config import RunConfig
-from megatron_llave.data.pair_shapes import SideShape
-from megatron_llave.diagnostics import peak_memory_gb
+from megatron_llave.config.load import config_from_dict, override_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flops import peak_tflops, step_flops
-from megatron_llave.memory_plan import MicroBatch, StepShape, stage_memory
-from megatron_llave.model.embedder import build_model
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.planning.flops import peak_tflops, step_flops
+from megatron_llave.planning.memory import MicroBatch, StepShape, stage_memory
+from megatron_llave.planning.pair_lengths import SideShape
+from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.metrics import peak_memory_gb
 
 ENGINE = ["model.kernels=transformer_engine"]
 OURS = {"ours, torch": [], "ours, Transformer Engine": ENGINE} | {
@@ -64,7 +65,7 @@ def build_config(preset: str, arm: str, args: argparse.Namespace) -> RunConfig:
     batch = [f"train.micro_batch_size={args.pairs}", f"train.global_batch_size={args.pairs * args.micro_batches}"]
     fixed = ["model.freeze=[vision]", "model.precision=bf16", "loss.negatives=micro_batch", "train.steps=1000"]
     overrides = [*fixed, *batch, *SETTINGS.get(preset, []), *args.overrides, *OURS.get(arm, [])]
-    return config_file.override(config_file.build({"model": {"preset": preset}}), overrides)
+    return override_config(config_from_dict({"model": {"preset": preset}}), overrides)
 
 
 def what_is_missing(arm: str) -> str:
@@ -98,7 +99,7 @@ def seconds_of(step: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[
 
 def product_tflops(edge: int) -> float:
     """TFLOP/s of a bf16 matrix product of random numbers."""
-    a, b = (torch.randn(edge, edge, device=parallel.device(), dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(edge, edge, device=process_groups.device(), dtype=torch.bfloat16) for _ in range(2))
     seconds = statistics.median(seconds_of(partial(torch.matmul, a, b), 20))
     del a, b
     torch.cuda.empty_cache()  # the arms are in other processes and want the room
@@ -113,7 +114,7 @@ def build_arm(arm: str, cfg: RunConfig) -> Ours | Released:
     released = Released(cfg, torch.bfloat16, RELEASED[arm])
     if cfg.model.recompute != "none":
         released.model.gradient_checkpointing_enable()
-    (chunk,) = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+    (chunk,) = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     released_step.copy_weights(chunk, released.model, cfg.model)
     return released
 
@@ -127,7 +128,7 @@ def measure(arm: str, cfg: RunConfig, repeats: int, embeddings: Path) -> dict[st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(lambda: measured.step(batches), repeats)
-    parallel.shut_down()
+    process_groups.destroy_distributed()
     return {"seconds": seconds, "peak GB": peak_memory_gb()}
 
 

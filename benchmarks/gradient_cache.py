@@ -13,17 +13,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llave import config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch
-from megatron_llave.config import RunConfig
-from megatron_llave.data.packing import build_encoder
+from megatron_llave.config.load import load_config
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.data.step_buffer import unpack_step
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flat_step import unflatten
-from megatron_llave.model.embedder import build_model
-from megatron_llave.optimizer import build_trainable
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import build_processor
 from megatron_llave.train import train_step
+from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.optimizer import build_trainable
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
 ARMS = ("micro_batch", "global_batch")
@@ -36,21 +38,21 @@ def fresh(batches: list[PairBatch]) -> list[PairBatch]:
 
 def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int, int]:
     """Median seconds of a step of each arm, the number of tokens of a step, and of micro batches on a rank."""
-    parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, parallel.start_processes(600)))
-    groups = parallel.init(cfg.parallel, cfg.train.seed)
-    stream = build_train_stream(cfg, build_encoder(cfg.data, cfg.model), groups.dp.rank(), groups.dp.size(), 1)
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed)
+    validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, process_groups.initialize_distributed(600)))
+    groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
+    stream = build_train_stream(cfg, build_processor(cfg.data, cfg.model), groups.dp.rank(), groups.dp.size(), 1)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed)
     trainable = build_trainable(cfg, chunks, groups)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     tokens = []
     for step in range(repeats + 1):
-        batches = unflatten(next(stream).to(parallel.device())).batches
+        batches = unpack_step(next(stream).to(process_groups.device())).batches
         for arm in ARMS:
             started = time.perf_counter()
             record, _ = train_step(trainable, fresh(batches), replace(cfg.loss, negatives=arm), step, groups)
             seconds[arm].append(time.perf_counter() - started)
         tokens.append(record["tokens"])
-    parallel.leave_layout()
+    process_groups.destroy_model_parallel()
     # The first step also warms up.
     medians = {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
     return medians, round(statistics.fmean(tokens[1:])), len(batches)
@@ -73,13 +75,13 @@ def main() -> None:
             for size in args.micro_batch:
                 settings = [f"data.path={args.data}", f"train.global_batch_size={args.pairs}"]
                 settings += [f"train.micro_batch_size={size}", f"model.freeze={'[vision]' if frozen else '[]'}"]
-                cfg = config_file.load(TINY, settings)
+                cfg = load_config(TINY, settings)
                 seconds, tokens, micro_batches = measure(cfg, args.repeats)
                 ratio = seconds["global_batch"] / seconds["micro_batch"]
                 cells = [f"{seconds[arm]:.3f}" for arm in ARMS] + [f"{ratio:.2f}"]
                 tower = "frozen" if frozen else "trained"
                 print("|", " | ".join([tower, f"{micro_batches} x {size}", str(tokens), *cells]), "|", flush=True)
-        parallel.shut_down()
+        process_groups.destroy_distributed()
 
 
 if __name__ == "__main__":

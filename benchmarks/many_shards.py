@@ -23,14 +23,14 @@ import psutil
 import torch
 from tokenizers import ByteLevelBPETokenizer
 
-from megatron_llave import config_file
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import Index, Subset, write_index
-from megatron_llave.data.packing import build_encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset
+from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flat_step import unflatten
+from megatron_llave.models.llava_onevision.processor import build_processor
 
 SUBSET = "texts"
 QUERY_WORDS, TARGET_WORDS = 20, 10
@@ -96,13 +96,13 @@ def measure(folder: str, num_pairs: int, batch: int, workers: int) -> tuple[floa
     }
     with largest_memory() as largest:
         started = time.perf_counter()
-        cfg = config_file.build(values)
-        stream = build_train_stream(cfg, build_encoder(cfg.data, cfg.model), rank=0, world=1, pad_to_multiple=1)
+        cfg = config_from_dict(values)
+        stream = build_train_stream(cfg, build_processor(cfg.data, cfg.model), rank=0, world=1, pad_to_multiple=1)
         next(stream)
         first = time.perf_counter()
         pairs = 0
         for step in islice(stream, num_pairs // batch):
-            pairs += sum(made.num_pairs for made in unflatten(step).batches)
+            pairs += sum(made.num_pairs for made in unpack_step(step).batches)
         seconds = time.perf_counter() - first
     return first - started, pairs / seconds, largest[0]
 

@@ -27,20 +27,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_llave import config_file, cpu_emulation, gradient_cache, parallel
 from megatron_llave.batch import PackedSequences, PairBatch
-from megatron_llave.config import RunConfig, row_multiple
-from megatron_llave.data.images import visual_layout
-from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
-from megatron_llave.data.pair_shapes import Kind, SideShape, picture_shape
-from megatron_llave.data.prompts import IMAGE
+from megatron_llave.config.load import config_from_dict, override_config
+from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.memory_plan import stage_memory
-from megatron_llave.model.embedder import LlaveEmbedder, build_model
-from megatron_llave.optimizer import Trainable, build_trainable
-from megatron_llave.run_log import quiet_dependencies
-from megatron_llave.run_plan import step_shape
+from megatron_llave.models.llava_onevision.anyres import visual_layout
+from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder, build_model
+from megatron_llave.planning.memory import stage_memory
+from megatron_llave.planning.pair_lengths import Kind, SideShape, picture_shape
+from megatron_llave.planning.plan import step_shape
 from megatron_llave.train import train_step
+from megatron_llave.training import gradient_cache
+from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.optimizer import Trainable, build_trainable
 
 PICTURE = (640, 480)
 TEXT = 30, 12
@@ -166,7 +168,7 @@ def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
 
 def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
     """Bytes by part on this rank."""
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
     train_step(trainable, [make_batch(cfg) for _ in range(share)], cfg.loss, 0, groups)  # makes the moments
@@ -209,14 +211,14 @@ def planned(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
 
 def run(args: argparse.Namespace) -> None:
     """Measure on all ranks; the first prints."""
-    ranks = parallel.start_processes(600)
+    ranks = process_groups.initialize_distributed(600)
     layout = ["train.micro_batch_size=" + str(args.pairs), "train.steps=1"]
-    cfg = config_file.override(config_file.build({"model": {"preset": args.preset}}), [*layout, *args.overrides])
-    data_parallel = parallel.validate_layout(cfg.model, cfg.parallel, ranks)
+    cfg = override_config(config_from_dict({"model": {"preset": args.preset}}), [*layout, *args.overrides])
+    data_parallel = validate_layout(cfg.model, cfg.parallel, ranks)
     total = data_parallel * args.pairs * args.micro_batches
-    cfg = config_file.override(cfg, [f"train.global_batch_size={total}"])
-    parallel.validate_batch(cfg, data_parallel)
-    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    cfg = override_config(cfg, [f"train.global_batch_size={total}"])
+    validate_batch(cfg, data_parallel)
+    groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     own = {"planned": planned(cfg, groups), "measured": measure(cfg, groups)}
     rows: list[Any] = [None] * ranks
     dist.all_gather_object(rows, own)
@@ -225,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(rows))
         else:
             print_table(rows)
-    parallel.shut_down()
+    process_groups.destroy_distributed()
 
 
 def print_table(rows: list[dict[str, dict[str, int]]]) -> None:

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_llave import config_file
-from megatron_llave.config_model import ModelConfig
-from megatron_llave.data.audit import read_descriptions, token_counter
-from megatron_llave.data.balance import deal
-from megatron_llave.data.images import num_visual_tokens, select_grid
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.data.balance import balance_micro_batches
 from megatron_llave.data.index import read_index
-from megatron_llave.data.prompts import QWEN_HEAD, QWEN_TAIL
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.models.llava_onevision.anyres import num_visual_tokens, select_grid
+from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_TAIL
+from megatron_llave.planning.pair_lengths import read_descriptions
+from megatron_llave.prepare.audit import token_counter
 
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / "tests" / "golden" / "prompts" / "qwen_subset_tokenizer.json"
@@ -210,7 +211,7 @@ def imbalance(pairs: Sequence[PairLength], ranks: int, micro_batches: int) -> tu
         mean = sum(lengths) / micro_batches
         totals.append(sum(lengths))
         equal.append(max(part.sum() for part in np.array_split(np.array(lengths), micro_batches)) / mean)
-        parts = deal(lengths, micro_batches)
+        parts = balance_micro_batches(lengths, micro_batches)
         dealt.append(max(sum(lengths[i] for i in part) for part in parts) / mean)
     return float(np.mean(equal)), float(np.mean(dealt)), max(totals) / (sum(totals) / ranks)
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with exit_with_one_line():
-        model = config_file.build({"model": {"preset": PRESET}}).model
+        model = config_from_dict({"model": {"preset": PRESET}}).model
         rng = np.random.default_rng(args.seed)
         subsets = (
             read_folder(args.data, args.tokenizer, model) if args.data else draw_mix(args.mix, model, args.batch, rng)

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PairBatch
-from megatron_llave.config_model import ModelConfig
-from megatron_llave.data.images import visual_layout
-from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
-from megatron_llave.data.pair_shapes import picture_shape
-from megatron_llave.data.prompts import IMAGE
-from megatron_llave.flops import Work
-from megatron_llave.hf_config import build_config_json
-from megatron_llave.hf_weights import canonical_name, local_kernel_name, rules
-from megatron_llave.model.initialization import named_global_parameters
-from megatron_llave.model.vision import normalise
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
+from megatron_llave.models.blocks.initialization import named_global_parameters
+from megatron_llave.models.blocks.siglip import normalise
+from megatron_llave.models.hf.mapping import local_kernel_name
+from megatron_llave.models.llava_onevision.anyres import visual_layout
+from megatron_llave.models.llava_onevision.hf_config import build_config_json
+from megatron_llave.models.llava_onevision.hf_weights import canonical_name, rules
+from megatron_llave.planning.flops import Work
+from megatron_llave.planning.pair_lengths import picture_shape
 
 SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
 """Of pictures, as benchmarks/data_pipeline.py makes them."""

@@ -26,15 +26,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks import released_step
 from benchmarks.released_step import PaddedSides, Pair, packed, packed_work, padded, padded_work, total
-from megatron_llave import config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch
-from megatron_llave.config import RunConfig, row_multiple
+from megatron_llave.config.load import config_from_dict, override_config
+from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.flops import extra_flops, step_flops
-from megatron_llave.model.embedder import build_model
-from megatron_llave.optimizer import build_trainable
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.planning.flops import extra_flops, step_flops
 from megatron_llave.train import train_step
+from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.optimizer import build_trainable
 
 MICRO_BATCHES = 5
 MIXED = {"image_text": 13, "text_image": 4, "image_image": 3}
@@ -69,7 +70,7 @@ def build_config(layers: int, pairs: int, overrides: Sequence[str] = ()) -> RunC
     reduced += [f"model.language.vocab_size={VOCABULARY}", f"train.micro_batch_size={pairs}"]
     reduced += [f"train.global_batch_size={MICRO_BATCHES * pairs}", "model.freeze=[vision]", "model.precision=fp32"]
     reduced += ["optimizer.warmup_steps=1"]  # the rate of the first step is 0
-    return config_file.override(config_file.build({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
+    return override_config(config_from_dict({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
 
 
 class Ours:
@@ -77,13 +78,13 @@ class Ours:
 
     def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection) -> None:
         self.cfg, self.groups = cfg, groups
-        self.chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), seed=0)
+        self.chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
         self.trainable = build_trainable(cfg, self.chunks, groups)
 
     def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
         """Pack them."""
         made = (packed(pairs, self.cfg.model, row_multiple(self.cfg)) for pairs in micro_batches)
-        return [batch.to(parallel.device()) for batch in made]
+        return [batch.to(process_groups.device()) for batch in made]
 
     def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:
         """Train; returns the loss."""
@@ -104,14 +105,14 @@ class Released:
 
     def __init__(self, cfg: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> None:
         self.cfg, self.dtype, own = cfg, dtype, cfg.optimizer
-        self.model = released_step.build_released(cfg.model, dtype, attention, parallel.device())
+        self.model = released_step.build_released(cfg.model, dtype, attention, process_groups.device())
         trained = [p for p in self.model.parameters() if p.requires_grad]
         settings = {"betas": (own.beta1, own.beta2), "eps": own.epsilon, "weight_decay": own.weight_decay}
         self.optimizer = torch.optim.AdamW(trained, lr=own.learning_rate, **settings)
 
     def prepare(self, micro_batches: MicroBatches) -> list[tuple[PaddedSides, PaddedSides]]:
         """Pad them."""
-        return [padded(pairs, self.cfg.model, parallel.device(), self.dtype) for pairs in micro_batches]
+        return [padded(pairs, self.cfg.model, process_groups.device(), self.dtype) for pairs in micro_batches]
 
     def step(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> float:
         """Train; returns the loss."""
@@ -182,7 +183,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         arm = Ours(cfg, groups)
         arm.step(arm.prepare(micro_batches), args.memory[0].removeprefix("ours, "))
     print(json.dumps(resident("VmHWM") - before))
-    parallel.shut_down()
+    process_groups.destroy_distributed()
 
 
 def memory_of(arm: str, batches: str, pairs: int, args: argparse.Namespace) -> int:
@@ -197,8 +198,8 @@ def memory_of(arm: str, batches: str, pairs: int, args: argparse.Namespace) -> i
 
 def start(cfg: RunConfig) -> ProcessGroupCollection:
     """This process alone."""
-    parallel.start_processes(600)
-    return parallel.init(cfg.parallel, cfg.train.seed)
+    process_groups.initialize_distributed(600)
+    return process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
 
 
 def profile(ours: Ours, micro_batches: MicroBatches) -> None:
@@ -232,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
             }
             seconds = time_arms(steps, args.repeats)
             print_rows(batches, cfg, micro_batches, seconds, args)
-    parallel.shut_down()
+    process_groups.destroy_distributed()
 
 
 def print_rows(

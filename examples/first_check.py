@@ -9,11 +9,11 @@ of the released repository (DeepLearnXMU/LLaVE). Ends with status 0 if both scor
 import argparse
 import sys
 
-from megatron_llave import parallel
 from megatron_llave.batch import Side
-from megatron_llave.embedding import load_model
+from megatron_llave.distributed import process_groups
+from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.training.logger import quiet_dependencies
 
 QUERY = "<image> Represent the given image with the following question: What is in the image"
 RELEASED = {"A cat and a dog": 0.4802, "A cat and a tiger": 0.3413}
@@ -36,7 +36,7 @@ def main() -> None:
         model = load_model(args.checkpoint, overrides=args.overrides)
         embeddings = model.embed([query, *RELEASED])
         scores = (embeddings[1:] @ embeddings[0]).tolist()
-        parallel.shut_down()
+        process_groups.destroy_distributed()
     agrees = True
     for (text, released), score in zip(RELEASED.items(), scores):
         print(f"{text}: {score:.4f}, released {released:.4f}")

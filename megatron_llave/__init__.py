@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_llave import cpu_emulation
+from megatron_llave.distributed import cpu_emulation
 
 __version__ = "0.1.0"
 

@@ -1,10 +1,12 @@
 """Errors a user can mend: each message is one line that names the culprit and says what would be right."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 SECONDS_FOR_FIRST_RANK = 10
 
@@ -45,3 +47,22 @@ def exit_with_one_line() -> Iterator[None]:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise ConfigError(message) unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> None:
+    """Raise a ConfigError unless each of the section's named values is None or a number of at least `lowest`."""
+    for name in names:
+        value = getattr(section, name)
+        ok = value is None or (math.isfinite(value) and value >= lowest)
+        require(ok, f"{prefix}.{name}={value} must be a number of at least {lowest}")
+
+
+def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise a ConfigError that names the key unless its value is among the allowed ones."""
+    require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")

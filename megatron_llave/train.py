@@ -1,6 +1,6 @@
 """Training, the file to read first: `train` builds the parts in order and loops over `train_step`.
 
-    torchrun --nproc-per-node 2 -m megatron_llave.train --config examples/tiny.yaml loss.alpha=9
+torchrun --nproc-per-node 2 -m megatron_llave.train --config examples/tiny.yaml loss.alpha=9
 """
 
 import argparse
@@ -15,16 +15,30 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave import checkpoint, config_file, cpu_emulation, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings, StepBatches
-from megatron_llave.checkpoint_writer import CheckpointWriter
-from megatron_llave.config import LossConfig, RunConfig, loss_of_subset, row_multiple
-from megatron_llave.data.packing import build_encoder
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.async_writer import CheckpointWriter
+from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.checkpoint.resume import find_checkpoint, make_folder, resume, starting_from, with_steps
+from megatron_llave.checkpoint.state import TrainingState
+from megatron_llave.config.load import load_config
+from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset, row_multiple
 from megatron_llave.data.pipeline import build_train_stream
-from megatron_llave.diagnostics import histograms, peak_memory_gb, step_metrics
+from megatron_llave.data.step_buffer import StepBuffer
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import CheckpointError, exit_with_one_line
-from megatron_llave.evaluate import build_evaluation
-from megatron_llave.fault_tolerance import (
+from megatron_llave.evaluation.evaluate import build_evaluation
+from megatron_llave.loss.contrastive import LossShare, NegativeRules, hardness_weighted_contrastive_loss
+from megatron_llave.loss.matryoshka import matryoshka_loss
+from megatron_llave.loss.schedules import alpha_at, temperature_at
+from megatron_llave.models.blocks.kernels import describe_kernels
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.planning.flops import Work, achieved
+from megatron_llave.training.broadcast import broadcast_steps, is_reader
+from megatron_llave.training.ema import ExponentialMovingAverage
+from megatron_llave.training.fault_tolerance import (
     EXIT_STOPPED,
     FiniteSteps,
     StopRequests,
@@ -32,29 +46,14 @@ from megatron_llave.fault_tolerance import (
     explain_lost_ranks,
     write_state,
 )
-from megatron_llave.flat_step import FlatStep
-from megatron_llave.flops import Work, achieved
-from megatron_llave.gradient_cache import forward_backward
-from megatron_llave.log_sinks import open_sinks
-from megatron_llave.loss import (
-    LossShare,
-    NegativeRules,
-    alpha_at,
-    hardness_weighted_contrastive_loss,
-    matryoshka_loss,
-    temperature_at,
-)
-from megatron_llave.model.embedder import build_model
-from megatron_llave.model.kernels import describe_kernels
-from megatron_llave.optimizer import Trainable, build_trainable, learning_rate
-from megatron_llave.pretrained import find_pretrained
-from megatron_llave.replica import is_reader, share_steps
-from megatron_llave.run_log import RunLog, quiet_dependencies
-from megatron_llave.run_start import find_checkpoint, make_folder, resume, starting_from, with_steps
-from megatron_llave.training_state import TrainingState
-from megatron_llave.weight_average import WeightAverage
+from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.logger import RunLog, quiet_dependencies
+from megatron_llave.training.metrics import histograms, peak_memory_gb, step_metrics
+from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
+from megatron_llave.training.trackers import open_sinks
 
 logger = logging.getLogger(__name__)
+
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("megatron_llave").setLevel(logging.INFO)
         cpu_emulation.enable()
-        reason = train(config_file.load(args.config, [*args.overrides, *resumed]))
+        reason = train(load_config(args.config, [*args.overrides, *resumed]))
     if reason and "TORCHELASTIC_RUN_ID" not in os.environ:
         # Under torchrun 0, for it takes every other status for a failure and may start the run again.
         raise SystemExit(EXIT_STOPPED)
@@ -87,27 +86,27 @@ def train(cfg: RunConfig) -> str:
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
         cfg = starting_from(pretrained, cfg)
-    world_size = parallel.start_processes(cfg.parallel.timeout_seconds)
-    parallel.validate_batch(cfg, parallel.validate_layout(cfg.model, cfg.parallel, world_size))
-    groups = parallel.init(cfg.parallel, cfg.train.seed)
+    world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
+    validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
+    groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     cfg, resumed = with_steps(cfg), find_checkpoint(cfg)
     watchdog = Watchdog(cfg.parallel.timeout_seconds)
     watchdog.progress("opening the data")
-    position = checkpoint.read_position(resumed) if resumed else None
-    steps = share_steps(open_data(cfg, groups, position), groups.mp, parallel.device())
+    position = folders.read_position(resumed) if resumed else None
+    steps = broadcast_steps(open_data(cfg, groups, position), groups.mp, process_groups.device())
     is_new = pretrained is None and resumed is None
     watchdog.progress("building the model")
-    chunks = build_model(cfg.model, cfg.parallel, groups, parallel.device(), cfg.train.seed if is_new else None)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
     if pretrained is not None and resumed is None:
         watchdog.progress(f"loading {cfg.checkpoint.init}")
         pretrained.load(chunks, groups)
     watchdog.progress("building the optimizer")
-    average = WeightAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
+    average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
     watchdog.progress(f"loading {resumed}" if resumed else "making the run's folder")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
-    is_reporting = parallel.is_reporting_rank(groups)
+    is_reporting = process_groups.is_reporting_rank(groups)
     if is_reporting:
         logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))
     sinks = open_sinks(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
@@ -115,7 +114,7 @@ def train(cfg: RunConfig) -> str:
     reason = run_steps(cfg, state, steps, done, log, watchdog)
     log.close()
     watchdog.close()
-    parallel.shut_down()
+    process_groups.destroy_distributed()
     return reason
 
 
@@ -140,7 +139,7 @@ def run_steps(
         loss_cfg = loss_of_subset(cfg, data.batches[0].subset)
         record, shares = train_step(state.trainable, data.batches, loss_cfg, step, groups, state.average, finite)
         if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
-            record |= histograms(shares, groups.dp, parallel.device())
+            record |= histograms(shares, groups.dp, process_groups.device())
         seconds = time.perf_counter() - started
         watchdog.progress(f"ending step {step + 1}")
         reason = requests.reason()
@@ -148,7 +147,7 @@ def run_steps(
         if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
             writer.save(step + 1, state.to_save(step + 1), data.position)
         writer.poll(wait=is_last)
-        if is_last and writer.last != checkpoint.step_folder(cfg.train.output, step + 1):
+        if is_last and writer.last != folders.step_folder(cfg.train.output, step + 1):
             report_state(cfg, "failed", step + 1, reason)
             raise CheckpointError(f"the run ends after step {step + 1}, which is not saved; the log says why")
         record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
@@ -174,7 +173,7 @@ def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> Non
             logger.warning("stopped after step %d and saved: %s", step, reason)
 
 
-def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[FlatStep] | None:
+def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[StepBuffer] | None:
     """The training stream from `position` on, on the one rank of each replica that reads it.
 
     Raises:
@@ -182,7 +181,7 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
     """
     if not is_reader(groups.mp):
         return None
-    encoder = build_encoder(cfg.data, cfg.model)
+    encoder = build_processor(cfg.data, cfg.model)
     return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), row_multiple(cfg), position)
 
 
@@ -192,7 +191,7 @@ def train_step(
     loss_cfg: LossConfig,
     step: int,
     groups: ProcessGroupCollection,
-    average: WeightAverage | None = None,
+    average: ExponentialMovingAverage | None = None,
     finite: FiniteSteps | None = None,
 ) -> tuple[dict[str, float | str], list[LossShare]]:
     """Embed, compare, weight by hardness, update: one step over this rank's micro batches, which are on its device.

@@ -11,8 +11,8 @@ import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_command
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.config import ParallelConfig
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +32,6 @@ def openmoji_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def groups() -> Iterator[ProcessGroupCollection]:
     """Process groups of the test process alone."""
     cpu_emulation.enable()
-    parallel.start_processes(60)
-    yield parallel.init(ParallelConfig())
-    parallel.shut_down()
+    process_groups.initialize_distributed(60)
+    yield process_groups.initialize_model_parallel(ParallelConfig())
+    process_groups.destroy_distributed()

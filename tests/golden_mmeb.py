@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from megatron_llave.batch import Side
-from megatron_llave.data.file_inputs import FileInputs
-from megatron_llave.data.ranking_task import RankingTask
-from megatron_llave.data.sources.mmeb_evaluation import choose_sets, read_task
+from megatron_llave.embedding.inputs import FileInputs
+from megatron_llave.evaluation.benchmarks.mmeb import choose_sets, read_task
+from megatron_llave.evaluation.task import RankingTask
 
 GOLDEN = Path(__file__).parent / "golden" / "mmeb" / "eval"
 NAMES = ["CIRR", "ImageNet-1K", "MSCOCO_t2i", "RefCOCO-Matching"]

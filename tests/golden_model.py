@@ -7,8 +7,8 @@ import tokenizers
 import torch
 
 from megatron_llave.batch import PackedSequences
-from megatron_llave.data.images import visual_layout
 from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
+from megatron_llave.models.llava_onevision.anyres import visual_layout
 
 GOLDEN = Path(__file__).parent / "golden"
 ONEVISION, QWEN = GOLDEN / "hf_tiny", GOLDEN / "hf_tiny_llava_qwen"

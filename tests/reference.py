@@ -5,11 +5,9 @@ import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
-from megatron_llave.config_model import ModelConfig
-from megatron_llave.data.images import VisualLayout
-from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
-from megatron_llave.data.prompts import IMAGE
-from megatron_llave.loss import NegativeRules
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
+from megatron_llave.loss.contrastive import NegativeRules
 
 
 def dense_contrastive_loss(

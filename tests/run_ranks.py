@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TAIL_CHARACTERS = 12000
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megatron_llave.train", "megatron_llave.evaluate"])
+FORKS.set_forkserver_preload(["megatron_llave.train", "megatron_llave.evaluation.evaluate"])
 
 
 def run_ranks(world: int, script: str | Path, *args: str, timeout: float = 300) -> str:

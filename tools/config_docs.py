@@ -1,6 +1,6 @@
 """Write docs/configuration.md: every key of a run's configuration, from the docstrings beside the fields.
 
-    python tools/config_docs.py          # a test compares the file with what this makes
+python tools/config_docs.py          # a test compares the file with what this makes
 """
 
 import ast
@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from megatron_llave.config import RunConfig, SubsetConfig
+from megatron_llave.config.schema import RunConfig, SubsetConfig
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 Every key of the YAML file that `--config` names, and of the overrides after it (`section.key=value`). Made from the
-docstrings in `megatron_llave/config.py` and `config_model.py` by `python tools/config_docs.py`; do not edit it.
+docstrings in `megatron_llave/config/` by `python tools/config_docs.py`; do not edit it.
 """
 MAPS = {"subsets": SubsetConfig}
 """Fields that map names to sections of their own."""

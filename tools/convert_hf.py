@@ -9,13 +9,14 @@ python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
 import argparse
 import sys
 
-from megatron_llave import conversion, cpu_emulation, parallel
-from megatron_llave.config import ParallelConfig
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.convert import hf
+from megatron_llave.convert.inspect import inspect
+from megatron_llave.convert.verify import verify
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.inspection import inspect
-from megatron_llave.presets import PRESETS
-from megatron_llave.run_log import quiet_dependencies
-from megatron_llave.verification import verify
+from megatron_llave.training.logger import quiet_dependencies
 
 LAYOUTS = ("llava_onevision", "llava_qwen")
 TIMEOUT_SECONDS = 600
@@ -50,16 +51,16 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
     if args.command == "verify":
         return verify(args.hf, args.checkpoint, args.text, args.image)
-    groups = parallel.init(ParallelConfig())
+    groups = process_groups.initialize_model_parallel(ParallelConfig())
     if args.command == "inspect":
         return inspect(args.folder, groups)
     if args.command == "import":
-        print(f"checkpoint: {conversion.import_hf(args.source, args.out, groups, args.preset)}")
+        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset)}")
     else:
         if not args.shard_size > 0:
             raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")
         options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9))
-        notes = conversion.export_hf(args.source, args.out, groups, *options)
+        notes = hf.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
     return 0
 
@@ -70,10 +71,10 @@ def main() -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        if parallel.start_processes(TIMEOUT_SECONDS) > 1:
+        if process_groups.initialize_distributed(TIMEOUT_SECONDS) > 1:
             raise ConfigError("tools/convert_hf.py runs in one process; start it with python, not torchrun")
         status = run(args)
-        parallel.shut_down()
+        process_groups.destroy_distributed()
     sys.exit(status)
 
 

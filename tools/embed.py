@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from rich.progress import track
 
-from megatron_llave import parallel
 from megatron_llave.batch import Side
-from megatron_llave.embedding import LoadedModel, embed, load_model
-from megatron_llave.embedding_files import count_lines, embedding_file, read_parts
+from megatron_llave.distributed import process_groups
+from megatron_llave.embedding.embedder import LoadedModel, embed, load_model
+from megatron_llave.embedding.jsonl import count_lines, read_parts
+from megatron_llave.embedding.vector_files import embedding_file
 from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
 PART = 4096
@@ -50,7 +51,7 @@ def main() -> None:
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
         parts = embedded_file(model, args.jsonl, num_rows) if args.jsonl else embedded_arguments(model, args)
         write_parts(parts, args.out, num_rows, model, args.checkpoint)
-        parallel.shut_down()
+        process_groups.destroy_distributed()
 
 
 def embedded_file(model: LoadedModel, path: str, num_rows: int) -> Iterator[tuple[list[str], torch.Tensor]]:

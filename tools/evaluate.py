@@ -23,23 +23,23 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.progress import Progress, TextColumn
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.config import RunConfig
-from megatron_llave.corpus_retrieval import evaluate_retrieval, parse_depths, read_retrieval
-from megatron_llave.data.evaluation_sets import read_evaluation
-from megatron_llave.data.index import hold_folder
-from megatron_llave.data.sources.mmeb_evaluation import SETS, choose_sets, read_task
-from megatron_llave.data.sources.video_sets import FORMATS, read_videos
-from megatron_llave.embedding import embed_parts, load_model
+from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding.embedder import embed_parts, load_model
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.evaluate import evaluate
-from megatron_llave.paper_results import MMEB
-from megatron_llave.presets import PRESETS
-from megatron_llave.pretrained import find_pretrained
-from megatron_llave.ranking_evaluation import TIES, evaluate_tasks
-from megatron_llave.report import print_table, write_report
-from megatron_llave.run_log import LOG_FILE, quiet_dependencies, read_log
-from megatron_llave.video_retrieval import evaluate_videos
+from megatron_llave.evaluation.benchmarks.corpus import evaluate_retrieval, read_retrieval
+from megatron_llave.evaluation.benchmarks.mmeb import SETS, choose_sets, read_task
+from megatron_llave.evaluation.benchmarks.prepared import read_evaluation
+from megatron_llave.evaluation.benchmarks.video import FORMATS, evaluate_videos, read_videos
+from megatron_llave.evaluation.evaluate import evaluate
+from megatron_llave.evaluation.metrics import parse_depths
+from megatron_llave.evaluation.scoring import TIES, evaluate_tasks
+from megatron_llave.files import lock_folder
+from megatron_llave.report.evaluation_report import print_table, write_report
+from megatron_llave.report.paper_results import MMEB
+from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         cpu_emulation.enable()
         with held_output(args):
             args.run(args)
-        parallel.shut_down()
+        process_groups.destroy_distributed()
 
 
 def add_command(
@@ -95,7 +95,7 @@ def held_output(args: argparse.Namespace) -> Iterator[None]:
     """The folder of --out, made and held by the first rank: before hours of work, and against a second evaluation."""
     find_pretrained(args.checkpoint)  # a mistyped one leaves no folder behind
     args.out = args.out or str(Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation"))
-    with hold_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    with lock_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
         yield
 
 

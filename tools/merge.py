@@ -8,11 +8,11 @@ folder is imported first.
 
 import argparse
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.config import ParallelConfig
+from megatron_llave.checkpoint.merge import merge
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.merging import merge
-from megatron_llave.run_log import quiet_dependencies
+from megatron_llave.training.logger import quiet_dependencies
 
 TIMEOUT_SECONDS = 600
 
@@ -27,10 +27,10 @@ def main() -> None:
         quiet_dependencies()
         cpu_emulation.enable()
         parts = list(map(parse_part, args.parts))
-        if parallel.start_processes(TIMEOUT_SECONDS) > 1:
+        if process_groups.initialize_distributed(TIMEOUT_SECONDS) > 1:
             raise ConfigError("tools/merge.py runs in one process; start it with python, not torchrun")
-        print(f"checkpoint: {merge(parts, args.out, parallel.init(ParallelConfig()))}")
-        parallel.shut_down()
+        print(f"checkpoint: {merge(parts, args.out, process_groups.initialize_model_parallel(ParallelConfig()))}")
+        process_groups.destroy_distributed()
 
 
 def parse_part(text: str) -> tuple[str, float]:

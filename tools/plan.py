@@ -13,13 +13,12 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from megatron_llave import config_file
-from megatron_llave.config import RunConfig
-from megatron_llave.config_model import require
-from megatron_llave.data.pair_shapes import Kind, SideShape, mmeb_like, read_kinds
-from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.run_log import quiet_dependencies
-from megatron_llave.run_plan import SMALL_PART, Plan, count_parameters, find_fit, make_plan
+from megatron_llave.config.load import load_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
+from megatron_llave.planning.plan import SMALL_PART, Plan, count_parameters, find_fit, make_plan
+from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
 
@@ -49,7 +48,7 @@ def main() -> None:
         require(args.gpus >= 1, f"--gpus {args.gpus} must be at least 1")
         require(0 < args.gpu_memory < 1e6, f"--gpu-memory {args.gpu_memory:g} must be gigabytes of one GPU, such as 80")
         data = [f"data.path={args.data}"] if args.data else []
-        cfg = config_file.load(args.config, [*args.overrides, *data])
+        cfg = load_config(args.config, [*args.overrides, *data])
         kinds, source = pairs_of(args, cfg)
         show(make_plan(cfg, args.gpus, kinds), kinds, source, args)
 

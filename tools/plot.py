@@ -10,10 +10,9 @@ import json
 import math
 from pathlib import Path
 
-from megatron_llave.config_model import require
-from megatron_llave.errors import DataError, exit_with_one_line
-from megatron_llave.figures import plot_runs
-from megatron_llave.run_log import EVALUATIONS_FILE, LOG_FILE, read_log
+from megatron_llave.errors import DataError, exit_with_one_line, require
+from megatron_llave.report.plots import plot_runs
+from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
 
 def main() -> None:

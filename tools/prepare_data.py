@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_llave.data import audit
-from megatron_llave.data.images import MAX_PIXELS
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS, Index, Subset
-from megatron_llave.data.preparation import REPORT_FILE
-from megatron_llave.data.sources import mmeb, openmoji, openmoji_clips, pairs_jsonl
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.presets import PRESETS
+from megatron_llave.prepare import audit, jsonl, mmeb
+from megatron_llave.prepare.openmoji import clips, prepare
+from megatron_llave.prepare.shard_jobs import REPORT_FILE
 
 MODALITIES = ("text", "image", "both")
 MOST_WORKERS = 8
@@ -104,7 +104,7 @@ def _add_output(command: argparse.ArgumentParser, default_workers: int) -> None:
 def run_openmoji(given: argparse.Namespace) -> int:
     """Make the embedded data."""
     with progress_bar() as report:
-        index = openmoji.prepare(
+        index = prepare.prepare(
             given.out,
             image_size=given.image_size,
             seed=given.seed,
@@ -137,7 +137,7 @@ def run_mmeb(given: argparse.Namespace) -> int:
 def run_jsonl(given: argparse.Namespace) -> int:
     """Make shards of the user's own pairs."""
     with progress_bar() as report:
-        made = pairs_jsonl.prepare(
+        made = jsonl.prepare(
             given.source,
             given.out,
             meta_task=given.meta_task,
@@ -151,8 +151,8 @@ def run_jsonl(given: argparse.Namespace) -> int:
 
 def run_clips(given: argparse.Namespace) -> int:
     """Make videos of emoji."""
-    count = openmoji_clips.make_clips(given.out, given.count, given.overwrite)
-    print(f"wrote {count} videos and {given.out}/{openmoji_clips.MANIFEST}")
+    count = clips.make_clips(given.out, given.count, given.overwrite)
+    print(f"wrote {count} videos and {given.out}/{clips.MANIFEST}")
     return 0
 
 

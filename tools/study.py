@@ -11,13 +11,12 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_llave import config_file
-from megatron_llave.config import RunConfig
-from megatron_llave.config_model import require
-from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.paper_results import ABLATION_NOTES, ABLATIONS
+from megatron_llave.config.load import load_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.report.paper_results import ABLATION_NOTES, ABLATIONS
 from megatron_llave.study.arms import STUDIES, Run, Study, plan
-from megatron_llave.study.communication import plan_launches, run_communication
+from megatron_llave.study.communication.study import plan_launches, run_communication
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, is_finished
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     require(args.out != "" and "${" not in args.out, f"--out {args.out!r} is no name for a folder of runs")
     wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
     require(args.processes >= args.per_run >= 1, wrong)
-    cfg, out = config_file.load(args.config, args.overrides), Path(args.out).absolute()
+    cfg, out = load_config(args.config, args.overrides), Path(args.out).absolute()
     if args.study == COMMUNICATION:
         useless = bool(args.arm or args.task or args.start) or args.per_run != 1
         require(not useless, "study communication takes --processes and overrides: it has no arms, tasks or seeds")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def deal(lengths: Sequence[int], num_micro_batches: int) -> list[list[int]]:
+def balance_micro_batches(lengths: Sequence[int], num_micro_batches: int) -> list[list[int]]:
     """Positions in `lengths` (positive, tokens) of each micro batch, rising; none is empty if there are enough.
 
     Longest first, each to the micro batch with the fewest tokens so far: the longest micro batch is at most

@@ -3,11 +3,6 @@
 Written last by every source, read first by the training stream. The tars themselves are shards.py's.
 """
 
-import fcntl
-import json
-import os
-import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import AGAIN, VERSION, lock_folder, read_json, write_json
 
 FORMAT = "megatron_llave pairs"
-VERSION = 1
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 INDEX_FILE = "index.json"
-AGAIN = "make it again or copy it again"
 
 
 @dataclass(frozen=True)
@@ -60,38 +54,6 @@ class Index:
     """By name of the subset."""
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON; the file takes its name only when it is whole, whoever else writes it."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # of a full disk
-
-
-def read_json(path: str | Path, file_format: str, hint: str) -> dict[str, Any]:
-    """Read what `write_json` wrote and check its `format` and `version`.
-
-    Raises:
-        DataError: the file is missing (the message ends in `hint`), no JSON, or of another format or version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; {hint}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {AGAIN}") from error
-    if not isinstance(value, dict) or value.get("format") != file_format:
-        raise DataError(f"{path} is not a {file_format!r} file; {hint}")
-    if value.get("version") != VERSION:
-        version = value.get("version")
-        raise DataError(f"{path} has version {version!r}, this code reads version {VERSION}; make it again")
-    return value
-
-
 def write_index(directory: str | Path, index: Index) -> None:
     """Write `index.json`, which makes a folder of shards a whole one: write it last."""
     subsets = {
@@ -109,43 +71,9 @@ def fill_folder(directory: str | Path, overwrite: bool) -> Iterator[None]:
         DataError: the folder holds a finished index and `overwrite` is false, or see hold_folder.
     """
     directory = Path(directory)
-    with hold_folder(directory):
+    with lock_folder(directory):
         _clear_finished(directory, overwrite)
         yield
-
-
-@contextmanager
-def hold_folder(directory: str | Path) -> Iterator[None]:
-    """Keep other processes from writing into a folder, which is made when missing.
-
-    Raises:
-        DataError: it cannot be made or written into, or another process holds it.
-    """
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        held = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"folder {directory} cannot be made: {error.strerror}; choose another") from error
-    try:
-        _lock(held, directory)
-        try:
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise DataError(f"folder {directory} cannot be written into: {error.strerror}; choose another") from error
-        yield
-    finally:
-        os.close(held)
-
-
-def _lock(held: int, directory: Path) -> None:
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when this process ends, however it does
-    except BlockingIOError as error:
-        raise DataError(f"another process is writing into {directory}; wait for it or choose another folder") from error
-    except OSError:
-        pass  # a file system without locks, as some network ones
 
 
 def _clear_finished(directory: Path, overwrite: bool) -> None:

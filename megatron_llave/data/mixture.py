@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_llave.config import RunConfig, SubsetConfig
+from megatron_llave.config.schema import RunConfig, SubsetConfig
 from megatron_llave.data.index import Index
 from megatron_llave.errors import ConfigError
 

@@ -1,29 +1,44 @@
 """Pairs -> one packed row per micro batch: queries, targets, hard negatives, end to end, padded only at the row's end.
 
-Encoder turns one side of a pair into ids, tiles and layouts, encode_pairs all sides of many; pack_sequences lays
-encoded sequences into the row and resolves every visual token to its row of the tiles' features.
+A model family's Processor turns one query or target into ids, tiles and layouts, encode_pairs those of many pairs;
+pack_sequences lays encoded sequences into the row and resolves every visual token to its row of the tiles' features.
 Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens, u blended rows.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
-from megatron_llave.config import DataConfig
-from megatron_llave.config_model import ModelConfig
-from megatron_llave.data import images
-from megatron_llave.data.prompts import IMAGE, count_placeholders, encode_prompt, remove_placeholders
-from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.errors import DataError
+
+NEWLINE = -1
+"""Stands in a visual layout for the learned image_newline vector."""
+
+
+@dataclass(frozen=True, eq=False)
+class VisualLayout:
+    """Where each visual token of an image comes from: one row of its features, several rows blended, or the newline."""
+
+    source: np.ndarray
+    """int64 [v]: row of the image's own features [k * p]; k * p + j for its blended row j; or NEWLINE."""
+    blend_source: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """int64 [u, 4]: rows of the image's own features that a blended row is made of."""
+    blend_weights: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    """float32 [u, 4]: what each of them counts."""
+
+    def __len__(self) -> int:
+        """v."""
+        return len(self.source)
+
+
+IMAGE = -200
+"""Stands in the ids for all visual tokens of one image; never a vocabulary id."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class EncodedSequence:
     """Ids, with IMAGE once per image."""
     tiles: list[np.ndarray]
     """Per image uint8 [k_i, 3, size, size]."""
-    layouts: list[images.VisualLayout]
+    layouts: list[VisualLayout]
     """Per image."""
     blank: bool = False
     """Its images are stand-ins, one tile each, which the vision tower sees as zeros."""
@@ -79,128 +94,19 @@ class EncodedPair:
         return sum(sequence.length for sequence in (self.query, self.target, *self.hard_negatives))
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Everything that turns a Side into an EncodedSequence; holds no state."""
-
-    tokenizer: Tokenizer
-    template: str
-    """qwen or plain."""
-    max_length: int
-    """Longest sequence in tokens, visual tokens counted."""
-    grids: images.Grids
-    """Anyres grids (columns, rows); empty: one squashed tile."""
-    tile_size: int
-    """Side of a tile, pixels."""
-    patch_size: int
-    """Side of a patch, pixels."""
-    anyres_max_tiles: int | None = 9
-    """Tiles' worth of patches that a much larger feature map is interpolated to; None: every patch is kept."""
-    image_token_without_image: str = "blank"
-    """What the qwen template does with placeholders in a text without any image: blank or remove."""
-    max_image_pixels: int = images.MAX_PIXELS
-    """Larger pictures are refused before they are decoded."""
-    too_long: str = "cut"
-    """A text beyond max_length: cut, or skip (an error)."""
-    video_newline: str = "one_token"
-    """One of images.VIDEO_NEWLINES."""
+class Processor(Protocol):
+    """What packing needs of a model family's processor; models/__init__.py says which family brings which one."""
 
     @property
     def tile_shape(self) -> TileShape:
-        """Pixels and patches of the tiles this encoder makes."""
-        return TileShape(self.tile_size, (self.tile_size // self.patch_size) ** 2)
+        """Pixels and patches of the tiles that `encode` makes."""
 
     def encode(self, side: Side) -> EncodedSequence:
-        """Tokenize, decode, cut tiles.
-
-        A `qwen` placeholder in a text without any image stands for a blank tile, of zeros after normalisation, as in
-        the released code; or it is removed (prompts.remove_placeholders).
+        """Token ids, tiles and layouts of one input.
 
         Raises:
-            BadImageError: an image cannot be read.
-            DataError: the images alone exceed max_length, or the text does and `too_long` is skip; or there are more
-                placeholders than images.
+            DataError: an image cannot be read, or the input does not fit into the longest sequence.
         """
-        if side.frames is not None:
-            return self._encode_video(side.text, side.frames)
-        text, pictures = side.text, [images.decode_image(data, self.max_image_pixels) for data in side.images]
-        layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
-        num_blank = 0
-        if self.template == "qwen" and not pictures:
-            if self.image_token_without_image == "remove":
-                text = remove_placeholders(text)
-            num_blank = count_placeholders(text)
-            layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
-        visual_tokens = sum(map(len, layouts))
-        tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
-        tiles = [images.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
-        tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
-        return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
-
-    def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
-        """One squashed tile a frame; the video is one image to the prompt."""
-        cut = [images.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
-        layout = images.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
-        tokens, is_cut = self._tokens(text, 1, len(layout))
-        return EncodedSequence(tokens, [np.concatenate(cut)], [layout], is_cut=is_cut)
-
-    def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
-        """Ids of the prompt, and whether its text was cut."""
-        encode = partial(encode_prompt, text, num_images, self.tokenizer, self.template)
-        tokens = encode(self.max_length, visual_tokens)
-        may_be_cut = len(tokens) - num_images + visual_tokens == self.max_length
-        is_cut = may_be_cut and len(encode(sys.maxsize, visual_tokens)) > len(tokens)
-        if is_cut and self.too_long == "skip":
-            raise DataError(f"text of {len(text)} characters is beyond data.max_length={self.max_length} tokens")
-        return tokens, is_cut
-
-    def _layout(self, width: int, height: int, grids: images.Grids) -> images.VisualLayout:
-        patches = self.tile_size // self.patch_size
-        return images.visual_layout(width, height, grids, self.tile_size, patches, self.anyres_max_tiles)
-
-
-def build_encoder(cfg_data: DataConfig, cfg_model: ModelConfig) -> Encoder:
-    """The encoder of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
-
-    Raises:
-        DataError: the tokenizer is missing or damaged.
-        ConfigError: the tokenizer has more ids than the model's embedding.
-    """
-    path = find_tokenizer(cfg_data)
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > cfg_model.language.vocab_size:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab_size} token ids, more than "
-            f"model.language.vocab_size={cfg_model.language.vocab_size}"
-        )
-    return Encoder(
-        tokenizer=tokenizer,
-        template=cfg_data.prompt,
-        max_length=cfg_data.max_length,
-        grids=tuple((columns, rows) for columns, rows in cfg_model.image_grids),
-        tile_size=cfg_model.vision.image_size,
-        patch_size=cfg_model.vision.patch_size,
-        anyres_max_tiles=cfg_model.anyres_max_tiles,
-        image_token_without_image=cfg_data.image_token_without_image,
-        max_image_pixels=cfg_data.max_image_pixels,
-        too_long=cfg_data.too_long,
-        video_newline=cfg_data.video_newline,
-    )
-
-
-def find_tokenizer(cfg_data: DataConfig) -> Path:
-    """The file that `data.tokenizer` names, or the tokenizer beside the data.
-
-    Raises:
-        DataError: there is none beside the data.
-    """
-    if cfg_data.tokenizer:
-        return Path(cfg_data.tokenizer)
-    directory = Path(cfg_data.path)
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (directory / name).is_file():
-            return directory / name
-    raise DataError(f"{directory} has neither tokenizer.model nor tokenizer.json; set data.tokenizer")
 
 
 def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, tile_shape: TileShape) -> PackedSequences:
@@ -244,7 +150,7 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     )
 
 
-def _merge_layouts(layouts: Sequence[images.VisualLayout], num_rows: np.ndarray) -> dict[str, Tensor]:
+def _merge_layouts(layouts: Sequence[VisualLayout], num_rows: np.ndarray) -> dict[str, Tensor]:
     """The images' layouts as fields of PackedSequences; image i has num_rows[i] rows of features."""
     num_blended = np.array([len(layout.blend_source) for layout in layouts], np.int64)
     rows_before = np.cumsum(num_rows) - num_rows  # rows of the images before each image
@@ -255,7 +161,7 @@ def _merge_layouts(layouts: Sequence[images.VisualLayout], num_rows: np.ndarray)
     of_image = np.repeat(np.arange(len(layouts)), np.array([len(layout) for layout in layouts], np.int64))  # [v]
     blended_row = newline + 1 + (blended_before - num_rows)[of_image] + own_row
     source = np.where(own_row < num_rows[of_image], rows_before[of_image] + own_row, blended_row)
-    source[own_row == images.NEWLINE] = newline
+    source[own_row == NEWLINE] = newline
     if not num_blended.any():
         return {"visual_source": torch.from_numpy(source)}
     blend_source = np.concatenate([layout.blend_source + rows for layout, rows in zip(layouts, rows_before)])
@@ -268,7 +174,7 @@ def _merge_layouts(layouts: Sequence[images.VisualLayout], num_rows: np.ndarray)
 
 
 def encode_pairs(
-    pairs: Sequence[Pair | DataError], encoder: Encoder, hard_negatives: int, report: Callable[[str], None]
+    pairs: Sequence[Pair | DataError], encoder: Processor, hard_negatives: int, report: Callable[[str], None]
 ) -> list[EncodedPair]:
     """Encode pairs with the first `hard_negatives` of each.
 
@@ -290,7 +196,7 @@ def encode_pairs(
     return encoded
 
 
-def _encode_side(side: Side, encoder: Encoder) -> EncodedSequence:
+def _encode_side(side: Side, encoder: Processor) -> EncodedSequence:
     if not side.images and not side.text.strip():
         raise DataError("a side has neither text nor picture")
     return encoder.encode(side)

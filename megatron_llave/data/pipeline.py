@@ -22,15 +22,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_llave.batch import Pair, StepBatches
-from megatron_llave.config import RunConfig
-from megatron_llave.data.balance import deal
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.balance import balance_micro_batches
 from megatron_llave.data.index import Index, Subset
 from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
-from megatron_llave.data.packing import Encoder, encode_pairs, pack_pairs, stable_hash
+from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs, stable_hash
 from megatron_llave.data.shard_reader import ShardReader
+from megatron_llave.data.step_buffer import StepBuffer, pack_step
 from megatron_llave.data.storage import Storage, open_storage
 from megatron_llave.errors import ConfigError, DataError, UserError
-from megatron_llave.flat_step import FlatStep, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class StepPlan:
 class TrainStep:
     """A step's data, and what the rank knows about it."""
 
-    data: FlatStep
+    data: StepBuffer
     num_pairs: int
     """Pairs this rank was to read."""
     problems: list[str]
@@ -72,8 +72,8 @@ class TrainStep:
 
 
 def build_train_stream(
-    cfg: RunConfig, encoder: Encoder, rank: int, world: int, pad_to_multiple: int, position: dict | None = None
-) -> Iterator[FlatStep]:
+    cfg: RunConfig, encoder: Processor, rank: int, world: int, pad_to_multiple: int, position: dict | None = None
+) -> Iterator[StepBuffer]:
     """Endless stream of steps: the micro batches of data-parallel rank `rank` of `world`, flattened.
 
     A step's pairs and their order depend on seed and step alone; over ranks and micro batches they are
@@ -230,7 +230,7 @@ class StepReader(Dataset):
     mixture: Mixture
     subsets: dict[str, Subset]
     shards: ShardReader
-    encoder: Encoder
+    encoder: Processor
     shares: list[slice]
     """Pairs of the global batch that this rank takes, per micro batch."""
     hard_negatives: int
@@ -258,7 +258,7 @@ class StepReader(Dataset):
             num_skipped.append(len(pairs) - len(encoded[-1]))
         if self.balance:
             together = list(itertools.chain(*encoded))
-            dealt = deal([pair.length for pair in together], len(encoded))
+            dealt = balance_micro_batches([pair.length for pair in together], len(encoded))
             encoded = [[together[i] for i in part] for part in dealt]
         subset = "+".join(sorted({name for name, _ in plan.parts}))
         shape = self.encoder.tile_shape
@@ -266,7 +266,7 @@ class StepReader(Dataset):
             pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape)
             for pairs, skipped in zip(encoded, num_skipped)
         ]
-        data = flatten(StepBatches(batches, plan.position))
+        data = pack_step(StepBatches(batches, plan.position))
         return TrainStep(data, sum(share.stop - share.start for share in self.shares), problems)
 
     def _pair(self, name: str, shard: int, number: int) -> Pair | DataError:
@@ -290,7 +290,7 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_obey_parent_alone,
+        worker_init_fn=_ignore_torchrun_signals,
         generator=torch.Generator(),  # its own, for the loader draws a seed from it
     )
     try:
@@ -306,7 +306,7 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
 
 
-def _obey_parent_alone(worker: int) -> None:
+def _ignore_torchrun_signals(worker: int) -> None:
     """Ignore SIGTERM and SIGUSR1 of others: torchrun sends them to all processes, but the training wants its step."""
     signals = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that are started from now on inherit it

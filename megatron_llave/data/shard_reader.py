@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_llave.batch import Pair
-from megatron_llave.data.index import AGAIN, Shard
+from megatron_llave.data.index import Shard
 from megatron_llave.data.shards import unpack_pair
 from megatron_llave.data.storage import Storage
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
+from megatron_llave.files import AGAIN
 
 
 class ShardReader:

@@ -20,9 +20,10 @@ from PIL import Image
 from webdataset import TarWriter
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.index import AGAIN, Shard, Subset
+from megatron_llave.data.index import Shard, Subset
 from megatron_llave.data.tar_members import KEY, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
+from megatron_llave.files import AGAIN
 
 SUFFIXES = {"JPEG": "jpg"}
 

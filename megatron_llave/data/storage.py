@@ -19,9 +19,10 @@ from pathlib import Path
 
 from webdataset.gopen import gopen
 
-from megatron_llave.config import DataConfig
-from megatron_llave.data.index import AGAIN, INDEX_FILE, Index, Shard, check_size, parse_index, read_index
+from megatron_llave.config.schema import DataConfig
+from megatron_llave.data.index import INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
+from megatron_llave.files import AGAIN
 
 REMOTE = re.compile(r"(https?://|pipe:)")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_llave.data.index import AGAIN
 from megatron_llave.errors import DataError
+from megatron_llave.files import AGAIN
 
 # WebDataset cuts a member's name at the first dot of its last part; tar's own limit for a name is 100 characters.
 KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")

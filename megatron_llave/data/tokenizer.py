@@ -1,6 +1,6 @@
 """Text -> token ids, from a SentencePiece `.model` or a Hugging Face `tokenizer.json`, behind one small interface.
 
-Used by prompts.py, which puts the chat template around the text.
+Used by models/llava_onevision/prompt.py, which puts the chat template around the text.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from megatron_llave.config.schema import DataConfig
 from megatron_llave.errors import DataError
 
 # The end-of-sequence tokens in use, most specific first: Qwen's chat models end a turn with <|im_end|>.
@@ -112,3 +113,18 @@ def _cached(encode: Callable[[str], list[int]]) -> Callable[[str], tuple[int, ..
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def find_tokenizer(cfg_data: DataConfig) -> Path:
+    """The file that `data.tokenizer` names, or the tokenizer beside the data.
+
+    Raises:
+        DataError: there is none beside the data.
+    """
+    if cfg_data.tokenizer:
+        return Path(cfg_data.tokenizer)
+    directory = Path(cfg_data.path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (directory / name).is_file():
+            return directory / name
+    raise DataError(f"{directory} has neither tokenizer.model nor tokenizer.json; set data.tokenizer")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_llave.config import RunConfig
-from megatron_llave.config_model import require
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import require
 
 ALPHAS = (0, 0.5, 1, 2, 5, 9, 12, 15)
 """Hardness weights of the sweep: those of the paper's figure 7, and beyond."""

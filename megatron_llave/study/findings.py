@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.errors import DataError
-from megatron_llave.run_log import LOG_FILE, read_log
 from megatron_llave.study.arms import START, UNTRAINED, Run, Study, run_name
 from megatron_llave.study.paired import Comparison, compare
 from megatron_llave.study.run_folder import EVALUATION, is_finished
+from megatron_llave.training.logger import LOG_FILE, read_log
 
 IND, OOD, ALL = "in distribution", "out of distribution", "all held out"
 OUTCOMES = (ALL, IND, OOD)

@@ -20,12 +20,11 @@ from typing import IO
 import psutil
 import torch
 
-from megatron_llave import config_file
-from megatron_llave.checkpoint import differences
-from megatron_llave.config import RunConfig
-from megatron_llave.config_model import require
-from megatron_llave.errors import CheckpointError, ConfigError
-from megatron_llave.figures import replacing
+from megatron_llave.checkpoint.folders import differences
+from megatron_llave.config.load import load_config, save_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import CheckpointError, ConfigError, require
+from megatron_llave.files import atomic_write
 from megatron_llave.study.arms import Run
 from megatron_llave.study.run_folder import (
     OUTPUT,
@@ -76,8 +75,8 @@ def check_study(plan: Plan, name: str) -> None:
     Raises:
         ConfigError: its runs are of another study, base configuration, start or number of processes.
     """
-    cfg = config_file.load(plan.config, plan.overrides)
-    start = config_file.load(plan.start_config, plan.overrides) if plan.start_config else None
+    cfg = load_config(plan.config, plan.overrides)
+    start = load_config(plan.start_config, plan.overrides) if plan.start_config else None
     own = {"study": name, "config": asdict(cfg), "start": start and asdict(start), "processes per run": plan.per_run}
     own = json.loads(json.dumps(own))
     file = plan.out / STUDY
@@ -214,8 +213,8 @@ def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
         lock.close()
         return None
     require_same_settings(folder, cfg)  # another study may have begun it since the check
-    with replacing(folder / PLANNED) as temporary:
-        config_file.save(cfg, temporary)
+    with atomic_write(folder / PLANNED) as temporary:
+        save_config(cfg, temporary)
     steps = commands(plan, run, cfg)
     return _Active(run, slot, steps, _launch(plan, folder, next(steps), slot, lock), lock, time.monotonic())
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import psutil
 
-from megatron_llave import config_file
-from megatron_llave.checkpoint import differences
-from megatron_llave.config import RunConfig
-from megatron_llave.config_model import require
-from megatron_llave.data.evaluation_sets import is_prepared
-from megatron_llave.errors import CheckpointError
-from megatron_llave.fault_tolerance import STATE_FILE
+from megatron_llave.checkpoint.folders import differences
+from megatron_llave.config.load import load_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import CheckpointError, require
+from megatron_llave.evaluation.benchmarks.prepared import is_prepared
 from megatron_llave.study.arms import START, Run
+from megatron_llave.training.fault_tolerance import STATE_FILE
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PLANNED = "planned.yaml"
@@ -63,7 +62,7 @@ class Plan:
         Raises:
             ConfigError: it cannot work.
         """
-        return config_file.load(self.config_of(run), self.overrides_of(run))
+        return load_config(self.config_of(run), self.overrides_of(run))
 
 
 def quoted(path: Path) -> str:
@@ -121,7 +120,7 @@ def require_same_settings(folder: Path, cfg: RunConfig) -> None:
     """
     planned = folder / PLANNED
     if planned.is_file():
-        before, now = asdict(config_file.load(planned)), asdict(cfg)
+        before, now = asdict(load_config(planned)), asdict(cfg)
         for one in (before, now):  # paths, which may be written in another way
             del one["train"]["output"], one["checkpoint"]["init"]
         changed = "; ".join(differences(before, now))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llave.data.balance import deal
+from megatron_llave.data.balance import balance_micro_batches
 
 
 def longest(lengths, parts):
@@ -28,12 +28,12 @@ def best(lengths, count):
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 5000), max_size=60), st.integers(1, 12))
 def test_every_pair_is_dealt_once_and_keeps_its_order(lengths, count):
-    parts = deal(lengths, count)
+    parts = balance_micro_batches(lengths, count)
     assert len(parts) == count
     assert sorted(itertools.chain(*parts)) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in parts)
     assert sum(not part for part in parts) == max(0, count - len(lengths))
-    assert deal(lengths, count) == parts
+    assert balance_micro_batches(lengths, count) == parts
 
 
 @settings(deadline=None, derandomize=True)
@@ -41,14 +41,14 @@ def test_every_pair_is_dealt_once_and_keeps_its_order(lengths, count):
 def test_never_longer_than_in_order(sizes, data):
     count, per_batch = sizes
     lengths = data.draw(st.lists(st.integers(1, 5000), min_size=count * per_batch, max_size=count * per_batch))
-    assert longest(lengths, deal(lengths, count)) <= longest(lengths, in_order(lengths, count))
+    assert longest(lengths, balance_micro_batches(lengths, count)) <= longest(lengths, in_order(lengths, count))
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
 def test_within_the_bound_of_longest_first(lengths, count):
     bound = 4 / 3 - 1 / (3 * count)
-    assert longest(lengths, deal(lengths, count)) <= bound * best(lengths, count) + 1e-9
+    assert longest(lengths, balance_micro_batches(lengths, count)) <= bound * best(lengths, count) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_within_the_bound_of_longest_first(lengths, count):
     ],
 )
 def test_known_deals(lengths, count, expected):
-    assert deal(lengths, count) == expected
+    assert balance_micro_batches(lengths, count) == expected

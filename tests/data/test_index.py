@@ -6,9 +6,10 @@ import os
 import pytest
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.index import Index, fill_folder, hold_folder, read_index, write_index, write_json
+from megatron_llave.data.index import Index, fill_folder, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import DataError
+from megatron_llave.files import lock_folder, write_json
 
 
 def prepared(folder, count=5):
@@ -117,7 +118,7 @@ def test_folder_that_is_being_written_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_into_is_named():
     with pytest.raises(DataError, match="folder /proc/self cannot be written into: .*; choose another"):
-        hold_folder("/proc/self").__enter__()
+        lock_folder("/proc/self").__enter__()
 
 
 def test_two_writers_of_a_file_have_names_of_their_own(tmp_path, monkeypatch):

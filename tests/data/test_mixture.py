@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from megatron_llave.config import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.schema import DataConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset
 from megatron_llave.data.mixture import Mixture, Source, build_mixture, draw_subsets
 

@@ -9,21 +9,22 @@ import torch
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config import DataConfig
-from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.data.images import NEWLINE, BadImageError, visual_layout
+from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.schema import DataConfig
+from megatron_llave.data.image_files import BadImageError
 from megatron_llave.data.packing import (
+    IMAGE,
+    NEWLINE,
     EncodedSequence,
-    Encoder,
     TileShape,
-    build_encoder,
     encode_pairs,
     pack_pairs,
     pack_sequences,
     stable_hash,
 )
-from megatron_llave.data.prompts import IMAGE
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.models.llava_onevision.anyres import visual_layout
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor, build_processor
 
 TILE, PATCH = 28, 14
 SHAPE = TileShape(size=TILE, patches=4)
@@ -41,7 +42,7 @@ class Letters:
 
 
 def encoder(template="plain", max_length=400, grids=GRIDS, **options):
-    return Encoder(Letters(), template, max_length, grids, TILE, PATCH, **options)
+    return LlavaOnevisionProcessor(Letters(), template, max_length, grids, TILE, PATCH, **options)
 
 
 def png(width, height, level):
@@ -330,25 +331,25 @@ def configs(tmp_path, vocab_size=10, **data):
 
 
 def test_build_encoder_from_the_configuration(tmp_path):
-    built = build_encoder(*configs(tmp_path))
+    built = build_processor(*configs(tmp_path))
     assert (built.template, built.max_length, built.grids) == ("plain", 99, ((1, 1), (2, 1)))
     assert built.tile_shape == TileShape(size=56, patches=16) and built.tokenizer.eos_id == 7
     assert (built.anyres_max_tiles, built.image_token_without_image) == (5, "blank")
-    assert build_encoder(*configs(tmp_path, image_token_without_image="remove")).image_token_without_image == "remove"
+    assert build_processor(*configs(tmp_path, image_token_without_image="remove")).image_token_without_image == "remove"
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
     data, model = configs(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
     data.path = str(elsewhere)
-    assert build_encoder(data, model).tokenizer.vocab_size == 8
+    assert build_processor(data, model).tokenizer.vocab_size == 8
 
 
 def test_build_encoder_errors(tmp_path):
     with pytest.raises(ConfigError, match="has 8 token ids, more than model.language.vocab_size=7"):
-        build_encoder(*configs(tmp_path, vocab_size=7))
+        build_processor(*configs(tmp_path, vocab_size=7))
     data, model = configs(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="neither tokenizer.model nor tokenizer.json"):
-        build_encoder(data, model)
+        build_processor(data, model)
     data.tokenizer = str(tmp_path / "absent.model")
     with pytest.raises(DataError, match="absent.model is no file"):
-        build_encoder(data, model)
+        build_processor(data, model)

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.schema import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset, write_index
-from megatron_llave.data.packing import Encoder
 from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_places, steps_of_epochs
 from megatron_llave.data.shards import write_subset
+from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.flat_step import unflatten
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 BATCH = 8
 SIZES = {"birds": 43, "trees": 20, "words": 8}
@@ -35,7 +35,7 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-ENCODER = Encoder(Letters(), "plain", 64, (), 28, 14)
+ENCODER = LlavaOnevisionProcessor(Letters(), "plain", 64, (), 28, 14)
 
 
 def png(level):
@@ -76,9 +76,9 @@ def steps(cfg, count, rank=0, world=1, start_step=0, encoder=ENCODER):
     position = None
     if start_step:
         stream = build_train_stream(cfg, ENCODER, 0, 1, 4)
-        position = unflatten(next(itertools.islice(stream, start_step - 1, None))).position
+        position = unpack_step(next(itertools.islice(stream, start_step - 1, None))).position
     stream = build_train_stream(cfg, encoder, rank, world, 4, position)
-    return [unflatten(step).batches for step in itertools.islice(stream, count)]
+    return [unpack_step(step).batches for step in itertools.islice(stream, count)]
 
 
 def keys(step):
@@ -266,7 +266,7 @@ def test_rank_reads_only_its_own_pairs(folder):
             self.texts.append(text)
             return super().encode(text)
 
-    encoder = Encoder(Counting(), "plain", 64, (), 28, 14)
+    encoder = LlavaOnevisionProcessor(Counting(), "plain", 64, (), 28, 14)
     steps(config(folder, {"birds": ()}), 3, rank=1, world=4, start_step=50, encoder=encoder)
     assert len(Counting.texts) == 3 * 2 * BATCH // 4
 
@@ -286,7 +286,7 @@ def test_sample_with_a_damaged_json_is_left_out(folder, tmp_path, caplog):
     assert content.count(b'"id":"words-3"') == 2
     shard.write_bytes(content.replace(b'{"subset"', b'!"subset"', 1))
     streams = (build_train_stream(config(path, {"words": ()}), ENCODER, 0, 1, 1) for path in (folder, damaged))
-    (whole,), (step,) = (unflatten(next(stream)).batches for stream in streams)
+    (whole,), (step,) = (unpack_step(next(stream)).batches for stream in streams)
     assert (step.num_pairs, step.num_skipped) == (BATCH - 1, 1)
     assert set(step.keys) < set(whole.keys)
     assert "words-000000.tar" in caplog.text and "not valid JSON" in caplog.text

@@ -11,13 +11,13 @@ from collections import Counter
 import pytest
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.schema import DataConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data.index import Index, write_index
-from megatron_llave.data.packing import Encoder
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset
+from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError
-from megatron_llave.flat_step import unflatten
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 SIZES = {"birds": 83, "trees": 50, "words": 31}
 BATCH, STEPS, SAVE_EVERY, KILLS = 4, 200, 3, 10
@@ -49,9 +49,9 @@ def stream(folder, rank=0, world=1, position=None, workers=0, **options):
     """(keys of a step, position after it)."""
     train = TrainConfig(global_batch_size=options.pop("batch", BATCH), seed=options.pop("seed", 0))
     data = DataConfig(path=str(folder), prompt="plain", max_length=64, workers=workers, **options)
-    encoder = Encoder(Letters(), "plain", 64, (), 28, 14)
+    encoder = LlavaOnevisionProcessor(Letters(), "plain", 64, (), 28, 14)
     for flat in build_train_stream(RunConfig(data=data, train=train), encoder, rank, world, 1, position):
-        step = unflatten(flat)
+        step = unpack_step(flat)
         yield [key for batch in step.batches for key in batch.keys], step.position
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from megatron_llave.batch import Side
 from megatron_llave.data import video
-from megatron_llave.data.images import NEWLINE, VIDEO_NEWLINES, video_layout
-from megatron_llave.data.packing import Encoder, pack_sequences
-from megatron_llave.data.prompts import IMAGE
-from megatron_llave.data.sources.openmoji_clips import write_video
-from megatron_llave.data.sources.video_sets import CaptionedVideo, read_videos
+from megatron_llave.data.packing import IMAGE, NEWLINE, pack_sequences
 from megatron_llave.data.video import choose_frames, read_frames
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmarks.video import CaptionedVideo, read_videos
+from megatron_llave.models.llava_onevision.anyres import VIDEO_NEWLINES, video_layout
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+from megatron_llave.prepare.openmoji.clips import write_video
 
 
 class Letters:
@@ -103,7 +103,7 @@ def test_manifest(tmp_path):
 def test_msrvtt_and_msvd_as_published(tmp_path):
     (tmp_path / "video7.webm").touch()
     (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text(
-        "key,vid_key,video_id,sentence\nret0,msr7,video7,a woman is singing\nret1,msr9,video9,\"a car, and a dog\"\n"
+        'key,vid_key,video_id,sentence\nret0,msr7,video7,a woman is singing\nret1,msr9,video9,"a car, and a dog"\n'
     )
     assert read_videos(tmp_path / "MSRVTT_JSFUSION_test.csv", tmp_path) == [
         CaptionedVideo("video7", "video7.webm", ["a woman is singing"]),
@@ -170,7 +170,7 @@ def test_unknown_formats_are_refused(tmp_path):
 
 
 def test_a_video_is_one_image_of_a_tile_per_frame():
-    encoder = Encoder(Letters(), "plain", 4096, ((1, 1), (2, 2)), 56, 14, video_newline="grid")
+    encoder = LlavaOnevisionProcessor(Letters(), "plain", 4096, ((1, 1), (2, 2)), 56, 14, video_newline="grid")
     frames = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
     encoded = encoder.encode(Side("<image>\nRepresent the given video.", [], frames))
     assert [tiles.shape for tiles in encoded.tiles] == [(3, 3, 56, 56)]

@@ -9,16 +9,17 @@ from check_layouts import parse_layout, small_config
 from full_parameters import full_weights, let_go
 from reference import pack_pair_batch, random_pairs
 
-from megatron_llave import checkpoint, cpu_emulation, parallel
-from megatron_llave.checkpoint_writer import CheckpointWriter
-from megatron_llave.config import RunConfig
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.async_writer import CheckpointWriter
+from megatron_llave.checkpoint.resume import resume
+from megatron_llave.checkpoint.state import TrainingState, load_weights
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import CheckpointError
-from megatron_llave.model.embedder import build_model
-from megatron_llave.optimizer import build_trainable
-from megatron_llave.run_start import resume
+from megatron_llave.models.llava_onevision.embedder import build_model
 from megatron_llave.train import train_step
-from megatron_llave.training_state import TrainingState, load_weights
-from megatron_llave.weight_average import WeightAverage
+from megatron_llave.training.ema import ExponentialMovingAverage
+from megatron_llave.training.optimizer import build_trainable
 
 LEARNING_RATE = 1e-3
 WORST_UPDATE = 2e-3
@@ -28,9 +29,10 @@ POSITION = {"step": 1, "subsets": {"birds": {"taken": 4}}}
 
 def build(cfg: RunConfig, seed: int) -> TrainingState:
     """A run at the layout of its configuration."""
-    groups = parallel.init(cfg.parallel)
+    groups = process_groups.initialize_model_parallel(cfg.parallel)
     chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=seed)
-    return TrainingState(chunks, build_trainable(cfg, chunks, groups), WeightAverage(chunks, decay=0.5), groups)
+    average = ExponentialMovingAverage(chunks, decay=0.5)
+    return TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
 
 
 def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
@@ -59,10 +61,10 @@ def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> N
     cfg.train.output = output
     cfg.loss.reward = "ema"
     folder, *expected = train_and_save(cfg)
-    parallel.leave_layout()
+    process_groups.destroy_model_parallel()
     for text in [saved_at, *loaded_at]:
         check_load(replace(cfg, parallel=parse_layout(text)[0]), folder, text == saved_at, *expected)
-        parallel.leave_layout()
+        process_groups.destroy_model_parallel()
     check_other_model(cfg, folder)
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
 
@@ -77,8 +79,8 @@ def train_and_save(cfg: RunConfig) -> tuple[Path, tuple[dict, dict], tuple[dict,
     assert writer.save(1, state.to_save(1), POSITION)
     step(cfg, state, 1)  # while the checkpoint is being written
     assert writer.poll(wait=True)
-    assert checkpoint.read_position(writer.last) == POSITION
-    assert checkpoint.find(cfg.train.output) == writer.last == checkpoint.newest_usable(cfg.train.output, print)
+    assert folders.read_position(writer.last) == POSITION
+    assert folders.find(cfg.train.output) == writer.last == folders.newest_usable(cfg.train.output, print)
     after = weights(state)
     let_go(state.trainable)
     return writer.last, saved, after
@@ -131,5 +133,5 @@ def check_other_model(cfg: RunConfig, folder: Path) -> None:
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    parallel.start_processes(120)
+    process_groups.initialize_distributed(120)
     check(*sys.argv[1:4], sys.argv[4:])

@@ -7,11 +7,11 @@ from check_layouts import ALPHA, GLOBAL_BATCH, TEMPERATURE, comparison, micro_ba
 from full_parameters import full_gradients, let_go, worst_relative_error
 from reference import dense_contrastive_loss, random_pairs
 
-from megatron_llave import cpu_emulation, parallel
 from megatron_llave.batch import PairEmbeddings
-from megatron_llave.gradient_cache import forward_backward
-from megatron_llave.model.embedder import build_model
-from megatron_llave.optimizer import build_trainable
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.optimizer import build_trainable
 
 
 def check(text: str) -> None:
@@ -19,7 +19,7 @@ def check(text: str) -> None:
     layout, freeze = parse_layout(text)
     cfg = small_config(layout, freeze)
     cfg.model.dropout = 0.2
-    groups = parallel.init(layout)
+    groups = process_groups.initialize_model_parallel(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     seen_embeddings: list[torch.Tensor] = []
@@ -68,8 +68,8 @@ def check_gradients(cfg, trainable, chunk, batches, groups, before) -> None:
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    parallel.start_processes(120)
+    process_groups.initialize_distributed(120)
     for layout in sys.argv[1:]:
         check(layout)
-        parallel.leave_layout()
-    parallel.shut_down()
+        process_groups.destroy_model_parallel()
+    process_groups.destroy_distributed()

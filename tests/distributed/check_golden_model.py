@@ -1,6 +1,6 @@
 """Under torchrun: the golden model at a layout, from a checkpoint or an HF folder, gives the golden embeddings.
 
-    check_golden_model.py FOLDER:tensor,pipeline[,sequence] ...
+check_golden_model.py FOLDER:tensor,pipeline[,sequence] ...
 """
 
 import sys
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from golden_model import CASES, arrays, byte_tokenizer, embeddings, packed
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.embedding import forward_only, load_model
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding.embedder import forward_only, load_model
 
 EMBEDDING_TOLERANCE = 3e-5
 HIDDEN_TOLERANCE = 1e-4
@@ -53,8 +53,8 @@ def check_hidden_states(hidden: torch.Tensor, batch) -> float:
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    parallel.start_processes(120)
+    process_groups.initialize_distributed(120)
     for argument in sys.argv[1:]:
         check(*argument.rsplit(":", 1))
-        parallel.leave_layout()
-    parallel.shut_down()
+        process_groups.destroy_model_parallel()
+    process_groups.destroy_distributed()

@@ -1,9 +1,9 @@
 """Under torchrun: the model's embeddings, gradients and losses at many layouts against one plain process.
 
-    check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
-    check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
-    and the names of frozen parts, and at the end `overlap` for parallel.overlap
-    check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
+check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
+check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
+and the names of frozen parts, and at the end `overlap` for parallel.overlap
+check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
 """
 
 import sys
@@ -22,19 +22,22 @@ from megatron.core.utils import get_model_config
 from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
-from megatron_llave import cpu_emulation, gradient_cache, loss, optimizer, parallel
 from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.config import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_llave.config_model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.schema import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.data.packing import EncodedSequence
-from megatron_llave.embedding import LoadedModel, forward_only
-from megatron_llave.gradient_cache import forward_backward
-from megatron_llave.loss import LossShare
-from megatron_llave.model.embedder import build_model
-from megatron_llave.model.initialization import initialize_parameters
-from megatron_llave.optimizer import Trainable, build_trainable
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.layout import validate_layout
+from megatron_llave.embedding.embedder import LoadedModel, forward_only
+from megatron_llave.loss import contrastive
+from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.models.blocks.initialization import initialize_parameters
+from megatron_llave.models.llava_onevision.embedder import build_model
 from megatron_llave.train import contrast, train_step
-from megatron_llave.weight_average import WeightAverage
+from megatron_llave.training import gradient_cache, optimizer
+from megatron_llave.training.ema import ExponentialMovingAverage
+from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.optimizer import Trainable, build_trainable
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
@@ -71,8 +74,8 @@ def small_config(layout: ParallelConfig, freeze: list[str]) -> RunConfig:
 def write_reference(directory: Path) -> None:
     """The whole model in one process, autograd alone: no schedule, no data-parallel wrapper, no gather."""
     cfg = small_config(ParallelConfig(), [])
-    parallel.start_processes(60)
-    groups = parallel.init(cfg.parallel)
+    process_groups.initialize_distributed(60)
+    groups = process_groups.initialize_model_parallel(cfg.parallel)
     (model,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
     pairs = random_pairs(cfg.model, GLOBAL_BATCH)
     embeddings = torch.cat([model(pack([side], cfg.model)) for pair in pairs for side in pair])
@@ -90,7 +93,7 @@ def write_reference(directory: Path) -> None:
     reward = PairEmbeddings(*judged.split([GLOBAL_BATCH, GLOBAL_BATCH, len(hard)]))
     whole = dense_contrastive_loss(embeddings[0::2], embeddings[1::2], TEMPERATURE, ALPHA, hard, reward=reward)
     save_gradients(model, whole, directory / "reward.safetensors")
-    parallel.shut_down()
+    process_groups.destroy_distributed()
 
 
 def hard_negatives(cfg: RunConfig) -> list[EncodedSequence]:
@@ -108,8 +111,8 @@ def save_gradients(model: torch.nn.Module, value: torch.Tensor, path: Path) -> N
 def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     """Raise unless this layout gives the reference's embeddings and gradients."""
     cfg = small_config(layout, freeze)
-    parallel.validate_layout(cfg.model, layout, dist.get_world_size())
-    groups = parallel.init(layout)
+    validate_layout(cfg.model, layout, dist.get_world_size())
+    groups = process_groups.initialize_model_parallel(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
     with patch.object(optimizer, "DistributedDataParallelConfig", partial(DataParallelConfig, bucket_size=BUCKET_SIZE)):
         trainable = build_trainable(cfg, chunks, groups)
@@ -194,7 +197,7 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
     """Another reward model, ragged hard negatives, unequal micro batches, and a scaled loss, all at once."""
     chunks = [chunk.module for chunk in trainable.chunks]
     initialize_parameters(chunks, groups.tp, REWARD_SEED)
-    average = WeightAverage(chunks, decay=0.9)
+    average = ExponentialMovingAverage(chunks, decay=0.9)
     initialize_parameters(chunks, groups.tp, 0)
     rank, world = groups.dp.rank(), groups.dp.size()
     share, multiple = GLOBAL_BATCH // world, cfg.parallel.tensor if cfg.parallel.sequence else 1
@@ -231,7 +234,7 @@ def count_negatives(
 def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
     """With any one of the constants off, or with the gather left out, the comparison must fail."""
     cfg = small_config(layout, [])
-    groups = parallel.init(layout)
+    groups = process_groups.initialize_model_parallel(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     compare_gradients(directory, "global_batch", 1, cfg, trainable, groups)
@@ -240,8 +243,8 @@ def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
         "number of micro batches": patch.object(
             gradient_cache, "_replay_step", lambda *args, schedule_divisor, states: replay(*args, 1, states)
         ),
-        "number of ranks": patch.object(loss._Terms, "share", property(lambda terms: 0.5 / terms.num_rows)),
-        "other ranks' gradients": patch.object(loss, "reduce_scatter_rows", this_rank_alone),
+        "number of ranks": patch.object(contrastive._Terms, "share", property(lambda terms: 0.5 / terms.num_rows)),
+        "other ranks' gradients": patch.object(contrastive, "reduce_scatter_rows", this_rank_alone),
     }
     for name, broken in breaks.items():
         try:
@@ -324,14 +327,14 @@ def main() -> None:
     if mode == "reference":
         write_reference(Path(directory))
         return
-    parallel.start_processes(120)
+    process_groups.initialize_distributed(120)
     for text in layouts:
         if mode == "broken":
             check_that_it_bites(Path(directory), parse_layout(text)[0])
         else:
             compare(Path(directory), *parse_layout(text))
-        parallel.leave_layout()
-    parallel.shut_down()
+        process_groups.destroy_model_parallel()
+    process_groups.destroy_distributed()
 
 
 if __name__ == "__main__":

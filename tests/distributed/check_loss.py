@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from reference import dense_contrastive_loss, same_pairs
 
-from megatron_llave import parallel
 from megatron_llave.batch import PairEmbeddings
-from megatron_llave.loss import NegativeRules, SimilarityStatistics, hardness_weighted_contrastive_loss
+from megatron_llave.distributed import process_groups
+from megatron_llave.loss.contrastive import NegativeRules, SimilarityStatistics, hardness_weighted_contrastive_loss
 
 DTYPES = {torch.float64: (1e-12, 1e-12), torch.float32: (5e-6, 1e-5)}  # loss absolute, gradient relative to its maximum
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss"
@@ -103,7 +103,7 @@ def check_similarities(seen: SimilarityStatistics, rows: list, judged: list, ids
 
 def main() -> None:
     """Every golden case of this number of ranks, then unequal rows."""
-    world = parallel.start_processes(60)
+    world = process_groups.initialize_distributed(60)
     group = dist.group.WORLD
     cases = sorted(GOLDEN.glob(f"*_w{world}_*.npz"))
     assert cases, f"no golden case for {world} ranks"

@@ -1,7 +1,7 @@
 """Under torchrun: MMEB evaluation at a layout.
 
-    check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the released code's files
-    check_mmeb.py model FOLDER OUT tensor,pipeline TOKENIZER   a model: its results, in OUT
+check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the released code's files
+check_mmeb.py model FOLDER OUT tensor,pipeline TOKENIZER   a model: its results, in OUT
 """
 
 import sys
@@ -11,17 +11,18 @@ from pathlib import Path
 import torch.distributed as dist
 from golden_mmeb import GOLDEN, IDENTITY, NAMES, GoldenEmbedder, assert_released_files, golden_tasks
 
-from megatron_llave import cpu_emulation, embedding_store, parallel
-from megatron_llave.config import EvaluateConfig, ParallelConfig
-from megatron_llave.embedding import embed_parts, load_model
-from megatron_llave.evaluate import evaluate_in_memory
-from megatron_llave.ranking_evaluation import evaluate_tasks
+from megatron_llave.config.schema import EvaluateConfig, ParallelConfig
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding import cache
+from megatron_llave.embedding.embedder import embed_parts, load_model
+from megatron_llave.evaluation.evaluate import evaluate_in_memory
+from megatron_llave.evaluation.scoring import evaluate_tasks
 
 
 def check_golden(out: Path, layout: str) -> None:
     """As the released code, then again without any embedding."""
     tensor, pipeline = map(int, layout.split(","))
-    groups = parallel.init(ParallelConfig(tensor=tensor, pipeline=pipeline))
+    groups = process_groups.initialize_model_parallel(ParallelConfig(tensor=tensor, pipeline=pipeline))
     is_writer = groups.tp.rank() == 0 and groups.pp.rank() == pipeline - 1
     embedder, tasks = GoldenEmbedder(is_writer), golden_tasks()
     identity = IDENTITY if dist.get_rank() == 0 else {}
@@ -49,12 +50,12 @@ def check_model(folder: str, out: Path, layout: str, tokenizer: str) -> None:
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    parallel.start_processes(120)
+    process_groups.initialize_distributed(120)
     assert EvaluateConfig().threads >= 1 and GOLDEN.is_dir()
-    embedding_store.PART_COST = 20  # a few inputs a part, so that every rank gets some
+    cache.PART_COST = 20  # a few inputs a part, so that every rank gets some
     if sys.argv[1] == "golden":
         check_golden(Path(sys.argv[2]), sys.argv[3])
     else:
         check_model(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
     dist.barrier()
-    parallel.shut_down()
+    process_groups.destroy_distributed()

@@ -1,6 +1,6 @@
 """Under torchrun: one rank of each replica reads and decodes; all ranks of it get the same step, each replica its own.
 
-    check_replica.py DATA OUT tensor,pipeline...
+check_replica.py DATA OUT tensor,pipeline...
 """
 
 import itertools
@@ -11,11 +11,13 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megatron_llave import config_file, cpu_emulation, parallel
-from megatron_llave.data import images
-from megatron_llave.flat_step import flatten
-from megatron_llave.replica import is_reader, share_steps
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.data.image_files import decode_image
+from megatron_llave.data.step_buffer import pack_step
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.models.llava_onevision import processor
 from megatron_llave.train import open_data
+from megatron_llave.training.broadcast import broadcast_steps, is_reader
 
 STEPS, BATCH = 3, 8
 
@@ -23,16 +25,16 @@ STEPS, BATCH = 3, 8
 def main() -> None:
     data, out, *layouts = sys.argv[1:]
     cpu_emulation.enable()
-    parallel.start_processes(60)
+    process_groups.initialize_distributed(60)
     for layout in layouts:
         check(data, *map(int, layout.split(",")), Path(out) / layout)
-        parallel.leave_layout()
-    parallel.shut_down()
+        process_groups.destroy_model_parallel()
+    process_groups.destroy_distributed()
 
 
 def check(data: str, tensor: int, pipeline: int, out: Path) -> None:
     """Three steps at this layout; leaves the number of pictures that this rank decoded in `out`."""
-    cfg = config_file.build(
+    cfg = config_from_dict(
         {
             "model": {"preset": "tiny"},
             "data": {"path": data, "prompt": "plain", "workers": 0, "subsets": {"image_to_name": {}}},
@@ -40,10 +42,10 @@ def check(data: str, tensor: int, pipeline: int, out: Path) -> None:
             "parallel": {"tensor": tensor, "pipeline": pipeline},
         }
     )
-    groups = parallel.init(cfg.parallel)
-    decoded, decode = [], images.decode_image
-    with patch.object(images, "decode_image", lambda *args: decoded.append(1) or decode(*args)):
-        stream = share_steps(open_data(cfg, groups, None), groups.mp, parallel.device())
+    groups = process_groups.initialize_model_parallel(cfg.parallel)
+    decoded, decode = [], decode_image
+    with patch.object(processor, "decode_image", lambda *args: decoded.append(1) or decode(*args)):
+        stream = broadcast_steps(open_data(cfg, groups, None), groups.mp, process_groups.device())
         steps = list(itertools.islice(stream, STEPS))
     share = BATCH // groups.dp.size()
     assert len(decoded) == (STEPS * share if is_reader(groups.mp) else 0), len(decoded)
@@ -56,7 +58,7 @@ def check(data: str, tensor: int, pipeline: int, out: Path) -> None:
     pairs = sorted(key for rank in dist.get_process_group_ranks(groups.dp) for step in seen[rank] for key in step)
     assert len(set(pairs)) == len(pairs) == STEPS * BATCH
 
-    payload = flatten(steps[-1]).payload.long()
+    payload = pack_step(steps[-1]).payload.long()
     sums = torch.stack([payload.sum(), (payload * torch.arange(len(payload))).sum()])
     gathered = [torch.empty_like(sums) for _ in of_replica]
     dist.all_gather(gathered, sums, group=groups.mp)

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from megatron_llave.retrieval import Ranking, rank_candidates
+from megatron_llave.evaluation.ranking import Ranking, rank_candidates
 
 QUERIES, CANDIDATES, WIDTH = 37, 203, 48
 

@@ -8,8 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.fault_tolerance import Watchdog, explain_lost_ranks
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.training.fault_tolerance import Watchdog, explain_lost_ranks
 
 
 def fall_asleep() -> None:
@@ -24,7 +24,7 @@ FAULTS = {
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    parallel.start_processes(60)
+    process_groups.initialize_distributed(60)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # as StopRequests has it: torchrun sends one
     watchdog = Watchdog(3)
     with explain_lost_ranks():

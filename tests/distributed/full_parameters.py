@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave.model.initialization import GATED, named_global_parameters
-from megatron_llave.optimizer import Trainable
+from megatron_llave.models.blocks.initialization import GATED, named_global_parameters
+from megatron_llave.training.optimizer import Trainable
 
 
 def full_gradients(trainable: Trainable, groups: ProcessGroupCollection) -> dict[str, Tensor]:

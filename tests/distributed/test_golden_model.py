@@ -6,7 +6,7 @@ from golden_model import ONEVISION, QWEN
 from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_ranks
 
-from megatron_llave.conversion import import_hf
+from megatron_llave.convert.hf import import_hf
 
 SCRIPT = Path(__file__).parent / "check_golden_model.py"
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave import config_file
+from megatron_llave.config.load import load_config, override_config
 from megatron_llave.errors import ConfigError
-from megatron_llave.paper_results import ABLATIONS
+from megatron_llave.report.paper_results import ABLATIONS
 from megatron_llave.study.arms import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
@@ -21,7 +21,7 @@ NEEDED = {
 def load(name: str, *overrides: str):
     """A base configuration of the study."""
     file = "tiny_freezing.yaml" if name == "freezing" else "tiny.yaml"
-    return config_file.load(EXAMPLES / file, [*NEEDED[name], *overrides])
+    return load_config(EXAMPLES / file, [*NEEDED[name], *overrides])
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -30,7 +30,7 @@ def test_every_arm_is_a_valid_configuration_and_no_two_are_equal(name: str) -> N
     study = STUDIES[name](cfg, 2)
     assert {study.reference_of(arm.name) for arm in study.arms} <= {arm.name for arm in study.arms}
     trained = [arm for arm in study.arms if not arm.merge]
-    cfgs = [config_file.override(cfg, arm.overrides) for arm in trained]
+    cfgs = [override_config(cfg, arm.overrides) for arm in trained]
     assert all(one != other for index, one in enumerate(cfgs) for other in cfgs[:index])
     assert len({run_name(arm.name, 0) for arm in study.arms}) == len(study.arms)
     for arm in study.arms:
@@ -46,7 +46,7 @@ def test_arms_of_the_paper_are_arms_here(name: str) -> None:
 def test_batch_sizes_see_equal_pairs_or_make_equal_updates() -> None:
     cfg = load("negatives")
     for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
-        one = config_file.override(cfg, arm.overrides)
+        one = override_config(cfg, arm.overrides)
         pairs = one.train.steps * one.train.global_batch_size
         if "equal pairs" in arm.name:
             assert pairs == cfg.train.steps * cfg.train.global_batch_size
@@ -55,9 +55,7 @@ def test_batch_sizes_see_equal_pairs_or_make_equal_updates() -> None:
         else:
             assert one.train.steps == cfg.train.steps and pairs < cfg.train.steps * cfg.train.global_batch_size
         assert one.train.micro_batch_size <= one.train.global_batch_size // 2
-    sizes = {
-        config_file.override(cfg, arm.overrides).train.global_batch_size for arm in STUDIES["negatives"](cfg, 2).arms
-    }
+    sizes = {override_config(cfg, arm.overrides).train.global_batch_size for arm in STUDIES["negatives"](cfg, 2).arms}
     assert sizes == {16, 32, 64, 128}
 
 
@@ -66,7 +64,7 @@ def test_batch_sizes_differ_from_what_they_are_compared_with_in_nothing_else() -
     study = STUDIES["negatives"](cfg, 2)
     for arm in study.arms[3:]:
         assert study.reference_of(arm.name) == "global batch"
-        assert config_file.override(cfg, arm.overrides).loss.negatives == "global_batch"
+        assert override_config(cfg, arm.overrides).loss.negatives == "global_batch"
     assert study.reference_of("gathered") == "own micro batch"
     wanted = {run.arm.name for run in plan(study, cfg, [1], ["batch 16, equal pairs"])} - {UNTRAINED}
     assert wanted == {"own micro batch", "global batch", "batch 16, equal pairs"}
@@ -78,7 +76,7 @@ def test_batch_sizes_differ_from_what_they_are_compared_with_in_nothing_else() -
 def test_batch_sizes_are_whole_and_can_be_dealt(total: int, micro: int, batches: set[int]) -> None:
     cfg = load("negatives", f"train.global_batch_size={total}", f"train.micro_batch_size={micro}")
     for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
-        train = config_file.override(cfg, arm.overrides).train
+        train = override_config(cfg, arm.overrides).train
         assert train.global_batch_size % (2 * train.micro_batch_size) == 0
         batches = batches - {train.global_batch_size}
         if "equal pairs" in arm.name:
@@ -89,9 +87,9 @@ def test_batch_sizes_are_whole_and_can_be_dealt(total: int, micro: int, batches:
 def test_late_and_slow_towers() -> None:
     cfg = load("freezing")
     arms = {arm.name: arm for arm in STUDIES["freezing"](cfg, 1).arms}
-    late = config_file.override(cfg, arms["vision from the middle"].overrides)
+    late = override_config(cfg, arms["vision from the middle"].overrides)
     assert late.optimizer.part_start_steps == {"vision": 200} and late.model.freeze == []
-    slow = config_file.override(cfg, arms["vision at a tenth"].overrides)
+    slow = override_config(cfg, arms["vision at a tenth"].overrides)
     assert slow.optimizer.part_learning_rates == {"vision": pytest.approx(5e-5)}
 
 
@@ -115,7 +113,7 @@ def test_one_run_shows_the_weights_before_training() -> None:
         *("before-training-seed4", "alpha-0-seed4", "alpha-9-seed4"),
         *("alpha-0-seed5", "alpha-9-seed5"),
     ]
-    untrained = config_file.override(cfg, runs[0].arm.overrides)
+    untrained = override_config(cfg, runs[0].arm.overrides)
     assert runs[0].arm.name == UNTRAINED and untrained.train.steps == 1
     assert untrained.optimizer.learning_rate == untrained.optimizer.min_learning_rate == 0
     assert set(untrained.optimizer.part_learning_rates.values()) == {0}

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_llave import config_file
+from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError, UserError
-from megatron_llave.run_plan import gather_bytes
-from megatron_llave.study import communication, communication_ranks
-from megatron_llave.study.communication import plan_launches, run_communication, run_ranks
-from megatron_llave.study.communication_model import (
+from megatron_llave.planning.plan import gather_bytes
+from megatron_llave.study.communication import ranks, study
+from megatron_llave.study.communication.model import (
     CLUSTERS,
     H100_NODES,
     MODELS,
@@ -33,6 +32,7 @@ from megatron_llave.study.communication_model import (
     reduction_collectives,
     ring_seconds,
 )
+from megatron_llave.study.communication.study import plan_launches, run_communication, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny.yaml"
@@ -43,7 +43,7 @@ CHANNEL = Channel(latency=2e-6, bandwidth=1e9)
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 1024])
 def test_bytes_are_those_of_the_plan(ranks: int) -> None:
-    cfg = config_file.load(TINY)
+    cfg = load_config(TINY)
     found = received_bytes(loss_collectives(PAIRS, WIDTH, ranks), ranks)
     assert found == gather_bytes(cfg, PAIRS, ranks) == (ranks - 1) * (8 * PAIRS * WIDTH + 20 * PAIRS + 16)
 
@@ -64,9 +64,9 @@ def test_ranks_that_share_cores_take_turns() -> None:
 @pytest.mark.parametrize("kind", ROUNDS)
 def test_clusters_of_one_node_are_flat_and_more_nodes_are_slower(kind: str) -> None:
     one = Collective(kind, 2**24)
-    for ranks in (1, 2, 8):
-        flat = ring_seconds(one, ranks, H100_NODES.inside)
-        assert cluster_seconds(one, ranks, H100_NODES) == pytest.approx(flat)
+    for size in (1, 2, 8):
+        flat = ring_seconds(one, size, H100_NODES.inside)
+        assert cluster_seconds(one, size, H100_NODES) == pytest.approx(flat)
         assert one_ring_seconds(one, ranks, H100_NODES) == pytest.approx(flat)
     for seconds in (cluster_seconds, one_ring_seconds):
         growing = [seconds(one, ranks, H100_NODES) for ranks in (1, *CLUSTERS)]
@@ -150,7 +150,7 @@ def test_measures_once_and_reports(openmoji_data: Path, tmp_path: Path, monkeypa
     assert (tmp_path / "communication.png").read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "communication.md").unlink()
-    monkeypatch.setattr(communication, "run_ranks", lambda launch: pytest.fail(f"measures {launch.processes} again"))
+    monkeypatch.setattr(study, "run_ranks", lambda launch: pytest.fail(f"measures {launch.processes} again"))
     assert run(tmp_path, openmoji_data, [1, 2])[:2] == ["1 processes: measured before", "2 processes: measured before"]
     assert (tmp_path / "communication.md").read_text() == text
     with pytest.raises(pytest.fail.Exception, match="measures 1 again"):
@@ -199,7 +199,7 @@ def test_ranks_are_data_parallel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("steps", "each"), [(1, 1), (3, 1), (8, 3)])
 def test_numbers_of_processes_are_compared_on_the_same_kinds_of_pairs(monkeypatch, steps: int, each: int) -> None:
     drawn = itertools.cycle(["b", "a", "a", "c", "a", "b"])
-    monkeypatch.setattr(communication_ranks, "unflatten", lambda step: SimpleNamespace(batches=[step]))
+    monkeypatch.setattr(ranks, "unpack_step", lambda step: SimpleNamespace(batches=[step]))
     stream = (SimpleNamespace(subset=name) for name in drawn)
-    taken = [batch.subset for batch in communication_ranks.take_evenly(stream, ["a", "b", "c"], steps)]
+    taken = [batch.subset for batch in ranks.take_evenly(stream, ["a", "b", "c"], steps)]
     assert taken[0] == "b" and sorted(taken[1:]) == sorted("abc" * each)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave import config_file
+from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError
-from megatron_llave.fault_tolerance import write_state
 from megatron_llave.study import queue
 from megatron_llave.study.arms import STUDIES, Run, plan
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, commands, quoted, ranks_of, reason
+from megatron_llave.training.fault_tolerance import write_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"
@@ -53,7 +53,7 @@ def scripted(monkeypatch, tmp_path: Path):
 
 
 def runs_of(name: str, seeds=(0,), arms=()) -> list[Run]:
-    cfg = config_file.load(CONFIG)
+    cfg = load_config(CONFIG)
     return plan(STUDIES[name](cfg, 1), cfg, seeds, arms, trained_start=name == "freezing")
 
 

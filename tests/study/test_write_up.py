@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave import config_file
-from megatron_llave.retrieval import HISTOGRAM_BINS
+from megatron_llave.config.load import load_config
+from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.study.arms import STUDIES, plan, run_name
 from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
 from megatron_llave.study.write_up import mean_curves, write_up
@@ -42,11 +42,11 @@ def write_run(out: Path, arm: str, seed: int, ind: float, ood: float, steps: int
 
 @pytest.fixture
 def study():
-    return STUDIES["hardness"](config_file.load(CONFIG), 1)
+    return STUDIES["hardness"](load_config(CONFIG), 1)
 
 
 def read(out: Path, study, seeds=(0, 1, 2), failed={}, chosen=("a", "b")):
-    runs = plan(study, config_file.load(CONFIG), seeds, ["alpha 9"])
+    runs = plan(study, load_config(CONFIG), seeds, ["alpha 9"])
     return read_findings(out, study, runs, chosen, failed)
 
 

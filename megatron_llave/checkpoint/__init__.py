@@ -1,0 +1,1 @@
+"""Checkpoints: folders, state, writing, streaming, resuming, merging."""

@@ -1,0 +1,99 @@
+"""What a checkpoint carries of the Hugging Face folder its weights came from."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.pretrained import TOKENIZERS, Pretrained
+from megatron_llave.errors import CheckpointError
+from megatron_llave.models.hf.tensor_files import CODES, DTYPE_CODES, write_tensor_files
+from megatron_llave.models.llava_onevision.hf_config import HfConfig, read_config
+from megatron_llave.models.llava_onevision.hf_files import keep_side_files
+from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HEAD, HfWeights, open_weights
+
+UNUSED_FILE = "unused.safetensors"
+
+
+DTYPES_FILE = "tensors.json"
+
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def keep_assets(weights: HfWeights, folder: Path) -> None:
+    """Write what an export gives back as it came into a new folder."""
+    folder.mkdir()
+    keep_side_files(weights.files.folder, folder)
+    unused = [name for name in weights.unused if name != LM_HEAD or not _head_is_embedding(weights)]
+    stored = {name: (weights.shape(name), weights.dtypes[name]) for name in unused}
+    write_tensor_files(folder, stored, ((name, weights.read(name)) for name in unused), 2**63, UNUSED_FILE)
+    dtypes = {name: CODES[dtype] for name, dtype in sorted(weights.dtypes.items())}
+    (folder / DTYPES_FILE).write_text(json.dumps(dtypes, indent=0) + "\n")
+
+
+def _head_is_embedding(weights: HfWeights) -> bool:
+    """Tied weights of which the file holds both copies; the export copies the (perhaps trained) embedding again."""
+    return weights.config.tied and torch.equal(weights.read(LM_HEAD), weights.read(HF_EMBEDDING))
+
+
+def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -> None:
+    """Fill `assets/` of a run's folder, which its checkpoints then carry; one rank does it, before the first step.
+
+    Args:
+        output: the run's folder.
+        pretrained: what the run starts from, if anything.
+        tokenizer: the file that the run reads its tokenizer from.
+    """
+    folder = output / folders.ASSETS
+    shutil.rmtree(folder, ignore_errors=True)
+    if pretrained is not None and pretrained.is_hf:
+        keep_assets(open_weights(pretrained.folder, read_config(pretrained.folder)), folder)
+    elif pretrained is not None and pretrained.assets.is_dir():
+        shutil.copytree(pretrained.assets, folder, copy_function=folders.link)
+    folder.mkdir(exist_ok=True)
+    if pretrained is None or str(tokenizer) != pretrained.find_tokenizer():
+        for name in TOKENIZERS:
+            (folder / name).unlink(missing_ok=True)
+        shutil.copyfile(tokenizer, folder / f"tokenizer{tokenizer.suffix}")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a checkpoint carries of the HF folder its weights came from; empty for a model trained from scratch."""
+
+    folder: Path | None
+    config: HfConfig | None
+    dtypes: dict[str, torch.dtype]
+    """Of every tensor of the folder, by canonical name."""
+    unused: Shapes
+    """Of the tensors in unused.safetensors."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of unused.safetensors."""
+        with safe_open(self.folder / UNUSED_FILE, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+
+def read_assets(folder: Path) -> Assets:
+    """The assets in checkpoint folder `folder`.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    assets = folder / folders.ASSETS
+    if not (assets / DTYPES_FILE).is_file():
+        return Assets(assets if assets.is_dir() else None, None, {}, {})
+    try:
+        codes = json.loads((assets / DTYPES_FILE).read_text())
+        dtypes = {name: DTYPE_CODES[code] for name, code in codes.items()}
+        with safe_open(assets / UNUSED_FILE, framework="pt") as handle:
+            unused = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    except Exception as error:  # safetensors and json raise their own kinds; all mean that an export cannot be whole
+        raise CheckpointError(f"{assets} is damaged: {' '.join(str(error).split())}") from error
+    return Assets(assets, read_config(assets), dtypes, {name: (unused[name], dtypes[name]) for name in unused})

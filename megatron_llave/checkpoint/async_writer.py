@@ -1,0 +1,240 @@
+"""Writes a run's checkpoints, beside the training if asked, and survives what disks and writers do.
+
+    writer.save(step, state.to_save(step), position)     begins; the tensors may change as soon as it returns
+    writer.poll()                                        once a step: makes what has been written current
+
+Whatever goes wrong (a full disk, a writer that is killed), all ranks learn of it together, training goes on, and the
+checkpoint before stays current.
+"""
+
+import inspect
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.state import state_metadata
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed.process_groups import device
+from megatron_llave.training.fault_tolerance import SIGNALS
+
+logger = logging.getLogger(__name__)
+
+RESERVE = "reserve"
+RESERVE_BYTES = 16 << 20
+"""Room kept for the metadata, which the first rank writes last: the others could not know that it has none."""
+POLL_SECONDS = 0.05
+LOOK_SECONDS = 1.0
+"""Between looks at how large the files are: on a cluster they are a server's."""
+
+
+@dataclass
+class _Save:
+    """One checkpoint on its way."""
+
+    step: int
+    partial: Path
+    request: AsyncRequest
+    caller: TemporalAsyncCaller
+    started: float
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, one at a time; every rank calls the same methods at the same steps."""
+
+    def __init__(
+        self, cfg: RunConfig, groups: ProcessGroupCollection, progress: Callable[[str], None] = lambda doing: None
+    ) -> None:
+        """`progress` is told, while a checkpoint is waited for, that it grows."""
+        self._cfg, self._groups, self._progress = cfg, groups, progress
+        self._current: _Save | None = None
+        self.last: Path | None = None
+        """Folder of the last checkpoint that became current."""
+
+    def save(self, step: int, state: dict, position: dict | None) -> bool:
+        """Begin a checkpoint; one that is still being written is waited for.
+
+        Args:
+            step: steps done.
+            state: the sharded state dict (TrainingState.to_save).
+            position: where the data stands after these steps (data/pipeline.py).
+
+        Returns:
+            Whether it is on its way. If not, the first rank has logged why.
+        """
+        self.poll(wait=True)
+        started = time.perf_counter()
+        partial = folders.step_folder(self._cfg.train.output, step).with_suffix(".partial")
+        if not self._agree(self._begin(partial, position), partial):
+            return False
+        metadata = state_metadata(self._groups)
+        metadata.pop("dp_cp_group")
+        strategy = get_default_save_sharded_strategy("torch_dist")
+        if self._groups.dp_cp.size() > 1:  # each data-parallel rank writes a part, in place of the first all
+            strategy = FullyParallelSaveStrategyWrapper(strategy, self._groups.dp_cp, False)
+        options = {"async_sharded_save": True, "content_metadata": metadata, **_own_writer()}
+        with _hide_main_from_spawn(), _block_stop_signals():
+            request = dist_checkpointing.save(state, str(partial), strategy, **options)
+        caller = TemporalAsyncCaller()
+        with _block_stop_signals():
+            caller.schedule_async_call(request._replace(finalize_fns=[]))
+        self._current = _Save(step, partial, request, caller, started)
+        if not self._cfg.checkpoint.asynchronous:
+            self.poll(wait=True)
+        return True
+
+    def poll(self, wait: bool = False) -> bool:
+        """Make the checkpoint that is being written current, if all ranks have written their part.
+
+        Args:
+            wait: until they have.
+
+        Returns:
+            Whether one became current in this call.
+        """
+        current = self._current
+        if current is None:
+            return False
+        process, size, looked = current.caller.process, -1, -math.inf
+        while True:
+            is_busy = process is not None and process.is_alive()
+            has_failed = process is not None and not is_busy and process.exitcode != 0
+            flags = torch.tensor([int(is_busy), int(has_failed)], device=device())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            is_busy, has_failed = flags.tolist()
+            if not is_busy:
+                break
+            if not wait:
+                return False
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked, before, size = time.monotonic(), size, _bytes_in(current.partial)
+                if size != before:
+                    self._progress(f"waiting for the checkpoint of step {current.step}")
+            time.sleep(POLL_SECONDS)
+        self._current = None
+        current.caller.close()
+        failure = "a process that wrote it was killed" if has_failed else self._finalize(current)
+        if not self._agree(failure, current.partial):
+            return False
+        if not self._agree(self._finish(current), current.partial):
+            return False
+        self.last = folders.step_folder(self._cfg.train.output, current.step)
+        if dist.get_rank() == 0:
+            seconds = time.perf_counter() - current.started
+            logger.info("checkpoint %s is current, %.1f s after its save began", self.last, seconds)
+        return True
+
+    def _begin(self, partial: Path, position: dict | None) -> str:
+        if dist.get_rank() > 0:
+            return ""
+        try:
+            folders.begin(partial, self._cfg, position)
+            with open(partial / RESERVE, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        except OSError as error:
+            return str(error.strerror or error)
+        return ""
+
+    def _finalize(self, current: _Save) -> str:
+        """megatron-core's own last steps, which tell all ranks alike of a part that could not be written."""
+        if dist.get_rank() == 0:
+            (current.partial / RESERVE).unlink(missing_ok=True)
+        try:
+            for finalize in current.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            return " ".join(str(folders.failure(error)).split()) if error.failures else "another rank says why"
+        return ""
+
+    def _finish(self, current: _Save) -> str:
+        if dist.get_rank() > 0:
+            return ""
+        output, own = self._cfg.train.output, self._cfg.checkpoint
+        try:
+            final = folders.step_folder(output, current.step)
+            folders.finish(current.partial, final, current.step, layout(self._groups, self._cfg))
+        except OSError as error:
+            return str(error.strerror or error)
+        try:
+            folders.remove_old(output, own.keep_last, own.keep_every)
+        except OSError as error:
+            logger.warning("old checkpoints in %s cannot be removed: %s", output, error)
+        return ""
+
+    def _agree(self, failure: str, partial: Path) -> bool:
+        """Whether no rank has failed; a failure is logged by whoever knows it, and the half checkpoint removed."""
+        failed = torch.tensor([int(bool(failure))], device=device())
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if not failed.item():
+            return True
+        if failure and (dist.get_rank() == 0 or "another rank" not in failure):
+            logger.error("checkpoint %s could not be saved: %s; the one before stays current", partial, failure)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return False
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            total += entry.stat().st_size
+    return total
+
+
+def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:
+    """How the processes are laid out, for the manifest."""
+    names = {"tensor": groups.tp, "context": groups.cp, "pipeline": groups.pp, "data": groups.dp}
+    return {name: group.size() for name, group in names.items()} | {"chunks": cfg.parallel.virtual_pipeline}
+
+
+@contextmanager
+def _block_stop_signals() -> Iterator[None]:
+    """Processes started inside do not hear a request to stop: torchrun sends it to them too, and the save would die."""
+    resource_tracker.ensure_running()  # which unblocks SIGTERM again when it is started
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+@contextmanager
+def _hide_main_from_spawn() -> Iterator[None]:
+    """Spawned processes would import the script that started this one, and with it torch: seconds, for nothing.
+
+    megatron-core starts one at the first save, for the queue through which writers report.
+    """
+    script = sys.modules["__main__"]
+    held = {name: getattr(script, name) for name in ("__spec__", "__file__") if hasattr(script, name)}
+    for name in held:
+        setattr(script, name, None)
+    try:
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(script, name, value)
+
+
+def _own_writer() -> dict[str, str]:
+    """megatron-core 0.19 prefers the writer of another package; this one is in all versions."""
+    knows = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if knows else {}

@@ -1,0 +1,83 @@
+"""Weighted means of the weights of several checkpoints of one model, tensor by tensor, in one process (tools/merge.py).
+
+Used by the study of freezing, for weights between those of a run with a frozen tower and one without; and by anyone who
+wants the mean of runs with other seeds or data ("model soup", arXiv 2203.05482).
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.stream import model_without_memory, read_weights, write_weights
+from megatron_llave.config.checks import require_same_model
+from megatron_llave.config.load import load_config
+from megatron_llave.errors import CheckpointError, require
+from megatron_llave.files import whole_folder
+
+
+def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: ProcessGroupCollection) -> Path:
+    """Write the weighted mean of checkpoints as a checkpoint of weights alone, which loads at every layout.
+
+    The sums are float32; the result has the precision, configuration and tokenizer of the first checkpoint. About one
+    layer of each is in memory.
+
+    Args:
+        parts: (checkpoint or run's folder, share); the shares add up to 1, and may be negative.
+        out: the checkpoint's folder; must not exist.
+        groups: of this single process.
+
+    Raises:
+        ConfigError: fewer than two parts, shares that do not add up to 1, or checkpoints of different models.
+        CheckpointError: one is no checkpoint or damaged, or `out` is taken or cannot be written. Nothing half-written
+            is left.
+    """
+    shares = [share for _, share in parts]
+    require(len(parts) >= 2, "a merge needs at least two checkpoints")
+    ok = all(map(math.isfinite, shares)) and abs(sum(shares) - 1) < 1e-6
+    require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
+    folders = [folders.find(path) for path, _ in parts]
+    cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in folders]
+    for folder, cfg in zip(folders[1:], cfgs[1:]):
+        require_same_model(cfg.model, cfgs[0].model, f"the weights in {folders[0]}")
+        require_same_tokenizer(folders[0], folder)
+    # The averages of a run with loss.reward=ema are not merged, and are not there.
+    cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward="self"))
+    embedder = model_without_memory(cfg.model, groups)
+    streams = [
+        read_weights(folder, model_without_memory(one.model, groups), groups) for folder, one in zip(folders, cfgs)
+    ]
+    dtypes = {name: parameter.dtype for name, parameter in embedder.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        found = [next(stream) for stream in streams]
+        assert {own for own, _ in found} == {name}, f"{name} is asked for, the checkpoints give {found}"
+        shapes = {tuple(value.shape) for _, value in found}
+        if len(shapes) > 1:
+            raise CheckpointError(f"{name} has the shapes {sorted(shapes)} in the checkpoints; they are no one model's")
+        total = sum(share * value.float() for share, (_, value) in zip(shares, found))
+        return total.to(dtypes[name])
+
+    with whole_folder(out, "merged checkpoint") as folder:
+        write_weights(folder, cfg, embedder, groups, read)
+        if (folders[0] / folders.ASSETS).is_dir():
+            shutil.copytree(folders[0] / folders.ASSETS, folder / folders.ASSETS, copy_function=folders.link)
+    return Path(out)
+
+
+def require_same_tokenizer(one: Path, other: Path) -> None:
+    """Refuse checkpoints whose token ids mean different things.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    names = ("tokenizer.model", "tokenizer.json")
+    for name in names:
+        files = [folder / folders.ASSETS / name for folder in (one, other)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            raise CheckpointError(f"{files[0]} and {files[1]} differ: these models do not read the same token ids")

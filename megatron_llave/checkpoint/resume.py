@@ -1,0 +1,132 @@
+"""What happens before the first step: where the run starts from, how many steps it has, and its folder.
+
+`train` calls these in order. What only one rank looks up is told to all, so that they go the same way.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.assets import start_assets
+from megatron_llave.checkpoint.async_writer import layout
+from megatron_llave.checkpoint.pretrained import Pretrained
+from megatron_llave.checkpoint.state import TrainingState
+from megatron_llave.config.checks import validate
+from megatron_llave.config.load import save_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.pipeline import steps_of_epochs
+from megatron_llave.data.tokenizer import find_tokenizer
+from megatron_llave.errors import ConfigError, require
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+Found = TypeVar("Found")
+
+
+def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
+    """`cfg` with the vocabulary and, unless it names one, the tokenizer of the weights it starts from.
+
+    Raises:
+        ConfigError: cfg.model is another model.
+    """
+    tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
+    cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
+    validate(cfg)
+    return cfg
+
+
+def on_first_rank(look_up: Callable[[], Found]) -> Found:
+    """What `look_up` returns on the first rank, on all of them; its errors are raised there alone."""
+    found = [look_up() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def with_steps(cfg: RunConfig) -> RunConfig:
+    """`cfg` with train.steps, worked out of train.epochs where it was not given.
+
+    Raises:
+        ConfigError: neither was given.
+        DataError: the data set's index cannot be read.
+    """
+    if cfg.train.steps:
+        return cfg
+    require(cfg.train.epochs > 0, f"train.steps={cfg.train.steps} must be at least 1, or train.epochs be given")
+    steps = on_first_rank(lambda: steps_of_epochs(cfg))
+    require(steps >= 1, f"train.epochs={cfg.train.epochs} has not one step of {cfg.train.global_batch_size} pairs")
+    return replace(cfg, train=replace(cfg.train, steps=steps))
+
+
+def find_checkpoint(cfg: RunConfig) -> Path | None:
+    """The checkpoint that the run goes on from, looked up once for all ranks; None: it begins anew.
+
+    Raises:
+        ConfigError: it would begin anew in a folder that has checkpoints.
+        CheckpointError: the one named is not whole.
+    """
+    return on_first_rank(lambda: _find_checkpoint(cfg))
+
+
+def _find_checkpoint(cfg: RunConfig) -> Path | None:
+    output, resume = cfg.train.output, cfg.checkpoint.resume
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (resume is None or folders.all_steps(output)):
+        resume = AUTO  # torchrun has started this run again, which may have got beyond what it began with
+    if resume is None:
+        steps = folders.all_steps(output)
+        hint = "--resume auto goes on with it; for a new run choose another train.output"
+        require(not steps, f"train.output={output} has a checkpoint after {max(steps, default=0)} steps: {hint}")
+        return None
+    if resume != AUTO:
+        folder = folders.find(resume)
+        folders.require_whole(folder)
+        for left in folders.abandon_later(output, folder):
+            logger.warning("going back to %s: the later %s is now %s", folder, left.stem, left)
+        return folder
+    folder = folders.newest_usable(output, lambda problem: logger.warning("not resumed from: %s", problem))
+    steps = folders.all_steps(output)
+    require(folder is not None or not steps, f"train.output={output}: none of its {len(steps)} checkpoints is usable")
+    if folder:
+        logger.info("going on from %s", folder)
+    else:
+        logger.info("no checkpoint in %s: a new run", output)
+    return folder
+
+
+def resume(state: TrainingState, folder: Path, cfg: RunConfig) -> int:
+    """Load checkpoint `folder` and return the steps that are behind it.
+
+    Raises:
+        CheckpointError: it is of another model, or cannot be loaded.
+    """
+    changed = folders.require_same_run(folder, cfg)
+    manifest = folders.require_whole(folder)
+    if changed and dist.get_rank() == 0:
+        logger.warning("since checkpoint %s changed: %s", folder, "; ".join(changed))
+    is_same_layout = manifest["layout"] == layout(state.groups, cfg)
+    state.load(folder, manifest["step"], is_same_layout)
+    return manifest["step"]
+
+
+def make_folder(cfg: RunConfig, pretrained: Pretrained | None) -> Path:
+    """Write the merged configuration and what checkpoints carry along into the run's folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    output = Path(cfg.train.output)
+    if dist.get_rank() == 0:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            save_config(cfg, output / "config.yaml")
+            start_assets(output, pretrained, find_tokenizer(cfg.data))
+        except OSError as error:
+            raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error
+    dist.barrier()
+    return output

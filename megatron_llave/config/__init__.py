@@ -1,0 +1,1 @@
+"""The configuration tree: its sections, reading it from YAML and the command line, checks, and presets."""

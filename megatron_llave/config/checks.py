@@ -1,0 +1,91 @@
+"""Checks of a RunConfig that need more than one of its sections, or that hold for every run.
+
+load.py calls `validate` on what it has read; a section's own values are checked as it is built (schema.py).
+"""
+
+from dataclasses import fields
+
+from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import require
+
+
+def validate(cfg: RunConfig) -> None:
+    """Refuse what cannot work, whatever the number of processes.
+
+    Raises:
+        ConfigError: names the key and the numbers that do not fit.
+    """
+    sizes_come_with_weights = cfg.checkpoint.init is not None and not has_sizes(cfg.model)
+    if not sizes_come_with_weights:
+        _validate_model(cfg.model)
+        dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
+        ok = max(dims, default=0) <= width
+        require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
+    ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
+    require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
+    require(
+        cfg.loss.reward == "self" or cfg.loss.alpha > 0,
+        f"loss.reward={cfg.loss.reward} judges hardness, which loss.alpha=0 gives no weight; use reward=self",
+    )
+    ok = cfg.loss.negatives != "own_micro_batch" or cfg.train.micro_batch_size != 1
+    require(ok, "loss.negatives=own_micro_batch: with train.micro_batch_size=1 a pair has no negative")
+    late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
+    require(
+        not cfg.data.subsets or len(late) < len(cfg.data.subsets),
+        f"data.subsets: every subset ({', '.join(late)}) starts late, so step 0 has nothing to draw",
+    )
+    parts, batch = cfg.data.sub_batches, cfg.train.global_batch_size
+    require(batch % parts == 0, f"train.global_batch_size={batch} is not a multiple of data.sub_batches={parts}")
+    own = [name for name, s in cfg.data.subsets.items() if (s.mask_same_target, s.mask_margin) != (None, None)]
+    require(
+        parts == 1 or not own,
+        f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{''.join(own[:1])} cannot have own masks",
+    )
+
+
+def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> None:
+    """Refuse weights of another model. The vocabulary's size may differ: whoever holds the weights knows it better.
+
+    Args:
+        given: what the configuration or the preset says.
+        found: what the weights' own configuration says.
+        source: where `found` comes from, for the message.
+
+    Raises:
+        ConfigError: names the first key that differs and both values.
+    """
+    for part in ("vision", "language"):
+        mine, theirs = getattr(given, part), getattr(found, part)
+        for f in fields(mine):
+            ours, own = getattr(mine, f.name), getattr(theirs, f.name)
+            require(
+                ours == own or f.name == "vocab_size",
+                f"model.{part}.{f.name}={ours} contradicts {source}, where it is {own}",
+            )
+
+
+def has_sizes(model: ModelConfig) -> bool:
+    """Whether any size of the model was given, by a preset or one by one."""
+    return (model.vision, model.language) != (VisionConfig(), LanguageConfig())
+
+
+def _validate_model(model: ModelConfig) -> None:
+    for part, values in (("vision", model.vision), ("language", model.language)):
+        for f in fields(values):
+            value = getattr(values, f.name)
+            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+        ok = values.hidden_size % values.num_heads == 0
+        sizes = f"model.{part}.hidden_size={values.hidden_size}"
+        require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
+    vision, language = model.vision, model.language
+    ok = vision.image_size >= vision.patch_size
+    sizes = f"model.vision.image_size={vision.image_size}"
+    require(ok, f"{sizes} is smaller than model.vision.patch_size={vision.patch_size}")
+    heads = f"model.language.num_heads={language.num_heads}"
+    ok = language.num_heads % language.num_kv_heads == 0
+    require(ok, f"{heads} is not a multiple of model.language.num_kv_heads={language.num_kv_heads}")
+    ok = language.hidden_size // language.num_heads % 2 == 0
+    sizes = f"model.language.hidden_size={language.hidden_size} / {heads}"
+    require(ok, f"{sizes} must be even, as rotary embeddings turn pairs of channels")
+    require(set(model.freeze) != set(PARTS), f"model.freeze={model.freeze} leaves nothing to train")

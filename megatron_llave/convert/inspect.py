@@ -1,0 +1,98 @@
+"""What a folder of weights is and whether it is whole: `tools/convert_hf.py inspect`."""
+
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.state import state_metadata
+from megatron_llave.checkpoint.stream import model_without_memory
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.errors import CheckpointError
+from megatron_llave.models.llava_onevision.hf_config import read_config
+from megatron_llave.models.llava_onevision.hf_weights import hf_shapes, open_weights
+
+MILLION = 1_000_000
+OTHER_KEYS = ("optimizer.", folders.AVERAGE)
+
+
+def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
+    """Print what lies in the folder, then a line for every missing, extra or mis-shaped tensor.
+
+    Args:
+        folder: an HF folder, a checkpoint, or a run's folder.
+        groups: of this single process.
+
+    Returns:
+        0 when it is whole, else 1.
+
+    Raises:
+        UserError: it is nothing we know, or its files cannot be read.
+    """
+    found = find_pretrained(folder)
+    embedder = model_without_memory(found.cfg.model, groups)
+    shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}
+    num_parameters = sum(parameter.numel() for parameter in embedder.parameters())
+    if found.is_hf:
+        problems = _inspect_hf(found, shapes)
+    else:
+        problems = _inspect_checkpoint(found, embedder, groups)
+    _print_model(found.cfg.model, num_parameters)
+    tokenizer = found.find_tokenizer()
+    print(f"tokenizer: {Path(tokenizer).name if tokenizer else 'none in the folder'}")
+    print("\n".join(problems) if problems else "whole: every tensor is there, none is extra, all shapes fit")
+    return 1 if problems else 0
+
+
+def _print_model(model: ModelConfig, num_parameters: int) -> None:
+    language, vision = model.language, model.vision
+    print(
+        f"language: {language.num_layers} layers of {language.hidden_size}, {language.num_heads} heads over "
+        f"{language.num_kv_heads} key/value heads, MLP {language.ffn_hidden_size}, vocabulary {language.vocab_size}"
+    )
+    print(
+        f"vision: {vision.num_layers} layers of {vision.hidden_size}, {vision.num_heads} heads, MLP "
+        f"{vision.ffn_hidden_size}, tiles of {vision.image_size} px in {vision.patches_per_side**2} patches"
+    )
+    grids = " ".join(f"{columns}x{rows}" for columns, rows in model.image_grids) or "none: one tile"
+    print(f"grids (columns x rows): {grids}")
+    print(f"embedder: {num_parameters / MILLION:.1f} M parameters, vocabulary padded as on one process")
+
+
+def _inspect_hf(found: Pretrained, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    config = read_config(found.folder)
+    weights = open_weights(found.folder, config)
+    files = sorted({info.file.name for info in weights.files.tensors.values()})
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()})
+    num_bytes = sum(info.num_bytes for info in weights.files.tensors.values())
+    print(f"{found.folder}: Hugging Face folder, layout {config.layout}, {', '.join(dtypes)}")
+    print(f"weights: {len(weights.names)} tensors, {num_bytes / 1e9:.3f} GB in {', '.join(files)}")
+    if weights.unused:
+        print(f"kept for export, not used by the embedder: {', '.join(weights.names[name] for name in weights.unused)}")
+    return weights.problems(hf_shapes(shapes, config.model))
+
+
+def _inspect_checkpoint(found: Pretrained, embedder: object, groups: ProcessGroupCollection) -> list[str]:
+    try:
+        held = dist_checkpointing.load_tensors_metadata(str(found.folder))
+    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
+        raise CheckpointError(f"checkpoint {found.folder} cannot be read: {' '.join(str(error).split())}") from error
+    state = embedder.sharded_state_dict(metadata=state_metadata(groups))
+    apply_factories(state)
+    parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]
+    expected = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
+    others = {prefix: [key for key in held if key.startswith(prefix)] for prefix in OTHER_KEYS}
+    kinds = [f", {len(keys)} of {prefix.rstrip('.')}" for prefix, keys in others.items() if keys]
+    print(f"{found.folder}: checkpoint, {found.cfg.model.precision}, {len(held)} tensors{''.join(kinds)}")
+    own = {key: tuple(held[key].global_shape) for key in held if not key.startswith(OTHER_KEYS)}
+    problems = [f"missing: {key} {list(expected[key])}" for key in sorted(expected.keys() - own)]
+    for key, shape in sorted(own.items()):
+        if key not in expected:
+            problems.append(f"extra: {key} {list(shape)}")
+        elif shape != expected[key] and "word_embeddings" not in key:  # padded for the layout it was saved at
+            problems.append(f"wrong shape: {key} {list(shape)}, config.yaml makes it {list(expected[key])}")
+    return problems

@@ -1,0 +1,89 @@
+"""A step's micro batches as two tensors of bytes: what crosses from a data worker, and over the ranks of a replica.
+
+One buffer for hundreds of small tensors: one piece of shared memory, one copy to the device, one broadcast.
+"""
+
+import json
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_llave.batch import PackedSequences, PairBatch, StepBatches
+
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class StepBuffer:
+    """The micro batches of one data-parallel rank's step."""
+
+    header: Tensor
+    """[n] uint8, JSON: per micro batch its values, and of each tensor dtype, shape and offset in `payload`."""
+    payload: Tensor
+    """[m] uint8, all tensors one after the other."""
+
+    def pin_memory(self) -> "StepBuffer":
+        """The same step in page-locked memory (torch's DataLoader calls this): nothing waits for its copy to a GPU."""
+        return replace(self, payload=self.payload.pin_memory())
+
+    def to(self, device: torch.device) -> "StepBuffer":
+        """The same step with its payload on `device`; the header stays where it is."""
+        return replace(self, payload=self.payload.to(device, non_blocking=True))
+
+
+def pack_step(step: StepBatches) -> StepBuffer:
+    """Copy a step's micro batches, on the CPU, into one buffer."""
+    tensors: list[Tensor] = []
+    described = {"position": step.position, "batches": [_describe(batch, tensors) for batch in step.batches]}
+    header = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
+    payload = torch.zeros(_offsets(tensors)[-1], dtype=torch.uint8)
+    for tensor, offset in zip(tensors, _offsets(tensors)):
+        if tensor.numel():  # an empty tensor may have strides that no view takes
+            payload[offset : offset + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    return StepBuffer(header, payload)
+
+
+def unpack_step(step: StepBuffer) -> StepBatches:
+    """The micro batches again; their tensors are views of the payload, and lie where it does."""
+    described = json.loads(step.header.cpu().numpy().tobytes())
+    batches = [_restore(PairBatch, values, step.payload) for values in described["batches"]]
+    return StepBatches(batches, described["position"])
+
+
+def _offsets(tensors: list[Tensor]) -> list[int]:
+    """Where each tensor begins, and where the last one ends."""
+    offsets = [0]
+    for tensor in tensors:
+        offsets.append(offsets[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
+    return offsets
+
+
+def _describe(record: Any, tensors: list[Tensor]) -> dict[str, Any]:
+    """Values of a dataclass; its tensors are added to `tensors` and described by dtype, shape and offset."""
+    described = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            offset = _offsets(tensors)[-1]
+            tensors.append(value)
+            described[field.name] = {"dtype": str(value.dtype)[6:], "shape": list(value.shape), "offset": offset}
+        elif is_dataclass(value):
+            described[field.name] = _describe(value, tensors)
+        else:
+            described[field.name] = value
+    return described
+
+
+def _restore(kind: type, described: dict[str, Any], payload: Tensor) -> Any:
+    values = dict(described)
+    for name, value in described.items():
+        if isinstance(value, dict) and "offset" in value:
+            dtype, shape = getattr(torch, value["dtype"]), value["shape"]
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            part = payload[value["offset"] : value["offset"] + num_bytes]
+            values[name] = part.view(dtype).view(shape)
+        elif isinstance(value, dict):
+            values[name] = _restore(PackedSequences, value, payload)
+    return kind(**values)

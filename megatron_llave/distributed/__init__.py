@@ -1,0 +1,1 @@
+"""Process groups, parallel layouts, collectives over rows, and the CPU emulation of torch.cuda."""

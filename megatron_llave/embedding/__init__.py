@@ -1,0 +1,5 @@
+"""Embedding of inputs with a trained model, in memory or into files."""
+
+from megatron_llave.embedding.embedder import LoadedModel, embed, load_model
+
+__all__ = ["LoadedModel", "embed", "load_model"]

@@ -1,0 +1,230 @@
+"""A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks.
+
+model = load_model("CHECKPOINT or HF_DIR")
+vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_llave.batch import PackedSequences, Side
+from megatron_llave.checkpoint.pretrained import TOKENIZERS, Pretrained, find_pretrained
+from megatron_llave.config.load import override_config
+from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
+from megatron_llave.distributed import collectives, cpu_emulation, process_groups
+from megatron_llave.distributed.layout import validate_layout
+from megatron_llave.distributed.schedule import run_schedule
+from megatron_llave.errors import DataError, NotFiniteError
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import build_processor
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint ready to embed, at the layout of this run."""
+
+    cfg: RunConfig
+    chunks: list[Module]
+    encoder: Processor
+    groups: ProcessGroupCollection
+    progress: Callable[[str], None] = lambda doing: None
+    """Told of each input that is read and each row that is embedded."""
+    source: Pretrained | None = None
+    """What was loaded; None where the model is being trained."""
+    average: bool = False
+    """Whether it was the averaged weights."""
+
+    def identity(self) -> dict[str, str]:
+        """What the embeddings depend on (Pretrained.identity); the first rank's, empty on the others.
+
+        Raises:
+            CheckpointError: what was loaded cannot be read any more.
+        """
+        assert self.source is not None
+        return self.source.identity(self.cfg, self.average) if dist.get_rank() == 0 else {}
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """Tokens that a packed row's length must be a multiple of."""
+        return row_multiple(self.cfg)
+
+    def embed(self, inputs: Sequence[str | Side]) -> Tensor:
+        """Texts, and texts with pictures -> [n, d] float32 of unit length, in their order, on every rank.
+
+        Raises:
+            DataError: an input cannot be read; the message has its index.
+        """
+        sides = [Side(item, []) if isinstance(item, str) else item for item in inputs]
+        return embed(self, {str(index): side for index, side in enumerate(sides)})
+
+
+def load_model(
+    path: str | Path, data: str | Path | None = None, overrides: Sequence[str] = (), average: bool = False
+) -> LoadedModel:
+    """Build the model that a folder holds and load its weights.
+
+    The layout of its training is not taken over: every process is a data-parallel rank unless `overrides`
+    (parallel.tensor=2, ...) say otherwise.
+
+    Args:
+        path: a checkpoint, a run's folder, or a Hugging Face folder of either layout.
+        data: where to look for a tokenizer when the weights came without one.
+        overrides: `section.key=value`, winning over the checkpoint's configuration.
+        average: the averaged weights of a run with loss.reward=ema.
+
+    Raises:
+        UserError: no checkpoint, no averaged weights in it, an unknown override, or a layout that cannot work.
+    """
+    cpu_emulation.enable()
+    found = find_pretrained(path)
+    process_groups.initialize_distributed(_configure(found, data, overrides).parallel.timeout_seconds)
+    # A run that is still going on may have saved between two ranks' looks at it: the first rank's checkpoint is meant.
+    folder = [found.folder]
+    dist.broadcast_object_list(folder, 0, device=process_groups.device())
+    found = find_pretrained(folder[0])
+    cfg = _configure(found, data, overrides)
+    validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
+    groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=None)
+    found.load(chunks, groups, average)
+    for chunk in chunks:
+        chunk.eval()
+    encoder = build_processor(cfg.data, cfg.model)
+    return LoadedModel(cfg, chunks, encoder, groups, source=found, average=average)
+
+
+def _configure(found: Pretrained, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of these weights with what the caller wants otherwise; arguments of load_model."""
+    cfg = replace(found.cfg, data=replace(found.cfg.data, tokenizer=found.find_tokenizer() or found.cfg.data.tokenizer))
+    given = [] if data is None else [f"data.path={data}"]
+    cfg = override_config(cfg, [*given, *overrides])
+    if not cfg.data.tokenizer and not cfg.data.path:
+        raise DataError(
+            f"{found.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (of vocab.json and merges.txt "
+            "tools/convert_hf.py import makes one)"
+        )
+    return cfg
+
+
+def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
+    """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank.
+
+    A rank asks the mapping only for the inputs it embeds.
+
+    Raises:
+        DataError: an input cannot be read; the message has its key.
+    """
+    groups = model.groups
+    encoded = [_encode(model, key, sides) for key in islice(sides, groups.dp.rank(), None, groups.dp.size())]
+    local = embed_encoded(model, encoded)
+    dist.broadcast(local, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    counts = [len(range(rank, len(sides), groups.dp.size())) for rank in range(groups.dp.size())]
+    gathered = collectives.all_gather_rows(local, counts, groups.dp)  # [n, d] rank by rank
+    places = torch.cat([torch.arange(rank, len(sides), groups.dp.size()) for rank in range(groups.dp.size())])
+    embeddings = torch.empty_like(gathered)
+    embeddings[places.to(gathered.device)] = gathered
+    return embeddings
+
+
+def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iterator[Tensor | None]:
+    """Embed parts of inputs, one after the other, by this replica alone; threads read and decode a part ahead.
+
+    Args:
+        model: its data-parallel ranks may have different parts, and different numbers of them.
+        parts: the same on all ranks of a replica.
+
+    Yields:
+        [inputs of the part, d] float32 in their order; None on all ranks of the replica but one.
+
+    Raises:
+        DataError: an input cannot be read; the message has its key.
+    """
+    groups = model.groups
+    has_result = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
+    pool = ThreadPoolExecutor(model.cfg.evaluate.threads)
+    try:
+        ahead: deque[list[Future[EncodedSequence]]] = deque()
+        for part in chain(parts, [None]):
+            if part is not None:
+                ahead.append([pool.submit(_encode, model, key, part) for key in part])
+            if ahead and (part is None or len(ahead) > 1):
+                rows = embed_encoded(model, [future.result() for future in ahead.popleft()])
+                yield rows if has_result else None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
+    """[n, d] float32 of this replica's inputs in their order; zeros but on the last pipeline stage."""
+    # Sequences of like length share a row, which keeps the attention's buckets full.
+    order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
+    outputs = forward_only(model, list(packed_rows([encoded[index] for index in order], model)))
+    rows = torch.zeros(len(encoded), model.cfg.model.language.hidden_size, device=process_groups.device())
+    if model.groups.pp.rank() == model.groups.pp.size() - 1 and encoded:
+        rows[torch.tensor(order, device=rows.device)] = torch.cat(outputs)
+    return rows
+
+
+def require_finite(embeddings: Tensor, keys: Iterable[str]) -> None:
+    """Check embeddings [n, d] of the inputs `keys`: similarities to NaN would rank as if they were scores.
+
+    Raises:
+        NotFiniteError: names the first input whose embedding is not finite, and how many there are.
+    """
+    is_bad = ~embeddings.isfinite().all(dim=1)  # [n]
+    num_bad = int(is_bad.sum())
+    if num_bad:
+        first = next(islice(keys, int(is_bad.int().argmax()), None))
+        count = f"{num_bad} of {len(is_bad)} inputs that were embedded together"
+        hint = "take an earlier checkpoint or, if the weights are finite, model.precision=fp32"
+        raise NotFiniteError(f"input {first} has no finite embedding ({count}); {hint}")
+
+
+def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedSequence:
+    model.progress(f"reading input {key}")
+    try:
+        return model.encoder.encode(sides[key])
+    except DataError as error:
+        raise DataError(f"input {key} cannot be embedded: {error}") from error
+
+
+def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[PackedSequences]:
+    """Rows of about `evaluate.tokens_per_batch` tokens; a longer sequence is a row of its own."""
+    row: list[EncodedSequence] = []
+    num_tokens = 0
+    for sequence in encoded:
+        if row and num_tokens + sequence.length > model.cfg.evaluate.tokens_per_batch:
+            yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+            row, num_tokens = [], 0
+        row.append(sequence)
+        num_tokens += sequence.length
+    yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+
+
+def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor]:
+    """Embeddings [n, d] of each row through megatron-core's schedule; on the last pipeline stage, else empty."""
+    stages, num_chunks = model.groups.pp.size(), len(model.chunks)
+    missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule wants whole rounds
+    empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
+    padded = rows + [empty] * missing
+    forward_step = partial(_forward_step, progress=model.progress)
+    return run_schedule(model.chunks, padded, forward_step, forward_only=True)[: len(rows)]
+
+
+def _forward_step(
+    rows: Iterator[PackedSequences], chunk: Module, progress: Callable[[str], None]
+) -> tuple[Tensor, object]:
+    progress("embedding inputs")
+    return chunk(next(rows).to(process_groups.device())), lambda output, non_loss_data: output

@@ -1,0 +1,73 @@
+"""Many inputs from a JSONL file, their embeddings into .npy or Parquet, a part at a time: tools/embed.py.
+
+A line is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, pictures, or both; files are relative to the
+JSONL's folder, the id defaults to the line's number.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from megatron_llave.errors import DataError
+
+SUFFIXES = (".npy", ".parquet")
+Write = Callable[[list[str], Tensor], None]
+
+
+@contextmanager
+def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
+    """A file of embeddings that is there whole or not at all.
+
+    .npy: float32 [num_rows, width]. Parquet: columns id (string) and embedding (fixed-size list of float32), a row
+    group for each part, `model` in the schema's metadata.
+
+    Yields:
+        write(ids, embeddings [n, width]) for each part in turn.
+
+    Raises:
+        DataError: the suffix is unknown, or the file cannot be written (a full disk); nothing is left of it then.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    partial = path.with_name(f"{path.name}.partial")
+    open_file = _open_npy if path.suffix == ".npy" else _open_parquet
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(partial, num_rows, width, model) as write:
+            yield write
+        os.replace(partial, path)
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path} cannot be written: {reason}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_npy(path: Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
+    # Written in order and not through a memory map, which dies of a full disk without an error.
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield lambda ids, embeddings: file.write(embeddings.cpu().numpy().astype("<f4").tobytes())
+
+
+@contextmanager
+def _open_parquet(path: Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
+    fields = [("id", pa.string()), ("embedding", pa.list_(pa.float32(), width))]
+    schema = pa.schema(fields, metadata={"model": model})
+    with pq.ParquetWriter(path, schema) as writer:
+
+        def write(ids: list[str], embeddings: Tensor) -> None:
+            values = pa.array(embeddings.cpu().numpy().ravel())
+            rows = pa.FixedSizeListArray.from_arrays(values, width)
+            writer.write_table(pa.table([pa.array(ids, pa.string()), rows], schema=schema))
+
+        yield write

@@ -1,0 +1,119 @@
+"""MMEB-eval, the 36 test sets of the MMEB benchmark: their Parquet rows -> ranking tasks.
+
+Reads what the released code reads: qry_text, qry_img_path and the lists tgt_text, tgt_img_path, whose first entry is
+the right one. The texts hold their instructions already. Names, meta-tasks and splits: arXiv 2410.05160, table 2; the
+20 sets in distribution are those that have a training subset.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_llave.embedding.inputs import FileInput
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.task import RankingTask, build_task
+
+META_TASKS = {
+    ("classification", "ind"): ("ImageNet-1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"),
+    ("classification", "ood"): ("Place365", "ImageNet-A", "ImageNet-R", "ObjectNet", "Country211"),
+    ("vqa", "ind"): ("OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"),
+    ("vqa", "ood"): ("ScienceQA", "VizWiz", "GQA", "TextVQA"),
+    ("retrieval", "ind"): (
+        *("VisDial", "CIRR", "VisualNews_t2i", "VisualNews_i2t"),
+        *("MSCOCO_t2i", "MSCOCO_i2t", "NIGHTS", "WebQA"),
+    ),
+    ("retrieval", "ood"): ("FashionIQ", "Wiki-SS-NQ", "OVEN", "EDIS"),
+    ("grounding", "ind"): ("MSCOCO",),
+    ("grounding", "ood"): ("RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing"),
+}
+SETS = {name: place for place, names in META_TASKS.items() for name in names}
+"""The 36 data sets -> (meta-task, split), spelled as the test data spells them."""
+
+FILES_HINT = "the paths must start from the folder that --images names, or evaluate.images while training"
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+
+def choose_sets(source: str | Path, subsets: Sequence[str] | None, asked_by: str = "--subsets") -> list[str]:
+    """The data sets asked for, or all that the folder holds, in the order of the paper; `asked_by` names the option.
+
+    Raises:
+        ConfigError: one is none of MMEB's.
+        DataError: the folder holds none.
+    """
+    for name in subsets or ():
+        if name not in SETS:
+            raise ConfigError(f"{asked_by}: {name!r} is no data set of MMEB-eval, which are {', '.join(SETS)}")
+    if not Path(source).is_dir():
+        raise DataError(f"{source} is not a folder; it must be that of MMEB-eval")
+    chosen = [name for name in SETS if (name in subsets if subsets else (Path(source) / name).is_dir())]
+    if not chosen:
+        raise DataError(f"{source} holds no folder of an MMEB-eval data set, such as {next(iter(SETS))}/")
+    return chosen
+
+
+def read_task(source: str | Path, image_folder: str | Path, name: str) -> RankingTask:
+    """One data set.
+
+    Args:
+        source: holds `<name>/test-00000-of-00001.parquet`, in one part or more.
+        image_folder: what the image paths are relative to.
+        name: one of SETS.
+
+    Raises:
+        DataError: a file is missing or damaged, a column is missing, or a row is malformed or has no right candidate.
+    """
+    rows = []
+    for number, row in enumerate(_read_rows(Path(source) / name)):
+        where = f"data set {name} of {source}, row {number}"
+        query = _input(row["qry_text"], row["qry_img_path"], where, "qry")
+        rows.append((query, _candidates(row, where)))
+    if not rows:
+        raise DataError(f"data set {name} of {source} has no rows; download it again")
+    return build_task(name, *SETS[name], rows, image_folder, FILES_HINT)
+
+
+def _candidates(row: dict[str, Any], where: str) -> list[FileInput]:
+    texts, images = row["tgt_text"], row["tgt_img_path"]
+    if isinstance(texts, str) and isinstance(images, list):
+        texts = [texts] * len(images)  # one text that goes with each picture
+    if not isinstance(texts, list) or not isinstance(images, list):
+        raise DataError(f"{where}: tgt_text and tgt_img_path must be lists, not {texts!r:.40} and {images!r:.40}")
+    if len(texts) != len(images):
+        raise DataError(f"{where}: {len(texts)} entries in tgt_text, but {len(images)} in tgt_img_path")
+    if not texts:
+        raise DataError(f"{where} has no candidate; the first entry of tgt_text must be the right one")
+    return [_input(text, image, where, f"tgt[{index}]") for index, (text, image) in enumerate(zip(texts, images))]
+
+
+def _input(text: Any, image: Any, where: str, part: str) -> FileInput:
+    text, image = text or "", image or ""
+    if not isinstance(text, str) or not isinstance(image, str):
+        raise DataError(f"{where}: {part} must be a text and an image path, not {text!r:.40} and {image!r:.40}")
+    if not text and not image:
+        right = "; it should be the right candidate" if part == "tgt[0]" else ""
+        raise DataError(f"{where}: {part} has neither text nor picture{right}")
+    return FileInput(text, (image,) if image else ())
+
+
+def _read_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    parts = sorted(folder.glob("test-*-of-*.parquet"))
+    wanted = [f"test-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+    if not parts or [part.name for part in parts] != wanted:
+        found = ", ".join(part.name for part in parts) or "none"
+        raise DataError(f"{folder} must hold test-00000-of-00001.parquet, or all parts (found: {found})")
+    for part in parts:
+        try:
+            with pq.ParquetFile(part) as file:
+                missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
+                if missing:
+                    names = ", ".join(file.schema_arrow.names)
+                    raise DataError(f"{part} has no column {missing[0]!r}; its columns are {names}")
+                for batch in file.iter_batches(columns=list(COLUMNS)):
+                    yield from batch.to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{part} cannot be read ({' '.join(str(error).split())}); download it again") from error

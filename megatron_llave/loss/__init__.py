@@ -1,0 +1,1 @@
+"""The contrastive loss: pure functions of embeddings and a process group."""

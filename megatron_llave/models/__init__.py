@@ -1,0 +1,1 @@
+"""Embedding models: building blocks, Hugging Face formats, and one folder per model family."""

@@ -1,0 +1,62 @@
+"""Which kernels compute a run: torch's own, Transformer Engine's, apex's; found on the machine, said at the start.
+
+megatron-core picks the optimizer's by itself (megatron/core/optimizer/__init__.py): Transformer Engine's fused AdamW,
+else apex's, else torch's.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from megatron_llave.config.model import ModelConfig
+
+APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+"""apex's extension that megatron-core's own linear layers use."""
+
+
+def fuses_weight_gradients(kernels: str) -> bool:
+    """Whether a backward adds weight gradients straight to the float32 buffer.
+
+    Transformer Engine's layers can; torch's can with apex's extension, on a GPU.
+    """
+    if kernels == "transformer_engine":
+        return True
+    return torch.cuda.is_available() and find_spec(APEX_WEIGHT_GRADIENT) is not None
+
+
+def describe_kernels(model: ModelConfig, optimizer: str) -> str:
+    """One line for the log: device, layers, precision, weight gradients, optimizer; and what is wrong with them.
+
+    Args:
+        model: of the run.
+        optimizer: whose code updates the weights, such as "FusedAdam of apex".
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    layers = f"torch {torch.__version__}"
+    if model.kernels == "transformer_engine":
+        layers = f"Transformer Engine {_version('transformer-engine')}"
+    precision = f"fp8 ({model.fp8_recipe})" if model.precision == "fp8" else model.precision
+    parts = [f"kernels on {device}: {layers}", precision, f"recompute {model.recompute}"]
+    parts.append("fused weight gradients" if fuses_weight_gradients(model.kernels) else "weight gradients not fused")
+    line = ", ".join([*parts, optimizer])
+    if find_spec("apex") is not None and not _has_apex_optimizers():
+        line += "; the package apex here is not NVIDIA's and of no use (pip uninstall apex)"
+    elif on_gpu and model.kernels == "local":
+        line += "; model.kernels=transformer_engine is faster on a GPU"
+    return line
+
+
+def _has_apex_optimizers() -> bool:
+    try:
+        return find_spec("apex.optimizers") is not None
+    except ImportError:  # looking for a part loads the whole, and the web framework of that name wants other packages
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # built from source without metadata
+        return "of unknown version"

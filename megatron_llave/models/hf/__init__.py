@@ -1,0 +1,1 @@
+"""Hugging Face weight files and name mappings; knows no model family."""

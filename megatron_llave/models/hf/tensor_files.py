@@ -1,0 +1,197 @@
+"""The safetensors of a Hugging Face folder: read one tensor at a time, written in a stream, sharded with an index.
+
+Neither way holds more than one tensor in memory. What a tensor is called and means is a model family's affair.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_llave.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""Largest file that is written, unless one tensor alone is larger; transformers' long-time default."""
+
+DTYPE_CODES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    "I64": torch.int64,  # of buffers that old files hold
+}
+CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says about one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFiles:
+    """All tensors of a folder by name; the files' headers are read at once, values when asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Find the files and read their headers.
+
+        Raises:
+            CheckpointError: there are none, one is missing, damaged or truncated, or they are pickled.
+        """
+        self.folder = Path(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, names in _files(self.folder).items():
+            with _opened(file) as handle:
+                held = set(handle.keys())
+                lost = sorted(names - held)
+                if lost:
+                    raise CheckpointError(f"{file} lacks {_some(lost)}, which {self.folder / INDEX} says it holds")
+                for name in sorted(names or held):
+                    part = handle.get_slice(name)
+                    code = part.get_dtype()
+                    if code not in DTYPE_CODES:
+                        known = ", ".join(DTYPE_CODES)
+                        raise CheckpointError(f"{file}: {name} has dtype {code}; weights are one of {known}")
+                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), DTYPE_CODES[code])
+
+    def read(self, name: str) -> Tensor:
+        """The tensor's values on the CPU, in the file's dtype.
+
+        The file is mapped for this tensor alone: a mapping kept open would count as memory of this process.
+        """
+        with _opened(self.tensors[name].file) as handle:
+            return handle.get_tensor(name)
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """Each file with the names the index expects in it; without an index one file, whatever it holds."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    if (folder / INDEX).is_file():
+        files: dict[Path, set[str]] = {}
+        for name, file in _read_index(folder / INDEX).items():
+            files.setdefault(folder / file, set()).add(name)
+        for file, names in files.items():
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; {folder / INDEX} says it holds {_some(sorted(names))}")
+        return files
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: set()}
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+    if pickled:
+        raise CheckpointError(
+            f"{pickled[0]} is a pickle, which can run any code when it is read, so it is not; save the model as "
+            "safetensors first (transformers: model.save_pretrained(folder))"
+        )
+    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: no JSON with a weight_map of names to files") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path}: {file!r} is no file name in the same folder")
+    return weight_map
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated: {' '.join(str(error).split())}") from error
+
+
+def _some(names: list[str]) -> str:
+    """The first names of many, for a message of one line."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(islice(names, 3)) + more
+
+
+def write_tensor_files(
+    folder: Path,
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    values: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    single: str = SINGLE,
+) -> None:
+    """Write tensors in a stream, one file or several with an index (transformers' names).
+
+    Args:
+        folder: exists, and holds no weights yet.
+        shapes: shape and dtype of every tensor, in the order in which `values` yields them.
+        values: name and CPU tensor, cast here to the dtype promised.
+        shard_bytes: a file ends before the tensor that would make it larger.
+        single: name of the file when there is only one.
+
+    Raises:
+        OSError: the disk is full, or cannot be written for another reason.
+    """
+    shards = _plan(shapes, shard_bytes)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [single]
+    stream = iter(values)
+    for file, names in zip(files, shards):
+        with open(folder / file, "wb") as output:
+            output.write(_header({name: shapes[name] for name in names}))
+            for expected in names:
+                name, value = next(stream)
+                shape, dtype = shapes[expected]
+                assert name == expected and value.shape == shape, f"{name} {tuple(value.shape)} came for {expected}"
+                output.write(value.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            output.flush()
+            os.fsync(output.fileno())
+    if len(shards) > 1:
+        total = sum(_num_bytes(*shape) for shape in shapes.values())
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _plan(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = _num_bytes(*shape)
+        if shards[-1] and size + num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return shards
+
+
+def _header(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    """A safetensors header: its length in 8 bytes, then JSON padded with spaces so that the values are aligned."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    offset = 0
+    for name, (shape, dtype) in shapes.items():
+        end = offset + _num_bytes(shape, dtype)
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

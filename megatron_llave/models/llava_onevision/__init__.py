@@ -1,0 +1,1 @@
+"""LLaVA-OneVision, the family that LLaVE is made of."""

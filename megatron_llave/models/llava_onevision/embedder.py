@@ -1,0 +1,178 @@
+"""The whole LLaVE model: tower -> projector -> visual tokens among the text -> decoder -> last token -> unit vector.
+
+One LlaveEmbedder is one chunk of the pipeline. The first has tower, projector and token embedding, the last pools.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_llave.batch import PackedSequences
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models.blocks.initialization import initialize_parameters
+from megatron_llave.models.blocks.layer_specs import packed_layout, transformer_engine
+from megatron_llave.models.blocks.pooling import last_token_pool
+from megatron_llave.models.blocks.qwen2 import LanguageModel
+from megatron_llave.models.blocks.siglip import VisionTower
+from megatron_llave.models.llava_onevision.projector import build_projector
+
+
+class LlaveEmbedder(MegatronModule):
+    """PackedSequences in; embeddings [n, h] float32 of unit length out of the last chunk, hidden states of others."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        groups: ProcessGroupCollection,
+        is_first: bool,
+        is_last: bool,
+        chunk: int | None = None,
+    ) -> None:
+        language = LanguageModel(model, parallel, groups, is_first, is_last, chunk)
+        super().__init__(config=language.config)
+        self.kernels = model.kernels
+        self.groups = groups
+        self.vision_is_frozen = "vision" in model.freeze
+        self.overlap = parallel.overlap
+        # Names that megatron-core's schedules, data-parallel wrapper and gradient finalisation look for.
+        self.pre_process, self.post_process, self.vp_stage = is_first, is_last, chunk
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        if is_first:
+            self.vision = VisionTower(model, parallel, groups)
+            self.projector = build_projector(model, parallel, groups)
+            self.image_newline = torch.nn.Parameter(
+                torch.empty(model.language.hidden_size, dtype=language.config.params_dtype)
+            )
+        self.language = language
+        self._freeze(model.freeze)
+
+    def _freeze(self, parts: list[str]) -> None:
+        for part in parts:
+            if part == "language" or self.pre_process:
+                getattr(self, part).requires_grad_(False)
+            if part == "projector" and self.pre_process:
+                self.image_newline.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous pipeline stage's hidden states from the schedule."""
+        self.language.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, sequences: PackedSequences) -> Tensor:
+        """Embed the packed sequences; every pipeline stage gets the same ones and uses what it needs."""
+        layout = packed_layout(sequences.cu_seqlens, sequences.max_seqlen, self.kernels)
+        hidden = None
+        if self.pre_process:
+            hidden = self.splice(sequences, self.visual_tokens(sequences))  # [t, 1, h]
+            if self.config.sequence_parallel:
+                hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.groups.tp)
+        hidden = self.language(hidden, layout)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # Every tensor-parallel rank pools the same tokens, so the gradient is scattered, not summed.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        return last_token_pool(hidden, sequences.last_token)
+
+    def visual_tokens(self, sequences: PackedSequences) -> Tensor | None:
+        """Projected patch features and newlines in packed order, [v, h]; without images None, or no rows [0, h].
+
+        The base tile and the unpadded grid with a newline per row (spatial_unpad of the released code) are one gather
+        from the features of all tiles; the data pipeline worked out its index from the image sizes. Rows of a feature
+        map that is interpolated (anyres_max of the released code) are blended first, and gathered with the others.
+        """
+        if len(sequences.visual_source) == 0:
+            return self._no_visual_tokens() if self.overlap and torch.is_grad_enabled() else None
+        newline = self.image_newline[None]  # before the rest, so that its gradient comes after theirs
+        features = sequences.features
+        if features is None:
+            with torch.no_grad() if self.vision_is_frozen else nullcontext():
+                features = self.vision(sequences.tiles, sequences.blank)  # [k, p, vision h]
+            if self.vision_is_frozen:
+                sequences.features = features
+        features = self.projector(features.flatten(0, 1))  # [k * p, h]
+        rows = [features, newline.to(features.dtype)]
+        if sequences.blend_source is not None:
+            rows.append(blend(features, sequences.blend_source, sequences.blend_weights))
+        return torch.cat(rows).index_select(0, sequences.visual_source)  # [k * p + 1 + u, h] -> [v, h]
+
+    def _no_visual_tokens(self) -> Tensor | None:
+        """[0, h] through whose graph tower, projector and newline get gradients of zero.
+
+        Gradients that are summed as soon as they are there are summed in the order of the backward. It must be the same
+        on all data-parallel ranks: on those whose micro batch has pictures and those whose has none.
+        """
+        parts = (self.vision, self.projector)
+        unused = [self.image_newline, *(parameter for part in parts for parameter in part.parameters())]
+        # One node each, made in the order of the forward: autograd goes through them in the reverse one.
+        rows = [NoRows.apply(p, self.config.hidden_size) for p in unused if p.requires_grad]
+        return torch.cat(rows) if rows else None
+
+    def splice(self, sequences: PackedSequences, visual: Tensor | None) -> Tensor:
+        """Token embeddings with the visual tokens at their positions, [t, 1, h]."""
+        hidden = self.language.embedding(input_ids=sequences.tokens[None], position_ids=None)  # [t, 1, h]
+        if visual is None:
+            return hidden
+        text = hidden.squeeze(1)  # [t, h]
+        return text.index_copy(0, sequences.visual_position, visual.to(text.dtype)).unsqueeze(1)
+
+
+class NoRows(torch.autograd.Function):
+    """Of any parameter no rows, [0, width], and for it a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, width: int) -> Tensor:
+        """See the class."""
+        ctx.like = parameter.new_empty(()).expand_as(parameter)
+        return parameter.new_empty(0, width)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """See the class."""
+        return torch.zeros_like(ctx.like, memory_format=torch.contiguous_format), None
+
+
+def blend(features: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of four rows of features [k * p, h] each, [u, h]; summed in at least float32.
+
+    source [u, 4] int64 and weights [u, 4] float32. Corner by corner, so that autograd keeps no [u, 4, h].
+    """
+    corners = (features.index_select(0, rows) * share[:, None] for rows, share in zip(source.T, weights.T))
+    return sum(corners).to(features.dtype)
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    seed: int | None,
+) -> list[LlaveEmbedder]:
+    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout.
+
+    With seed None the parameters are left unfilled, for weights that are loaded.
+    """
+    if model.kernels == "transformer_engine":
+        transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
+    stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
+    chunks = []
+    for chunk in range(num_chunks):
+        is_first = stage == 0 and chunk == 0
+        is_last = stage == last_stage and chunk == num_chunks - 1
+        chunk_index = chunk if num_chunks > 1 else None
+        built = LlaveEmbedder(model, parallel, groups, is_first, is_last, chunk_index)
+        # megatron-core makes some of the tower in float32 whatever the configuration says.
+        chunks.append(built.to(device=device, dtype=built.config.params_dtype))
+    if seed is not None:
+        initialize_parameters(chunks, groups.tp, seed)
+    return chunks

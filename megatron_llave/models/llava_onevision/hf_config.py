@@ -1,0 +1,389 @@
+"""config.json of Hugging Face folders <-> ModelConfig, in two layouts.
+
+llava_onevision is what transformers reads and writes; llava_qwen is that of LLaVA-NeXT and of the released LLaVE
+checkpoints, read by their own code. What a file does not say has the value that its layout's own code would take, and
+what we cannot run is refused. hf_weights.py reads the weights beside this file, hf_files.py the rest of the folder.
+
+Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py and configuration_siglip.py (4.4x to
+5.x); the released llava_arch.py, mm_utils.py, siglip_encoder.py and multimodal_projector/builder.py.
+"""
+
+import ast
+import copy
+import json
+import re
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.config.checks import require_same_model
+from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.presets import PRESETS, SIGLIP_SO400M
+from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.errors import CheckpointError, one_of, require
+from megatron_llave.models.llava_onevision.hf_keys import (
+    DEFAULT_ROPE_THETA,
+    IMAGE_TOKENS,
+    LANGUAGE_FIXED,
+    LANGUAGE_KEYS,
+    ONEVISION_FIXED,
+    QWEN_FIXED,
+    QWEN_UNUSED,
+    QWEN_VISION_SECTIONS,
+    VISION_FIXED,
+    VISION_KEYS,
+    Section,
+)
+
+LAYOUTS = ("llava_onevision", "llava_qwen")
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers from 4.56 on, and of all before 5
+HF_PRESETS = ("0.5b", "2b", "7b")
+SIGLIP_NAME = "siglip-so400m-patch14-384"
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What a config.json says."""
+
+    layout: str
+    """llava_onevision or llava_qwen."""
+    model: ModelConfig
+    """vision, language, image_grids and anyres_max_tiles; the rest has its defaults."""
+    tied: bool
+    """The vocabulary projection shares the embedding's weights."""
+    dtype: str | None
+    """Type of the weights: float32, bfloat16 or float16; None where the file does not say."""
+    vision_layers: int
+    """Layers of the tower that the weights hold: those that are run, and maybe some after them."""
+    raw: dict
+    """The file as it is."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Its model, and where the newline stands among a video's tokens (mm_newline_position of llava_qwen)."""
+        newline = self.raw.get("mm_newline_position", "one_token")
+        return RunConfig(model=self.model, data=DataConfig(video_newline=newline))
+
+
+def read_config(folder: str | Path) -> HfConfig:
+    """Read config.json of a folder.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes a model that we cannot run.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; a Hugging Face folder has one") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}; it must be one JSON object")
+    top = Section(file, "", raw)
+    return _read_onevision(top) if _layout(top) == "llava_onevision" else _read_qwen(top)
+
+
+def _layout(top: Section) -> str:
+    kind = top.values.get("model_type")
+    if kind in LAYOUTS:
+        return kind
+    if kind == "llava" and "LlavaQwenForCausalLM" in (top.values.get("architectures") or []):
+        return "llava_qwen"  # as lmms-lab's LLaVA-OneVision checkpoints spell it
+    raise top.refuse("model_type", f"{' or '.join(LAYOUTS)}, or llava with architectures LlavaQwenForCausalLM")
+
+
+def _read_onevision(top: Section) -> HfConfig:
+    top.check(ONEVISION_FIXED)
+    text = top.inner("text_config") or Section(top.file, "text_config.", {})
+    text.check({"model_type": ("qwen2", "qwen2")})
+    section = top.inner("vision_config")
+    vision = VisionConfig(**SIGLIP_SO400M) if section is None else _read_vision(section)
+    layers = vision.num_layers
+    selected = top.values.get("vision_feature_layer", -1)
+    right = f"one layer of the tower's {layers}: {-layers} to -1, or 1 to {layers}"
+    if not isinstance(selected, int) or isinstance(selected, bool):
+        raise top.refuse("vision_feature_layer", right)
+    # The states to choose from are the embedded patches, then each layer's output.
+    vision.num_layers = selected if selected >= 0 else layers + 1 + selected
+    if not 1 <= vision.num_layers <= layers:
+        raise top.refuse("vision_feature_layer", right)
+    pinpoints = top.values.get("image_grid_pinpoints")
+    tile = vision.image_size
+    if pinpoints is None:  # transformers' own list is for tiles of 384 px
+        pinpoints = [[384 * rows, 384 * columns] for rows, columns in product(range(1, 7), repeat=2)]
+    model = ModelConfig(
+        vision=vision,
+        language=_read_language(text),
+        image_grids=[[columns, rows] for rows, columns in _grids(top, pinpoints, tile)],
+        anyres_max_tiles=_max_tiles(top, "vision_aspect_ratio", "anyres_max_9"),
+    )
+    # Transformers 4.x ties by the decoder's own key and writes false above it; 5.x ties where either says so.
+    tied = bool(top.values.get("tie_word_embeddings")) or bool(text.values.get("tie_word_embeddings"))
+    return HfConfig("llava_onevision", model, tied, _dtype(top), layers, top.values)
+
+
+def _read_qwen(top: Section) -> HfConfig:
+    top.check(QWEN_FIXED)
+    section = next(filter(None, map(top.inner, QWEN_VISION_SECTIONS)), None)
+    if section is not None:
+        vision = _read_vision(section)
+    elif SIGLIP_NAME in str(top.values.get("mm_vision_tower")):
+        vision = VisionConfig(**SIGLIP_SO400M)
+    else:
+        raise top.refuse("mm_vision_tower", f"a name with {SIGLIP_NAME}, or vision_config must hold its sizes")
+    top.check({"mm_hidden_size": (vision.hidden_size, vision.hidden_size)})
+    model = ModelConfig(vision=vision, language=_read_language(top))
+    ratio = top.values.get("image_aspect_ratio", "square")
+    if ratio != "square":  # square: one squashed tile
+        model.anyres_max_tiles = None if ratio == "anyres" else _max_tiles(top, "image_aspect_ratio", "square")
+        pinpoints = _written_pinpoints(top, vision.image_size)
+        model.image_grids = [[columns, rows] for columns, rows in _grids(top, pinpoints, vision.image_size)]
+    tied = bool(top.values.get("tie_word_embeddings"))
+    return HfConfig("llava_qwen", model, tied, _dtype(top), vision.num_layers, top.values)
+
+
+def _read_vision(section: Section) -> VisionConfig:
+    section.check(VISION_FIXED)
+    return VisionConfig(**{name: section.number(key, default) for name, (key, default) in VISION_KEYS.items()})
+
+
+def _read_language(section: Section) -> LanguageConfig:
+    section.check(LANGUAGE_FIXED)
+    values = section.values
+    heads = section.number(*LANGUAGE_KEYS["num_heads"])
+    named = dict(LANGUAGE_KEYS)
+    if values.get("num_key_value_heads", 0) is None:
+        named["num_kv_heads"] = ("num_attention_heads", heads)
+    language = LanguageConfig(**{name: section.number(key, default) for name, (key, default) in named.items()})
+    language.rope_theta = _rope_theta(section)
+    width = language.hidden_size // heads
+    if values.get("head_dim") not in (None, width):
+        raise section.refuse("head_dim", f"hidden_size / num_attention_heads = {width}")
+    if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None:
+        slides = section.number("max_window_layers", 28) < language.num_layers
+        if "sliding_attention" in values["layer_types"] if values.get("layer_types") else slides:
+            raise section.refuse("use_sliding_window", "false: every layer of ours sees the whole sequence")
+    return language
+
+
+def _rope_theta(section: Section) -> float:
+    """Base of the rotary embedding: rope_parameters of transformers 5.x before rope_theta of 4.x, as 5.x reads them."""
+    theta = section.number("rope_theta", DEFAULT_ROPE_THETA)
+    for key in ("rope_parameters", "rope_scaling"):
+        inner = section.inner(key)
+        if inner is not None:
+            if inner.values.get("rope_type", inner.values.get("type", "default")) != "default":
+                raise section.refuse(key, "null, or of rope_type default")
+            theta = inner.number("rope_theta", theta)
+    return float(theta)
+
+
+def _dtype(top: Section) -> str | None:
+    key = DTYPE_KEYS[top.values.get("dtype") is None]
+    if top.values.get(key) not in (None, *DTYPES):
+        raise top.refuse(key, f"one of {', '.join(DTYPES)}")
+    return top.values.get(key)
+
+
+def _max_tiles(top: Section, key: str, default: str) -> int:
+    """The N of anyres_max_N."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(top.values.get(key, default)))
+    if found is None:
+        others = " or ".join(["anyres_max_N"] if key == "vision_aspect_ratio" else ["anyres_max_N", "anyres", "square"])
+        raise top.refuse(key, f"{others}, with a number N of at least 1")
+    return int(found[1])
+
+
+def _written_pinpoints(top: Section, tile: int) -> Any:
+    """The pinpoints of llava_qwen, pixels; a string is a range like "(1x1),...,(2x2)" in tiles, or a written list."""
+    written = top.values.get("image_grid_pinpoints")
+    if not isinstance(written, str):
+        return written
+    if "x" in written:
+        ends = re.findall(r"\((\d+)x(\d+)\)", written)
+        if not ends:
+            raise top.refuse("image_grid_pinpoints", 'a list of pairs, or a range like "(1x1),...,(2x2)"')
+        (left, upper), (right, lower) = ([int(end) for end in pair] for pair in (ends[0], ends[-1]))
+        # As in the released code: every grid of the rectangle, whatever stands between its ends, widths outermost.
+        return [[i * tile, j * tile] for i in range(left, right + 1) for j in range(upper, lower + 1)]
+    try:
+        return ast.literal_eval(written)
+    except (ValueError, SyntaxError) as error:
+        raise top.refuse("image_grid_pinpoints", "a list of pairs") from error
+
+
+def _grids(top: Section, pinpoints: Any, tile: int) -> list[list[int]]:
+    """Pixels -> tiles. The pairs keep their order, in the list and within, so ties fall as in the layout's own code."""
+    is_list = isinstance(pinpoints, list | tuple) and len(pinpoints) > 0
+    pairs = [list(pair) if isinstance(pair, list | tuple) else [] for pair in pinpoints] if is_list else [[]]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(side, int) and side >= tile and side % tile == 0 for side in pair):
+            raise top.refuse("image_grid_pinpoints", f"a list of pairs of multiples of the tile size, {tile} pixels")
+    return [[side // tile for side in pair] for pair in pairs]
+
+
+def check_preset(found: ModelConfig, preset: str) -> None:
+    """Refuse a model that is not of the preset's sizes; the vocabulary's size and the tile grids may differ.
+
+    Raises:
+        ConfigError: names the first key that differs and both values, or a preset that Hugging Face folders have not.
+    """
+    one_of("preset", preset, HF_PRESETS)
+    sizes = PRESETS[preset]
+    given = ModelConfig(vision=VisionConfig(**sizes["vision"]), language=LanguageConfig(**sizes["language"]))
+    require_same_model(given, found, "config.json")
+
+
+def build_config_json(
+    model: ModelConfig, layout: str, tied: bool, dtype: str | None, source: HfConfig | None = None
+) -> dict:
+    """The config.json of a folder with this model's weights.
+
+    Of a source of the same layout every key stays, but those that no longer say what the model is: the tower keeps its
+    layers, those that are not run too. rope_theta is added where only transformers 5.x would find it. Of a source of
+    the other layout the token ids, the context length and the like are taken over; without a source they are Qwen2's,
+    and in both cases the tower has only the layers that are run.
+
+    Args:
+        model: sizes and grids; in llava_onevision there must be grids, and anyres_max_tiles=None becomes a number so
+            high that it never has an effect.
+        layout: llava_onevision or llava_qwen.
+        tied: the embedding is the vocabulary projection too, so the weights hold it once.
+        dtype: type of the weights, float32, bfloat16 or float16; None: the source's, if it says one.
+        source: what the weights were imported from.
+
+    Raises:
+        ConfigError: the layout cannot say it, or the source is another model.
+    """
+    one_of("layout", layout, LAYOUTS)
+    require(dtype in (None, *DTYPES), f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    ok = model.image_grids or layout == "llava_qwen"
+    require(ok, "model.image_grids=[] has no place in layout llava_onevision; use layout llava_qwen, or choose grids")
+    if source is not None:
+        require_same_model(model, source.model, "the folder the weights came from")
+        if source.layout == layout:
+            return _updated(model, tied, dtype, source)
+    language = _language_section(model, tied, source)
+    raw = {} if source is None else source.raw
+    if layout == "llava_qwen":
+        made = _qwen_config(model, raw, language)
+    else:
+        made = _onevision_config(model, tied, raw, language)
+    dtype = dtype or (source and source.dtype)
+    return made | ({} if dtype is None else dict.fromkeys(DTYPE_KEYS, dtype))
+
+
+def _updated(model: ModelConfig, tied: bool, dtype: str | None, source: HfConfig) -> dict:
+    """The source's file, changed only where it says something else than is asked for."""
+    made, was = copy.deepcopy(source.raw), source.model
+    is_onevision = source.layout == "llava_onevision"
+    if is_onevision and made.get("text_config") is None:
+        made["text_config"] = {"model_type": "qwen2"}
+    text = made["text_config"] if is_onevision else made
+    if "rope_parameters" in text:
+        text.setdefault("rope_theta", model.language.rope_theta)
+    if model.language.vocab_size != was.language.vocab_size:
+        text["vocab_size"] = model.language.vocab_size
+    if is_onevision:
+        made["image_token_index"], made["video_token_index"] = _image_tokens(made, model)
+    if tied != source.tied:
+        text["tie_word_embeddings"] = made["tie_word_embeddings"] = tied
+    if dtype not in (None, source.dtype):
+        for section in (text, made.get("vision_config") or {}):
+            section |= {key: dtype for key in DTYPE_KEYS if key in section}
+        made |= dict.fromkeys(DTYPE_KEYS, dtype)
+    if (model.image_grids, model.anyres_max_tiles) != (was.image_grids, was.anyres_max_tiles):
+        made |= _image_keys(model, source.layout)
+    return made
+
+
+def _image_tokens(raw: dict, model: ModelConfig) -> tuple[int, int]:
+    """Ids of <image> and <video>: the source's, else Qwen2's, else the last two, since each needs an embedding row."""
+    rows = model.language.vocab_size
+    for image, video in (map(raw.get, IMAGE_TOKENS), IMAGE_TOKENS.values()):
+        if all(isinstance(token, int) and 0 <= token < rows for token in (image, video)):
+            return image, video
+    return rows - 1, rows - 2
+
+
+def _image_keys(model: ModelConfig, layout: str) -> dict:
+    """The keys that say how a picture is cut, in pixels and in each layout's order of the two sides."""
+    tile, most = model.vision.image_size, model.anyres_max_tiles
+    if layout == "llava_onevision":
+        pinpoints = [[rows * tile, columns * tile] for columns, rows in model.image_grids]
+        never = max(columns * rows for columns, rows in model.image_grids)
+        return {"image_grid_pinpoints": pinpoints, "vision_aspect_ratio": f"anyres_max_{most or never}"}
+    if not model.image_grids:
+        return {"image_grid_pinpoints": None, "image_aspect_ratio": "square"}
+    pinpoints = [[columns * tile, rows * tile] for columns, rows in model.image_grids]
+    return {"image_grid_pinpoints": pinpoints, "image_aspect_ratio": f"anyres_max_{most}" if most else "anyres"}
+
+
+def _language_section(model: ModelConfig, tied: bool, source: HfConfig | None) -> dict:
+    """The keys of Qwen2Config, both the 4.x and the 5.x way of giving rope_theta."""
+    raw = {} if source is None else source.raw
+    given = raw if source is None or source.layout == "llava_qwen" else raw.get("text_config") or {}
+    rows, language = model.language.vocab_size, asdict(model.language)
+    special = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
+    theta = model.language.rope_theta
+    return {
+        **{key: given.get(key, token if token < rows else None) for key, token in special.items()},
+        "attention_dropout": given.get("attention_dropout", 0.0),
+        "hidden_act": "silu",
+        "initializer_range": given.get("initializer_range", 0.02),
+        "max_position_embeddings": given.get("max_position_embeddings", 32768),
+        "max_window_layers": model.language.num_layers,
+        **{key: language[name] for name, (key, _) in LANGUAGE_KEYS.items()},
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "rope_scaling": None,
+        "rope_theta": theta,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "use_cache": given.get("use_cache", True),
+        "use_sliding_window": False,
+    }
+
+
+def _vision_section(vision: VisionConfig) -> dict:
+    values = asdict(vision)
+    fixed = {key: right for key, (_, right) in VISION_FIXED.items()}
+    return {key: values[name] for name, (key, _) in VISION_KEYS.items()} | fixed | {"vision_use_head": False}
+
+
+def _onevision_config(model: ModelConfig, tied: bool, raw: dict, language: dict) -> dict:
+    image, video = _image_tokens(raw, model)
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "image_token_index": image,
+        "model_type": "llava_onevision",
+        **{key: right for key, (_, right) in ONEVISION_FIXED.items()},
+        "text_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **language},
+        "tie_word_embeddings": tied,
+        "use_image_newline_parameter": True,
+        "video_token_index": video,
+        "vision_config": _vision_section(model.vision),
+        "vision_feature_layer": -1,
+        **_image_keys(model, "llava_onevision"),
+    }
+
+
+def _qwen_config(model: ModelConfig, raw: dict, language: dict) -> dict:
+    """The keys of the released configurations. alpha and logit_scale are read by the released training code alone."""
+    is_released_tower = model.vision == VisionConfig(**SIGLIP_SO400M)
+    image, _ = _image_tokens(raw, model)
+    return {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava_qwen",
+        **language,
+        **{key: right for key, (_, right) in QWEN_FIXED.items()},
+        **QWEN_UNUSED,
+        "image_token_index": image,
+        "mm_hidden_size": model.vision.hidden_size,
+        "mm_vision_tower": f"google/{SIGLIP_NAME}" if is_released_tower else "siglip",
+        "tokenizer_model_max_length": language["max_position_embeddings"],
+        **_image_keys(model, "llava_qwen"),
+        **({} if is_released_tower else {QWEN_VISION_SECTIONS[0]: _vision_section(model.vision)}),
+    }

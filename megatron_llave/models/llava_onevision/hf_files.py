@@ -1,0 +1,346 @@
+"""The files beside the weights in a Hugging Face folder: config.json, tokenizer, processor, model card.
+
+hf_config.py makes the config.json that is written here; convert/hf.py calls this at the end of an export, and at an
+import to keep what a later export gives back. Nothing here reads or writes a tensor.
+
+Sources of the formats: transformers' processing_llava_onevision.py, image_processing_llava_onevision.py and
+tokenization_qwen2.py; what llava-hf's folders hold.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from megatron_llave.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+)
+CHAT_TEMPLATES = ("chat_template.json", "chat_template.jinja")
+SIDE_FILES = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "video_preprocessor_config.json")
+"""What is worth keeping of a folder beside config.json and weights. The image processor's files are made anew, so that
+they always say what config.json says."""
+
+# How Qwen2's tokenizer cuts text before the byte pairs are joined.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+# The prompt of prompt.py, written out for the model card.
+PROMPT_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+PROMPT_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+
+# The same prompt for apply_chat_template: pictures first in a turn, a line each, then the text. The embedded token is
+# the last one when the messages end with an assistant's turn that is one newline.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for kind in ['image', 'video'] %}{% for part in message['content'] if part['type'] == kind %}"
+    "{{ '<' + kind + '>\\n' }}"
+    "{% endfor %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CARD_TEXT = """A LLaVE model: a SigLIP vision tower, a two-layer projector, and a Qwen2 decoder of {layers} layers.
+Text, an image, or both go in; one vector of {size} numbers and length 1 comes out. Things that belong together lie
+close: compare two vectors by their dot product."""
+CARD_EMBED = """Needs torch, torchvision, pillow, and transformers, 4.52 or newer (tested with 5.23)."""
+CARD_CODE = """import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
+
+folder = "."  # this folder, or its name on the hub
+processor = AutoProcessor.from_pretrained(folder)
+model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
+
+HEAD = {head!r}
+TAIL = {tail!r}
+
+
+@torch.no_grad()
+def embed(text, image=None):
+    # 1. The prompt: an image comes first in the user's turn; the assistant's turn is one newline.
+    prompt = HEAD + ("" if image is None else "<image>\\n") + text + TAIL
+    inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device, model.dtype)
+    # 2. The last token of the last hidden state, which is after the final norm.
+    state = model.model(**inputs).last_hidden_state[0, -1]
+    # 3. Length 1.
+    return torch.nn.functional.normalize(state.float(), dim=0)
+
+
+query = embed("Find an image that matches the caption: a red square on white.")
+target = embed("Represent the given image.", Image.new("RGB", (64, 48), "red"))
+print(float(query @ target))"""
+CARD_STEPS = """1. The prompt is {head!r}, the text, {tail!r}.
+   An image comes first, as `<image>` and a newline before the text.
+2. The embedding is the last token's hidden state after the decoder's final norm,
+3. divided by its L2 norm."""
+CARD_QWEN = """This is the layout of LLaVA-NeXT, which transformers does not read: load it with the released LLaVE code,
+or with megatron_llave, which also exports it to transformers' own layout."""
+CARD_PLAIN = """Load it with megatron_llave: it was trained with the prompt template `plain`, which has no chat turns.
+
+1. The prompt is the image, if there is one, the text, and the end-of-sequence token.
+2. The embedding is the last token's hidden state after the decoder's final norm,
+3. divided by its L2 norm."""
+
+BASE_OWNERS = r"(llava-hf|lmms-lab|BAAI|zhibinlan)/[\w.-]+"  # an `_name_or_path` of another shape may be a local folder
+
+
+def keep_side_files(source: str | Path, out: str | Path) -> None:
+    """Copy config.json and those of SIDE_FILES that exist; make tokenizer.json where only its parts are there.
+
+    Raises:
+        CheckpointError: the parts of the tokenizer are damaged.
+    """
+    source, out = Path(source), Path(out)
+    for name in ("config.json", *SIDE_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    if not (out / "tokenizer.json").is_file() and _has_parts(out):
+        (out / "tokenizer.json").write_text(make_tokenizer_json(out), encoding="utf-8")
+
+
+def write_side_files(
+    out: str | Path, layout: str, config: dict, source: str | Path | None, training_config: str | None
+) -> list[str]:
+    """Write all files of an exported folder but the weights.
+
+    llava_onevision gets a processor if there is a tokenizer.json, or the parts of one: <image> and <video> become
+    special tokens with the ids that config.json gives them. Else the folder has no processor, and its card says so.
+
+    Args:
+        out: an existing folder.
+        layout: llava_onevision or llava_qwen.
+        config: what config.json is to hold.
+        source: folder with the tokenizer, and maybe others of SIDE_FILES; None: there is none.
+        training_config: the run's configuration in YAML for the card; None: the weights were converted, not trained.
+
+    Returns:
+        What the folder lacks, a sentence each; the card says the same.
+
+    Raises:
+        CheckpointError: a file of the source is damaged, or its tokenizer and config.json contradict each other.
+    """
+    out = Path(out)
+    if source is not None:
+        keep_side_files(source, out)
+    _write(out / "config.json", config)
+    if not (out / "generation_config.json").is_file():
+        language = config.get("text_config") or config
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write(out / "generation_config.json", {key: language[key] for key in keys if language.get(key) is not None})
+    notes = []
+    for name in CHAT_TEMPLATES:  # a processor's knows <image>, a tokenizer's does not; each layout has one of them
+        if (out / name).is_file() and ("<image>" in (out / name).read_text("utf-8")) != (layout == "llava_onevision"):
+            (out / name).unlink()
+    if layout == "llava_qwen":
+        (out / "video_preprocessor_config.json").unlink(missing_ok=True)
+    elif (out / "tokenizer.json").is_file():
+        _add_image_tokens(out, config)
+        _write_processor(out, config)
+    else:
+        notes.append("There is no tokenizer.json, so transformers cannot make a processor of this folder.")
+    card = _model_card(layout, config, training_config, notes, _base_model(source))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return notes
+
+
+def make_tokenizer_json(folder: str | Path) -> str:
+    """tokenizer.json of a folder that has only vocab.json and merges.txt: Qwen2's byte-level BPE.
+
+    Its special tokens come from added_tokens_decoder in tokenizer_config.json, and from added_tokens.json.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two tokens have one id.
+    """
+    folder = Path(folder)
+    vocab, merges = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+    try:
+        model = Tokenizer(models.BPE(*models.BPE.read_file(vocab, merges)))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: no tokenizer can be made of vocab.json and merges.txt: {why}") from error
+    model.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    model.decoder = decoders.ByteLevel()
+    spec = json.loads(model.to_str())
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            _add_tokens(spec, _listed_tokens(folder / name), folder / "vocab.json", name)
+    return json.dumps(spec, ensure_ascii=False, indent=2)
+
+
+def _listed_tokens(file: Path) -> list[dict]:
+    """The added tokens that tokenizer_config.json or added_tokens.json lists."""
+    values = _read(file)
+    try:
+        if file.name == "added_tokens.json":
+            listed = [(token_id, {"content": content}) for content, token_id in values.items()]
+        else:
+            listed = (values.get("added_tokens_decoder") or {}).items()
+        return [{"id": int(i), "content": token["content"], **SPECIAL_TOKEN, **token} for i, token in listed]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} has no list of added tokens that can be read: {error!r}") from error
+
+
+def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
+    """Add special tokens to the content of a tokenizer.json; False if all were there already.
+
+    `file` is where the other tokens stand and `says` where these do, for the message if an id is not to be had.
+    """
+    present = {token["content"] for token in spec["added_tokens"]}
+    ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    owners = {token_id: content for content, token_id in ids.items()}
+    new = sorted((token for token in tokens if token["content"] not in present), key=lambda token: token["id"])
+    for token in tokens:
+        content, wanted = token["content"], token["id"]
+        right = f"'{content}' must have the id {wanted}, as {says} says"
+        if ids.get(content, wanted) != wanted:
+            raise CheckpointError(f"{file}: {right}, but has {ids[content]}")
+        if owners.setdefault(wanted, content) != content:
+            raise CheckpointError(f"{file}: {right}, but that is '{owners[wanted]}'")
+    for token in new:
+        # The library counts added tokens on from the vocabulary's size, so that behind a gap only the vocabulary itself
+        # can give the id.
+        if token["id"] != len(ids) or max(ids.values(), default=-1) + 1 != len(ids):
+            spec["model"]["vocab"][token["content"]] = token["id"]
+        ids[token["content"]] = token["id"]
+    spec["added_tokens"] = sorted(spec["added_tokens"] + new, key=lambda token: token["id"])
+    return bool(new)
+
+
+def _add_image_tokens(out: Path, config: dict) -> None:
+    """Make <image> and <video> special tokens with the ids of config.json, in every file that lists such tokens."""
+    ids = {"<image>": config["image_token_index"], "<video>": config["video_token_index"]}
+    spec = _read(out / "tokenizer.json")
+    if not isinstance(spec.get("added_tokens"), list) or not isinstance(spec.get("model", {}).get("vocab"), dict):
+        kind = "it has no added_tokens or no vocabulary with ids"
+        raise CheckpointError(f"{out / 'tokenizer.json'} cannot take <image> as a token: {kind}; BPE has them")
+    tokens = [{"id": token_id, "content": content, **SPECIAL_TOKEN} for content, token_id in ids.items()]
+    if _add_tokens(spec, tokens, out / "tokenizer.json", "config.json"):
+        (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=2), encoding="utf-8")
+    known = {token["content"] for token in spec["added_tokens"]}
+    file = out / "tokenizer_config.json"
+    settings = _read(file) if file.is_file() else _tokenizer_config(known)
+    if isinstance(settings.get("added_tokens_decoder"), dict):
+        for content, token_id in ids.items():
+            settings["added_tokens_decoder"].setdefault(str(token_id), {"content": content, **SPECIAL_TOKEN})
+    _write(file, settings | {"processor_class": "LlavaOnevisionProcessor"})
+    if (out / "added_tokens.json").is_file():
+        _write(out / "added_tokens.json", _read(out / "added_tokens.json") | ids)
+
+
+def _tokenizer_config(known: set[str]) -> dict:
+    """For a tokenizer.json that came alone: loaded as it is, with the special tokens it has."""
+    found = [token for token in ("<|im_end|>", "<|endoftext|>", "</s>", "<eos>") if token in known]
+    end = {"eos_token": found[0], "pad_token": found[-1]} if found else {}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **end}
+
+
+def _write_processor(out: Path, config: dict) -> None:
+    """What AutoProcessor reads beside the tokenizer."""
+    vision = config["vision_config"]
+    tile, patch = vision["image_size"], vision["patch_size"]
+    image_processor = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "LlavaOnevisionProcessor",
+        "resample": 3,  # bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"height": tile, "width": tile},
+    }
+    processor = {
+        "image_token": "<image>",
+        "num_image_tokens": (tile // patch) ** 2,
+        "processor_class": "LlavaOnevisionProcessor",
+        "video_token": "<video>",
+        "vision_aspect_ratio": config["vision_aspect_ratio"],
+        "vision_feature_select_strategy": "full",
+    }
+    _write(out / "preprocessor_config.json", image_processor)
+    _write(out / "processor_config.json", processor)
+    if not any((out / name).is_file() for name in CHAT_TEMPLATES):
+        _write(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # the name that all versions read
+
+
+def _model_card(layout: str, config: dict, training_config: str | None, notes: list[str], base: str | None) -> str:
+    """README.md: the header that the hub reads, what the model is, how to embed, how it was trained."""
+    language = config.get("text_config") or config
+    header = ["library_name: transformers"] if layout == "llava_onevision" else []
+    header += ["pipeline_tag: feature-extraction"]
+    header += [f"base_model: {base}"] if base else []
+    header += ["tags:", "- embedding", "- multimodal", "- llave", f"- {layout}"]
+    lines = ["---", *header, "---", "", "# Multimodal embedding model", ""]
+    lines += [CARD_TEXT.format(size=language["hidden_size"], layers=language["num_hidden_layers"]), *notes, ""]
+    lines += ["## How to embed", ""]
+    plain = (
+        training_config is not None and OmegaConf.select(OmegaConf.create(training_config), "data.prompt") == "plain"
+    )
+    if plain:
+        lines += [CARD_PLAIN]
+    elif layout == "llava_qwen" or notes:
+        reason = [CARD_QWEN, ""] if layout == "llava_qwen" else []
+        lines += [*reason, CARD_STEPS.format(head=PROMPT_HEAD, tail=PROMPT_TAIL)]
+    else:
+        lines += [CARD_EMBED, "", "```python", CARD_CODE.format(head=PROMPT_HEAD, tail=PROMPT_TAIL), "```"]
+    lines += ["", "## Training", ""]
+    if training_config is None:
+        lines += ["Converted, not trained: the weights are those the conversion started from."]
+    else:
+        lines += ["Trained by megatron_llave with this configuration:", "", "```yaml", training_config.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _base_model(source: str | Path | None) -> str | None:
+    """Name on the hub of the model that the source's config.json says it came from."""
+    file = None if source is None else Path(source) / "config.json"
+    name = _read(file).get("_name_or_path") if file is not None and file.is_file() else None
+    return name if re.fullmatch(BASE_OWNERS, str(name)) else None
+
+
+def _has_parts(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+def _read(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__}; it must be one JSON object")
+    return values
+
+
+def _write(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

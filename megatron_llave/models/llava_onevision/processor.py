@@ -1,0 +1,127 @@
+"""Text and images of an input -> token ids and tiles."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from megatron_llave.batch import Side
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import DataConfig
+from megatron_llave.data.image_files import MAX_PIXELS, decode_image
+from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
+from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.models.llava_onevision import anyres
+from megatron_llave.models.llava_onevision.prompt import count_placeholders, encode_prompt, remove_placeholders
+
+
+@dataclass(frozen=True)
+class LlavaOnevisionProcessor:
+    """Everything that turns a Side into an EncodedSequence; holds no state."""
+
+    tokenizer: Tokenizer
+    template: str
+    """qwen or plain."""
+    max_length: int
+    """Longest sequence in tokens, visual tokens counted."""
+    grids: anyres.Grids
+    """Anyres grids (columns, rows); empty: one squashed tile."""
+    tile_size: int
+    """Side of a tile, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    anyres_max_tiles: int | None = 9
+    """Tiles' worth of patches that a much larger feature map is interpolated to; None: every patch is kept."""
+    image_token_without_image: str = "blank"
+    """What the qwen template does with placeholders in a text without any image: blank or remove."""
+    max_image_pixels: int = MAX_PIXELS
+    """Larger pictures are refused before they are decoded."""
+    too_long: str = "cut"
+    """A text beyond max_length: cut, or skip (an error)."""
+    video_newline: str = "one_token"
+    """One of images.VIDEO_NEWLINES."""
+
+    @property
+    def tile_shape(self) -> TileShape:
+        """Pixels and patches of the tiles this encoder makes."""
+        return TileShape(self.tile_size, (self.tile_size // self.patch_size) ** 2)
+
+    def encode(self, side: Side) -> EncodedSequence:
+        """Tokenize, decode, cut tiles.
+
+        A `qwen` placeholder in a text without any image stands for a blank tile, of zeros after normalisation, as in
+        the released code; or it is removed (prompts.remove_placeholders).
+
+        Raises:
+            BadImageError: an image cannot be read.
+            DataError: the images alone exceed max_length, or the text does and `too_long` is skip; or there are more
+                placeholders than images.
+        """
+        if side.frames is not None:
+            return self._encode_video(side.text, side.frames)
+        text, pictures = side.text, [decode_image(data, self.max_image_pixels) for data in side.images]
+        layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
+        num_blank = 0
+        if self.template == "qwen" and not pictures:
+            if self.image_token_without_image == "remove":
+                text = remove_placeholders(text)
+            num_blank = count_placeholders(text)
+            layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
+        visual_tokens = sum(map(len, layouts))
+        tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
+        tiles = [anyres.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
+        tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
+        return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
+
+    def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
+        """One squashed tile a frame; the video is one image to the prompt."""
+        cut = [anyres.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
+        layout = anyres.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
+        tokens, is_cut = self._tokens(text, 1, len(layout))
+        return EncodedSequence(tokens, [np.concatenate(cut)], [layout], is_cut=is_cut)
+
+    def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
+        """Ids of the prompt, and whether its text was cut."""
+        encode = partial(encode_prompt, text, num_images, self.tokenizer, self.template)
+        tokens = encode(self.max_length, visual_tokens)
+        may_be_cut = len(tokens) - num_images + visual_tokens == self.max_length
+        is_cut = may_be_cut and len(encode(sys.maxsize, visual_tokens)) > len(tokens)
+        if is_cut and self.too_long == "skip":
+            raise DataError(f"text of {len(text)} characters is beyond data.max_length={self.max_length} tokens")
+        return tokens, is_cut
+
+    def _layout(self, width: int, height: int, grids: anyres.Grids) -> VisualLayout:
+        patches = self.tile_size // self.patch_size
+        return anyres.visual_layout(width, height, grids, self.tile_size, patches, self.anyres_max_tiles)
+
+
+def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevisionProcessor:
+    """The encoder of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConfigError: the tokenizer has more ids than the model's embedding.
+    """
+    path = find_tokenizer(cfg_data)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > cfg_model.language.vocab_size:
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab_size} token ids, more than "
+            f"model.language.vocab_size={cfg_model.language.vocab_size}"
+        )
+    return LlavaOnevisionProcessor(
+        tokenizer=tokenizer,
+        template=cfg_data.prompt,
+        max_length=cfg_data.max_length,
+        grids=tuple((columns, rows) for columns, rows in cfg_model.image_grids),
+        tile_size=cfg_model.vision.image_size,
+        patch_size=cfg_model.vision.patch_size,
+        anyres_max_tiles=cfg_model.anyres_max_tiles,
+        image_token_without_image=cfg_data.image_token_without_image,
+        max_image_pixels=cfg_data.max_image_pixels,
+        too_long=cfg_data.too_long,
+        video_newline=cfg_data.video_newline,
+    )

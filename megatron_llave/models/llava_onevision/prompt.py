@@ -1,0 +1,103 @@
+"""Text and number of images -> token ids, with one IMAGE id where each image's visual tokens go.
+
+Two templates: `qwen`, the released one, in which the pooled last token is the newline after the final <|im_end|>, and
+`plain` for small models trained from scratch. Pure functions; packing.py expands IMAGE.
+"""
+
+import re
+
+from megatron_llave.data.packing import IMAGE
+from megatron_llave.data.tokenizer import Tokenizer
+from megatron_llave.errors import DataError
+
+IMAGE_TEXT = "<image>"
+QWEN_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+
+_PLACEHOLDER = re.compile(r"<image>|<\|image_\d+\|>")
+
+
+def count_placeholders(text: str) -> int:
+    """Image placeholders (<image>, <|image_1|>, ...) written in the text."""
+    return len(_PLACEHOLDER.findall(text))
+
+
+def remove_placeholders(text: str) -> str:
+    """The text as if it had been written without image placeholders.
+
+    Each goes with the white space after it, one at the end of the text also with that before it.
+    """
+    before, *rest = _PLACEHOLDER.split(text)
+    kept = before + "".join(part.lstrip() for part in rest)
+    return kept.rstrip() if rest and not rest[-1].strip() else kept
+
+
+def user_content(text: str, num_images: int) -> str:
+    """The user turn of the released code: placeholders spelled <image>, a single one moved to the front.
+
+    An image without a placeholder gets one at the front. After a placeholder that is already first the text stays as
+    it is; when one is moved, the rest loses its surrounding white space.
+
+    Raises:
+        DataError: the text has more placeholders than there are images.
+    """
+    content = _PLACEHOLDER.sub(IMAGE_TEXT, text)
+    written = content.count(IMAGE_TEXT)
+    if written > num_images:
+        raise DataError(f"text has {written} image placeholders for {num_images} images: {text[:60]!r}")
+    if written == 1 and not content.startswith(IMAGE_TEXT):
+        content = f"{IMAGE_TEXT}\n{content.replace(IMAGE_TEXT, '').strip()}".strip()
+    return f"{IMAGE_TEXT}\n" * (num_images - written) + content
+
+
+def qwen_prompt(content: str) -> str:
+    """The released chat template around a user turn; the assistant's turn is one newline."""
+    return QWEN_HEAD + content + QWEN_TAIL
+
+
+def encode_prompt(
+    text: str, num_images: int, tokenizer: Tokenizer, template: str, max_length: int, visual_tokens: int
+) -> list[int]:
+    """Token ids of one sequence, with IMAGE once per image.
+
+    `visual_tokens` is what all IMAGEs together expand to. When the expanded sequence is longer than `max_length`, the
+    user's text is cut from its right; images and the template's tail stay. (The released code cuts the expanded
+    sequence itself from the right: the tail goes first, so that the token pooled is one of the text or of an image.)
+
+    Raises:
+        DataError: even an empty text does not fit, or the text has more placeholders than there are images.
+    """
+    if template == "plain":
+        words = tokenizer.encode(_PLACEHOLDER.sub("", text).strip())
+        head, tail = [], [tokenizer.eos_id]
+        body = [IMAGE] * num_images + words
+    else:
+        pieces = qwen_prompt(user_content(text, num_images)).split(IMAGE_TEXT)
+        ids = tokenizer.encode(pieces[0])
+        for piece in pieces[1:]:
+            ids += [IMAGE, *tokenizer.encode(piece)]
+        if len(ids) - num_images + visual_tokens <= max_length:
+            return ids
+        # Special tokens bound what the tokenizer joins, so the tail's ids do not depend on the text before them.
+        num_head, num_tail = len(tokenizer.encode(QWEN_HEAD)), len(tokenizer.encode(QWEN_TAIL))
+        head, body, tail = ids[:num_head], ids[num_head:-num_tail], ids[-num_tail:]
+    fixed = len(head) + len(tail) + visual_tokens
+    if fixed > max_length:
+        raise DataError(
+            f"{visual_tokens} visual tokens and {len(head) + len(tail)} of the prompt template exceed "
+            f"data.max_length={max_length}; raise it to at least {fixed}"
+        )
+    room = max_length - fixed
+    return head + (body if len(body) - num_images <= room else _keep_text(body, room)) + tail
+
+
+def _keep_text(ids: list[int], room: int) -> list[int]:
+    """Every IMAGE, and the first `room` of the other ids."""
+    kept = []
+    for token in ids:
+        if token == IMAGE:
+            kept.append(token)
+        elif room > 0:
+            kept.append(token)
+            room -= 1
+    return kept

@@ -1,0 +1,305 @@
+"""Bytes that a rank of a run needs, by formula and by part; plan.py makes a plan of them.
+
+Parts are counted at their largest: weights and gradients of a step, the activations of as many micro batches as the
+pipeline schedule has in flight, and the largest temporary beside them. docs/planner.md says what was checked how.
+Shapes: t tokens, h hidden, f inner width of the MLP, n heads, d head dimension; H, F of the tower; p patches, k tiles;
+b pairs of a rank, C columns of the loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import ParallelConfig, RunConfig
+from megatron_llave.loss.contrastive import CHUNK
+from megatron_llave.models.blocks.qwen2 import padded_vocab_size
+from megatron_llave.models.blocks.settings import DTYPES
+from megatron_llave.planning.flops import Work
+from megatron_llave.planning.pair_lengths import SideShape
+
+FLOAT = 4
+PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
+"""Elements, of megatron-core's gradient buffer (param_and_grad_buffer.py)."""
+PART_OF = {"vision": "vision", "projector": "projector", "embedding": "language", "decoder": "language"}
+"""model.freeze's name of each group of parameters."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one micro batch passes through the model."""
+
+    work: Work
+    sequences: int
+    visual_tokens: int
+    attended: int
+    """Rows of the local attention, which pads sequences of similar lengths to the longest of them."""
+
+    @staticmethod
+    def of(sides: Sequence[SideShape]) -> "MicroBatch":
+        """These sides, packed."""
+        lengths = [side.tokens for side in sides]
+        buckets: dict[int, list[int]] = {}
+        for length in lengths:
+            buckets.setdefault((length - 1).bit_length(), []).append(length)  # as layer_specs.packed_layout
+        tiles, visual = (sum(getattr(side, name) for side in sides) for name in ("tiles", "visual_tokens"))
+        attended = sum(len(bucket) * max(bucket) for bucket in buckets.values())
+        return MicroBatch(Work(sum(lengths), sum(x * x for x in lengths), tiles), len(sides), visual, attended)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A share of the model on one rank: all of it, a pipeline stage, or one of a stage's chunks."""
+
+    model: ModelConfig
+    layout: ParallelConfig
+    layers: int
+    """Of the decoder."""
+    is_first: bool
+    """Has tower, projector and token embedding."""
+    is_last: bool
+    """Has the final norm and pools."""
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Elements of each parameter on one tensor-parallel rank, by group."""
+        language, vision, tp = self.model.language, self.model.vision, self.layout.tensor
+        h, f, kv = language.hidden_size, language.ffn_hidden_size, kv_width(self.model)
+        layer = [(h + 2 * kv) * h // tp, (h + 2 * kv) // tp, h * h // tp, 2 * f * h // tp, f * h // tp, h, h]
+        sizes = {"decoder": layer * self.layers + [h] * self.is_last}
+        if not self.is_first:
+            return sizes
+        H, F = vision.hidden_size, vision.ffn_hidden_size
+        block = [3 * H * H // tp, 3 * H // tp, H * H // tp, H, F * H // tp, F // tp, F * H // tp, H, *[H] * 4]
+        stem = [3 * vision.patch_size**2 * H, H, vision.patches_per_side**2 * H]  # convolution, its bias, positions
+        return sizes | {
+            "vision": stem + block * vision.num_layers,
+            "projector": [H * h // tp, h // tp, h * h // tp, h, h],  # the last is image_newline
+            "embedding": [padded_vocab_size(language, tp) // tp * h],
+        }
+
+    def buffer(self, data_parallel: int) -> int:
+        """Elements of the gradient buffer: the trained parameters, each one's begin and the end aligned."""
+        trained = [s for group, sizes in self.sizes().items() if is_trained(self.model, group) for s in sizes]
+        return round_up(sum(round_up(s, PARAMETER_ALIGNMENT) for s in trained), lcm(data_parallel, BUFFER_ALIGNMENT))
+
+    def activations(self, batch: MicroBatch, on_gpu: bool) -> int:
+        """Bytes that the backward of one micro batch needs, but for the features of a frozen tower."""
+        model, h, e = self.model, self.model.language.hidden_size, element(self.model)
+        kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute)
+        if model.kernels == "local":
+            if model.recompute == "full":  # the angles, which every layer is handed
+                kept += FLOAT * h // model.language.num_heads * batch.work.tokens
+            else:  # where each token lies in the buckets
+                kept += 8 * (batch.work.tokens + batch.attended)
+        if self.is_first and model.dropout:
+            kept += batch.work.tokens * h * e
+        if self.is_first and not {"vision", "projector"} <= set(model.freeze):
+            patches = batch.work.tiles * model.vision.patches_per_side**2
+            kept += 2 * patches * h * e // self.layout.tensor + batch.visual_tokens * h * e
+            kept += 0 if "vision" in model.freeze else tower_activations(model, self.layout, batch.work.tiles)
+        if self.is_last:
+            spread = self.layout.tensor if self.layout.sequence else 1
+            kept += (norm_activations(model, on_gpu) - h * e) * batch.work.tokens // spread
+            kept += 3 * FLOAT * h * batch.sequences  # pooled, and made of unit length
+        return kept
+
+
+def kv_width(model: ModelConfig) -> int:
+    """Width of all key heads, or of all value heads."""
+    return model.language.hidden_size // model.language.num_heads * model.language.num_kv_heads
+
+
+def element(model: ModelConfig) -> int:
+    """Bytes of a weight or activation."""
+    return DTYPES[model.precision].itemsize
+
+
+def is_trained(model: ModelConfig, group: str) -> bool:
+    """Whether a group of parameters gets gradients."""
+    return PART_OF[group] not in model.freeze
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def norm_activations(model: ModelConfig, on_gpu: bool) -> int:
+    """Bytes per token of a norm: its input, its output, and what torch keeps between where it is not one kernel."""
+    h, e = model.language.hidden_size, element(model)
+    between_and_input = h * e if on_gpu or model.kernels == "transformer_engine" else 2 * h * FLOAT
+    return between_and_input + h * e + FLOAT
+
+
+def layer_activations(
+    model: ModelConfig, layout: ParallelConfig, batch: MicroBatch, on_gpu: bool, recompute: str
+) -> int:
+    """Bytes that one decoder layer keeps of one micro batch."""
+    language, e, tp = model.language, element(model), layout.tensor
+    h, f, kv, t = language.hidden_size, language.ffn_hidden_size, kv_width(model), batch.work.tokens
+    spread = tp if layout.sequence else 1
+    if recompute == "full":
+        return t * h * e // spread
+    fused, is_selective = model.kernels == "transformer_engine", recompute == "selective"
+    # Queries and keys once turned, the one tensor of all three before (the values are a slice of it), the output.
+    attention = t * e * (h + kv + (h + 2 * kv) + h)
+    if not is_selective:
+        attention += t * FLOAT * language.num_heads
+        if not fused:  # sequences are copied into buckets and out again
+            attention = t * e * h + batch.attended * (e * (2 * h + 2 * kv) + FLOAT * language.num_heads)
+    # Both halves of the gated MLP, the gate's SiLU, the other half plus megatron-core's offset, and the product.
+    mlp = 0 if is_selective else 5 * f * t * e
+    norms = 2 * norm_activations(model, on_gpu) * t
+    if fused and is_selective:
+        norms -= h * e * t  # the second norm is part of the recomputed MLP
+    turning = 0 if fused else 4 * (h // language.num_heads) * t * e
+    dropped = 2 * h * t * e if model.dropout else 0
+    return (attention + mlp) // tp + (norms + dropped) // spread + turning
+
+
+def tower_activations(model: ModelConfig, layout: ParallelConfig, tiles: int) -> int:
+    """Bytes that a trained tower keeps of its tiles."""
+    vision, e, tp = model.vision, element(model), layout.tensor
+    H, F, p = vision.hidden_size, vision.ffn_hidden_size, vision.patches_per_side**2
+    split = 4 * H + 2 * F  # queries, keys, values and the attention's output; the MLP before and after its GELU
+    layer = p * (e * (4 * H + split // tp) + FLOAT * (vision.num_heads // tp + 4))
+    pixels = 3 * (vision.patches_per_side * vision.patch_size) ** 2
+    return tiles * (vision.num_layers * layer + p * H * e + pixels * e)
+
+
+def feature_bytes(model: ModelConfig, tiles: int) -> int:
+    """What the tower makes of tiles."""
+    return tiles * model.vision.patches_per_side**2 * model.vision.hidden_size * element(model)
+
+
+def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
+    """A micro batch as it comes: ids, where visual tokens go and come from, pixels."""
+    tiles = 3 * model.vision.image_size**2 * batch.work.tiles
+    return 8 * batch.work.tokens + 16 * batch.visual_tokens + tiles + 12 * batch.sequences
+
+
+def loss_bytes(rows: int, columns: int, dim: int) -> int:
+    """Embeddings of b pairs, as one tensor too, and their gradients; the targets' gradients, and gathered from other
+    ranks the targets themselves; a chunk of logits. All float32."""
+    gathered = columns * dim if columns > rows else 0
+    return FLOAT * (6 * rows * dim + columns * dim + gathered + 4 * min(CHUNK, rows) * columns)
+
+
+def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
+    """The largest of what exists for a moment only, beside all the rest."""
+    model, e, tp, work = chunk.model, element(chunk.model), chunk.layout.tensor, batch.work
+    # Gradients in a layer's MLP, or in a norm of several operations; the layer itself where it is computed again.
+    in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT
+    of_layer = [layer_activations(model, chunk.layout, batch, on_gpu, way) for way in ("none", model.recompute)]
+    in_layer = of_layer[0] - of_layer[1] + max(2 * model.language.ffn_hidden_size * e // tp, in_norm) * work.tokens
+    if not chunk.is_first:
+        return in_layer
+    vision, patches = model.vision, work.tiles * model.vision.patches_per_side**2
+    inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tp
+    at_ends = [
+        patches * (2 * vision.hidden_size + inner) * e,  # in the tower, whose tensors nobody keeps if it is frozen
+        work.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
+        chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
+    ]
+    # Before or after the micro batch has anything kept.
+    return max(in_layer, max(at_ends) - chunk.activations(batch, on_gpu))
+
+
+def chunk_order(chunks: int, stages: int, micro_batches: int) -> list[int]:
+    """Chunks in the order in which a stage runs their forwards: groups of as many micro batches as there are stages."""
+    return [k % (stages * chunks) // stages for k in range(micro_batches * chunks)]
+
+
+def bytes_in_flight(kept: list[int], stage: int, stages: int, micro_batches: int) -> int:
+    """The most a stage keeps for backwards to come, from what a micro batch leaves in each of its chunks.
+
+    1F1B, or interleaved where there are several chunks (megatron-core's schedules.py): after some forwards alone, one
+    forward, one backward.
+    """
+    chunks, order = len(kept), chunk_order(len(kept), stages, micro_batches)
+    alone = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    held = most = 0
+    for step in range(len(order) + min(alone, len(order))):
+        if step < len(order):
+            held += kept[order[step]]
+            most = max(most, held)
+        if step >= alone:
+            held -= kept[chunks - 1 - order[step - alone]]
+    return most
+
+
+def stage_chunks(model: ModelConfig, layout: ParallelConfig, stage: int) -> list[Chunk]:
+    """What a pipeline stage holds."""
+    stages, number, first = layout.pipeline, layout.virtual_pipeline, layout.first_stage_layers
+    layers = model.language.num_layers // stages
+    if first is not None:
+        layers = first if stage == 0 else (model.language.num_layers - first) // (stages - 1)
+    return [
+        Chunk(model, layout, layers // number, stage + i == 0, (stage, i) == (stages - 1, number - 1))
+        for i in range(number)
+    ]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How a step is cut up."""
+
+    data_parallel: int
+    """Ranks that hold the same part of the model, each with its own pairs."""
+    micro_batches: int
+    """Of each data-parallel rank."""
+    rows: int
+    """b, a rank's pairs in one loss: those of its step or of a micro batch."""
+    columns: int
+    """C, pairs and hard negatives of all ranks in one loss."""
+    has_embed_pass: bool
+    """Whether the step goes over its micro batches twice."""
+    batch: MicroBatch
+    """The longest."""
+
+
+def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = True) -> dict[str, int]:
+    """Bytes by part on a rank of a pipeline stage; the last part is the largest of what exists for a moment only.
+
+    Args:
+        cfg: of the run, with its model's sizes.
+        stage: from 0.
+        step: how a step is cut up.
+        on_gpu: False: as torch computes on a CPU, whose norms are several operations.
+    """
+    model, e, stages = cfg.model, element(cfg.model), cfg.parallel.pipeline
+    chunks = stage_chunks(model, cfg.parallel, stage)
+    trained = sum(chunk.buffer(step.data_parallel) for chunk in chunks)
+    frozen = sum(sum(s) for c in chunks for group, s in c.sizes().items() if not is_trained(model, group))
+    kept = [chunk.activations(step.batch, on_gpu) for chunk in chunks]
+    is_last = stage == stages - 1
+    memory = {
+        "weights": (trained + frozen) * e,
+        "gradients": trained * FLOAT,
+        # Two moments, and the weights themselves where they are less precise elsewhere.
+        "optimizer": trained // step.data_parallel * FLOAT * (2 if e == FLOAT else 3),
+        "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
+        "vision features": _kept_features(cfg, step) if stage == 0 else 0,
+        "loss": loss_bytes(step.rows, step.columns, model.language.hidden_size) if is_last else 0,
+        "data": data_bytes(model, step.batch) * step.micro_batches,
+        "temporary": max(temporary_bytes(chunk, step.batch, on_gpu) for chunk in chunks),
+    }
+    if model.precision == "fp8":  # FP8 copies of the decoder's matrices, and of their transposes
+        memory["weights"] += 2 * sum(sum(c.sizes()["decoder"]) for c in chunks)
+    if cfg.loss.reward == "ema":  # the average, and a copy of it that takes the weights' place for a pass
+        memory["weights"] += trained * (FLOAT + e)
+    return memory
+
+
+def _kept_features(cfg: RunConfig, step: StepShape) -> int:
+    """Bytes of a frozen tower's features, which passes share, and which the projector's backward needs."""
+    model, layout = cfg.model, cfg.parallel
+    if "vision" not in model.freeze:
+        return 0
+    of_one = feature_bytes(model, step.batch.work.tiles)
+    if step.has_embed_pass or cfg.loss.reward == "ema":
+        return step.micro_batches * of_one
+    if "projector" in model.freeze:
+        return 0
+    others = [0] * (layout.virtual_pipeline - 1)
+    return bytes_in_flight([of_one, *others], 0, layout.pipeline, step.micro_batches)

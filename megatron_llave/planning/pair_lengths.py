@@ -1,0 +1,193 @@
+"""How long pairs are: tokens and tiles of their sides, of a folder of shards or of a mixture like MMEB's.
+
+What planning knows about data; no picture is decoded and no model runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.index import Shard, Subset, read_index
+from megatron_llave.data.mixture import build_mixture
+from megatron_llave.data.shards import unpack_json
+from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
+from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megatron_llave.errors import DataError
+from megatron_llave.models.llava_onevision.anyres import num_visual_tokens, select_grid
+from megatron_llave.models.llava_onevision.prompt import count_placeholders, encode_prompt
+
+PAIRS_COUNTED = 20_000
+"""Pairs of a subset that inspect reads: all of a smaller one, of a larger one about as many in evenly spaced shards."""
+
+
+UNLIMITED = 2**62
+
+
+CHUNK = 1 << 20
+
+
+Sizes = list[list[int]]
+"""[width, height] of each image of a side."""
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """Length of a side as training would pack it, but never cut."""
+
+    tokenizer: Tokenizer
+    model: ModelConfig
+    template: str
+    """qwen or plain."""
+
+    def __call__(self, text: str, sizes: Sizes) -> int:
+        """Tokens, visual ones counted.
+
+        Raises:
+            DataError: more placeholders than images.
+        """
+        vision = self.model.vision
+        grids = tuple((columns, rows) for columns, rows in self.model.image_grids)
+        settings = vision.image_size, vision.patches_per_side, self.model.anyres_max_tiles
+        visual = [num_visual_tokens(width, height, grids, *settings) for width, height in sizes]
+        if self.template == "qwen" and not sizes:
+            blank = num_visual_tokens(vision.image_size, vision.image_size, (), *settings)
+            visual = [blank] * count_placeholders(text)
+        tokens = encode_prompt(text, len(visual), self.tokenizer, self.template, UNLIMITED, sum(visual))
+        return len(tokens) - len(visual) + sum(visual)
+
+
+def sample_shards(subset: Subset) -> list[Shard]:
+    """All shards of a small subset; of a large one evenly spaced ones, always the same."""
+    shards = subset.shards
+    wanted = max(1, -(-len(shards) * PAIRS_COUNTED // max(subset.pairs, 1)))
+    if wanted >= len(shards):
+        return shards
+    return [shards[number * len(shards) // wanted] for number in range(wanted)]
+
+
+def read_descriptions(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The JSON of each sample, without reading images, and what to call the sample in a message."""
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    with file:
+        for sample in find_samples(file, path):
+            where = f"{path}: sample {sample.key}"
+            member = {suffix: place for suffix, place in sample.members.items() if suffix == "json"}
+            yield unpack_json(read_sample(file, path, TarSample(sample.key, member, sample.problem)), where), where
+
+
+PAIRS_READ = 1000
+"""Of each subset."""
+PHOTO, SQUARE = (640, 480), (512, 512)
+MMEB_LIKE = [
+    (403, (PHOTO, 45), (None, 29)),
+    (167, (None, 91), (PHOTO, 30)),
+    (76, (PHOTO, 45), (PHOTO, 30)),
+    (16, (SQUARE, 34), (SQUARE, 28)),
+]
+"""Pairs in thousands, then of query and target the picture and the tokens of text and template: the 20 training subsets
+as benchmarks/length_mixes.yaml estimates them, put together by where the pictures are."""
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """One half of a pair."""
+
+    tokens: int
+    """Visual ones counted."""
+    visual_tokens: int = 0
+    tiles: int = 0
+
+
+Shape = tuple[SideShape, SideShape]
+"""Query and target."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pairs that batches are made of: a subset."""
+
+    share: float
+    """Of the batches, relative to the others."""
+    pairs: list[Shape]
+
+
+def picture_shape(width: int, height: int, model: ModelConfig) -> tuple[int, int]:
+    """Visual tokens and tiles of a picture."""
+    grids = tuple((columns, rows) for columns, rows in model.image_grids)
+    vision = model.vision
+    visual = num_visual_tokens(width, height, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles)
+    if not grids:
+        return visual, 1
+    columns, rows = select_grid(width, height, grids, vision.image_size)
+    return visual, 1 + columns * rows
+
+
+def mmeb_like(model: ModelConfig, max_length: int) -> list[Kind]:
+    """MMEB_LIKE with this model's tiles."""
+
+    def shape(picture: tuple[int, int] | None, text: int) -> SideShape:
+        visual, tiles = picture_shape(*picture, model) if picture else (0, 0)
+        return SideShape(min(text + visual, max_length), visual, tiles)
+
+    return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
+
+
+def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
+    """The subsets that a run would draw from a folder of shards; of each the first pairs of evenly spaced shards.
+
+    Raises:
+        ConfigError: the mixture cannot be drawn from the folder.
+        DataError: the folder or the tokenizer cannot be used.
+    """
+    folder, index = Path(folder), read_index(folder)
+    counter = TokenCounter(load_tokenizer(find_tokenizer(cfg.data)), cfg.model, cfg.data.prompt)
+    kinds = []
+    for name, source in build_mixture(cfg, index).sources.items():
+        shards = sample_shards(index.subsets[name])
+        per_shard = -(-PAIRS_READ // len(shards))
+        described = (one for shard in shards for one in islice(read_descriptions(folder / shard.file), per_shard))
+        pairs = list(_shapes(described, counter, cfg.data.max_length))
+        if not pairs:
+            raise DataError(f"{folder}: no pair of subset {name} can be used")
+        kinds.append(Kind(source.weight, pairs))
+    return kinds
+
+
+def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCounter, max_length: int) -> Iterator[Shape]:
+    """Of the pairs that training would not leave out."""
+    for pair, where in described:
+        try:
+            query, target = (_side_shape(pair[side], counter, max_length) for side in ("query", "target"))
+        except DataError:
+            continue
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+        yield query, target
+
+
+def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
+    pictures = [picture_shape(*size, counter.model) for size in side["sizes"]]
+    tokens = min(counter(side["text"], side["sizes"]), max_length)
+    return SideShape(tokens, sum(visual for visual, _ in pictures), sum(tiles for _, tiles in pictures))
+
+
+def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:
+    """The sides of the longest micro batch of `pairs` that one kind can give; hard negatives are like targets."""
+    candidates = []
+    for kind in kinds:
+        sides = [[query, *[target] * (1 + hard_negatives)] for query, target in kind.pairs]
+        sides.sort(key=_tokens, reverse=True)
+        longest = islice(cycle(sides), pairs)  # a kind may have fewer
+        candidates.append(list(chain.from_iterable(longest)))
+    return max(candidates, key=_tokens)
+
+
+def _tokens(sides: list[SideShape]) -> int:
+    return sum(side.tokens for side in sides)

@@ -1,0 +1,219 @@
+"""A user's own pairs, one JSON object per line with the paths of their images -> shards. docs/data.md has the schema.
+
+A source of the data pipeline, run once by tools/prepare_data.py. A first pass checks every line, so that a wrong schema
+stops at once and not after hours; a second one makes the shards.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.data.image_files import MAX_PIXELS
+from megatron_llave.data.index import META_TASKS
+from megatron_llave.data.tar_members import KEY
+from megatron_llave.errors import ConfigError, DataError, one_of
+from megatron_llave.prepare.shard_jobs import (
+    PAIRS_PER_SHARD,
+    Prepared,
+    Progress,
+    ShardJob,
+    SourceRow,
+    SourceSide,
+    check_arguments,
+    make_id,
+    write_shards,
+)
+
+PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives")
+SIDE_KEYS = ("text", "images", "id")
+LONGEST_SUBSET = 60
+"""Characters of a subset's name, so that the keys made of it fit in a tar."""
+
+
+@dataclass(frozen=True)
+class PairLine:
+    """One line, its values checked."""
+
+    place: str
+    """FILE:LINE."""
+    subset: str
+    id: str | None
+    folder: Path
+    """What relative image paths start from."""
+    sides: list[tuple[str, list[str], str | None]]
+    """Text, image paths and id of query, target and hard negatives."""
+
+    def to_row(self, number: int, common: str) -> SourceRow:
+        """The pair as number `number` of its subset; ids tell files apart by their path from folder `common`."""
+        start = os.path.relpath(self.folder, common)
+        query, target, *negatives = (
+            SourceSide(text, tuple(images), name or make_id(text, [_path_for_id(start, image) for image in images]))
+            for text, images, name in self.sides
+        )
+        key = self.id or default_key(self.subset, number)
+        return SourceRow(key, self.place, str(self.folder), query, target, tuple(negatives))
+
+
+def _path_for_id(start: str, image: str) -> str:
+    return os.path.normpath(os.path.join(start, image))
+
+
+def default_key(subset: str, number: int) -> str:
+    """Key of a pair that has no id of its own."""
+    return f"{subset}-{number:08d}"
+
+
+def prepare(
+    files: Sequence[str | Path],
+    directory: str | Path,
+    meta_task: str = "retrieval",
+    workers: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Prepared:
+    """Make shards, index and report of JSONL files.
+
+    Args:
+        files: read in this order.
+        directory: made when missing.
+        meta_task: of all their subsets.
+        workers: processes; 1 works in this one.
+        max_pixels: images of more are skipped.
+        overwrite: replace a finished folder.
+        progress: told after each shard.
+
+    Raises:
+        ConfigError: an argument out of range.
+        DataError: names FILE:LINE of what is not of the schema; or what `write_shards` raises.
+    """
+    check_arguments(workers, max_pixels)
+    one_of("--meta-task", meta_task, META_TASKS)
+    paths = [Path(file) for file in files]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError("--source names a file twice")
+    progress("checking lines", 0, 1)
+    sizes = check_lines(paths)
+    if not sizes:
+        raise DataError(f"{', '.join(map(str, paths))}: no line with a pair")
+    num_jobs = sum(-(-count // PAIRS_PER_SHARD) for count in sizes.values())
+    jobs = _make_jobs(paths, directory, max_pixels)
+    meta_tasks = dict.fromkeys(sorted(sizes), meta_task)
+    return write_shards(jobs, num_jobs, directory, meta_tasks, workers, overwrite, progress)
+
+
+def _make_jobs(paths: list[Path], directory: str | Path, max_pixels: int) -> Iterator[ShardJob]:
+    """A job whenever a subset has enough lines for a shard, so that mixed subsets need no sorting."""
+    common = os.path.commonpath([path.parent.absolute() for path in paths])
+    waiting: dict[str, list[SourceRow]] = {}
+    seen: Counter[str] = Counter()
+
+    def make_job(subset: str) -> ShardJob:
+        number = (seen[subset] - 1) // PAIRS_PER_SHARD
+        return ShardJob(str(directory), subset, number, tuple(waiting.pop(subset)), False, max_pixels)
+
+    for line in _read_all(paths):
+        rows = waiting.setdefault(line.subset, [])
+        rows.append(line.to_row(seen[line.subset], common))
+        seen[line.subset] += 1
+        if len(rows) == PAIRS_PER_SHARD:
+            yield make_job(line.subset)
+    for subset in list(waiting):
+        yield make_job(subset)
+
+
+def check_lines(paths: Sequence[Path]) -> Counter[str]:
+    """Pairs per subset, every line checked.
+
+    Raises:
+        DataError: names FILE:LINE of what is not of the schema, or of an id that comes twice in a subset.
+    """
+    sizes: Counter[str] = Counter()
+    ids: set[tuple[str, str]] = set()
+    for line in _read_all(paths):
+        if line.id is not None:
+            _check_id(line, sizes[line.subset], ids)
+            ids.add((line.subset, line.id))
+        sizes[line.subset] += 1
+    return sizes
+
+
+def _check_id(line: PairLine, number: int, ids: set[tuple[str, str]]) -> None:
+    if not KEY.fullmatch(line.id):
+        raise DataError(f"{line.place}: id {line.id!r} must be 1 to 80 letters, digits, - or _, not __ first")
+    if (line.subset, line.id) in ids:
+        raise DataError(f"{line.place}: id {line.id!r} comes twice in subset {line.subset!r}")
+    is_like_default = re.fullmatch(re.escape(line.subset) + r"-\d{8,}", line.id)
+    if is_like_default and line.id != default_key(line.subset, number):
+        raise DataError(
+            f"{line.place}: id {line.id!r} is kept for pair {int(line.id[-8:])} of the subset; choose another"
+        )
+
+
+def _read_all(paths: Sequence[Path]) -> Iterator[PairLine]:
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                for number, text in enumerate(file, start=1):
+                    if text.strip():
+                        yield parse_line(text, path, number)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_line(text: bytes, path: Path, number: int) -> PairLine:
+    """One line of a file.
+
+    Raises:
+        DataError: names FILE:LINE, and the key that is not of the schema.
+    """
+    place = f"{path}:{number}"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON: {error}") from error
+    _check_keys(values, PAIR_KEYS, f"{place}: the line")
+    for key in ("query", "target"):
+        if key not in values:
+            raise DataError(f"{place}: {key} is missing")
+    subset, name = values.get("subset", path.stem), values.get("id")
+    if not isinstance(subset, str) or len(subset) > LONGEST_SUBSET or not KEY.fullmatch(subset):
+        raise DataError(
+            f"{place}: subset {subset!r} must be 1 to {LONGEST_SUBSET} letters, digits, - or _, not __ first"
+        )
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"{place}: id must be a string, not {name!r}")
+    negatives = values.get("hard_negatives", [])
+    if not isinstance(negatives, list):
+        raise DataError(f"{place}: hard_negatives must be a list, not {str(negatives)[:60]!r}")
+    named = [("query", values["query"]), ("target", values["target"])]
+    named += [(f"hard_negatives[{index}]", side) for index, side in enumerate(negatives)]
+    sides = [_parse_side(side, f"{place}: {key}") for key, side in named]
+    return PairLine(place, subset, name, path.parent, sides)
+
+
+def _parse_side(values: Any, where: str) -> tuple[str, list[str], str | None]:
+    _check_keys(values, SIDE_KEYS, where)
+    if "text" not in values and "images" not in values:
+        raise DataError(f"{where} needs text, images, or both")
+    text, images, name = values.get("text", ""), values.get("images", []), values.get("id")
+    if not isinstance(text, str):
+        raise DataError(f"{where}.text must be a string, not {str(text)[:60]!r}")
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise DataError(f"{where}.images must be a list of paths, not {str(images)[:60]!r}")
+    if name is not None and not (isinstance(name, str) and name and name.isprintable()):
+        raise DataError(f"{where}.id must be a string of printable characters, not {name!r}")
+    return text, images, name
+
+
+def _check_keys(values: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise DataError(f"{where} must be an object with {', '.join(known)}, not {str(values)[:60]!r}")
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise DataError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(known)}")

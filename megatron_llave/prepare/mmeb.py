@@ -1,0 +1,214 @@
+"""MMEB-train, the training half of the MMEB benchmark: its Parquet or JSON rows and its image folder -> shards.
+
+A source of the data pipeline, run once by tools/prepare_data.py. Reads what the released code reads: the columns qry,
+qry_image_path, pos_text, pos_image_path, in the order of the file, and the hard negatives beside them that it ignores.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_llave.data.image_files import MAX_PIXELS
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.prepare.shard_jobs import (
+    PAIRS_PER_SHARD,
+    Prepared,
+    Progress,
+    SourceRow,
+    SourceSide,
+    check_arguments,
+    cut_into_jobs,
+    make_id,
+    write_shards,
+)
+
+SUBSETS = {
+    **dict.fromkeys(("ImageNet_1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"), "classification"),
+    **dict.fromkeys(("OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"), "vqa"),
+    **dict.fromkeys(("VisDial", "CIRR", "VisualNews_t2i", "VisualNews_i2t"), "retrieval"),
+    **dict.fromkeys(("MSCOCO_t2i", "MSCOCO_i2t", "NIGHTS", "WebQA"), "retrieval"),
+    "MSCOCO": "grounding",
+}
+"""The 20 training subsets and their meta-tasks, spelled as the training data spells them (ImageNet_1K)."""
+
+SPLITS = ("original", "diverse_instruction")
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one subset, as files."""
+
+    subset: str
+    files: list[Path]
+    """Parquet parts in order, or one JSON file."""
+    num_rows: int
+    """That are taken."""
+
+
+def prepare(
+    source: str | Path,
+    directory: str | Path,
+    split: str = "original",
+    subsets: Sequence[str] | None = None,
+    limit: int | None = None,
+    workers: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Prepared:
+    """Make shards, index and report of MMEB-train.
+
+    Args:
+        source: holds `<subset>/<split>-00000-of-00001.parquet` (or `<subset>.json`), and what the image paths name.
+        directory: made when missing.
+        split: original, or diverse_instruction.
+        subsets: those to take, in this order; None: all that are there, by name.
+        limit: rows to take of each subset, the first ones, before any is skipped; None: all.
+        workers: processes; 1 works in this one.
+        max_pixels: images of more are skipped.
+        overwrite: replace a finished folder.
+        progress: told after each shard.
+
+    Raises:
+        ConfigError: an argument out of range, or an unknown subset.
+        DataError: the source is incomplete or malformed, or what `write_shards` raises.
+    """
+    check_arguments(workers, max_pixels)
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} must be at least 1")
+    source = Path(source)
+    tables = [find_table(source, subset, split, limit) for subset in _chosen(source, subsets)]
+    jobs = (
+        job
+        for table in tables
+        for job in cut_into_jobs(directory, table.subset, read_rows(table, source), True, max_pixels)
+    )
+    num_jobs = sum(-(-table.num_rows // PAIRS_PER_SHARD) for table in tables)
+    meta_tasks = {table.subset: SUBSETS[table.subset] for table in tables}
+    return write_shards(jobs, num_jobs, directory, meta_tasks, workers, overwrite, progress)
+
+
+def _chosen(source: Path, subsets: Sequence[str] | None) -> list[str]:
+    """The subsets asked for, or all that the source has."""
+    if not source.is_dir():
+        raise DataError(f"--source {source} is not a folder; it must be that of MMEB-train")
+    if subsets is None:
+        folders = {path.parent.name for path in source.glob("*/*.parquet")}
+        subsets = sorted(folders | {path.stem for path in source.glob("*.json")})
+        if not subsets:
+            raise DataError(f"{source} holds no <subset>/<split>-00000-of-00001.parquet and no <subset>.json")
+    for subset in subsets:
+        if subset not in SUBSETS:
+            raise ConfigError(
+                f"{source}: {subset!r} is no training subset of MMEB, which are {', '.join(SUBSETS)}; choose some with "
+                "--subsets, or make shards of other data with the command jsonl"
+            )
+    return list(dict.fromkeys(subsets))
+
+
+def find_table(source: Path, subset: str, split: str, limit: int | None) -> Table:
+    """The files that hold a split of a subset, Parquet before JSON, which has the split `original` only.
+
+    Raises:
+        DataError: there are none, a part is missing, a file cannot be read or lacks a column.
+    """
+    found = {path: match for path in (source / subset).glob("*.parquet") if (match := _PART.fullmatch(path.name))}
+    parts = {match[2]: path for path, match in found.items() if match[1] == split}
+    record_file = source / f"{subset}.json"
+    if parts:
+        totals = {match[3] for match in found.values() if match[1] == split}
+        wanted = [f"{number:05d}" for number in range(int(max(totals)))]
+        if len(totals) > 1 or sorted(parts) != wanted:
+            message = f"has parts {', '.join(sorted(parts))} of {' and '.join(sorted(totals))} of split {split}"
+            raise DataError(f"{source / subset} {message}; complete the download")
+        files = [parts[number] for number in wanted]
+        num_rows = sum(map(_count_rows, files))
+    elif split == "original" and record_file.is_file():
+        files = [record_file]
+        num_rows = len(_load_records(record_file))
+    else:
+        others = ", ".join(sorted({match[1] for match in found.values()})) or "none"
+        raise DataError(
+            f"{source / subset} has no {split}-00000-of-00001.parquet (splits there: {others}), nor is there a "
+            f"{record_file.name} for split original; choose with --split and --subsets"
+        )
+    return Table(subset, files, num_rows if limit is None else min(limit, num_rows))
+
+
+def read_rows(table: Table, source: Path) -> Iterator[SourceRow]:
+    """The rows that are taken, in order; only a thousand are in memory at a time where they come from Parquet.
+
+    Raises:
+        DataError: a file is damaged, or a value is no string.
+    """
+    values = chain.from_iterable(map(_read_values, table.files))
+    for number, row in enumerate(islice(values, table.num_rows)):
+        where = f"subset {table.subset} of {source}, row {number}"
+        query, target = _side(row, *COLUMNS[:2], where), _side(row, *COLUMNS[2:], where)
+        negative = _side(row, *NEGATIVE_COLUMNS, where)
+        negatives = (negative,) if negative.text or negative.images else ()
+        yield SourceRow(f"{table.subset}-{number:08d}", number, str(source), query, target, negatives)
+
+
+def _side(row: dict[str, Any], text_column: str, image_column: str, where: str) -> SourceSide:
+    text, image = row.get(text_column) or "", row.get(image_column) or ""
+    for column, value in ((text_column, text), (image_column, image)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {column} must be a string, not {str(value)[:60]!r}")
+    images = (image,) if image else ()
+    return SourceSide(text, images, make_id(text, images))
+
+
+def _read_values(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".json":
+        yield from _load_records(path)
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in COLUMNS + NEGATIVE_COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=PAIRS_PER_SHARD, columns=columns):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _count_rows(path: Path) -> int:
+    try:
+        with pq.ParquetFile(path) as file:
+            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    return num_rows
+
+
+def _load_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} must be a list of objects with {', '.join(COLUMNS)}")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not set(COLUMNS) <= record.keys():
+            raise DataError(f"{path}: record {number} must be an object with {', '.join(COLUMNS)}")
+    return records
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read ({' '.join(str(error).split())}); download it again")

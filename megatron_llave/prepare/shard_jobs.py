@@ -1,0 +1,385 @@
+"""Pairs whose pictures are files -> shards: what the sources mmeb and jsonl of tools/prepare_data.py share.
+
+A source yields its rows; here they are cut into jobs, each of which reads the pictures of PAIRS_PER_SHARD rows and
+writes one shard. A finished shard leaves a sidecar `SHARD.tar.done`, by which a run that was killed goes on; the report
+of what was left out and `index.json` come last, and the sidecars go.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from megatron_llave.batch import Pair, Side
+from megatron_llave.data.image_files import BadImageError, decode_image
+from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
+from megatron_llave.data.shards import write_shard
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.files import write_json
+from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
+
+PAIRS_PER_SHARD = 1000
+"""Rows of the source that make one shard; it holds fewer pairs where some were skipped."""
+REPORT_FILE = "report.jsonl"
+AGAIN = "the same command again goes on with the shards that are finished"
+JOBS_PER_WORKER = 4
+"""Jobs handed out ahead, so that workers never wait and rows of millions of pairs are never all in memory."""
+SIDECAR_VERSION = 1
+"""Part of every fingerprint: to be raised when shards are made in another way."""
+
+MISSING = "missing image"
+CORRUPT = "corrupt image"
+TOO_LARGE = "image too large"
+OUTSIDE = "image path outside the source"
+IS_URL = "image is a URL"
+EMPTY = "empty side"
+BAD_TEXT = "text is not Unicode"
+HARD_NEGATIVE = "hard negative left out: "
+"""Before the reason, where the pair itself is kept."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, steps in all."""
+
+
+@dataclass(frozen=True)
+class SourceSide:
+    """One half of a pair as its source tells it."""
+
+    text: str
+    images: tuple[str, ...]
+    """Paths as they are written in the source."""
+    id: str
+    """Equal for equal things."""
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One pair as its source tells it."""
+
+    key: str
+    """Shard key."""
+    row: int | str
+    """Where it stands in the source, for the report."""
+    folder: str
+    """What its image paths are relative to."""
+    query: SourceSide
+    target: SourceSide
+    hard_negatives: tuple[SourceSide, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a worker process needs to know to write one shard."""
+
+    directory: str
+    subset: str
+    number: int
+    """Of the shard."""
+    rows: tuple[SourceRow, ...]
+    is_confined: bool
+    """Image paths must stay inside the rows' folder."""
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What became of a ShardJob."""
+
+    subset: str
+    file: str
+    """The shard's name."""
+    shard: Shard | None
+    """None when every row was skipped."""
+    skipped: list[dict[str, Any]]
+    """Lines of the report: subset, row, reason, detail."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a source made."""
+
+    index: Index
+    skipped: dict[str, Counter[str]]
+    """By subset: how often each reason to leave something out came up."""
+
+
+class _LeftOutError(DataError):
+    """A side that cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def check_arguments(workers: int, max_pixels: int) -> None:
+    """Raise a ConfigError for what no run can work with."""
+    if workers < 1 or max_pixels < 1:
+        raise ConfigError(f"--workers {workers} and --max-pixels {max_pixels} must both be at least 1")
+
+
+def make_id(text: str, images: Iterable[str]) -> str:
+    """An id that is equal exactly when text and image paths are: a readable beginning, then 64 bits of hash."""
+    images = list(images)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(images[0]).stem if images else text)[:24].strip("-")
+    digest = hashlib.blake2b(json.dumps([text, images]).encode(), digest_size=8).hexdigest()
+    return f"{readable}-{digest}" if readable else digest
+
+
+def cut_into_jobs(
+    directory: str | Path, subset: str, rows: Iterable[SourceRow], is_confined: bool, max_pixels: int
+) -> Iterator[ShardJob]:
+    """The rows of one subset, PAIRS_PER_SHARD at a time."""
+    stream = iter(rows)
+    number = 0
+    while part := tuple(islice(stream, PAIRS_PER_SHARD)):
+        yield ShardJob(str(directory), subset, number, part, is_confined, max_pixels)
+        number += 1
+
+
+def write_shards(
+    jobs: Iterable[ShardJob],
+    num_jobs: int,
+    directory: str | Path,
+    meta_tasks: Mapping[str, str],
+    workers: int,
+    overwrite: bool,
+    progress: Progress,
+) -> Prepared:
+    """Do all jobs, then write report and index. The bytes do not depend on `workers`, nor on interruptions.
+
+    Args:
+        jobs: those of a subset in order.
+        num_jobs: how many there are.
+        directory: made when missing.
+        meta_tasks: of every subset, in the order of the index.
+        workers: processes; 1 works in this one.
+        overwrite: replace a finished folder.
+        progress: told after each shard.
+
+    Raises:
+        DataError: the folder is finished already, or another process is writing into it; nothing is left of a subset; a
+            file cannot be read or written; or a worker was killed. But for the first two, the same call again goes on
+            with the shards that are finished.
+    """
+    directory = Path(directory)
+    try:
+        with fill_folder(directory, overwrite), worker_pool(workers) as executor:
+            finished = run_in_order(executor, write_one_shard, jobs, JOBS_PER_WORKER * workers)
+            return _collect(finished, num_jobs, directory, meta_tasks, progress)
+    except BrokenProcessPool as error:
+        hint = f"{AGAIN}, with fewer --workers if memory is short"
+        raise DataError(f"a worker making {directory} was killed; {hint}") from error
+    except OSError as error:
+        raise _unwritable(error.filename or directory, error) from error
+
+
+def _collect(
+    finished: Iterable[FinishedShard],
+    num_jobs: int,
+    directory: Path,
+    meta_tasks: Mapping[str, str],
+    progress: Progress,
+) -> Prepared:
+    index = Index({name: Subset(meta_task, []) for name, meta_task in meta_tasks.items()})
+    skipped: dict[str, Counter[str]] = {name: Counter() for name in meta_tasks}
+    files: set[str] = set()
+    partial = directory / f"{REPORT_FILE}.partial"
+    progress("shards", 0, num_jobs)
+    with open(partial, "w", encoding="utf-8") as report:
+        for done, result in enumerate(finished, start=1):
+            files.add(result.file)
+            if result.shard:
+                index.subsets[result.subset].shards.append(result.shard)
+            for line in result.skipped:
+                report.write(json.dumps(line) + "\n")
+                skipped[result.subset][line["reason"]] += 1
+            left_out = sum(reasons.total() for reasons in skipped.values())
+            progress(f"shards ({left_out} left out)" if left_out else "shards", done, num_jobs)
+    os.replace(partial, directory / REPORT_FILE)
+    for name, subset in index.subsets.items():
+        if not subset.shards:
+            counts = [f"{count} x {reason}" for reason, count in skipped[name].most_common()]
+            why = ", ".join(counts) or "it has no rows"
+            raise DataError(f"nothing is left of subset {name}: {why}; see {directory / REPORT_FILE}")
+    _finish(directory, files, index)
+    return Prepared(index, skipped)
+
+
+def _finish(directory: Path, files: set[str], index: Index) -> None:
+    """The index; before it goes what a run with other arguments left, after it the sidecars."""
+    sidecars = list(directory.glob("*.tar.done"))
+    for sidecar in sidecars:
+        if sidecar.stem not in files:
+            sidecar.with_suffix("").unlink(missing_ok=True)
+    for partial in directory.glob("*.tar.partial"):
+        partial.unlink()
+    write_index(directory, index)
+    for sidecar in sidecars:
+        sidecar.unlink()
+
+
+def write_one_shard(job: ShardJob) -> FinishedShard:
+    """Read the pictures of a job's rows, write its shard and then its sidecar; nothing if both are there already.
+
+    Raises:
+        DataError: a file cannot be written, or storage fails while an image is read.
+    """
+    path = Path(job.directory) / f"{job.subset}-{job.number:06d}.tar"
+    sidecar, partial = (path.with_name(path.name + suffix) for suffix in (".done", ".partial"))
+    fingerprint = _fingerprint(job)
+    finished = _read_sidecar(sidecar, job, fingerprint)
+    if finished:
+        return finished
+    skipped: list[dict[str, Any]] = []
+    pairs = _read_pairs(job, skipped)
+    try:
+        sidecar.unlink(missing_ok=True)
+        first = next(pairs, None)
+        if first:
+            shard = write_shard(chain([first], pairs), job.directory, job.subset, job.number)
+        else:
+            shard = None
+            path.unlink(missing_ok=True)
+        result = {"shard": asdict(shard) if shard else None, "skipped": skipped}
+        write_json(sidecar, {"fingerprint": fingerprint, **result})
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise _unwritable(path, error) from error
+    return FinishedShard(job.subset, path.name, shard, skipped)
+
+
+def _fingerprint(job: ShardJob) -> str:
+    """Hash of all that the shard depends on; an image by its size and time of change."""
+    arguments = SIDECAR_VERSION, PAIRS_PER_SHARD, job.subset, job.number, job.is_confined, job.max_pixels
+    digest = hashlib.sha256(repr((arguments, job.rows)).encode(errors="backslashreplace"))
+    for row in job.rows:
+        for side in (row.query, row.target, *row.hard_negatives):
+            for image in side.images:
+                try:
+                    found = os.stat(_locate(image, row.folder, job.is_confined))
+                    state = f"{found.st_size} {found.st_mtime_ns}"
+                except (OSError, ValueError):
+                    state = "unusable"
+                digest.update(state.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedShard | None:
+    """What an earlier run made of the same job, if its shard is still there."""
+    try:
+        value = json.loads(sidecar.read_bytes())
+        if value["fingerprint"] != fingerprint:
+            return None
+        shard = parse_shard(value["shard"]) if value["shard"] else None
+        if shard:
+            check_size(sidecar.parent, shard)
+        return FinishedShard(job.subset, sidecar.stem, shard, value["skipped"])
+    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or not of the shard's size
+        return None
+
+
+def _read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
+    """The pairs that can be used; for the others a line is added to `skipped`."""
+    for row in job.rows:
+
+        def leave_out(error: _LeftOutError, prefix: str = "") -> None:
+            line = {"subset": job.subset, "row": row.row, "reason": prefix + error.reason, "detail": error.detail}
+            skipped.append(line)
+
+        try:
+            query, target = _read_side(row.query, "query", row, job), _read_side(row.target, "target", row, job)
+        except _LeftOutError as error:
+            leave_out(error)
+            continue
+        negatives, ids = [], []
+        for number, side in enumerate(row.hard_negatives):
+            try:
+                negatives.append(_read_side(side, f"hard negative {number}", row, job))
+                ids.append(side.id)
+            except _LeftOutError as error:
+                leave_out(error, HARD_NEGATIVE)
+        yield Pair(row.key, job.subset, query, target, row.query.id, row.target.id, negatives, ids)
+
+
+def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> Side:
+    if not side.text.strip() and not side.images:
+        raise _LeftOutError(EMPTY, f"{name}: neither text nor image")
+    try:
+        side.text.encode()
+    except UnicodeEncodeError as error:
+        raise _LeftOutError(BAD_TEXT, f"{name}: {error.reason} at character {error.start}") from error
+    try:
+        paths = [_locate(image, row.folder, job.is_confined) for image in side.images]
+        return Side(side.text, [_read_image(path, job.max_pixels) for path in paths])
+    except _LeftOutError as error:
+        raise _LeftOutError(error.reason, f"{name}: {error.detail}") from error
+
+
+def _locate(image: str, folder: str, is_confined: bool) -> Path:
+    """The file that an image path of the source names."""
+    if _URL.match(image):
+        raise _LeftOutError(IS_URL, f"{image[:200]!r}: download it first")
+    try:
+        is_name = b"\0" not in os.fsencode(image)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise _LeftOutError(MISSING, f"{image!r} cannot be the name of a file")
+    path = PurePosixPath(image)
+    if is_confined and (path.is_absolute() or ".." in path.parts):
+        raise _LeftOutError(OUTSIDE, repr(image))
+    return Path(folder, path)
+
+
+def _read_image(path: Path, max_pixels: int) -> bytes:
+    """The file's bytes, of which it is certain that training can decode them."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _LeftOutError(MISSING, f"{str(path)!r} is not a file")
+        data = path.read_bytes()
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise _LeftOutError(MISSING, f"{str(path)!r}: {error.strerror}") from error
+        # Storage that fails is not the image's fault: to skip it would lose pairs that are there.
+        raise DataError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about what is checked here
+        _check_image(data, path, max_pixels)
+    return data
+
+
+def _check_image(data: bytes, path: Path, max_pixels: int) -> None:
+    """Decode the whole picture as training will: of a truncated JPEG the header says nothing, nor does verify()."""
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            width, height = header.size
+    except Image.DecompressionBombError as error:
+        raise _LeftOutError(TOO_LARGE, f"{str(path)!r}: {error}") from error
+    except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
+        raise _LeftOutError(CORRUPT, f"{str(path)!r}: not an image in a known format") from error
+    if width * height > max_pixels:
+        raise _LeftOutError(TOO_LARGE, f"{str(path)!r}: {width}x{height} exceeds {max_pixels} pixels")
+    try:
+        decode_image(data, max_pixels)
+    except BadImageError as error:
+        raise _LeftOutError(CORRUPT, f"{str(path)!r}: {error}") from error
+
+
+def _unwritable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be written: {error.strerror or error}; {AGAIN}")

@@ -1,0 +1,61 @@
+"""One self-contained HTML page of tables and pictures: nothing is fetched, everything is inside.
+
+Written by evaluation_report.py. Sections fold; tables can be scrolled sideways on a small screen.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } summary { font-size: 1.2rem; font-weight: 600; cursor: pointer; padding: .4rem 0; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
+tr.mean td { font-weight: 600; background: #f6f6f6; } p { max-width: 75ch; color: #444; }
+img { max-width: 100%; height: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what it means, a table, pictures; what is empty is left out."""
+
+    title: str
+    about: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    bold: frozenset[int] = field(default_factory=frozenset)
+    """Numbers of the rows that are means."""
+    pictures: Sequence[Path] = ()
+    """PNG files, put into the page."""
+
+
+def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
+    """The page's text."""
+    body = "".join(map(_section, sections))
+    name = html.escape(title)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    head += f"<style>{STYLE}</style>"
+    opening = f"<h1>{name}</h1><p>{html.escape(about)}</p>"
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{opening}{body}</body></html>\n'
+
+
+def _section(section: Section) -> str:
+    parts = [f"<p>{html.escape(section.about)}</p>"] if section.about else []
+    if section.rows:
+        parts.append(f'<div class="wide"><table><tr>{_cells("th", section.columns)}</tr>')
+        for number, row in enumerate(section.rows):
+            parts.append(f"<tr{' class=mean' if number in section.bold else ''}>{_cells('td', row)}</tr>\n")
+        parts.append("</table></div>")
+    for picture in section.pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">\n')
+    return f"<details open><summary>{html.escape(section.title)}</summary>{''.join(parts)}</details>\n"
+
+
+def _cells(tag: str, values: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)

@@ -1,0 +1,169 @@
+"""Curves of runs, from the records of their logs, as PNG files.
+
+report.py draws one run beside its evaluation, tools/plot.py several runs together.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_llave.files import atomic_write
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart too.
+GREEN, RED, BLUE, ORANGE = "#009E73", "#D55E00", "#0072B2", "#E69F00"
+INK, GREY, PALE, WHITE = "#222222", "#767676", "#F1F1F1", "#FFFFFF"
+# Tol's "muted" palette, for the subsets.
+SUBSET_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#44AA99", "#882255", "#DDCC77")
+LINE_STYLES = ("-", "--", ":")
+
+FIGURE_DPI = 120
+PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
+    ("loss", "contrastive loss (nats)", lambda record: record["loss"]),
+    ("learning rate", "learning rate", lambda record: record["learning_rate"]),
+    ("gradient norm, before clipping", "gradient norm", lambda record: record["gradient_norm"]),
+    ("similarity of pairs", "mean cosine", lambda record: record["positive_similarity"]),
+    ("similarity of hardest negatives", "mean cosine", lambda record: record["hardest_negative_similarity"]),
+    ("overlap of these two", "overlap coefficient", lambda record: record["similarity_overlap"]),
+    ("throughput", "pairs per second", lambda record: record["pairs"] / record["seconds"]),
+    ("wait for data", "share of the step (%)", lambda record: 100 * record["data_seconds"] / record["seconds"]),
+]
+"""Title, vertical axis and value of each panel of plot_runs but its last, of a step's record."""
+
+
+def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
+    """Loss by subset, learning rate, temperature and alpha, and similarities over the steps, as a PNG."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
+    steps = np.array([record["step"] for record in records], dtype=float)
+    column = {name: _column(records, name) for name in ("loss", "learning_rate", "temperature", "alpha")}
+
+    loss = figure.add_subplot(grid[0, :])
+    subsets = [record["subset"] for record in records]
+    for index, subset in enumerate(sorted(set(subsets))):
+        colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
+        style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
+        chosen = np.array([one == subset for one in subsets])
+        _dots_and_mean(loss, steps[chosen], column["loss"][chosen], colour, subset, style)
+    if records:
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    label_axes(loss, "loss by subset (line: running mean)", "contrastive loss (nats)")
+
+    rate = figure.add_subplot(grid[1, 0])
+    rate.plot(steps, column["learning_rate"], color=BLUE)
+    rate.yaxis.set_major_formatter("{x:g}")
+    label_axes(rate, "learning rate", "learning rate")
+
+    temperature = figure.add_subplot(grid[1, 1])
+    temperature.plot(steps, column["temperature"], color=BLUE)
+    temperature.set_ylim(bottom=0)
+    label_axes(temperature, "temperature and hardness weight", "temperature")
+    temperature.yaxis.label.set_color(BLUE)
+    alpha = temperature.twinx()
+    alpha.plot(steps, column["alpha"], color=RED, linestyle="--")
+    alpha.set_ylabel("alpha (dashed)", color=RED)
+    alpha.spines["top"].set_visible(False)
+    alpha.margins(x=0.01)
+    alpha.set_ylim(0, 1.25 * np.max(column["alpha"], initial=0.8))  # a constant alpha lies below a constant temperature
+
+    similarity = figure.add_subplot(grid[1, 2])
+    for name, label, colour in (
+        ("positive_similarity", "positive", BLUE),
+        ("hardest_negative_similarity", "hardest negative", ORANGE),
+    ):
+        _dots_and_mean(similarity, steps, _column(records, name), colour, label, "-")
+    similarity.legend(frameon=False, loc="best")
+    label_axes(similarity, "similarity in the batch", "mean cosine similarity")
+    save_png(figure, path)
+
+
+def plot_runs(
+    runs: dict[str, list[dict[str, Any]]], evaluations: dict[str, list[tuple[int, float]]], path: str | Path, along: str
+) -> None:
+    """Several runs over each other, a panel per quantity, as a PNG: faint values, and their running mean.
+
+    Args:
+        runs: records of each run's log, by the name it gets in the legend.
+        evaluations: of each run, (step, mean Precision@1 in percent) of its evaluations while training, if it has any.
+        path: of the PNG.
+        along: what the horizontal axis counts: step, pairs or hours.
+    """
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    axes = figure.subplots(3, 3)
+    for index, (name, records) in enumerate(runs.items()):
+        colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
+        style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
+        places = _places(records, along)
+        for one, (title, _, value) in zip(axes.flat, PANELS):
+            values = np.array([_number(value, record) for record in records], dtype=float)
+            if title == "learning rate":  # has no noise
+                one.plot(places, values, color=colour, linestyle=style, linewidth=2)
+            else:
+                _dots_and_mean(one, places, values, colour, name, style)
+        where = {record["step"]: place for record, place in zip(records, places)}
+        points = [(where[step], score) for step, score in evaluations.get(name, []) if step in where]
+        axes.flat[-1].plot(*zip(*points or [(np.nan, np.nan)]), color=colour, linestyle=style, marker="o", markersize=4)
+    for one, (title, quantity, _) in zip(axes.flat, PANELS):
+        label_axes(one, title, quantity, along)
+    label_axes(axes.flat[-1], "evaluation while training", "mean Precision@1 (%)", along)
+    axes.flat[-1].set_visible(any(evaluations.values()))
+    if runs:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    save_png(figure, path)
+
+
+def _places(records: list[dict[str, Any]], along: str) -> np.ndarray:
+    """[steps] float: where each record stands on the horizontal axis."""
+    if along == "step":
+        return _column(records, "step")
+    if along == "pairs":
+        return np.cumsum(_column(records, "pairs"))
+    seconds = [record["seconds"] + record.get("save_seconds", 0.0) for record in records]
+    return np.cumsum(np.array(seconds, dtype=float)) / 3600
+
+
+def _number(value: Callable[[dict[str, Any]], float], record: dict[str, Any]) -> float:
+    """NaN where the record lacks what is asked for, or it was not finite."""
+    try:
+        return value(record)
+    except (KeyError, TypeError):
+        return math.nan
+
+
+def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
+    """[steps] float; NaN where the number is missing."""
+    return np.array([record.get(name) for record in records], dtype=float)
+
+
+def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, style: str) -> None:
+    """Faint dots, and over them the mean of each value and its neighbours, about a twentieth of all."""
+    valid = np.isfinite(values)
+    steps, values = steps[valid], values[valid]
+    axes.scatter(steps, values, s=7, color=colour, alpha=0.3, linewidths=0)
+    reach = max(4, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    start, end = np.maximum(0, index - reach), np.minimum(len(values), index + reach + 1)
+    axes.plot(steps, (sums[end] - sums[start]) / (end - start), color=colour, linestyle=style, linewidth=2, label=label)
+
+
+def label_axes(axes: Axes, title: str, quantity: str, along: str = "step") -> None:
+    """Title and axes in the project's style."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(along)
+    axes.set_ylabel(quantity)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Write the figure; a reader sees the old file or the new one."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=FIGURE_DPI, facecolor=WHITE)

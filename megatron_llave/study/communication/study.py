@@ -1,0 +1,205 @@
+"""Study `communication`: what gathering the negatives costs and brings, measured here and modelled for clusters.
+
+`run_communication` starts ranks.py once per number of processes, predicts with model.py
+what it measured, and hands both to report.py. A number of processes whose result is there already, with
+the same settings, is not measured again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.config.load import load_config, override_config, save_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import UserError, require
+from megatron_llave.study.communication.model import (
+    Channel,
+    Collective,
+    cluster_steps,
+    fit_channels,
+    local_seconds,
+    oversubscription,
+)
+from megatron_llave.study.communication.report import Measured, write_report
+from megatron_llave.study.run_folder import reason
+
+FIXED = (
+    "optimizer.learning_rate=0",  # so that all steps see the same weights
+    "optimizer.min_learning_rate=0",
+    "loss.mask_same_target=false",
+    "loss.reward=self",
+    "loss.matryoshka_dims=[]",
+    "data.hard_negatives=0",
+    "data.workers=0",
+    "train.micro_batch_size=null",
+    "checkpoint.init=null",
+)
+"""Overrides of every launch: the paper's loss, which communication_model.loss_collectives has."""
+TIMEOUT_SECONDS = 3600
+"""Of a launch."""
+END_SECONDS = 30
+"""torchrun may take so long to end its ranks."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One number of processes."""
+
+    cfg: RunConfig
+    processes: int
+    steps: int
+    checkpoint: str | None
+    out: Path
+
+    @property
+    def result(self) -> Path:
+        """What the ranks write."""
+        return self.out / f"processes-{self.processes}.json"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON gives it back."""
+        cores = len(os.sched_getaffinity(0))
+        settings = {"config": asdict(self.cfg), "processes": self.processes, "cores": cores}
+        return json.loads(json.dumps(settings | {"steps": self.steps, "checkpoint": self.checkpoint}))
+
+    def is_done(self) -> bool:
+        """Whether the result is there, and of these settings."""
+        try:
+            return json.loads(self.result.read_text())["settings"] == self.settings()
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: it is measured again
+            return False
+
+
+def plan_launches(
+    config: Path,
+    overrides: Sequence[str],
+    out: Path,
+    processes: Sequence[int],
+    pairs: int,
+    steps: int,
+    checkpoint: str | None,
+) -> list[Launch]:
+    """What is to be measured, in rising order of processes.
+
+    Args:
+        config: YAML file of the model, the data and the loss; every rank is data parallel.
+        overrides: section.key=value, winning over the file; FIXED wins over them.
+        out: folder of the results.
+        processes: numbers of processes, each measured in a launch of its own.
+        pairs: of a process, at least 2.
+        steps: batches that are measured per number of processes, after one that is not; about so many, equally many
+            of each subset.
+        checkpoint: a run or checkpoint whose weights the model gets; None: random ones, whose effective negatives mean
+            little.
+
+    Raises:
+        ConfigError: the configuration cannot work with these numbers.
+    """
+    require(pairs >= 2, f"{pairs} pairs per process: a single pair has no negatives of its own; take at least 2")
+    require(steps >= 1, f"{steps} steps are none to measure; take at least 1")
+    require(bool(processes) and min(processes) >= 1, f"{processes} are no numbers of processes")
+    launches = []
+    for number in sorted(set(processes)):
+        cfg = load_config(config, [*overrides, *FIXED, f"train.global_batch_size={number * pairs}"])
+        starts = [f"data.subsets.{name}.start_step=0" for name in cfg.data.subsets]  # the whole mixture at once
+        rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
+        cfg = override_config(cfg, [*starts, *rates])
+        layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
+        require(layout == 1, "study communication: parallel.tensor, pipeline and context must be 1, as in tiny.yaml")
+        launches.append(Launch(cfg, number, steps, checkpoint, out))
+    return launches
+
+
+def run_communication(launches: Sequence[Launch], out: Path, report: Callable[[str], None]) -> None:
+    """Measure, model, and write communication.md, .csv and .png into `out`, which is made if missing.
+
+    The links are fitted at the smallest number of processes above 1; `report` is told of each launch in one line.
+
+    Raises:
+        UserError: a rank failed or hung; the message has its error, or names the file with its output.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for launch in launches:
+        if launch.is_done():
+            report(f"{launch.processes} processes: measured before")
+            continue
+        report(f"{launch.processes} processes: measuring")
+        run_ranks(launch)
+    write_report(predict([json.loads(launch.result.read_text()) for launch in launches]), cluster_steps(), out)
+    report(f"report: {out / 'communication.md'}")
+
+
+def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
+    """Start the ranks under torchrun and wait until their result is there.
+
+    Raises:
+        UserError: one failed, or there is no end after `timeout` seconds.
+    """
+    name = f"processes-{launch.processes}"
+    config, request, log = (launch.out / f"{name}.{ending}" for ending in ("yaml", "request.json", "log"))
+    save_config(launch.cfg, config)
+    asked = {"config": str(config), "steps": launch.steps, "checkpoint": launch.checkpoint}
+    request.write_text(json.dumps(asked | {"result": str(launch.result), "settings": launch.settings()}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*torchrun, str(launch.processes), "-m", "megatron_llave.study.communication.ranks", str(request)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # A file, not a pipe: it never fills up, and a rank left behind does not hold it open.
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{launch.processes} processes: no end after {timeout:g} s, see {log}") from None
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun then ends its ranks
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if status:
+        raise UserError(f"{launch.processes} processes: {reason(log, status)}")
+
+
+def predict(results: Sequence[dict[str, Any]]) -> list[Measured]:
+    """The results beside what the model says of them.
+
+    Args:
+        results: of communication_ranks.measure, in rising order of processes, with their settings.
+    """
+    several = [result for result in results if result["settings"]["processes"] > 1]
+    reference = _fit(several[0]) if several else {}
+    found = []
+    for result in results:
+        settings = result["settings"]
+        ranks, cores = settings["processes"], settings["cores"]
+        collectives = [Collective(kind, whole) for kind, whole, _ in result["collectives"]]
+        slowdown = oversubscription(ranks, cores)
+        found.append(
+            Measured(
+                processes=ranks,
+                cores=cores,
+                pairs=settings["config"]["train"]["global_batch_size"] // ranks,
+                steps=len(result["subsets"]),
+                checkpoint=settings["checkpoint"],
+                moving=sum(seconds for *_, seconds in result["collectives"]),
+                modelled=local_seconds(collectives, ranks, reference, slowdown),
+                modelled_own=local_seconds(collectives, ranks, _fit(result), slowdown),
+                fitted_at=several[0]["settings"]["processes"] if several else 0,
+                channels=reference,
+                **{name: value for name, value in result.items() if name in Measured.__dataclass_fields__},
+            )
+        )
+    return found
+
+
+def _fit(result: dict[str, Any]) -> dict[str, Channel]:
+    """Channels by the calibration of a launch; none for a single rank."""
+    ranks = result["settings"]["processes"]
+    samples = [(Collective(kind, whole), seconds) for kind, whole, seconds in result["calibration"]]
+    return fit_channels(samples, ranks, oversubscription(ranks, result["settings"]["cores"]))

@@ -1,0 +1,1 @@
+"""Parts of the training step: gradient cache, optimizer, metrics, logging, fault tolerance."""

@@ -1,0 +1,250 @@
+"""Reading, overriding and checking the configuration: what is wrong is refused, and the message says where."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_llave.config import model, schema
+from megatron_llave.config.checks import validate
+from megatron_llave.config.load import config_from_dict, load_config, save_config
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import RunConfig, loss_of_subset
+from megatron_llave.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml")) + sorted((ROOT / "examples" / "studies").glob("*.yaml"))
+TINY = "model: {preset: tiny}\n"
+STEPS = "train: {steps: 3}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert "\n" not in str(error.value), "the message must be one line"
+    return str(error.value)
+
+
+def test_file_then_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "train: {steps: 5, seed: 3}\noptimizer: {learning_rate: 1e-3}\n")
+    subsets = ["data.subsets.vqa.start_step=4", "data.subsets.x={}"]
+    cfg = load_config(path, ["train.steps=7", "optimizer.warmup_steps=2", *subsets])
+    assert (cfg.train.steps, cfg.train.seed) == (7, 3)
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.warmup_steps) == (0.001, 2)
+    assert {name: subset.start_step for name, subset in cfg.data.subsets.items()} == {"vqa": 4, "x": 0}
+    assert cfg.loss == RunConfig().loss
+
+
+def test_unknown_key_in_file_names_key_file_and_suggestion(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "train: {global_batchsize: 5}\n")
+    assert message(path) == f"unknown key train.global_batchsize in {path}; did you mean train.global_batch_size?"
+    path = write(tmp_path, TINY + "qqq: 1\n")
+    assert message(path).startswith(f"unknown key qqq in {path}; known keys: model, parallel, data")
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("train.step=3", "train.steps"),
+        ("trian.steps=3", "train"),
+        ("model.vision.hidden=3", "model.vision.hidden_size"),
+        ("data.subsets.vqa.wieght=3", "data.subsets.vqa.weight"),
+    ],
+)
+def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggestion: str) -> None:
+    text = message(write(tmp_path, TINY), override)
+    assert "unknown key" in text and "the command line" in text
+    assert text.endswith(f"did you mean {suggestion}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.steps=many", ["train.steps", "many"]),
+        ("train.steps=1.5", ["train.steps", "1.5"]),
+        ("train.steps=-1", ["train.steps", "-1"]),
+        ("train=3", ["train", "section", "3"]),
+        ("model.preset=3b", ["model.preset", "3b", "tiny, 0.5b, 2b, 7b"]),
+        ("model.freeze=[vison]", ["model.freeze", "vison", "vision, projector, language"]),
+        ("model.image_grids=[[1,1],3]", ["model.image_grids: Invalid value"]),
+        ("model.image_grids=[[1,2,3]]", ["model.image_grids", "[1, 2, 3]"]),
+        ("model.language.num_heads=3", ["model.language.hidden_size=128", "num_heads=3"]),
+        ("parallel.tensor=0", ["parallel.tensor=0", "at least 1"]),
+        ("loss.temperature=0", ["loss.temperature=0", "positive"]),
+        ("data.subsets.a.weight=0", ["data.subsets.a.weight=0", "positive"]),
+        ("data.subsets.a.start_step=9", ["data.subsets", "a", "step 0"]),
+        ("train.global_batch_size=0", ["train.global_batch_size=0", "at least 2"]),
+        ("train.steps", ["train.steps", "section.key=value"]),
+        ("data.subsets=[unclosed", ["data.subsets=[unclosed"]),
+    ],
+)
+def test_values_that_cannot_work(tmp_path: Path, override: str, parts: list[str]) -> None:
+    text = message(write(tmp_path, TINY + STEPS), override)
+    for part in parts:
+        assert part in text
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.yaml"
+    assert message(missing) == f"configuration file {missing} does not exist"
+    path = write(tmp_path, "model: [unclosed\n")
+    assert message(path).startswith(f"{path} is not valid YAML")
+    path = write(tmp_path, "- a\n- b\n")
+    assert message(path).startswith(f"{path} must hold sections")
+    path = write(tmp_path, TINY + "train: 5\n")
+    assert message(path) == f"train in {path} must be a section with keys, not 5"
+
+
+def test_a_single_pair_has_no_negatives_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + "loss: {negatives: own_micro_batch}\ntrain: {steps: 5, micro_batch_size: 1}\n")
+    assert "train.micro_batch_size=1 a pair has no negative" in message(path)
+
+
+def test_no_sizes_at_all_is_refused(tmp_path: Path) -> None:
+    assert "model.preset" in message(write(tmp_path, "train: {steps: 5}\n"))
+
+
+def test_preset_fills_and_given_keys_win(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {preset: tiny, language: {num_layers: 5}}\n" + STEPS)
+    cfg = load_config(path, ["model.vision.num_layers=1"])
+    expected = PRESETS["tiny"]
+    assert (cfg.model.language.num_layers, cfg.model.vision.num_layers) == (5, 1)
+    assert cfg.model.language.hidden_size == expected["language"]["hidden_size"]
+    assert cfg.model.vision.image_size == expected["vision"]["image_size"]
+    other = load_config(write(tmp_path, TINY + STEPS), ["model.preset=0.5b"])
+    assert other.model.language.hidden_size == PRESETS["0.5b"]["language"]["hidden_size"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_a_valid_config(tmp_path: Path, preset: str) -> None:
+    cfg = load_config(write(tmp_path, f"model: {{preset: {preset}}}\n{STEPS}"))
+    validate(cfg)
+    assert cfg.model.language.num_heads % cfg.model.language.num_kv_heads == 0
+    assert cfg.model.image_grids == PRESETS[preset]["image_grids"]
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    subsets = ["data.subsets.vqa.weight=2.5", "data.subsets.a={}"]
+    path = write(tmp_path, "model: {preset: 2b}\n" + STEPS)
+    cfg = load_config(path, ["model.freeze=[vision]", "train.micro_batch_size=4", *subsets])
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == cfg
+    assert load_config(tmp_path / "saved.yaml", ["train.seed=1"]) != cfg
+
+
+def test_sections_left_out_are_not_taken_from_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + STEPS + "parallel: {tensor: 4, sequence: true}\n")
+    assert load_config(path).parallel.tensor == 4
+    cfg = load_config(path, ["parallel.pipeline=2"], leave_out=["parallel"])
+    assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.sequence) == (1, 2, False)
+
+
+def test_every_field_has_a_docstring_under_it() -> None:
+    bare, documented = [], 0
+    source = "\n".join(Path(module.__file__).read_text() for module in (model, schema))
+    for cls in ast.parse(source).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        for statement, following in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                value = following.value if isinstance(following, ast.Expr) else None
+                is_text = isinstance(value, ast.Constant) and isinstance(value.value, str) and bool(value.value.strip())
+                documented += is_text
+                bare += [] if is_text else [f"{cls.name}.{statement.target.id}"]
+    assert bare == []
+    classes = {v for module in (model, schema) for v in vars(module).values() if dataclasses.is_dataclass(v)}
+    assert documented == sum(len(dataclasses.fields(cls)) for cls in classes) > 0
+
+
+def test_number_of_keys_stays_small() -> None:
+    def count(cls: type) -> int:
+        nested = [field.default_factory for field in dataclasses.fields(cls)]
+        return sum(count(inner) if dataclasses.is_dataclass(inner) else 1 for inner in nested)
+
+    assert 40 < count(RunConfig) <= 100
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_example_loads(path: Path) -> None:
+    cfg = load_config(path)
+    assert (cfg.train.steps > 0) != (cfg.train.epochs > 0) and cfg.model.preset in PRESETS
+
+
+def test_there_are_examples() -> None:
+    assert (ROOT / "examples" / "tiny.yaml") in EXAMPLES
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "seed", -1),
+        ("train", "global_batch_size", 1),
+        ("optimizer", "learning_rate", -1.0),
+        ("optimizer", "learning_rate", float("nan")),
+        ("optimizer", "beta1", 1.5),
+        ("optimizer", "warmup_steps", -5),
+        ("loss", "temperature", float("inf")),
+        ("loss", "temperature_warmup_steps", -3),
+        ("loss", "negatives", "all"),
+        ("loss", "hardness", "everything"),
+        ("loss", "hardness", "hard_negatives"),  # of which there are none
+        ("loss", "reward", "teacher"),
+        ("loss", "ema_decay", 1.0),
+        ("loss", "mask_margin", float("nan")),
+        ("loss", "mask_margin", -3.0),
+        ("loss", "matryoshka_dims", [64, 32]),
+        ("loss", "matryoshka_dims", [0, 32]),
+        ("loss", "matryoshka_dims", [64, 129]),
+        ("model", "dropout", 1.0),
+        ("log", "histogram_interval", -1),
+        ("checkpoint", "interval", -1),
+        ("evaluate", "tokens_per_batch", 0),
+        ("parallel", "timeout_seconds", 0),
+        ("data", "hard_negatives", -1),
+        ("data", "subsets", {"a": {"weight": float("inf")}}),
+        ("data", "subsets", {"a": {"mask_margin": float("nan")}}),
+    ],
+)
+def test_value_out_of_range_is_named(section: str, key: str, value: object) -> None:
+    given = {"model": {"preset": "tiny"}, "train": {"steps": 1}}
+    given[section] = given.get(section, {}) | {key: value}
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}.*") as error:
+        config_from_dict(given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vision": {"image_size": 10}}, "model.vision.image_size=10"),
+        ({"language": {"num_kv_heads": 3}}, "model.language.num_kv_heads=3"),
+        ({"language": {"hidden_size": 132, "num_heads": 44, "num_kv_heads": 44}}, "must be even"),
+        ({"freeze": ["vision", "projector", "language"]}, "leaves nothing to train"),
+    ],
+)
+def test_model_that_cannot_work_is_named(changes: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        config_from_dict({"model": {"preset": "tiny"} | changes, "train": {"steps": 1}})
+
+
+def test_a_subset_has_rules_of_its_own_or_those_of_the_loss() -> None:
+    subsets = {"a": {"mask_same_target": False, "mask_margin": float("inf")}, "b": {}, "c": {"mask_margin": 0.0}}
+    cfg = config_from_dict(
+        {
+            "model": {"preset": "tiny"},
+            "train": {"steps": 1},
+            "loss": {"mask_same_target": True, "mask_margin": 0.1, "alpha": 3},
+            "data": {"subsets": subsets},
+        }
+    )
+    rules = {name: loss_of_subset(cfg, name) for name in ("a", "b", "c", "elsewhere")}
+    assert [rule.mask_same_target for rule in rules.values()] == [False, True, True, True]
+    assert [rule.mask_margin for rule in rules.values()] == [float("inf"), 0.1, 0.0, 0.1]
+    assert all(rule.alpha == 3 for rule in rules.values())

@@ -1,0 +1,88 @@
+"""The stand-ins: in place without a GPU, not touched with one, and not installed by an import."""
+
+import subprocess
+import sys
+
+import torch
+
+from megatron_llave.distributed import cpu_emulation
+
+NO_OP_WITH_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+before = {name: getattr(torch, name) for name in ("zeros", "tensor", "empty", "compile")}
+before_cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
+import megatron_llave.train
+from megatron_llave import cpu_emulation
+assert cpu_emulation.enable() is False
+assert all(getattr(torch, name) is function for name, function in before.items())
+assert all(getattr(torch.cuda, name) is function for name, function in before_cuda.items())
+"""
+
+IMPORT_CHANGES_NOTHING = """
+import torch
+before = torch.zeros, torch.cuda.current_device, torch.Tensor.cuda
+import megatron_llave.train, megatron_llave.embedding, megatron_llave.evaluation.evaluate
+assert before == (torch.zeros, torch.cuda.current_device, torch.Tensor.cuda)
+"""
+
+
+DEVICE_CONTEXT_STILL_WORKS = """
+import torch
+from megatron_llave import cpu_emulation
+assert cpu_emulation.enable()
+with torch.device("meta"):
+    assert torch.empty(3).is_meta and torch.arange(3).is_meta and not torch.empty(3, device="cuda").is_meta
+"""
+
+
+def run_python(source: str) -> None:
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+
+
+def test_does_nothing_where_cuda_is_available() -> None:
+    run_python(NO_OP_WITH_A_GPU)
+
+
+def test_importing_the_package_patches_nothing() -> None:
+    run_python(IMPORT_CHANGES_NOTHING)
+
+
+def test_cuda_calls_land_on_the_cpu() -> None:
+    if not cpu_emulation.enable():
+        assert torch.cuda.is_available()
+        return
+    assert torch.zeros(3, device="cuda").device.type == "cpu"
+    assert torch.tensor([1.0], device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.ones(2).cuda().device.type == "cpu"
+    assert torch.arange(2, pin_memory=True).tolist() == [0, 1]
+    assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(1).type(torch.int32).dtype == torch.int32
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(2)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(2), drawn)
+
+
+def test_enabling_twice_wraps_once() -> None:
+    cpu_emulation.enable()
+    zeros = torch.zeros
+    cpu_emulation.enable()
+    assert torch.zeros is zeros
+
+
+def test_a_device_can_still_be_chosen_by_a_context() -> None:
+    run_python(DEVICE_CONTEXT_STILL_WORKS)
+
+
+def test_compiler_is_left_alone_by_megatron_core_only() -> None:
+    code = """
+import sys
+import megatron_llave.train
+print("torch._inductor.compile_fx" in sys.modules)
+import torch
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+print(type(torch.compile(torch.nn.Linear(1, 1), backend="eager")).__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(torch.cuda.is_available()), "2.0", "OptimizedModule"]

@@ -1,0 +1,64 @@
+"""Embedding through a checkpoint's model: order, packing limits, inputs that cannot be read, and scores."""
+
+import pytest
+import torch
+
+from megatron_llave.batch import Side
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.embedding.embedder import LoadedModel, embed
+from megatron_llave.errors import DataError
+from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
+from megatron_llave.evaluation.evaluate import evaluate
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+
+
+class Letters:
+    """One id per character."""
+
+    vocab_size = 128
+    eos_id = 1
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+@pytest.fixture
+def model(groups) -> LoadedModel:
+    cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}, "evaluate": {"tokens_per_batch": 20}})
+    chunks = build_model(cfg.model, ParallelConfig(), groups, torch.device("cpu"), seed=0)
+    return LoadedModel(cfg, chunks, LlavaOnevisionProcessor(Letters(), "plain", 4096, (), 56, 14), groups)
+
+
+def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:
+    texts = ["a", "a much longer text than the others", "bc", "def", "g" * 18, "h"]
+    together = embed(model, {text: Side(text, []) for text in texts})
+    alone = torch.cat([embed(model, {text: Side(text, [])}) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert embed(model, {}).shape == (0, 128)
+
+
+def test_input_that_cannot_be_read_is_named(model: LoadedModel) -> None:
+    with pytest.raises(DataError, match="input broken cannot be embedded: not a readable image in a known format"):
+        embed(model, {"fine": Side("a", []), "broken": Side("", [b"no picture"])})
+
+
+def test_scores_find_each_input_itself(model: LoadedModel) -> None:
+    inputs = {text: Side(text, []) for text in ("one", "two", "three", "four")}
+    keys = list(inputs)
+    right = EvaluationSet("right", "retrieval", "ind", queries=keys, candidates=keys[::-1], positives=[3, 2, 1, 0])
+    wrong = EvaluationSet("wrong", "retrieval", "ood", queries=keys, candidates=keys, positives=[1, 2, 3, 0])
+    results = evaluate(model, inputs, [right, wrong])
+    assert [result.precision_at_1 for result in results] == [100, 0]
+    assert results[0].top[0][0] == 3 and results[0].positive == pytest.approx([1.0] * 4)
+
+
+def test_embeddings_that_are_not_finite_are_not_scored(model: LoadedModel) -> None:
+    inputs = {text: Side(text, []) for text in ("ab", "c", "d")}
+    one = EvaluationSet("a set", "retrieval", "ind", ["ab", "c"], ["d", "c"], [0, 1])
+    weight = next(p for name, p in model.chunks[0].named_parameters() if "word_embeddings" in name)
+    with torch.no_grad():
+        weight[ord("d")] = float("nan")
+    with pytest.raises(DataError, match="input d has no finite embedding .1 of 3 inputs"):
+        evaluate(model, inputs, [one])

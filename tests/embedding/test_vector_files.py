@@ -1,0 +1,98 @@
+"""JSONL in, .npy and Parquet out: what is wrong is named with file and line, and a file is whole or absent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from megatron_llave.embedding.jsonl import count_lines, read_parts
+from megatron_llave.embedding.vector_files import embedding_file
+from megatron_llave.errors import DataError
+
+
+def write(folder: Path, *lines: object) -> Path:
+    path = folder / "inputs.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_parts_keep_order_ids_and_pictures(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.png").write_bytes(b"B")
+    two = {"text": "three", "image": ["a.png", "sub/b.png"], "id": 7}
+    path = write(tmp_path, {"text": "one"}, {"image": "a.png", "id": "x"}, two, {"text": "f\u00fcnf"}, {"text": "five"})
+    assert count_lines(path) == 5
+    parts = list(read_parts(path, 2))
+    assert [part.ids for part in parts] == [["1", "x"], ["7", "4"], ["5"]]
+    assert [list(part) for part in parts][1] == [f"{path}:3", f"{path}:4"]
+    side = parts[1][f"{path}:3"]
+    assert side.text == "three" and side.images == [b"A", b"B"]
+    assert parts[0][f"{path}:2"].images == [b"A"] and parts[1][f"{path}:4"].text == "f\u00fcnf"
+    assert count_lines(write(tmp_path)) == 0 and list(read_parts(path, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "2: not JSON"),
+        ("", "2: not JSON"),
+        ([1], "2: must be an object with id, text, image"),
+        ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image"),
+        ({"text": 3}, "2: text must be a string, not 3"),
+        ({"image": [3]}, "2: image must be a file name or a list of them"),
+        ({"text": ""}, "2: neither text nor image"),
+        ({"image": "nothing.png"}, "2: picture .*nothing.png does not exist"),
+    ],
+)
+def test_wrong_line_is_named(tmp_path: Path, line: object, message: str) -> None:
+    path = write(tmp_path, {"text": "fine"}, line)
+    with pytest.raises(DataError, match=f"{path}:{message}") as caught:
+        count_lines(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing.jsonl cannot be read: No such file"):
+        count_lines(tmp_path / "nothing.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}\n')
+    with pytest.raises(DataError, match="latin.jsonl is not UTF-8"):
+        count_lines(tmp_path / "latin.jsonl")
+
+
+def test_npy_and_parquet_hold_the_same(tmp_path: Path) -> None:
+    rows = torch.arange(15, dtype=torch.float32).reshape(5, 3)
+    for name in ("deep/out.npy", "deep/out.parquet"):
+        with embedding_file(tmp_path / name, 5, 3, "runs/tiny") as write_part:
+            write_part(["a", "b"], rows[:2])
+            assert not (tmp_path / name).exists()
+            write_part(["c", "d", "e"], rows[2:])
+    found = np.load(tmp_path / "deep/out.npy", allow_pickle=False)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, rows.numpy())
+    table = pq.read_table(tmp_path / "deep/out.parquet")
+    assert table["id"].to_pylist() == list("abcde") and table.schema.metadata[b"model"] == b"runs/tiny"
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), rows.numpy())
+    assert pq.ParquetFile(tmp_path / "deep/out.parquet").num_row_groups == 2
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out.npy", "out.parquet"]
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet"])
+def test_interrupted_file_is_absent(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"the old one")
+    with pytest.raises(KeyboardInterrupt), embedding_file(tmp_path / name, 2, 3, "m") as write_part:
+        write_part(["a"], torch.zeros(1, 3))
+        raise KeyboardInterrupt
+    with pytest.raises(DataError, match=f"{name} cannot be written: No space left"):
+        with embedding_file(tmp_path / name, 2, 3, "m"):
+            raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"the old one"
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="out.txt must end in .npy or .parquet"):
+        with embedding_file(tmp_path / "out.txt", 1, 1, "m"):
+            raise AssertionError("not reached")

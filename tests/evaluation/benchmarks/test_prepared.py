@@ -1,0 +1,120 @@
+"""Evaluation sets: round trip, each input once, and one line that names file, set or key for everything malformed."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from megatron_llave.batch import Side
+from megatron_llave.errors import DataError
+from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, input_key, read_evaluation, write_evaluation
+
+
+def picture(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), (colour, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def example():
+    sides = [Side("red?", [picture(200)]), Side("", [picture(10)]), Side("yes", []), Side("no", [])]
+    inputs = {input_key(side): side for side in sides}
+    keys = list(inputs)
+    return inputs, [
+        EvaluationSet("colour", "vqa", "ind", keys[:2], keys[2:], [0, 1]),
+        EvaluationSet("again", "retrieval", "ood", keys[2:3], keys[:3], [2]),
+    ]
+
+
+def edit(folder, change):
+    path = folder / "eval/sets.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_round_trip(tmp_path):
+    inputs, sets = example()
+    write_evaluation(tmp_path, inputs, sets)
+    assert read_evaluation(tmp_path) == (inputs, sets)
+    assert sets[0].chance == 50.0
+    assert sets[1].chance == pytest.approx(33.333, abs=1e-3)
+
+
+def test_same_inputs_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, *example())
+    for file in ("sets.json", "inputs-000000.tar"):
+        assert (tmp_path / "a/eval" / file).read_bytes() == (tmp_path / "b/eval" / file).read_bytes()
+
+
+def test_key_tells_inputs_apart():
+    one, other = picture(1), picture(2)
+    sides = [Side(text, images) for text in ("", "a") for images in ([], [one], [other], [one, other])]
+    assert len({input_key(side) for side in sides}) == len(sides)
+    assert input_key(Side("cat", [])) == "77af778b51abd4a3c51c5ddd97204a9c"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": ["f00", "f00"]}, "set 'colour' names input 'f00'"),
+        ({"positives": [0, 2]}, "set 'colour': positive 2 of query 1 is out of range.*0 to 1"),
+        ({"positives": [0, -1]}, "positive -1"),
+        ({"positives": [0]}, "2 queries but 1 positives"),
+        ({"queries": [], "positives": []}, "set 'colour' has 0 queries and 2 candidates"),
+        ({"candidates": []}, "2 queries and 0 candidates"),
+        ({"split": "test"}, "split 'test'"),
+        ({"meta_task": "VQA"}, "meta_task 'VQA'"),
+        ({"name": "again"}, "set 'again' comes twice"),
+    ],
+)
+def test_inconsistent_set_is_refused_by_writer_and_reader(tmp_path, changes, message):
+    inputs, sets = example()
+    bad = dataclasses.replace(sets[0], **changes)
+    with pytest.raises(DataError, match=message):
+        write_evaluation(tmp_path / "never", inputs, [bad, sets[1]])
+    write_evaluation(tmp_path, inputs, sets)
+    edit(tmp_path, lambda value: value["sets"][0].update(changes))
+    with pytest.raises(DataError, match=message) as caught:
+        read_evaluation(tmp_path)
+    assert "sets.json" in str(caught.value)
+
+
+def test_missing_or_damaged_files(tmp_path):
+    with pytest.raises(DataError, match="evaluation folder .*eval does not exist"):
+        read_evaluation(tmp_path)
+    write_evaluation(tmp_path, *example())
+    tar = tmp_path / "eval/inputs-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:2048])
+    with pytest.raises(DataError, match="inputs-000000.tar is truncated or changed: 2048 bytes"):
+        read_evaluation(tmp_path)
+    edit(tmp_path, lambda value: value["inputs"][0].update(bytes=2048))
+    with pytest.raises(DataError, match="inputs-000000.tar is truncated"):
+        read_evaluation(tmp_path)
+    tar.unlink()
+    with pytest.raises(DataError, match="inputs-000000.tar is missing"):
+        read_evaluation(tmp_path)
+    (tmp_path / "eval/sets.json").unlink()
+    with pytest.raises(DataError, match="sets.json does not exist"):
+        read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value["sets"].clear(), "holds no evaluation set"),
+        (lambda value: value["sets"][0].pop("split"), "malformed.*split"),
+        (lambda value: value["sets"][0].update(positives=["0", 1]), "malformed.*positives of 'colour'"),
+        (lambda value: value.pop("inputs"), "malformed.*inputs"),
+        (lambda value: value.update(format="x"), "is not a 'megatron_llave evaluation' file"),
+    ],
+)
+def test_malformed_sets_file(tmp_path, change, message):
+    write_evaluation(tmp_path, *example())
+    edit(tmp_path, change)
+    with pytest.raises(DataError, match=message):
+        read_evaluation(tmp_path)

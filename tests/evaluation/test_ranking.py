@@ -1,0 +1,153 @@
+"""Ranking: against numpy, with exact ties, over chunks, blocks and ranks; and the numbers read off it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_ranks import run_ranks
+
+from megatron_llave.evaluation import ranking
+from megatron_llave.evaluation.ranking import Ranking, precision_at_1, rank_candidates, recall_at_k
+from megatron_llave.loss.similarities import cosine_counts, overlap_coefficient
+
+CHECK = Path(__file__).parents[1] / "distributed" / "check_retrieval.py"
+
+
+def random_case(q: int, c: int, d: int, distinct: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit queries and candidates, of which only `distinct` differ, and positives."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.nn.functional.normalize(torch.randn(q, d, generator=generator), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(distinct, d, generator=generator), dim=1)
+    candidates = rows[torch.randint(distinct, (c,), generator=generator)]
+    return queries, candidates, torch.randint(c, (q,), generator=generator)
+
+
+@pytest.mark.parametrize("distinct", [3, 20, 400])
+def test_ranks_like_a_stable_sort_in_numpy(distinct):
+    queries, candidates, positives = random_case(40, 400, 24, distinct)
+    ranking = rank_candidates(queries, candidates, positives, 50)
+    # Equal rows must tie exactly, so the reference is a product per candidate that sees nothing but its row.
+    exact = np.array([[np.dot(q, c) for c in candidates.double().numpy()] for q in queries.double().numpy()])
+    order = np.argsort(-exact.astype(np.float32), axis=1, kind="stable")
+    np.testing.assert_array_equal(ranking.top.numpy(), order[:, :50])
+    np.testing.assert_array_equal(ranking.top[:, 0].numpy(), exact.astype(np.float32).argmax(axis=1))
+    assert ranking.top.dtype == torch.int64 and ranking.positive.dtype == torch.float32
+    rows = np.arange(40)
+    np.testing.assert_allclose(ranking.positive.numpy(), exact[rows, positives.numpy()], atol=6e-8)
+    exact[rows, positives.numpy()] = -np.inf
+    np.testing.assert_allclose(ranking.hardest_negative.numpy(), exact.max(axis=1), atol=6e-8)
+
+
+def test_all_candidates_equal_gives_the_indices_in_order():
+    queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    candidates = queries[:1].repeat(1000, 1)
+    ranking = rank_candidates(queries, candidates, torch.tensor([0, 5, 999]), 7)
+    assert ranking.top.tolist() == [list(range(7))] * 3
+    assert torch.equal(ranking.positive, ranking.hardest_negative)
+
+
+def test_minus_zero_ties_with_zero_and_negative_similarities_keep_their_order():
+    candidates = torch.tensor([[-1.0, 0.0], [-0.5, 0.0], [-0.0, -0.0], [0.0, 0.0], [1.0, 0.0]])
+    ranking = rank_candidates(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), candidates, torch.tensor([4, 4]), 5)
+    assert ranking.top.tolist() == [[4, 2, 3, 1, 0], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 17, 1024])
+@pytest.mark.parametrize("block", [10, 127])
+def test_chunks_and_blocks_change_no_bit(chunk, block, monkeypatch):
+    queries, candidates, positives = random_case(33, 210, 40, 90)
+    expected = rank_candidates(queries, candidates, positives, 12)
+    monkeypatch.setattr(ranking, "CANDIDATES_PER_BLOCK", block)
+    ranked = rank_candidates(queries, candidates, positives, 12, chunk=chunk)
+    assert torch.equal(ranked.top, expected.top)
+    assert torch.equal(ranked.positive, expected.positive)
+    assert torch.equal(ranked.hardest_negative, expected.hardest_negative)
+
+
+def test_no_more_than_chunk_queries_meet_the_candidates_at_a_time(monkeypatch):
+    seen = []
+    original = ranking._sort_key
+    monkeypatch.setattr(ranking, "_sort_key", lambda s, i: seen.append(tuple(s.shape)) or original(s, i))
+    queries, candidates, positives = random_case(10, 30, 8, 30)
+    rank_candidates(queries, candidates, positives, 2, chunk=4)
+    assert seen == [(4, 30), (4, 30), (2, 30)]
+
+
+def test_offset_shifts_the_indices():
+    queries, candidates, positives = random_case(6, 20, 8, 20)
+    here = rank_candidates(queries, candidates, positives, 3)
+    shifted = rank_candidates(queries, candidates, positives + 1000, 3, offset=1000)
+    assert torch.equal(shifted.top, here.top + 1000)
+    assert torch.equal(shifted.positive, here.positive)
+
+
+def test_fewer_candidates_than_k_are_padded_with_minus_one():
+    queries, candidates, _ = random_case(2, 1, 8, 1)
+    ranking = rank_candidates(queries, candidates, torch.zeros(2, dtype=torch.int64), 3)
+    assert ranking.top.tolist() == [[0, -1, -1]] * 2
+    assert ranking.hardest_negative.tolist() == [float("-inf")] * 2
+    assert recall_at_k(ranking, torch.tensor([0, 0]), 3) == 100.0
+
+
+def test_broken_candidate_ranks_last():
+    candidates = torch.tensor([[float("nan"), 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    ranking = rank_candidates(torch.tensor([[1.0, 0.0]]), candidates, torch.tensor([2]), 3)
+    assert ranking.top.tolist() == [[2, 1, 0]]
+
+
+def test_wrong_arguments_are_named():
+    queries, candidates, positives = random_case(2, 5, 8, 5)
+    with pytest.raises(ValueError, match="positive 5 is not the index of a candidate"):
+        rank_candidates(queries, candidates, torch.tensor([0, 5]), 2)
+    with pytest.raises(ValueError, match="k=0"):
+        rank_candidates(queries, candidates, positives, 0)
+
+
+def test_bfloat16_embeddings_are_ranked_in_float32():
+    queries, candidates, positives = random_case(5, 50, 16, 50)
+    low = rank_candidates(queries.bfloat16(), candidates.bfloat16(), positives, 4)
+    same = rank_candidates(queries.bfloat16().float(), candidates.bfloat16().float(), positives, 4)
+    assert torch.equal(low.top, same.top) and torch.equal(low.positive, same.positive)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_candidates_spread_over_ranks(world):
+    output = run_ranks(world, CHECK, timeout=120)
+    assert output.count("all rankings equal") == world
+
+
+def hand_made() -> tuple[Ranking, torch.Tensor]:
+    top = torch.tensor([[3, 1, 2], [0, 3, 1], [2, 0, 1], [1, 2, -1]])
+    return Ranking(top, torch.zeros(4), torch.zeros(4)), torch.tensor([3, 3, 3, 2])
+
+
+def test_precision_and_recall():
+    ranking, positives = hand_made()
+    assert precision_at_1(ranking, positives) == 25.0
+    assert recall_at_k(ranking, positives, 2) == 75.0
+    assert recall_at_k(ranking, positives, 3) == 75.0
+    with pytest.raises(ValueError, match="recall at 4"):
+        recall_at_k(ranking, positives, 4)
+    with pytest.raises(ValueError, match="needs queries"):
+        precision_at_1(Ranking(torch.zeros(0, 1), torch.zeros(0), torch.zeros(0)), torch.zeros(0))
+
+
+def test_overlap_coefficient():
+    low, high = torch.linspace(0, 0.4, 100), torch.linspace(0.6, 1, 100)
+    assert overlap_coefficient(low, high) == 0.0
+    assert overlap_coefficient(low, low) == pytest.approx(1.0)
+    # Samples of different sizes, and 2 of 4 against 6 of 8 values in the lower of two bins: 0.5 + 0.25 shared.
+    a, b = torch.tensor([0.0, 0.1, 0.9, 1.0]), torch.tensor([0.0] * 6 + [1.0] * 2)
+    assert overlap_coefficient(a, b, bins=2) == pytest.approx(0.75)
+    assert overlap_coefficient(b, a, bins=2) == pytest.approx(0.75)
+    assert overlap_coefficient(torch.ones(3), torch.ones(5)) == 1.0
+    assert overlap_coefficient(torch.ones(3), torch.tensor([float("-inf")])) == 0.0
+    with_gap = torch.tensor([0.0, 1.0, float("-inf")])
+    assert overlap_coefficient(with_gap, torch.tensor([0.0, 1.0]), bins=2) == pytest.approx(1.0)
+
+
+def test_cosines_are_counted_in_equal_bins_and_what_is_not_finite_in_none() -> None:
+    counts = cosine_counts(torch.tensor([-1.0, 0.001, 1.0, 1.0000001, -math.inf, math.nan]))
+    assert (len(counts), sum(counts), counts[0], counts[25], counts[-1]) == (50, 4, 1, 1, 2)

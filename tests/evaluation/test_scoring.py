@@ -1,0 +1,379 @@
+"""Ranking tasks: the released code's scores, ties, what is done again after a stop, and what is refused."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_rows, golden_tasks
+from golden_model import ONEVISION, byte_tokenizer
+from launching import ROOT, started, wait_for
+
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.distributed.process_groups import device
+from megatron_llave.embedding import cache
+from megatron_llave.embedding.cache import EmbeddingCache
+from megatron_llave.embedding.embedder import LoadedModel, embed_parts
+from megatron_llave.embedding.inputs import FileInput
+from megatron_llave.errors import ConfigError, DataError, NotFiniteError
+from megatron_llave.evaluation.benchmarks.mmeb import read_task
+from megatron_llave.evaluation.evaluate import build_evaluation
+from megatron_llave.evaluation.ranking import hub_share, uniformity
+from megatron_llave.evaluation.scoring import evaluate_tasks, score_task
+from megatron_llave.evaluation.task import SetResult, build_task
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models.llava_onevision.processor import build_processor
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few inputs each."""
+    monkeypatch.setattr(cache, "PART_COST", 20)
+
+
+def task_of(lists: list[list[str]], name: str = "made up"):
+    """A query "q0", "q1", ... for each list of candidates' texts."""
+    rows = [(FileInput(f"q{i}"), [FileInput(text) for text in texts]) for i, texts in enumerate(lists)]
+    return build_task(name, "retrieval", "ind", rows, ".")
+
+
+def scored(lists, vectors: dict[str, list[float]], groups, ties: str = "first") -> SetResult:
+    task = task_of(lists)
+    rows = np.array([vectors[one.text] for one in task.inputs.inputs], np.float32)
+    return score_task(task, rows.__getitem__, ties, groups.dp)
+
+
+def test_golden_sets_give_the_released_files(groups, tmp_path):
+    tasks = golden_tasks()
+    assert [task.name for task in tasks] == ["ImageNet-1K", "CIRR", "MSCOCO_t2i", "RefCOCO-Matching"]
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert_released_files(tmp_path)
+    assert [result.precision_at_1 for result in done.results] == [75.0, 100.0, 75.0, 75.0]
+    assert {result.name: result.num_ties for result in done.results}["RefCOCO-Matching"] == 3
+
+
+def test_strict_ties_count_as_wrong(groups, tmp_path):
+    done = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, ties="strict")
+    assert {result.name: result.precision_at_1 for result in done.results}["RefCOCO-Matching"] == 37.5
+    score = json.loads((tmp_path / "RefCOCO-Matching_score.json").read_text())
+    assert score == {"acc": 0.375, "num_correct": 3, "num_pred": 8}
+    # The same folder scored the other way: no embedding is done again.
+    again = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert (again.num_finished, again.num_embedded) == (0, 0)
+    assert_released_files(tmp_path)
+
+
+def test_ties_duplicates_and_single_candidates(groups):
+    vectors = {"q0": [1, 0], "q1": [1, 0], "q2": [0, 1], "q3": [0, 1], "a": [1, 0], "b": [1, 0], "c": [0, 1]}
+    lists = [["a", "b", "c"], ["a", "c", "a"], ["a", "c"], ["c"]]  # a tie; the right one twice; wrong; alone
+    first, strict = scored(lists, vectors, groups), scored(lists, vectors, groups, "strict")
+    assert (first.precision_at_1, strict.precision_at_1) == (75.0, 50.0)
+    assert first.positive == [1, 1, 0, 1] and first.hardest_negative == [1, 0, 1, -math.inf]
+    assert first.num_ties == strict.num_ties == 1
+    assert first.chance == pytest.approx(np.mean([100 / 3, 100 / 3, 50, 100]))
+    named = [[first.candidates[index].split()[-1] if index >= 0 else None for index in row] for row in first.top]
+    assert named == [
+        ["a", "b", "c", None, None],
+        ["a", "a", "c", None, None],
+        ["c", "a", None, None, None],
+        ["c", None, None, None, None],
+    ]
+    assert [first.candidates[index].split()[-1] for index in first.positives] == ["a", "a", "a", "c"]
+    assert first.hub_share == 50.0 and first.alignment == pytest.approx(0.5)
+
+
+def test_random_lists_are_ranked_as_numpy_ranks_them(groups):
+    rng = np.random.default_rng(0)
+    names = [f"c{number}" for number in range(50)]
+    vectors = {name: rng.normal(size=8) for name in names + [f"q{i}" for i in range(30)]}
+    vectors = {name: (v / np.linalg.norm(v)).astype(np.float32) for name, v in vectors.items()}
+    lists = [rng.choice(names, rng.integers(1, 20), replace=False).tolist() for _ in range(30)]
+    result = scored(lists, vectors, groups)
+    products = [[float(vectors[f"q{i}"] @ vectors[c]) for c in chosen] for i, chosen in enumerate(lists)]
+    assert result.precision_at_1 == pytest.approx(100 * np.mean([np.argmax(p) == 0 for p in products]))
+    assert result.positive == pytest.approx([p[0] for p in products], abs=1e-6)
+    assert result.hardest_negative == pytest.approx([max(p[1:], default=-np.inf) for p in products], abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_after_a_stop_nothing_is_embedded_twice(groups, tmp_path, stop_after):
+    tasks = golden_tasks()
+    first, second = GoldenEmbedder(stop_after=stop_after), GoldenEmbedder()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(first, tasks, tmp_path, IDENTITY, groups.dp)
+    done = evaluate_tasks(second, tasks, tmp_path, IDENTITY, groups.dp)
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) + len(second.asked) == sum(len(task.inputs) for task in tasks)
+    assert done.num_embedded == len(second.asked)
+    assert_released_files(tmp_path)
+
+
+def test_a_finished_set_is_only_read(groups, tmp_path):
+    evaluate_tasks(GoldenEmbedder(), golden_tasks()[:2], tmp_path, IDENTITY, groups.dp)
+    shutil.rmtree(tmp_path / "embeddings")
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert done.num_finished == 2 and {name.split()[0] for name in second.asked} == {"MSCOCO_t2i", "RefCOCO-Matching"}
+    assert_released_files(tmp_path)
+
+
+def test_a_damaged_part_is_embedded_again(groups, tmp_path):
+    evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    part = tmp_path / "embeddings" / "CIRR" / "part-00000.npy"
+    part.write_bytes(part.read_bytes()[:-1])
+    (tmp_path / "CIRR_score.json").unlink()
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert 0 < done.num_embedded == len(second.asked) < 15
+    assert_released_files(tmp_path)
+
+
+def test_another_models_embeddings_are_refused(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    other = {"weights": "others"}
+    message = f"another model .weights 'golden' there, 'others' here.; choose another --out, or delete {tmp_path} to"
+    with pytest.raises(DataError, match=message):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(
+        DataError, match=rf"manifest\.json is of another model .*delete {tmp_path}/embeddings/ImageNet-1K"
+    ):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp)
+
+
+def test_embeddings_of_other_inputs_are_refused(groups, tmp_path):
+    EmbeddingCache(tmp_path / "embeddings" / "CIRR", task_of([["a"]]).inputs).claim(IDENTITY)
+    tasks = [task for task in golden_tasks() if task.name == "CIRR"]
+    with pytest.raises(DataError, match="embeddings of other inputs than those of data set CIRR"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+
+
+def test_a_damaged_result_is_made_again_and_a_damaged_manifest_named(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    before = (tmp_path / "ImageNet-1K_result.json").read_bytes()
+    (tmp_path / "ImageNet-1K_result.json").write_text("{")
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert (done.num_finished, done.num_embedded) == (0, 0)
+    assert (tmp_path / "ImageNet-1K_result.json").read_bytes() == before
+    (tmp_path / "embeddings" / "ImageNet-1K" / "manifest.json").write_text("{")
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is not valid JSON .*or delete .*ImageNet-1K to embed again"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+
+
+def test_an_incomplete_result_is_made_again(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    path = tmp_path / "ImageNet-1K_result.json"
+    whole = json.loads(path.read_text())
+    cut = {key: value for key, value in whole["result"].items() if key != "top"}
+    short = {**whole["result"], "top": whole["result"]["top"][1:]}
+    without_model = {key: value for key, value in whole.items() if key != "model"}
+    for broken in (without_model, {**whole, "result": cut}, {**whole, "result": short}, {**whole, "result": None}):
+        path.write_text(json.dumps(broken))
+        done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+        assert (done.num_finished, done.num_embedded) == (0, 0)
+        assert json.loads(path.read_text()) == whole
+
+
+def test_other_right_candidates_are_scored_again_without_embedding(groups, tmp_path):
+    """The inputs are the same ones: only which is whose candidate, and right, has changed."""
+    task = [task for task in golden_tasks() if task.name == "ImageNet-1K"]
+    first = evaluate_tasks(GoldenEmbedder(), task, tmp_path / "out", IDENTITY, groups.dp)
+    # The last query first, with the candidates of the last in reverse, and so on.
+    bounds = len(task[0].candidates) - task[0].bounds[::-1]
+    turned = [replace(task[0], queries=task[0].queries[::-1], candidates=task[0].candidates[::-1], bounds=bounds)]
+    assert turned[0].inputs.digest == task[0].inputs.digest and turned[0].digest != task[0].digest
+    again = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "out", IDENTITY, groups.dp)
+    assert (again.num_finished, again.num_embedded) == (0, 0)
+    fresh = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "fresh", IDENTITY, groups.dp)
+    assert again.results == fresh.results and again.results != first.results
+
+
+def test_parts_with_changed_pictures_are_embedded_again(groups, tmp_path, caplog):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(GOLDEN, source)
+    tasks = [read_task(source, source, name) for name in ("CIRR", "ImageNet-1K")]
+    evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp)
+    assert evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp).num_finished == 2
+    picture = source / "CIRR" / "t3.png"
+    os.utime(picture, ns=(0, 12345))
+    second = GoldenEmbedder()
+    done = evaluate_tasks(second, tasks, out, IDENTITY, groups.dp)
+    store = EmbeddingCache(out / "embeddings" / "CIRR", tasks[0].inputs)
+    changed = [part for part in map(store.inputs_of, range(store.num_parts)) if any("t3.png" in key for key in part)]
+    assert done.num_finished == 1 and second.asked == [key for part in changed for key in part] != []
+    assert len(changed) < store.num_parts
+    assert f"{len(changed)} of {store.num_parts} parts of {store.folder} are embedded again" in caplog.text
+    third = GoldenEmbedder()
+    assert evaluate_tasks(third, tasks, out, IDENTITY, groups.dp).num_finished == 2 and third.asked == []
+    picture.unlink()
+    with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist, 1 of \d+ files .* that --images names"):
+        evaluate_tasks(third, tasks, out, IDENTITY, groups.dp)
+
+
+def test_parts_without_a_manifest_are_refused(groups, tmp_path):
+    tasks = golden_tasks()[:1]
+    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    folder = tmp_path / "embeddings" / "ImageNet-1K"
+    (folder / "manifest.json").unlink()
+    (tmp_path / "ImageNet-1K_score.json").unlink()
+    with pytest.raises(DataError, match=rf"{folder} holds embeddings but no manifest.json.*or delete {folder} to"):
+        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, {"weights": "others"}, groups.dp)
+
+
+def test_a_folder_that_cannot_be_made_is_named(groups, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/embeddings/ImageNet-1K cannot be made: Not a directory; choose another"):
+        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path / "file", IDENTITY, groups.dp)
+
+
+def test_a_missing_picture_is_found_before_any_work(groups, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN, source)
+    (source / "CIRR" / "t3.png").unlink()
+    embedder = GoldenEmbedder()
+    with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist"):
+        evaluate_tasks(embedder, [read_task(source, source, "CIRR")], tmp_path / "out", IDENTITY, groups.dp)
+    assert embedder.asked == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(groups, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    with pytest.raises(DataError, match=r"part-00000\.npy cannot be written: No space left on device"):
+        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp)
+    assert [path.name for path in tmp_path.rglob("part-*")] == []
+
+
+def test_an_embedding_that_is_not_finite_is_named_and_not_stored(groups, tmp_path):
+    def broken(parts):
+        for part in parts:
+            rows = golden_rows(part)
+            if part.name == "CIRR":
+                rows[1, 3] = math.nan
+            yield rows
+
+    tasks = golden_tasks()
+    with pytest.raises(NotFiniteError, match=r"input CIRR 1 .* has no finite embedding .1 of \d+ inputs"):
+        evaluate_tasks(broken, tasks, tmp_path, IDENTITY, groups.dp)
+    assert list((tmp_path / "embeddings" / "CIRR").glob("part-*")) == []
+    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp)
+    assert 0 < done.num_embedded < done.num_inputs
+
+
+def test_stored_rows_come_back_in_any_order(tmp_path):
+    task = task_of([[f"text {number}" for number in range(100)]])
+    store = EmbeddingCache(tmp_path, task.inputs)
+    rows = np.random.default_rng(0).normal(size=(len(task.inputs), 8)).astype(np.float32)
+    assert store.num_parts > 3 and store.missing() == list(range(store.num_parts))
+    for part in range(store.num_parts):
+        store.write(part, rows[store.bounds[part] : store.bounds[part + 1]])
+    chosen = np.random.default_rng(1).integers(0, len(rows), 300)
+    np.testing.assert_array_equal(EmbeddingCache(tmp_path, task.inputs).rows(chosen), rows[chosen])
+
+
+def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, monkeypatch):
+    task = task_of([["a"]])
+    store = EmbeddingCache(tmp_path, task.inputs)
+    monkeypatch.setattr(cache, "WAITS", (0, 0))
+    with pytest.raises(DataError, match=r"part-00000\.npy is missing; all nodes must share the folder of --out"):
+        store.rows(np.array([0]))
+    rows = np.ones((2, 4), np.float32)
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: seconds and store.write(0, rows))
+    monkeypatch.setattr(cache, "WAITS", (0, 1))
+    np.testing.assert_array_equal(store.rows(np.array([1, 0])), rows)
+
+
+def test_kill_and_restart_of_the_tool(tmp_path):
+    """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
+    source = tmp_path / "data"
+    make_data_set(source, num_texts=6000)
+    common = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "mmeb", "--checkpoint", str(ONEVISION)]
+    common += ["--data", str(source), f"data.tokenizer={byte_tokenizer(tmp_path)}"]
+    killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log.txt"
+    with started([*common, "--out", str(killed)], log) as process:
+        wait_for(lambda: len(list(killed.rglob("part-*.npy"))) >= 3, process, log)
+        process.kill()
+        process.wait()
+    before = sum(len(np.load(path)) for path in killed.rglob("part-*.npy"))
+    for out in (killed, whole):
+        with started([*common, "--out", str(out)], log) as process:
+            assert process.wait(200) == 0, log.read_text()[-3000:]
+    work = json.loads((killed / "report.json").read_text())["work"]
+    assert 0 < before < work["inputs"] and work["inputs_embedded"] == work["inputs"] - before
+    for name in ("VOC2007_result.json", "VOC2007_pred.txt", "VOC2007_score.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert (killed / "report.html").stat().st_size > 10000
+
+
+def make_data_set(folder: Path, num_texts: int) -> None:
+    """VOC2007 with eight pictures, and so many different labels in all that there are many parts."""
+    (folder / "VOC2007").mkdir(parents=True)
+    rows = []
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes((GOLDEN / "ImageNet-1K" / f"{number}.png").read_bytes())
+        labels = [f"label {index}" for index in range(number, num_texts, 8)]
+        query = {"qry_text": "<|image_1|>\nIdentify the object shown in the image.", "qry_img_path": f"{number}.png"}
+        rows.append({**query, "tgt_text": labels, "tgt_img_path": [""] * len(labels)})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "VOC2007" / "test-00000-of-00001.parquet")
+
+
+def test_uniformity_and_hubs():
+    points = torch.eye(3)
+    assert uniformity(points) == pytest.approx(-4.0)  # every squared distance is 2
+    assert uniformity(torch.ones(5, 2) / 2**0.5) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(uniformity(points[:1]))
+    assert hub_share(torch.tensor([4, 4, 1, 4])) == 75.0
+
+
+def training_evaluation(groups, tokenizer: Path, **evaluate):
+    cfg = config_from_dict(
+        {
+            "model": {"preset": "tiny"},
+            "train": {"steps": 1},
+            "data": {"tokenizer": str(tokenizer)},
+            "evaluate": {"path": str(GOLDEN), **evaluate},
+        }
+    )
+    chunks = build_model(cfg.model, cfg.parallel, groups, device(), seed=0)
+    return cfg, chunks, build_evaluation(cfg, chunks, groups, lambda doing: None)
+
+
+def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
+    cfg, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    scores = run()
+    assert list(scores) == ["ImageNet-1K", "CIRR"] and chunks[0].training
+    model = LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups)
+    tasks = golden_tasks()[:2]
+    done = evaluate_tasks(partial(embed_parts, model), tasks, tmp_path / "out", IDENTITY, groups.dp)
+    assert scores == {result.name: result.precision_at_1 for result in done.results}
+
+
+def test_training_goes_on_without_scores_where_embeddings_are_not_finite(groups, tmp_path, caplog):
+    _, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    with torch.no_grad():
+        next(chunks[0].parameters()).fill_(math.nan)
+    scores = run()
+    assert list(scores) == ["ImageNet-1K", "CIRR"] and all(map(math.isnan, scores.values())) and chunks[0].training
+    assert "no evaluation: input ImageNet-1K " in caplog.text and "has no finite embedding" in caplog.text
+
+
+def test_training_refuses_unknown_sets_before_it_begins(groups, tmp_path, openmoji_data):
+    with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is no data set of MMEB-eval"):
+        training_evaluation(groups, byte_tokenizer(tmp_path), sets=["other"])
+    with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is none of the sets in .*openmoji: "):
+        training_evaluation(groups, byte_tokenizer(tmp_path), path=str(openmoji_data), sets=["other"])

@@ -1,0 +1,120 @@
+"""Packed attention and norms against plain padded ones, forward and gradient; the kernels that are not here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_llave.config.model import LanguageConfig, ModelConfig
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.errors import ConfigError
+from megatron_llave.models.blocks.initialization import initialize_parameters
+from megatron_llave.models.blocks.layer_specs import LocalAttention, RMSNorm, layer_spec, packed_layout
+from megatron_llave.models.blocks.qwen2 import LanguageModel, language_transformer_config
+
+LENGTHS = [5, 1, 17, 16, 2, 9, 33]
+MODEL = ModelConfig(
+    language=LanguageConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=64
+    )
+)
+
+
+def boundaries(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def test_layout_restarts_positions_and_finds_every_token() -> None:
+    layout = packed_layout(boundaries(LENGTHS), max(LENGTHS), "local")
+    expected = torch.cat([torch.arange(length) for length in LENGTHS])
+    assert torch.equal(layout.positions, expected)
+    row = torch.arange(sum(LENGTHS)) * 10
+    buckets = torch.cat([row[rows.flatten()] for rows in layout.bucket_rows])
+    assert torch.equal(buckets[layout.from_buckets], row)
+    # A bucket holds lengths between the same powers of two: 1 | 2 | 5 | 9 and 16 | 17 | 33.
+    shapes = sorted(tuple(rows.shape) for rows in layout.bucket_rows)
+    assert shapes == [(1, 1), (1, 2), (1, 5), (1, 17), (1, 33), (2, 16)]
+
+
+def test_packed_attention_equals_one_sequence_at_a_time(groups) -> None:
+    config = language_transformer_config(MODEL, ParallelConfig())
+    attention = LocalAttention(config, 1, AttnMaskType.causal, "self")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(LENGTHS), 1, heads, 8) for heads in (4, 2, 2)]
+    packed = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    single = [x.detach().clone().requires_grad_() for x in packed]
+    layout = packed_layout(boundaries(LENGTHS), max(LENGTHS), "local")
+    output = attention(*packed, None, packed_seq_params=layout)
+
+    expected = []
+    for query, key, value in zip(*(x.squeeze(1).split(LENGTHS) for x in single)):
+        key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+        scores = torch.einsum("qnd,knd->nqk", query, key) / 8**0.5
+        hidden = torch.ones(len(query), len(query), dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        expected.append(torch.einsum("nqk,knd->qnd", weights, value).flatten(1))
+    expected = torch.cat(expected).unsqueeze(1)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for ours, reference in zip(packed, single):
+        torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
+
+
+def test_packed_decoder_equals_padded_batch(groups) -> None:
+    """The same sequences in one packed row, and right-padded to the longest in one batch."""
+    config = language_transformer_config(MODEL, ParallelConfig())
+    assert not config.sequence_parallel
+    language = LanguageModel(MODEL, ParallelConfig(), groups, is_first=True, is_last=True, chunk=None)
+    holder = torch.nn.Module()
+    holder.language = language
+    initialize_parameters([holder], groups.tp, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(sum(LENGTHS), 1, 32, generator=generator, requires_grad=True)
+    output = language(packed, packed_layout(boundaries(LENGTHS), max(LENGTHS), "local"))
+    direction = torch.randn(output.squeeze(1).shape, generator=generator)
+    (output.squeeze(1) * direction).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in language.named_parameters() if p.grad is not None}
+    language.zero_grad()
+
+    sequences = [x.detach() for x in packed.squeeze(1).split(LENGTHS)]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences).requires_grad_()  # [s, b, h]
+    angles = language.rotary(torch.arange(max(LENGTHS)))
+    padded_output = language.decoder(hidden_states=padded, attention_mask=None, rotary_pos_emb=angles)
+    real = torch.cat([padded_output[:length, index] for index, length in enumerate(LENGTHS)])
+    torch.testing.assert_close(output.squeeze(1), real, rtol=0, atol=2e-5)
+    (real * direction).sum().backward()
+    assert gradients
+    for name, parameter in language.named_parameters():
+        if name in gradients:
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_rms_norm_marks_its_weight_for_sequence_parallel() -> None:
+    config = language_transformer_config(MODEL, ParallelConfig(tensor=2, sequence=True))
+    norm = RMSNorm(config, 32)
+    assert norm.weight.sequence_parallel is True
+    hidden = torch.randn(3, 32)
+    expected = hidden / torch.sqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(norm(hidden), expected)
+
+
+def test_transformer_engine_that_is_not_installed_is_one_clear_error() -> None:
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="model.kernels=transformer_engine needs Transformer Engine"):
+            layer_spec("transformer_engine", RMSNorm, AttnMaskType.causal)
+    else:
+        assert layer_spec("transformer_engine", RMSNorm, AttnMaskType.causal).submodules is not None
+
+
+def test_rotary_angles_turn_pairs_of_channels(groups) -> None:
+    language = LanguageModel(MODEL, ParallelConfig(), groups, is_first=True, is_last=True, chunk=None)
+    angles = language.rotary(torch.tensor([0, 1, 7]))
+    assert angles.shape == (3, 1, 1, 8)
+    slow = 1e6 ** -(6 / 8)
+    assert angles[2, 0, 0].tolist() == pytest.approx([7.0, 7 * 1e6**-0.25, 7 * 1e6**-0.5, 7 * slow] * 2)
+    assert F.cosine_similarity(angles[1].flatten(), angles[2].flatten(), dim=0) == pytest.approx(1.0)

@@ -1,0 +1,137 @@
+"""A plan of a run: what it counts, what fits, and the tool that prints it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_llave.config.load import config_from_dict, load_config, override_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed.process_groups import device
+from megatron_llave.errors import ConfigError
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
+from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
+from megatron_llave.planning.plan import count_parameters, find_fit, make_plan, mean_work
+from tools import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def example(name: str, *overrides: str) -> RunConfig:
+    return load_config(ROOT / "examples" / f"{name}.yaml", overrides)
+
+
+def plan_of(cfg: RunConfig, ranks: int):
+    return make_plan(cfg, ranks, mmeb_like(cfg.model, cfg.data.max_length))
+
+
+def test_parameters_are_those_of_the_built_model(groups) -> None:
+    cfg = example("tiny")
+    [model] = build_model(cfg.model, cfg.parallel, groups, device(), seed=None)
+    assert sum(count_parameters(cfg.model).values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "millions"), [("0.5b", 893), ("2b", 1944), ("7b", 7483)])
+def test_parameters_of_the_released_sizes(name: str, millions: float) -> None:
+    found = sum(count_parameters(example(name).model).values()) / 1e6
+    assert found == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "memory"), [("0.5b", 80), ("2b", 80), ("7b", 80), ("7b", 141)])
+def test_examples_fit_where_they_say(name: str, memory: float) -> None:
+    larger = ["parallel.tensor=1", "parallel.sequence=false"] if memory == 141 else []
+    cfg = example(name, *larger)
+    assert plan_of(cfg, 8).fits(memory * GIB)
+
+
+def test_what_does_not_fit_gets_a_proposal_that_does() -> None:
+    cfg = example("7b", "parallel.tensor=1", "parallel.sequence=false", "train.micro_batch_size=32")
+    kinds = mmeb_like(cfg.model, cfg.data.max_length)
+    assert not make_plan(cfg, 8, kinds).fits(80 * GIB)
+    better, changes = find_fit(cfg, 8, kinds, 80 * GIB)
+    assert changes and better.fits(80 * GIB)
+    assert make_plan(override_config(cfg, changes), 8, kinds).fits(80 * GIB), "the overrides are what was planned"
+    assert find_fit(cfg, 8, kinds, 2 * GIB) is None
+
+
+def test_pipeline_waits_and_splits() -> None:
+    cfg = example("7b", "parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=4")
+    found = plan_of(cfg, 8)
+    assert found.bubble == 3 / (found.step.micro_batches + 3)
+    assert 0 < found.balance < 1 and found.stages[0].flops == max(stage.flops for stage in found.stages)
+    assert plan_of(example("7b"), 8).bubble == 0
+
+
+def test_flops_of_the_way_of_computing() -> None:
+    cfg = example("7b")
+    work = mean_work([Kind(1, [(SideShape(800, 700, 5), SideShape(30))])], 8)
+    assert (work.tokens, work.tiles) == (8 * 830, 40)
+    once = extra_flops(cfg.model, work, embed_pass=True)
+    cfg.model.freeze = []
+    assert extra_flops(cfg.model, work, embed_pass=True) == forward_flops(cfg.model, work) > once > 0
+    assert extra_flops(cfg.model, work, embed_pass=False) == 0
+    cfg.model.recompute = "full"
+    assert 0 < extra_flops(cfg.model, work, embed_pass=False) < step_flops(cfg.model, work) / 2
+    assert (
+        loss_flops(4, 8, [16]) == 4 * 2 * 4 * 8 * 16 == loss_flops(4, 8, [8, 8]) == loss_flops(4, 8, [16], True) * 2 / 3
+    )
+
+
+def test_longest_micro_batch_is_of_the_longest_pairs_of_one_kind() -> None:
+    kinds = [
+        Kind(1, [(SideShape(10), SideShape(1)), (SideShape(20), SideShape(2)), (SideShape(9), SideShape(1))]),
+        Kind(1, [(SideShape(5), SideShape(5))]),
+    ]
+    assert [side.tokens for side in longest_batch(kinds, 2, hard_negatives=1)] == [20, 2, 2, 10, 1, 1]
+    assert [side.tokens for side in longest_batch(kinds[1:], 2)] == [5, 5, 5, 5], "there are fewer pairs"
+
+
+def test_pairs_of_a_folder_are_measured(openmoji_data: Path) -> None:
+    kinds = read_kinds(openmoji_data, example("tiny", f"data.path={openmoji_data}", "train.global_batch_size=16"))
+    assert len(kinds) > 3 and all(kind.pairs and kind.share > 0 for kind in kinds)
+    tiles = {side.tiles for kind in kinds for pair in kind.pairs for side in pair}
+    assert tiles == {0, 1}, "the tiny model has no grids: a picture is one tile"
+
+
+def test_sizes_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="name model.preset too"):
+        plan_of(config_from_dict({"checkpoint": {"init": "somewhere"}}), 8)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    plan.main()
+
+
+def test_tool_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "40")
+    output = capsys.readouterr().out
+    assert "It does not fit" in output and "Fits: " in output
+    for part in ("vision (frozen)", "activations", "pipeline bubble", "gathered by the loss"):
+        assert part in output
+    sizes = ["--pair-tokens", "900", "40", "--pair-tiles", "5", "0"]
+    run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "16", "--gpu-memory", "141", *sizes)
+    output = capsys.readouterr().out
+    assert "It fits" in output and "1 x 1 pairs" not in output and "940 tokens, 5 tiles" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.yaml", "--gpus", "8", "--gpu-memory", "80"], "nowhere.yaml"),
+        (["--config", "examples/7b.yaml", "--gpus", "3", "--gpu-memory", "80"], "3 processes cannot be split"),
+        (["--config", "examples/7b.yaml", "--gpus", "0", "--gpu-memory", "80"], "--gpus 0 must be at least 1"),
+        (["--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "-1"], "--gpu-memory -1 must be"),
+        (["--config", "examples/7b.yaml", "--gpus", "8"], "--gpu-memory"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code and message in error and error.count("\n") == 1, error

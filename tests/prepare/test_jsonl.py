@@ -1,0 +1,186 @@
+"""A user's own pairs: every value comes back, and what is not of the schema is named by file and line."""
+
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from megatron_llave.batch import Side
+from megatron_llave.data.index import read_index
+from megatron_llave.data.shards import read_shard
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.prepare import jsonl, shard_jobs
+from megatron_llave.prepare.shard_jobs import make_id
+
+
+def picture(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (colour, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_lines(path, *lines):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def text_pair(number, **more):
+    return {"query": {"text": f"q{number}"}, "target": {"text": f"t{number}"}, **more}
+
+
+def pairs_of(out):
+    subsets = read_index(out).subsets
+    return {name: [p for s in subset.shards for p in read_shard(out / s.file)] for name, subset in subsets.items()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def prepare(files, out, **options):
+    return jsonl.prepare(files, out, **{"workers": 1, **options})
+
+
+def test_every_value_comes_back(tmp_path):
+    (tmp_path / "in/pictures").mkdir(parents=True)
+    (tmp_path / "in/pictures/a.png").write_bytes(picture(1))
+    (tmp_path / "b.png").write_bytes(picture(2))
+    line = {
+        "subset": "birds",
+        "id": "my-bird_1",
+        "query": {"text": "<image> which \u732b?", "images": ["pictures/a.png", "../b.png"], "id": "query 7"},
+        "target": {"images": [str(tmp_path / "b.png")]},
+        "hard_negatives": [{"text": "no", "id": "n"}, {"images": ["pictures/a.png"]}],
+    }
+    made = prepare([write_lines(tmp_path / "in/cats.jsonl", text_pair(0), line)], tmp_path / "out", meta_task="vqa")
+    pairs = pairs_of(tmp_path / "out")
+    assert list(pairs) == ["birds", "cats"] and not any(made.skipped.values())
+    assert {subset.meta_task for subset in made.index.subsets.values()} == {"vqa"}
+    (bird,) = pairs["birds"]
+    assert (bird.key, bird.query_id, bird.hard_negative_ids[0]) == ("my-bird_1", "query 7", "n")
+    assert bird.query == Side("<image> which \u732b?", [picture(1), picture(2)])
+    assert bird.target == Side("", [picture(2)])
+    assert bird.hard_negatives == [Side("no", []), Side("", [picture(1)])]
+    assert bird.hard_negative_ids[1] == make_id("", ["pictures/a.png"])
+    (cat,) = pairs["cats"]
+    assert (cat.key, cat.query_id, cat.target_id) == ("cats-00000000", make_id("q0", []), make_id("t0", []))
+
+
+def test_ids_tell_files_of_two_folders_apart(tmp_path):
+    for number, folder in enumerate("ab"):
+        line = {"query": {"text": "q"}, "target": {"images": ["./x.png"]}}
+        write_lines(tmp_path / folder / f"{folder}.jsonl", line, {**line, "target": {"images": ["x.png"]}})
+        (tmp_path / folder / "x.png").write_bytes(picture(number))
+    prepare([tmp_path / "a/a.jsonl", tmp_path / "b/b.jsonl"], tmp_path / "out")
+    pairs = pairs_of(tmp_path / "out")
+    ids = [pair.target_id for name in "ab" for pair in pairs[name]]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    assert pairs["a"][0].query_id == pairs["b"][0].query_id
+
+
+def test_mixed_subsets_of_several_files_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "PAIRS_PER_SHARD", 10)
+    first = [text_pair(n, subset="ab"[n % 2]) for n in range(43)]
+    second = [text_pair(n, subset="b") for n in range(43, 60)]
+    files = [write_lines(tmp_path / "1.jsonl", *first), write_lines(tmp_path / "2.jsonl", *second)]
+    made = prepare(files, tmp_path / "out")
+    pairs = pairs_of(tmp_path / "out")
+    assert [pair.query.text for pair in pairs["a"]] == [f"q{n}" for n in range(0, 43, 2)]
+    assert [pair.query.text for pair in pairs["b"]] == [f"q{n}" for n in [*range(1, 43, 2), *range(43, 60)]]
+    assert [pair.key for pair in pairs["a"]] == [f"a-{n:08d}" for n in range(22)]
+    assert [shard.pairs for shard in made.index.subsets["b"].shards] == [10, 10, 10, 8]
+    assert [shard.file for shard in made.index.subsets["a"].shards] == [f"a-00000{n}.tar" for n in range(3)]
+
+
+def test_workers_do_not_change_the_bytes(tmp_path):
+    lines = [text_pair(n, subset="abc"[n % 3]) for n in range(4000)]
+    lines[17]["target"] = {"images": ["none.png"]}
+    file = write_lines(tmp_path / "x.jsonl", *lines)
+    prepare([file], tmp_path / "one")
+    prepare([file], tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_urls_are_never_fetched(tmp_path):
+    urls = ["http://127.0.0.1:9/x.png", "https://host/x.png", "s3://bucket/x.png", "data:image/png;base64,AAAA"]
+    lines = [{"query": {"images": [url]}, "target": {"text": "t"}} for url in urls]
+    made = prepare([write_lines(tmp_path / "x.jsonl", text_pair(0), *lines)], tmp_path / "out")
+    assert made.skipped == {"x": {shard_jobs.IS_URL: 4}}
+    report = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in report] == [f"{tmp_path / 'x.jsonl'}:{n}" for n in range(2, 6)]
+    assert len(pairs_of(tmp_path / "out")["x"]) == 1
+
+
+def test_sides_that_are_empty_are_skipped_and_blank_lines_do_not_count(tmp_path):
+    lines = [text_pair(0), {"query": {"text": " "}, "target": {"text": "t"}}]
+    lines += [{"query": {"text": "q"}, "target": {"images": []}}]
+    file = write_lines(tmp_path / "x.jsonl", *lines)
+    file.write_text("\ufeff" + file.read_text() + "\n \n", encoding="utf-8")
+    made = prepare([file], tmp_path / "out")
+    assert made.skipped == {"x": {shard_jobs.EMPTY: 2}}
+
+
+GOOD = text_pair(0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"query": "\xff"}', "not JSON"),
+        ([], "the line must be an object with subset, id, query, target, hard_negatives, not "),
+        ({**GOOD, "negatives": []}, "the line has the unknown key 'negatives'; known are subset, id, query"),
+        ({"query": {"text": "q"}}, "target is missing"),
+        ({**GOOD, "query": "q"}, r"query must be an object with text, images, id, not 'q'"),
+        ({**GOOD, "query": {}}, "query needs text, images, or both"),
+        ({**GOOD, "query": {"id": "x"}}, "query needs text, images, or both"),
+        ({**GOOD, "query": {"image": "x.png"}}, "query has the unknown key 'image'; known are text, images, id"),
+        ({**GOOD, "target": {"text": 3}}, "target.text must be a string, not '3'"),
+        ({**GOOD, "target": {"text": None}}, "target.text must be a string, not 'None'"),
+        ({**GOOD, "target": {"images": "x.png"}}, "target.images must be a list of paths, not 'x.png'"),
+        ({**GOOD, "target": {"images": [""]}}, "target.images must be a list of paths"),
+        ({**GOOD, "target": {"text": "t", "id": 3}}, "target.id must be a string of printable characters, not 3"),
+        ({**GOOD, "target": {"text": "t", "id": ""}}, "target.id must be a string of printable characters"),
+        ({**GOOD, "hard_negatives": {}}, "hard_negatives must be a list"),
+        ({**GOOD, "hard_negatives": [{"text": ""}, {"x": 1}]}, r"hard_negatives\[1\] has the unknown key 'x'"),
+        ({**GOOD, "subset": "a.b"}, "subset 'a.b' must be 1 to 60 letters"),
+        ({**GOOD, "subset": "x" * 61}, "must be 1 to 60 letters"),
+        ({**GOOD, "subset": 3}, "subset 3 must be"),
+        ({**GOOD, "id": 3}, "id must be a string, not 3"),
+        ({**GOOD, "id": "a/b"}, "id 'a/b' must be 1 to 80 letters"),
+        ({**GOOD, "id": "taken"}, "id 'taken' comes twice in subset 'cats'"),
+        ({**GOOD, "id": "cats-00000000"}, "id 'cats-00000000' is kept for pair 0"),
+    ],
+)
+def test_what_is_not_of_the_schema_is_named_before_anything_is_written(tmp_path, line, message):
+    file = write_lines(tmp_path / "cats.jsonl", {**GOOD, "id": "taken"}, {**GOOD, "id": "cats-00000001"})
+    bad = line if isinstance(line, bytes) else json.dumps(line).encode()
+    file.write_bytes(file.read_bytes() + bad + b"\n")
+    with pytest.raises(DataError, match=re.escape(f"{file}:3: ") + ".*" + message) as caught:
+        prepare([file], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_id_that_comes_twice_in_another_subset_is_another(tmp_path):
+    lines = [text_pair(0, subset="a", id="x"), text_pair(1, subset="b", id="x")]
+    prepare([write_lines(tmp_path / "x.jsonl", *lines)], tmp_path / "out")
+    assert [pairs[0].key for pairs in pairs_of(tmp_path / "out").values()] == ["x", "x"]
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataError, match="none.jsonl cannot be read: No such file"):
+        prepare([tmp_path / "none.jsonl"], tmp_path / "out")
+    empty = write_lines(tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match="empty.jsonl: no line with a pair"):
+        prepare([empty], tmp_path / "out")
+    with pytest.raises(DataError, match=r"my.pairs.jsonl:1: subset 'my.pairs' must be"):
+        prepare([write_lines(tmp_path / "my.pairs.jsonl", GOOD)], tmp_path / "out")
+    with pytest.raises(ConfigError, match="names a file twice"):
+        prepare([empty, tmp_path / "x/../empty.jsonl"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="--meta-task='ranking' is not one of classification"):
+        prepare([empty], tmp_path / "out", meta_task="ranking")

@@ -1,0 +1,108 @@
+"""tools/plot.py on logs as runs write them, half-written, and damaged."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_llave.errors import DataError
+from megatron_llave.report import plots
+from tools import plot
+
+TOOL = Path(plot.__file__)
+
+
+def write_run(folder: Path, steps: int = 30, **other: float) -> Path:
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        record = {"step": step, "loss": 4 / step, "learning_rate": 1e-5, "gradient_norm": 2.0, "pairs": 8}
+        record |= {"positive_similarity": 0.5, "hardest_negative_similarity": 0.3, "similarity_overlap": 0.2}
+        lines.append(json.dumps(record | {"seconds": 2.0, "data_seconds": 0.5, "save_seconds": 0.0} | other))
+    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
+    return folder
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+
+
+def colours(path: Path) -> set[tuple[int, ...]]:
+    with Image.open(path) as image:
+        return {colour for count, colour in image.convert("RGB").getcolors(1 << 24) if count > 50}
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+def test_each_run_has_its_colour_and_name(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "a" / "tiny"), write_run(tmp_path / "b" / "tiny", 20, gradient_norm=None)
+    evaluations = [{"step": step, "precision_at_1": {"x": 10.0 + step, "y": 30.0}} for step in (10, 20, 10)]
+    (one / "evaluations.jsonl").write_text("".join(json.dumps(value) + "\n" for value in evaluations))
+    out = tmp_path / "new" / "both.png"
+    result = run(one, two, "--out", out, "--along", "hours")
+    assert result.returncode == 0, result.stderr
+    assert "a/tiny (30 steps), b/tiny (20 steps)" in result.stdout
+    assert {rgb(colour) for colour in plots.SUBSET_COLOURS[:2]} <= colours(out)
+    assert rgb(plots.SUBSET_COLOURS[2]) not in colours(out)
+    assert plot.read_evaluations(one / "evaluations.jsonl") == [(10, 25.0), (20, 30.0)]
+
+
+def test_horizontal_axis_counts_what_is_asked_for() -> None:
+    records = [{"step": step, "pairs": 8, "seconds": 1.0, "save_seconds": 0.5} for step in (1, 2, 3)]
+    found = {along: plots._places(records, along).tolist() for along in ("step", "pairs", "hours")}
+    assert found["step"] == [1, 2, 3] and found["pairs"] == [8, 16, 24]
+    assert found["hours"] == pytest.approx([1.5 / 3600, 3 / 3600, 4.5 / 3600])
+
+
+def test_one_run_is_drawn_into_its_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert run(folder).returncode == 0
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "log nowhere/log.jsonl does not exist"),
+        (["run", "run"], "run is given twice"),
+        (["run", "--out", "run.pdf"], "--out run.pdf must end in .png"),
+        (["run", "--out", "run/log.jsonl/x.png"], "cannot be written"),
+        (["empty"], "empty/log.jsonl has no step yet"),
+        (["damaged"], "damaged/log.jsonl line 2 is not a step's record"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "empty", "damaged"):
+        write_run(tmp_path / name, 3)
+    Path("empty/log.jsonl").write_text("")
+    Path("damaged/log.jsonl").write_text('{"step": 1}\nrubbish\n')
+    monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        plot.main()
+    assert stopped.value.code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_evaluation_without_scores_is_a_gap(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    evaluations = [{"step": 10, "precision_at_1": {"x": None}}, {"step": 20, "precision_at_1": {"x": 30.0}}]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(value) + "\n" for value in evaluations))
+    [(step, score), after] = plot.read_evaluations(folder / "evaluations.jsonl")
+    assert (step, after) == (10, (20, 30.0)) and math.isnan(score)
+    assert run(folder).returncode == 0
+
+
+def test_damaged_evaluation_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 1, "precision_at_1": {}}\n')
+    with pytest.raises(DataError, match=r"evaluations.jsonl line 1 is not an evaluation"):
+        plot.read_evaluations(tmp_path / "evaluations.jsonl")

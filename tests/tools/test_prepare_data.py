@@ -1,0 +1,118 @@
+"""The tool's commands from the command line: what they print, their exit status, and how few flags they have."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_llave.planning import pair_lengths
+from tools import prepare_data
+
+MMEB = Path(__file__).parents[1] / "golden" / "mmeb" / "train"
+QWEN_SUBSET = Path(__file__).parents[1] / "golden" / "prompts" / "qwen_subset_tokenizer.json"
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout, stderr."""
+    status = 0
+    try:
+        prepare_data.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def cells(printed):
+    """Rows of the tables, without their frames."""
+    rows = (re.split(r"[\u2502\u2503|]", line)[1:-1] for line in printed.splitlines())
+    return [[cell.strip() for cell in row] for row in rows if row]
+
+
+def test_mmeb_prints_what_it_made_and_what_it_left_out(tmp_path, capsys):
+    rows = json.loads((MMEB / "OK-VQA.json").read_text())
+    rows[2]["qry_image_path"] = "images/none.png"
+    (tmp_path / "OK-VQA.json").write_text(json.dumps(rows))
+    (tmp_path / "images").symlink_to(MMEB / "images")
+    given = ["mmeb", "--source", tmp_path, "--out", tmp_path / "out", "--workers", 1]
+    status, out, _ = run(capsys, *given, "--subsets", "OK-VQA", "--limit", 5)
+    assert status == 0
+    assert ["OK-VQA", "vqa", "4", "1", "0.0"] in cells(out) and ["OK-VQA", "1", "missing image"] in cells(out)
+    assert "out/report.jsonl" in out and f"wrote {tmp_path / 'out'}" in out
+    status, out, err = run(capsys, *given)
+    assert (status, out) == (2, "") and "--overwrite" in err.splitlines()[-1]
+    status, out, _ = run(capsys, *given, "--overwrite", "--max-pixels", 1)
+    assert status == 0 and ["OK-VQA", "6", "image too large"] in cells(out)
+
+
+def test_jsonl_prints_what_it_made(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
+    (tmp_path / "b.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n' * 2)
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    status, out, _ = run(capsys, "jsonl", "--source", *files, "--out", tmp_path / "out", "--meta-task", "grounding")
+    assert status == 0 and "left out" not in out
+    assert cells(out)[1:] == [
+        ["a", "grounding", "1", "1", "0.0"],
+        ["b", "grounding", "2", "1", "0.0"],
+        ["total", "", "3", "2", "0.0"],
+    ]
+
+
+def test_jsonl_error_is_one_line_with_file_and_line(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n{"query": {"text": "q"}}\n')
+    status, out, err = run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'a.jsonl'}:2: target is missing"
+
+
+@pytest.fixture
+def golden_shards(tmp_path, capsys):
+    run(capsys, "mmeb", "--source", MMEB, "--out", tmp_path / "out", "--workers", 1)
+    return tmp_path / "out"
+
+
+def test_inspect_prints_tables(golden_shards, capsys):
+    status, out, _ = run(capsys, "inspect", golden_shards)
+    assert status == 0
+    rows = cells(out)
+    assert ["CIRR", "retrieval", "8", "1", "0.0"] in rows
+    assert ["CIRR", "0 / 0 / 8", "0 / 0 / 8", "8"] in rows
+    assert ["WebQA", "8 / 0 / 0", "0 / 0 / 8", "0"] in rows
+    assert ["64 - 127", "32", "8", "0", "#" * 24] in rows
+    assert ["longest", "103", "91", "39", ""] in rows and ["longest", "200", "200", "200", ""] in rows
+    assert "looked at" not in out
+    _, out, _ = run(capsys, "inspect", golden_shards, "--tokenizer", QWEN_SUBSET, "--preset", "0.5b")
+    assert ["1024 - 2047", "20", "19", "6", "#" * 24] in cells(out)
+
+
+def test_inspect_says_when_it_sampled(tmp_path, capsys, monkeypatch):
+    line = '{"query": {"text": "q"}, "target": {"text": "t"}}\n'
+    (tmp_path / "a.jsonl").write_text(line * 1500)
+    run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--workers", 1)
+    monkeypatch.setattr(pair_lengths, "PAIRS_COUNTED", 10)
+    _, out, _ = run(capsys, "inspect", tmp_path / "out")
+    assert "* a: 1000 of its 1500 pairs were looked at" in out and ["a*", "1000 / 0 / 0", "1000 / 0 / 0", "0"] in cells(
+        out
+    )
+
+
+def test_verify_ends_with_status_1_where_something_is_wrong(golden_shards, capsys):
+    status, out, _ = run(capsys, "verify", golden_shards)
+    assert status == 0 and "is whole" in out
+    shard = golden_shards / "WebQA-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    status, out, _ = run(capsys, "verify", golden_shards)
+    assert status == 1
+    assert f"shard {shard}: its sha256 is" in out and out.splitlines()[-1].endswith("problems")
+    status, _, err = run(capsys, "verify", golden_shards / "nowhere")
+    assert status == 2 and "nowhere does not exist" in err
+
+
+@pytest.mark.parametrize("command", ["openmoji", "mmeb", "jsonl", "inspect", "verify"])
+def test_no_command_has_more_than_eight_flags(command, capsys):
+    _, out, _ = run(capsys, command, "--help")
+    flags = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))
+    assert len(flags) <= 8 and (command == "verify" or len(flags) >= 2)

@@ -1,0 +1,85 @@
+"""tools/study.py as a whole: real runs, killed in the middle, then a report; and what a user gets wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_ranks import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, str(ROOT / "tools" / "study.py")]
+CONFIG = ["--config", str(ROOT / "examples" / "studies" / "tiny.yaml")]
+
+
+def evaluated(run: Path) -> int:
+    return (run / "evaluation" / "report.json").stat().st_mtime_ns
+
+
+def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    command = [*TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", str(out), "--arm", "alpha 9", "--processes", "1"]
+    command += [f"data.path={openmoji_data}", "train.steps=6", "train.global_batch_size=16", "checkpoint.interval=2"]
+    command += ["loss.temperature_warmup_steps=2"]
+    study = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 200
+    while not (out / "alpha-0-seed0" / "checkpoints" / "latest").is_file():  # the second of three is under way
+        assert time.monotonic() < deadline and study.poll() is None
+        time.sleep(0.02)
+    study.send_signal(signal.SIGKILL)
+    study.wait()
+    before = evaluated(out / "before-training-seed0")
+    text = run_command(command)
+    assert "1 runs were finished before, 2 were done now" in text
+    assert evaluated(out / "before-training-seed0") == before
+    for arm in ("alpha-0", "alpha-9"):
+        steps = [json.loads(line)["step"] for line in (out / f"{arm}-seed0" / "log.jsonl").read_text().splitlines()]
+        assert steps[-1] == 6 and set(steps) == set(range(1, 7))
+    rows = {row["arm"]: row for row in csv.DictReader((out / "runs.csv").open())}
+    assert set(rows) == {"before training", "alpha 0", "alpha 9"} and not any(row["problem"] for row in rows.values())
+    assert float(rows["alpha 9"]["loss, last 50 steps"]) > float(rows["alpha 0"]["loss, last 50 steps"])
+    assert "## Every run" in (out / "report.md").read_text()
+    # Once more: nothing to do, the same numbers.
+    text = run_command(command)
+    assert "3 runs were finished before, 0 were done now" in text
+    assert {row["arm"]: row for row in csv.DictReader((out / "runs.csv").open())} == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["hardness", "--arm", "alpha 3"], "--arm 'alpha 3' is none of study hardness's"),
+        (["hardness", "--per-run", "4"], "--per-run 4 is no number from 1 to --processes 2"),
+        (["hardness", "--task", "99"], "--task 99: the study has the runs 0 to 24"),
+        (["hardness", "train.stepz=3"], "unknown key train.stepz"),
+        (["negatives"], "do not tell its arms apart"),
+        (["hardness_modes"], "data.hard_negatives=0; set it to at least 1"),
+        (["hardness", "parallel.tensor=2"], "--per-run 1 is no multiple of tensor x pipeline = 2"),
+        (["freezing"], "needs trained weights to start from"),
+        (["communication", "--arm", "alpha 1"], "study communication takes --processes and overrides"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], message: str) -> None:
+    command = [*TOOL, *given, *CONFIG, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "message"), [("", "is no name for a folder"), ("/proc/nope/x", "cannot be written")])
+def test_folder_that_cannot_be(given: str, message: str) -> None:
+    done = subprocess.run([*TOOL, "hardness", *CONFIG, "--out", given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_that_cannot_work_is_listed_and_the_status_tells(tmp_path: Path) -> None:
+    command = [*TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", str(tmp_path), "--task", "1", "data.path=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "failed: alpha-0-seed0: " in done.stdout and "nowhere" in done.stdout

@@ -1,0 +1,118 @@
+"""Requests to stop, steps that are not finite, ranks that hang: alone here, over several ranks by check_watchdog.py."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from run_ranks import run_torchrun
+
+from megatron_llave.errors import DivergedError
+from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopRequests, write_state
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_is_a_request(groups, tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    requests = StopRequests(tmp_path, None)
+    assert requests.reason() == ""
+    os.kill(os.getpid(), number)
+    assert requests.reason() == number.name
+    requests.close()
+    assert signal.getsignal(number) == before
+
+
+def test_stop_file_is_a_request_of_this_run_alone(groups, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()  # of the run before
+    requests = StopRequests(tmp_path, None)
+    assert requests.reason() == ""
+    (tmp_path / "stop").touch()
+    assert requests.reason() == "a file 'stop' in train.output"
+    requests.close()
+
+
+def test_time_limit_is_a_request(groups, tmp_path: Path) -> None:
+    requests = StopRequests(tmp_path, 1e-6)
+    time.sleep(0.01)
+    assert requests.reason() == "train.time_limit_minutes"
+    requests.close()
+    requests = StopRequests(tmp_path, 60)  # since this process started
+    assert requests.reason() == ""
+    requests.close()
+
+
+def shares(loss: float, *positives: float) -> list:
+    return [(torch.tensor(loss), SimpleNamespace(positive=torch.tensor(positives)))]
+
+
+BATCHES = [SimpleNamespace(subset="birds", keys=["a", "b"]), SimpleNamespace(subset="birds", keys=["c"])]
+
+
+def test_steps_that_are_not_finite_are_counted_and_named(groups, caplog) -> None:
+    finite = FiniteSteps(2, groups)
+    assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 0)
+    assert not finite.check(1.0, shares(math.nan, 0.1, 0.2, math.nan), BATCHES, 1)
+    assert "step 2 is skipped" in caplog.text and "no finite embedding have birds/c" in caplog.text
+    assert not finite.check(math.inf, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 2)
+    assert "no pair stands out" in caplog.text
+    assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 3)
+    assert not finite.check(math.nan, [], BATCHES, 4) and not finite.check(math.nan, [], BATCHES, 5)
+    with pytest.raises(DivergedError, match="3 steps in a row .* train.max_bad_steps=2; in step 7 .* birds/a, birds/b"):
+        finite.check(math.nan, shares(math.nan, math.nan, math.nan, 0.1), BATCHES, 6)
+    assert finite.num_bad == 5
+
+
+def test_state_is_whole(tmp_path: Path) -> None:
+    write_state(tmp_path, "stopped", 7, "SIGTERM")
+    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "stopped", "step": 7, "reason": "SIGTERM"}
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+HANGS = """
+import time
+from megatron_llave import cpu_emulation, parallel
+from megatron_llave.fault_tolerance import Watchdog
+cpu_emulation.enable()
+parallel.start_processes(60)
+watchdog = Watchdog(2)
+watchdog.progress("looking for its glasses")
+def wait_for_ever(): time.sleep(100)
+wait_for_ever()
+"""
+
+
+def test_process_that_hangs_ends_with_its_stack() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=100)
+    assert done.returncode == EXIT_HUNG
+    assert "no progress for 2 s: rank 0" in done.stderr and "last heard of: looking for its glasses" in done.stderr
+    assert "wait_for_ever" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+NAMED = {
+    "stops": r"for 3 s: rank 1 \(process \d+ on .*\) does not answer: stopped or lost; last heard of: in step [45]",
+    "sleeps": r"for 3 s: rank 1 .* is the furthest behind; its stack follows; last heard of: in step 5",
+    "dies": r"rank 0 lost another rank, which says why itself",
+}
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_rank_that_is_lost_ends_all_and_is_named(how: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        run_torchrun(2, HERE / "distributed" / "check_watchdog.py", how, timeout=100)
+    assert "exit code 1" in str(caught.value), "it should have ended by itself"
+    assert re.search(NAMED[how], str(caught.value)), str(caught.value)
+    assert how != "sleeps" or "fall_asleep" in str(caught.value)
+    assert time.monotonic() - started < 60

@@ -1,0 +1,56 @@
+"""The step's record from what the loss saw."""
+
+import pytest
+import torch
+
+from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.loss.contrastive import SimilarityStatistics
+from megatron_llave.loss.similarities import HISTOGRAM_BINS
+from megatron_llave.training.metrics import histograms, step_metrics
+
+
+def batch(pairs: int, tokens: int, skipped: int) -> PairBatch:
+    ids = torch.arange(pairs)
+    boundaries = torch.tensor([0] * (2 * pairs) + [tokens, tokens + 3], dtype=torch.int32)  # the last is padding
+    empty = torch.zeros(0, dtype=torch.int64)
+    row = PackedSequences(empty, boundaries, tokens, 2 * pairs, tokens, empty, empty, empty)
+    return PairBatch(row, ids, ids, torch.arange(3), "birds", [str(i) for i in range(pairs)], skipped)
+
+
+def seen(loss: float, positive: list[float], hardest: list[float]):
+    values = (torch.tensor(x, dtype=torch.float64) for x in (positive, hardest, [3.0, 5.0], [0.5, 0.25]))
+    return torch.tensor(loss), SimilarityStatistics(*values)
+
+
+def test_means_overlap_and_counts(groups) -> None:
+    two = [seen(1.0, [0.9, 0.7], [0.1, 0.3]), seen(2.0, [0.5, 0.3], [0.2, 0.0])]
+    record = step_metrics(two, [batch(2, 40, 1), batch(2, 60, 0)], groups.dp)
+    assert record["loss"] == pytest.approx(1.5)
+    assert (record["pairs"], record["tokens"], record["skipped"], record["hard_negatives"]) == (4, 100, 1, 6)
+    assert record["positive_similarity"] == pytest.approx(0.6)
+    assert record["hardest_negative_similarity"] == pytest.approx(0.15)
+    assert record["effective_negatives"] == pytest.approx(4.0)
+    assert record["hardest_share"] == pytest.approx(0.375)
+    # One positive of four and one hardest negative of four share the bin at 0.3.
+    assert record["similarity_overlap"] == pytest.approx(0.25)
+
+
+def test_nothing_seen_before_the_last_stage(groups) -> None:
+    record = step_metrics([], [batch(2, 40, 0)], groups.dp)
+    assert record["pairs"] == 2 and record["loss"] == 0 and record["similarity_overlap"] == 0
+
+
+def test_histograms_hold_every_query(groups) -> None:
+    counted = histograms([seen(1.0, [1.0, 0.99], [-1.0, 0.01])], groups.dp, torch.device("cpu"))
+    assert [len(x) for x in counted.values()] == [HISTOGRAM_BINS] * 2
+    assert counted["positive_histogram"][-1] == 2 and sum(counted["positive_histogram"]) == 2
+    assert counted["hardest_negative_histogram"][0] == 1 and counted["hardest_negative_histogram"][25] == 1
+
+
+def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
+    lonely = [seen(1.0, [0.5, 0.7], [-torch.inf, 0.25])]
+    record = step_metrics(lonely, [batch(2, 40, 0)], groups.dp)
+    assert record["positive_similarity"] == pytest.approx(0.6)
+    assert record["hardest_negative_similarity"] == pytest.approx(0.25)
+    counted = histograms(lonely, groups.dp, torch.device("cpu"))
+    assert [sum(x) for x in counted.values()] == [2, 1]

@@ -1,0 +1,98 @@
+"""Learning rates: of parts, of the warmup, and what a skipped step leaves alone."""
+
+import pytest
+import torch
+from reference import pack_pair_batch, random_pairs
+
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.errors import ConfigError
+from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.train import train_step
+from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
+
+RATE = 1e-3
+
+
+def build(groups, **optimizer) -> tuple[object, Trainable]:
+    values = {"learning_rate": RATE, **optimizer}
+    cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 20}, "optimizer": values})
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    return cfg, build_trainable(cfg, chunks, groups)
+
+
+def step(cfg, trainable: Trainable, groups) -> dict[str, float]:
+    """Largest change of each parameter in a step."""
+    before = {name: value.detach().clone() for name, value in trainable.chunks[0].named_parameters()}
+    train_step(trainable, [pack_pair_batch(random_pairs(cfg.model, 4), cfg.model, 1)], cfg.loss, 0, groups)
+    now = trainable.chunks[0].named_parameters()
+    return {name.removeprefix("module."): (value - before[name]).abs().max().item() for name, value in now}
+
+
+def test_parts_have_rates_of_their_own(groups) -> None:
+    cfg, trainable = build(groups, part_learning_rates={"vision": 1e-5, "projector": 0.0})
+    changes = step(cfg, trainable, groups)
+    parts = {part: [c for name, c in changes.items() if name.startswith(part)] for part in ("vision", "language")}
+    assert all(0 < change <= 1.1e-5 for change in parts["vision"])
+    assert max(parts["language"]) == pytest.approx(RATE, rel=0.1)
+    assert {changes[name] for name in changes if name.startswith(("projector", "image_newline"))} == {0.0}
+    assert learning_rate(trainable) == max(group["lr"] for group in trainable.optimizer.param_groups)
+
+
+def test_part_that_starts_late_stays_as_it_is_until_then(groups) -> None:
+    cfg, trainable = build(groups, part_start_steps={"vision": 2}, part_learning_rates={"projector": 1e-5})
+    changes = [step(cfg, trainable, groups) for _ in range(4)]
+    tower = [max(c for name, c in change.items() if name.startswith("vision")) for change in changes]
+    assert tower[:2] == [0.0, 0.0] and min(tower[2:]) > 1e-4
+    for change in changes:  # the others know nothing of it
+        assert max(c for name, c in change.items() if name.startswith("language")) > 1e-4
+        assert 0 < max(c for name, c in change.items() if name.startswith("projector")) <= 1.1e-5
+    assert learning_rate(trainable) > 0
+
+
+def test_learning_rate_of_a_late_part_is_that_of_its_step(groups) -> None:
+    """It joins the schedule where the others are; nothing is warmed up again."""
+    _, late = build(groups, part_start_steps={"vision": 3}, warmup_steps=2)
+    _, plain = build(groups, warmup_steps=2)
+    for number in range(8):
+        rates = {group["lr"] for group in late.optimizer.param_groups}
+        assert rates == ({learning_rate(plain)} if number >= 3 else {0.0, learning_rate(plain)})
+        for one in (late, plain):
+            one.schedule.step(increment=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tower": 3}, "optimizer.part_start_steps='tower' is not one of"),
+        ({"vision": -1}, "vision=-1 must be at least 0"),
+    ],
+)
+def test_first_step_that_cannot_be(given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict({"optimizer": {"part_start_steps": given}})
+
+
+def test_unknown_part_is_named() -> None:
+    with pytest.raises(ConfigError, match="optimizer.part_learning_rates='tower' is not one of vision, projector"):
+        config_from_dict({"optimizer": {"part_learning_rates": {"tower": 1e-5}}})
+
+
+@pytest.mark.parametrize("given", [{"warmup_steps": 4}, {"warmup_fraction": 0.2}])
+def test_warmup_in_steps_or_as_a_share_of_them(groups, given) -> None:
+    _, trainable = build(groups, **given)
+    rates = []
+    for _ in range(6):
+        rates.append(learning_rate(trainable))
+        trainable.schedule.step(increment=1)
+    assert rates[:5] == pytest.approx([0.0, RATE / 4, RATE / 2, 3 * RATE / 4, RATE])
+    assert rates[5] < RATE
+
+
+def test_skipped_step_changes_no_weight_but_moves_the_schedule_on(groups) -> None:
+    cfg, trainable = build(groups)
+    step(cfg, trainable, groups)
+    before = [value.detach().clone() for value in trainable.chunks[0].parameters()]
+    rate = learning_rate(trainable)
+    trainable.update(is_skipped=True)
+    assert all(torch.equal(*pair) for pair in zip(before, trainable.chunks[0].parameters()))
+    assert learning_rate(trainable) < rate
