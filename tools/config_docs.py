@@ -1,8 +1,11 @@
-"""Write docs/configuration.md: every key of a run's configuration, from the docstrings beside the fields.
+"""Write docs/configuration.md, which lists every key of a run's configuration, from the docstrings of the fields.
 
-python tools/config_docs.py          # a test compares the file with what this makes
+python tools/config_docs.py
+
+A test compares the file with what this tool generates.
 """
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -17,15 +20,16 @@ from megatron_llave.config.schema import RunConfig, SubsetConfig
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-Every key of the YAML file that `--config` names, and of the overrides after it (`section.key=value`). Made from the
-docstrings in `megatron_llave/config/` by `python tools/config_docs.py`; do not edit it.
+This page lists every key of the YAML file that `--config` names and of the `section.key=value` overrides after it.
+`python tools/config_docs.py` generates it from the docstrings in `megatron_llave/config/`; do not edit it by hand.
+[glossary.md](glossary.md) explains the terms.
 """
 MAPS = {"subsets": SubsetConfig}
-"""Fields that map names to sections of their own."""
+"""Fields that map names to sections: field name -> dataclass of such a section."""
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line."""
+    """The docstring under each field of a dataclass, joined into one line: field name -> docstring."""
     body = ast.parse(inspect.getsource(section)).body[0].body
     docs = {}
     for statement, following in zip(body, body[1:]):
@@ -35,16 +39,16 @@ def field_docs(section: type) -> dict[str, str]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """Its default, as YAML writes it."""
+    """The default of a field, as YAML writes it."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
 def describe(section: type, name: str) -> Iterator[str]:
-    """The lines of a section's table, then its sections'."""
+    """The lines of a section's heading and table, followed by those of the sections within it."""
     docs = field_docs(section)
     nested = []
-    yield f"\n## {name}\n\n{inspect.getdoc(section)}\n\n| key | default | what |\n|---|---|---|"
+    yield f"\n## {name}\n\n{inspect.getdoc(section)}\n\n| key | default | description |\n|---|---|---|"
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.default_factory):
             nested.append((field.default_factory, f"{name}.{field.name}"))
@@ -58,7 +62,7 @@ def describe(section: type, name: str) -> Iterator[str]:
 
 
 def make() -> str:
-    """The whole file."""
+    """The complete text of docs/configuration.md."""
     lines = [HEAD]
     for field in dataclasses.fields(RunConfig):
         lines += describe(field.default_factory, field.name)
@@ -66,5 +70,6 @@ def make() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(make())
     print(f"wrote {FILE}")

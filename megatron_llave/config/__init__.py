@@ -1,1 +1,1 @@
-"""The configuration tree: its sections, reading it from YAML and the command line, checks, and presets."""
+"""The configuration tree: its sections, its presets, its checks, and reading it from YAML and the command line."""

@@ -1,6 +1,7 @@
-"""Checks of a RunConfig that need more than one of its sections, or that hold for every run.
+"""Checks of a RunConfig that involve several of its sections.
 
-load.py calls `validate` on what it has read; a section's own values are checked as it is built (schema.py).
+load.py calls `validate` on the configuration that it has read. A section checks its own values when it is built
+(schema.py).
 """
 
 from dataclasses import fields
@@ -11,10 +12,10 @@ from megatron_llave.errors import require
 
 
 def validate(cfg: RunConfig) -> None:
-    """Refuse what cannot work, whatever the number of processes.
+    """Refuse a configuration that is impossible with any number of processes.
 
     Raises:
-        ConfigError: names the key and the numbers that do not fit.
+        ConfigError: names the key and the values that do not fit.
     """
     sizes_come_with_weights = cfg.checkpoint.init is not None and not has_sizes(cfg.model)
     if not sizes_come_with_weights:
@@ -45,15 +46,17 @@ def validate(cfg: RunConfig) -> None:
 
 
 def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Refuse weights of another model. The vocabulary's size may differ: whoever holds the weights knows it better.
+    """Refuse weights of another model.
+
+    The size of the vocabulary may differ, because the one beside the weights is the right one.
 
     Args:
-        given: what the configuration or the preset says.
-        found: what the weights' own configuration says.
+        given: the model in the configuration or preset.
+        found: the model that the configuration beside the weights describes.
         source: where `found` comes from, for the message.
 
     Raises:
-        ConfigError: names the first key that differs and both values.
+        ConfigError: names the first key that differs, with both values.
     """
     for part in ("vision", "language"):
         mine, theirs = getattr(given, part), getattr(found, part)
@@ -66,7 +69,7 @@ def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> N
 
 
 def has_sizes(model: ModelConfig) -> bool:
-    """Whether any size of the model was given, by a preset or one by one."""
+    """Whether any size of the model was set, by a preset or by a key."""
     return (model.vision, model.language) != (VisionConfig(), LanguageConfig())
 
 

@@ -1,7 +1,7 @@
-"""RunConfig from YAML plus `section.key=value` overrides, and back.
+"""Read a RunConfig from YAML plus `section.key=value` overrides, and write it back.
 
-An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key. What was
-read is written beside the checkpoint (`save`), so that a checkpoint folder says how it was made.
+An unknown key, a value of the wrong type or an impossible combination is a ConfigError that names the key.
+`save_config` writes the merged configuration beside the checkpoint, so that a checkpoint records how it was made.
 """
 
 import difflib
@@ -24,17 +24,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
 
     Args:
         path: the YAML file.
-        overrides: win over the file.
-        leave_out: sections of the file that are not taken over, such as the layout a checkpoint was trained at.
+        overrides: they take precedence over the file.
+        leave_out: sections of the file that are ignored, such as the parallel layout of a checkpoint.
 
     Raises:
-        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or cannot work.
+        ConfigError: the file is missing or is not a mapping, a key is unknown, or a value has the wrong type or is
+            impossible.
     """
     path = Path(path)
     require(path.is_file(), f"configuration file {path} does not exist")
     try:
         from_file = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+    except Exception as error:  # yaml has many kinds of errors, which mean the same to the user
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
     from_command_line = _read_overrides(overrides)
@@ -45,10 +46,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`cfg` with `section.key=value` overrides applied, and checked again.
+    """Apply `section.key=value` overrides to `cfg`, and check the result again.
 
     Raises:
-        ConfigError: a key is unknown, a value has the wrong type or cannot work.
+        ConfigError: a key is unknown, or a value has the wrong type or is impossible.
     """
     given = _read_overrides(overrides)
     _check_keys(RunConfig, given, "the command line")
@@ -61,16 +62,18 @@ def _read_overrides(overrides: Sequence[str]) -> dict:
         require(override_config.find("=") > 0, f"override {override_config!r} must look like section.key=value")
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override_config]))
-        except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+        except Exception as error:  # yaml has many kinds of errors, which mean the same to the user
             raise ConfigError(f"override {override_config!r} has a value that is not valid YAML") from error
     return OmegaConf.to_container(tree)
 
 
 def config_from_dict(given: dict | DictConfig) -> RunConfig:
-    """Defaults, then the preset, then what was given; typed and checked, but for unknown keys.
+    """Merge the defaults, the preset and the given values, in this order; the result is typed and checked.
+
+    Unknown keys are not looked for here: `_check_keys` does that.
 
     Raises:
-        ConfigError: a value has the wrong type or cannot work.
+        ConfigError: a value has the wrong type or is impossible.
     """
     given = OmegaConf.create(given)
     preset = OmegaConf.select(given, "model.preset")
@@ -86,7 +89,8 @@ def config_from_dict(given: dict | DictConfig) -> RunConfig:
 
 
 def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
-    """The key at fault; within a nested list omegaconf names only the index, so the keys are tried one by one."""
+    """The key at fault. Within a nested list omegaconf names only the index, so the keys are tried one after the
+    other."""
     if "." in str(error.full_key):
         return str(error.full_key)
     for section, values in given.items():
@@ -99,7 +103,7 @@ def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
 
 
 def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:
-    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
+    """Refuse a key that the dataclass does not have, and name the closest one that it has."""
     hints = get_type_hints(section)
     for key, value in given.items():
         if key not in hints:
@@ -118,5 +122,5 @@ def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> Non
 
 
 def save_config(cfg: RunConfig, path: str | Path) -> None:
-    """Write the merged configuration as YAML; `load` reads it back to an equal RunConfig."""
+    """Write the merged configuration as YAML; `load_config` reads it back to an equal RunConfig."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))

@@ -1,6 +1,6 @@
-"""The `model` section of the configuration: sizes of tower and decoder, precision, kernels, frozen parts.
+"""The `model` section of the configuration: sizes of vision encoder and decoder, precision, kernels, frozen parts.
 
-Beside it the checks that every section makes of its own values; schema.py has the other sections and the whole.
+schema.py has all other sections and the tree that they form.
 """
 
 from dataclasses import dataclass, field
@@ -15,43 +15,43 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass
 class VisionConfig:
-    """SigLIP vision tower."""
+    """The SigLIP vision encoder."""
 
     hidden_size: int = 0
-    """Width of the tower."""
+    """Width of the vision encoder."""
     num_layers: int = 0
-    """Layers that are run; for so400m 26 of the 27 pretrained ones."""
+    """Number of layers that are built; so400m uses 26 of its 27 pretrained layers."""
     num_heads: int = 0
-    """Attention heads; divisible by parallel.tensor."""
+    """Number of attention heads; must be divisible by parallel.tensor."""
     ffn_hidden_size: int = 0
-    """Width of the tower's MLP."""
+    """Width of the MLP in each layer."""
     image_size: int = 0
-    """Side of one square tile, pixels."""
+    """Side of one square tile, in pixels."""
     patch_size: int = 14
-    """Side of one patch, pixels. A rest of image_size / patch_size is not seen by the convolution."""
+    """Side of one patch, in pixels. Where it does not divide image_size, the remaining pixels are ignored."""
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along one side of a tile."""
+        """Number of patches along one side of a tile."""
         return self.image_size // self.patch_size
 
 
 @dataclass
 class LanguageConfig:
-    """Qwen2 decoder up to its final norm."""
+    """The Qwen2 decoder, up to and including its final norm."""
 
     hidden_size: int = 0
-    """Width of the decoder, and size of the embedding."""
+    """Width of the decoder; this is also the size of the embedding."""
     num_layers: int = 0
-    """Decoder layers over all pipeline stages."""
+    """Number of decoder layers over all pipeline stages."""
     num_heads: int = 0
-    """Query heads; divisible by parallel.tensor."""
+    """Number of query heads; must be divisible by parallel.tensor."""
     num_kv_heads: int = 0
-    """Key/value heads (grouped-query attention); divisible by parallel.tensor."""
+    """Number of key/value heads (grouped-query attention); must be divisible by parallel.tensor."""
     ffn_hidden_size: int = 0
     """Width of the gated MLP."""
     vocab_size: int = 0
-    """Token ids the embedding has rows for, before padding for tensor parallel."""
+    """Number of token ids that the token embedding has rows for, before it is padded for tensor parallelism."""
     rope_theta: float = 1000000.0
     """Base of the rotary position embedding."""
     norm_epsilon: float = 1e-6
@@ -60,36 +60,39 @@ class LanguageConfig:
 
 @dataclass
 class ModelConfig:
-    """The whole embedder."""
+    """The complete embedding model: vision encoder, projector and decoder."""
 
     preset: str | None = None
-    """Sizes to start from: tiny, 0.5b, 2b or 7b (presets.py); keys given beside it win."""
+    """Preset that gives the sizes: tiny, 0.5b, 2b or 7b (presets.py). Keys that are set beside it override it."""
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """Vision tower."""
+    """The vision encoder."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    """Decoder."""
+    """The decoder."""
     image_grids: list[list[int]] = field(default_factory=list)
-    """Anyres tile grids [columns, rows] to choose from, the first of equals wins; empty: one squashed tile."""
+    """Anyres tile grids [columns, rows] to choose from; of equally good grids the first is used. Empty: each image is
+    squashed into one tile."""
     anyres_max_tiles: int | None = 9
-    """A picture's feature map of more than 1.21 times this many tiles is interpolated down to them (the 9 of
-    anyres_max_9; never happens with grids up to 2x2); null: every patch is kept."""
+    """The feature map of an image that has more than 1.21 times this many tiles is interpolated down to this many. The
+    9 is that of anyres_max_9; grids up to 2x2 never reach it. null: every patch is kept."""
     freeze: list[str] = field(default_factory=list)
-    """Parts that are not trained: any of vision, projector, language. image_newline goes with the projector."""
+    """Parts that are not trained: any of vision, projector and language. image_newline belongs to the projector."""
     kernels: str = "local"
-    """Layer implementation: local (torch) or transformer_engine."""
+    """Implementation of the layers: local (torch) or transformer_engine."""
     precision: str = "fp32"
-    """Parameters and activations: fp32 or bf16; fp8: bf16 with the decoder's matrix products in FP8, needs kernels
-    transformer_engine. Gradients, optimizer and loss are float32 in all of them, tower and pooling never FP8."""
+    """Precision of parameters and activations: fp32, bf16 or fp8. fp8 means bf16 with the decoder's matrix products in
+    FP8, and needs kernels=transformer_engine. Gradients, optimizer and loss are always float32; vision encoder and
+    pooling never use FP8."""
     fp8_recipe: str = "tensorwise"
-    """How FP8 numbers are scaled: delayed, tensorwise, blockwise or mxfp8, as megatron-core names them."""
+    """How FP8 numbers are scaled: delayed, tensorwise, blockwise or mxfp8 (megatron-core's names)."""
     recompute: str = "none"
-    """Activations of the decoder that the backward computes again: none, selective (inside attention and MLP) or full
-    (each layer from its input): less memory, more time."""
+    """Activations of the decoder that are recomputed in the backward pass, which saves memory and costs time: none,
+    selective (inside attention and MLP) or full (each layer from its input)."""
     dropout: float = 0.0
-    """Share of the decoder's hidden channels set to 0 in training, after the embedding and after every sublayer."""
+    """Probability with which a hidden channel of the decoder is set to 0 in training, after the token embedding and
+    after every sublayer."""
 
     def __post_init__(self) -> None:
-        """Check what can be said without the other sections."""
+        """Check what can be checked without the other sections."""
         for part in self.freeze:
             one_of("model.freeze", part, PARTS)
         one_of("model.kernels", self.kernels, ("local", "transformer_engine"))

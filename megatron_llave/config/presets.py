@@ -1,7 +1,8 @@
-"""The sizes of the models LLaVE comes in. Nothing but numbers: each entry fills a ModelConfig.
+"""The sizes of the LLaVE models. Each entry is a dictionary of numbers that fills a ModelConfig.
 
-Sources: LLaVE arXiv 2503.04812; Qwen2-0.5B/7B and Qwen2.5-1.5B config.json; google/siglip-so400m-patch14-384, whose
-27th layer the released code deletes (llava/model/multimodal_encoder/siglip_encoder.py), so 26 are built.
+Sources: LLaVE (arXiv 2503.04812); config.json of Qwen2-0.5B, Qwen2-7B and Qwen2.5-1.5B; and
+google/siglip-so400m-patch14-384, whose 27th layer the official LLaVE repository deletes
+(llava/model/multimodal_encoder/siglip_encoder.py), so 26 layers are built.
 """
 
 SIGLIP_SO400M = {
@@ -13,11 +14,11 @@ SIGLIP_SO400M = {
     "patch_size": 14,
 }
 
-# Tile grids (columns, rows) of the released training recipe: "(1x1),...,(2x2)", columns outermost.
+# Tile grids (columns, rows) of the official training recipe: "(1x1),...,(2x2)", columns outermost.
 GRIDS_2X2 = [[1, 1], [1, 2], [2, 1], [2, 2]]
 
 PRESETS = {
-    # A whole LLaVE of 1 M parameters for the embedded demo: 56 px pictures, 16 patches, no anyres.
+    # A complete LLaVE with 1 M parameters for the demo: images of 56 pixels, 16 patches, no anyres.
     "tiny": {
         "vision": {
             "hidden_size": 128,

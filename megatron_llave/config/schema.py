@@ -1,7 +1,7 @@
-"""The one configuration tree: RunConfig, a dataclass per section, and what a section's own values must satisfy.
+"""The configuration tree: RunConfig, a dataclass per section, and the checks of a section's own values.
 
-model.py has the section `model`, load.py reads the tree from YAML and the command line, checks.py
-looks at the sections together.
+model.py has the section `model`, load.py reads the tree from YAML and the command line, and checks.py checks the
+sections against each other.
 """
 
 import math
@@ -16,34 +16,37 @@ NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
 
 
 def _is_margin(key: str, value: float | None) -> None:
-    ok = value is None or value >= -2  # the least difference of two cosines; of nan this is false
+    ok = value is None or value >= -2  # the smallest difference of two cosines; this is false for nan
     require(ok, f"{key}={value} must be a difference of cosines, or .inf to mask nothing")
 
 
 @dataclass
 class ParallelConfig:
-    """How the processes are laid out; data parallel is what is left over."""
+    """The parallel layout. All ranks that the keys below do not use are data parallel."""
 
     tensor: int = 1
-    """Tensor-parallel ranks: each layer's matrices are split over them."""
+    """Number of tensor-parallel ranks, over which the matrices of each layer are split."""
     pipeline: int = 1
-    """Pipeline stages: the decoder's layers are split over them; tower and projector are on the first."""
+    """Number of pipeline stages, over which the decoder's layers are split. Vision encoder and projector are on the
+    first stage."""
     virtual_pipeline: int = 1
-    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    """Number of model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
     sequence: bool = False
-    """Sequence parallel: norms and residuals split over the tensor-parallel ranks."""
+    """Sequence parallel: split norms and residuals over the tensor-parallel ranks."""
     context: int = 1
-    """Context-parallel ranks: each sequence split over them."""
+    """Number of context-parallel ranks, over which each sequence would be split. Not implemented: any value but 1 is
+    refused."""
     first_stage_layers: int | None = None
-    """Decoder layers on the first pipeline stage, fewer than elsewhere since the tower is there too; null: even."""
+    """Number of decoder layers on the first pipeline stage; fewer than on the others balance the vision encoder, which
+    is on that stage too. null: all stages have the same number."""
     overlap: bool = False
-    """Sum gradients over the data-parallel ranks while the backward goes on, and gather the updated weights while the
-    next forward does."""
+    """Overlap the reduction of the gradients with the backward pass, and the all-gather of the updated weights with the
+    next forward pass."""
     timeout_seconds: int = 600
-    """A step without any progress for this long ends the run, and so does a collective that waits longer; seconds."""
+    """The run ends when a step makes no progress, or a collective waits, for longer than this many seconds."""
 
     def __post_init__(self) -> None:
-        """Every size is at least 1."""
+        """Check that every size is at least 1."""
         at_least(self, "parallel", 1, ("tensor", "pipeline", "virtual_pipeline", "context", "timeout_seconds"))
 
 
@@ -52,13 +55,15 @@ class SubsetConfig:
     """One subset of the training mixture."""
 
     weight: float | None = None
-    """Share of the batches this subset gets, relative to the others; null: its pairs to the power data.size_power."""
+    """Share of the batches that this subset gets, relative to the other subsets. null: its number of pairs to the power
+    of data.size_power."""
     start_step: int = 0
-    """First step (from 0) at which the subset is drawn: a curriculum for models trained from scratch."""
+    """First step (counted from 0) at which the subset is drawn. This makes a curriculum for models that are trained
+    from scratch."""
     mask_same_target: bool | None = None
-    """loss.mask_same_target in this subset's steps; null: as there."""
+    """Value of loss.mask_same_target in the steps of this subset; null: that of `loss`."""
     mask_margin: float | None = None
-    """loss.mask_margin in this subset's steps, .inf to mask nothing; null: as there."""
+    """Value of loss.mask_margin in the steps of this subset, .inf to mask nothing; null: that of `loss`."""
 
 
 @dataclass
@@ -66,45 +71,52 @@ class DataConfig:
     """Training pairs."""
 
     path: str = ""
-    """Folder of WebDataset shards with its index.json (tools/prepare_data.py makes one); or where such a folder is on
-    the network: http(s)://HOST/FOLDER, or pipe:COMMAND with {file} in it: pipe:aws s3 cp s3://bucket/pairs/{file} -"""
+    """Folder of WebDataset shards with an index.json, as made by tools/prepare_data.py. On the network:
+    http(s)://HOST/FOLDER, or pipe:COMMAND with {file} in the command, such as pipe:aws s3 cp s3://bucket/pairs/{file}
+    -"""
     cache: str | None = None
-    """Local folder for copies of shards from the network; null: one in the system's temporary folder."""
+    """Local folder for copies of the shards on the network; null: a folder in the system's temporary folder."""
     cache_gb: float = 200.0
-    """Gigabytes of copies to keep, per node."""
+    """Gigabytes of shard copies that are kept on each node."""
     retries: int = 5
-    """Further attempts when the network fails, after 1, 2, 4, ... seconds."""
+    """Number of further attempts after a network failure; they wait 1, 2, 4, ... seconds."""
     workers: int = 2
-    """Processes per reading rank that decode steps ahead; 0: decode in the training process."""
+    """Number of worker processes that decode coming steps, per rank that reads data; 0: the training process
+    decodes."""
     tokenizer: str | None = None
-    """SentencePiece .model or Hugging Face tokenizer.json; null: that of the checkpoint the run starts from, else
-    tokenizer.model or tokenizer.json in data.path."""
+    """SentencePiece .model or Hugging Face tokenizer.json. null: the tokenizer of the checkpoint that the run starts
+    from, else tokenizer.model or tokenizer.json in data.path."""
     prompt: str = "qwen"
-    """Prompt template: qwen (the released one) or plain (text and end of sequence)."""
+    """Prompt template: qwen (that of the released models) or plain (text and end-of-sequence token)."""
     max_length: int = 4096
-    """Longest sequence in tokens; longer text is cut before the template's tail, never the pooled token."""
+    """Maximum sequence length in tokens. Longer text is cut before the end of the template, so the pooled token is
+    never lost."""
     image_token_without_image: str = "blank"
-    """An image placeholder in a text that has no image, prompt qwen: blank (a tile of zeros, as released, which the
-    released weights were trained with) or remove."""
+    """What an image placeholder in a text without an image becomes, with prompt=qwen: blank (a tile of zeros, with
+    which the released weights were trained) or remove."""
     video_newline: str = "one_token"
-    """Where image_newline stands among a video's tokens: one_token (after the last), grid (after each row of each
-    frame), frame (after each frame) or no_token: mm_newline_position of the released configuration."""
+    """Where image_newline is inserted among the tokens of a video: one_token (after the last token), grid (after each
+    row of each frame), frame (after each frame) or no_token. This is mm_newline_position of the official LLaVE
+    repository."""
     hard_negatives: int = 0
-    """Most hard negatives of a pair that are used, the first in its list; queries see those of all pairs that
-    they are compared with."""
+    """Maximum number of hard negatives that are used per pair, taken from the start of its list. Each query is compared
+    with the hard negatives of all pairs that it is compared with."""
     subsets: dict[str, SubsetConfig] = field(default_factory=dict)
-    """Mixture by subset name; empty: every subset of the index."""
+    """Mixture: subset name -> its settings. Empty: every subset of the index."""
     size_power: float = 1.0
-    """Weight of subsets without one of their own: pairs ** size_power. 1: by size, a pair once per epoch; 0: equal."""
+    """Exponent of the weights of subsets without a weight of their own: pairs ** size_power. 1: weighted by size, so
+    that an epoch has each pair once; 0: equal weights."""
     sub_batches: int = 1
-    """Parts of a step's global batch, each of one subset. 1: all negatives are of the pair's own kind."""
+    """Number of parts of a global batch, each of which is drawn from one subset. 1: all negatives of a pair are from
+    its own subset."""
     too_long: str = "cut"
-    """A pair with a text beyond data.max_length: cut the text, or skip the pair as a bad one."""
+    """What happens to a pair with a text beyond data.max_length: cut the text, or skip the pair like a bad one."""
     max_image_pixels: int = 89_000_000
-    """Larger pictures (width x height) are not decoded: their pairs are bad."""
+    """Images with more pixels (width x height) than this are not decoded, and their pairs are bad."""
     max_bad_fraction: float = 0.01
-    """Training stops when more of a rank's pairs than this are bad (damaged, missing, empty, too large); fewer are left
-    out, counted and logged. The first 1000 pairs count as a whole: 0.01 allows 10 of them."""
+    """Training stops when a larger fraction of a rank's pairs is bad (damaged, missing, empty or too large). Fewer bad
+    pairs are dropped, counted and logged. The fraction is taken of at least 1000 pairs, so 0.01 always allows 10 of
+    them."""
 
     def __post_init__(self) -> None:
         """Check names and sizes."""
@@ -126,41 +138,43 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Hardness-weighted contrastive loss (paper section 3.2)."""
+    """Hardness-weighted contrastive loss (section 3.2 of the paper)."""
 
     temperature: float = 0.02
-    """Divisor of the cosine similarities, tau."""
+    """Temperature tau, by which the cosine similarities are divided."""
     temperature_start: float | None = None
-    """Temperature at step 0, lowered geometrically to `temperature`; null: no warmup.
-
-    Random weights collapse to one point under 0.02 from the first step on."""
+    """Temperature at step 0, which decreases geometrically to `temperature`; null: no warmup. Random weights collapse
+    to one point when they are trained at 0.02 from the first step on."""
     temperature_warmup_steps: int = 0
-    """Steps the temperature warmup takes."""
+    """Number of steps of the temperature warmup."""
     alpha: float = 9.0
     """Hardness weight of the negatives; 0 is plain InfoNCE."""
     alpha_warmup_steps: int = 0
-    """Steps over which alpha rises linearly from 0."""
+    """Number of steps over which alpha rises linearly from 0."""
     negatives: str = "global_batch"
-    """Negatives of a pair: global_batch (every other pair of the step, at any micro-batch size; costs one more forward
-    when a rank has several micro batches), micro_batch (its micro batch on all data-parallel ranks, as released) or
-    own_micro_batch (its micro batch on its own rank alone: the paper's ablation, what gathering is compared with)."""
+    """Negatives of a pair: global_batch (every other pair of the step, whatever the micro-batch size; costs a second
+    forward pass when a rank has several micro batches), micro_batch (its micro batch on all data-parallel ranks, as in
+    the official LLaVE repository) or own_micro_batch (its micro batch on its own rank alone, the baseline of the
+    paper's ablation)."""
     mask_same_target: bool = False
-    """Pairs with equal target ids or equal query ids are not each other's negatives, in neither direction."""
+    """Mask pairs with equal target ids or equal query ids, so that they are not each other's negatives in either
+    direction."""
     mask_margin: float | None = None
-    """A negative whose cosine exceeds the positive's by more than this is taken for a false one; null: none is."""
+    """Mask a negative as a false negative if its cosine exceeds that of the positive by more than this; null: mask
+    none."""
     hardness: str = "all"
     """Negatives that are weighted by their hardness: in_batch, hard_negatives (those that data.hard_negatives adds) or
-    all; the others count as in plain InfoNCE."""
+    all. The other negatives count as in plain InfoNCE."""
     directions: str = "symmetric"
-    """Compare symmetric (query to target and back, as in the paper) or query_to_target alone."""
+    """Directions that are compared: symmetric (query to target and back, as in the paper) or query_to_target."""
     matryoshka_dims: list[int] = field(default_factory=list)
-    """The loss is the mean over prefixes of the embedding of these lengths, each renormalised; empty: all of it."""
+    """Lengths of embedding prefixes over which the loss is averaged, each renormalised; empty: the complete
+    embedding."""
     reward: str = "self"
-    """Whose cosines are the hardness: self (the model's own, as in the paper) or ema (those of an exponential moving
-    average of its weights; docs/contrastive_step.md says what that costs)."""
+    """Where the hardness of a negative comes from: self (the cosines of the trained model, as in the paper) or ema (the
+    cosines of an exponential moving average of its weights; docs/contrastive_step.md states the cost)."""
     ema_decay: float = 0.999
-    """Share of the average that a step keeps, for reward ema; less in the first steps, where it is
-    (1 + step) / (10 + step)."""
+    """Decay of the moving average for reward=ema; in the first steps it is (1 + step) / (10 + step) if that is less."""
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -182,32 +196,32 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW through megatron-core's distributed optimizer, cosine schedule."""
+    """AdamW in megatron-core's distributed optimizer, with a cosine schedule."""
 
     learning_rate: float = 1e-5
-    """Highest learning rate, reached after the warmup."""
+    """Peak learning rate, reached at the end of the warmup."""
     min_learning_rate: float = 0.0
     """Learning rate at the last step."""
     warmup_steps: int = 0
-    """Steps of linear warmup from 0."""
+    """Number of steps of linear warmup from 0."""
     warmup_fraction: float = 0.0
-    """The same as a share of the run's steps, where warmup_steps is 0."""
+    """Length of the warmup as a fraction of the run's steps, used if warmup_steps is 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
+    """Decoupled weight decay of matrices. Vectors (biases and norms) are not decayed."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Constant that is added to the square root of the second moment."""
     clip_gradient: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum norm of the global gradient; 0 turns clipping off."""
     part_learning_rates: dict[str, float] = field(default_factory=dict)
-    """Highest learning rate of vision, projector or language, where it is not learning_rate. 0 is not frozen: the
-    gradient is still computed; see model.freeze."""
+    """Peak learning rates of vision, projector or language where they differ from learning_rate. A rate of 0 does not
+    save the gradient's computation; model.freeze does."""
     part_start_steps: dict[str, int] = field(default_factory=dict)
-    """First step (from 0) in which vision, projector or language is trained: before it its learning rate is 0, though
-    its gradient counts in the norm that is clipped."""
+    """First step (counted from 0) at which vision, projector or language is trained. Before it the learning rate of
+    that part is 0, but its gradient counts in the norm that is clipped."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -230,48 +244,50 @@ class TrainConfig:
     """The training loop."""
 
     steps: int = 0
-    """Optimizer steps of the run; 0: as many as train.epochs has."""
+    """Number of optimizer steps; 0: as many as train.epochs needs."""
     epochs: float = 0.0
-    """Epochs of the mixture (as many batches as its subsets have pairs for), where train.steps is 0."""
+    """Number of epochs, used if train.steps is 0. An epoch has as many batches as the subsets of the mixture have pairs
+    for."""
     global_batch_size: int = 256
     """Pairs per step over all data-parallel ranks."""
     micro_batch_size: int | None = None
-    """Pairs per forward pass of one data-parallel rank; null: the whole step at once."""
+    """Pairs per forward pass of one data-parallel rank; null: all pairs of the rank's step at once."""
     seed: int = 0
-    """Seeds weights and data order; the same at every parallel layout."""
+    """Seed of the initial weights and of the data order; both are the same at every parallel layout."""
     output: str = "runs/default"
-    """Folder of the run: config.yaml, log.jsonl, checkpoints/."""
+    """Output directory of the run: config.yaml, log.jsonl, checkpoints/."""
     time_limit_minutes: float | None = None
-    """Save and stop when the process has run this long; null: never."""
+    """Save and stop when the process has run for this many minutes; null: no limit."""
     max_bad_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run stops."""
+    """Maximum number of consecutive steps with a non-finite loss or gradient; one more ends the run. Each such step is
+    skipped."""
 
     def __post_init__(self) -> None:
         """Check sizes."""
-        at_least(self, "train", 2, ("global_batch_size",))  # one pair has no negative
+        at_least(self, "train", 2, ("global_batch_size",))  # a single pair has no negative
         at_least(self, "train", 1, ("micro_batch_size",))
         at_least(self, "train", 0, ("steps", "epochs", "seed", "time_limit_minutes", "max_bad_steps"))
 
 
 @dataclass
 class CheckpointConfig:
-    """Saving, and what the run starts from."""
+    """Checkpoints, and the weights that a run starts from."""
 
     init: str | None = None
-    """Folder whose weights the run starts from: a checkpoint (tools/convert_hf.py import makes one), a run, or a
-    Hugging Face folder; null: random weights. Sizes that `model` does not give come from there, and the vocabulary's
-    always; others that contradict are refused."""
+    """Folder with the initial weights: a checkpoint (for example from tools/convert_hf.py import), an output directory,
+    or a Hugging Face folder; null: random weights. Sizes that `model` does not set are taken from it, the vocabulary
+    size always; other contradictions are an error."""
     interval: int = 0
-    """Steps between checkpoints; 0: only at the end. The last step is always saved."""
+    """Number of steps between checkpoints; 0: only at the end. The last step is always saved."""
     resume: str | None = None
-    """Go on with a run: auto (from the newest usable checkpoint in train.output, or from the beginning where there is
-    none) or a checkpoint's folder; null: begin anew, and refuse a folder that has checkpoints."""
+    """Resume a run: auto (from the newest usable checkpoint in train.output, or start if it has none) or the folder of
+    a checkpoint. null: start a new run, and refuse an output directory that has checkpoints."""
     asynchronous: bool = True
-    """Write checkpoints beside the training, from a copy of the weights."""
+    """Write checkpoints in a background process from a copy of the weights, while training continues."""
     keep_last: int = 2
-    """Newest checkpoints that are kept; 0: all."""
+    """Number of newest checkpoints that are kept; 0: all."""
     keep_every: int = 0
-    """Besides, checkpoints at multiples of this many steps are kept for ever; 0: none."""
+    """Checkpoints at multiples of this many steps are kept as well, for ever; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -280,18 +296,19 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """Progress."""
+    """Logging."""
 
     interval: int = 10
-    """Steps between progress lines; every step is in log.jsonl. 0: no lines."""
+    """Number of steps between progress lines; 0: no lines. log.jsonl always has every step."""
     histogram_interval: int = 100
-    """Steps between histograms of the similarities in log.jsonl; 0: none."""
+    """Number of steps between histograms of the similarities in log.jsonl; 0: none."""
     tensorboard: bool = False
-    """Write the same numbers for TensorBoard into train.output/tensorboard."""
+    """Also write the metrics for TensorBoard, into train.output/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases project to log to; null: none."""
+    """Weights & Biases project to which the metrics are logged; null: none."""
     peak_tflops: float | None = None
-    """Dense TFLOP/s of one device at the run's precision, for the model FLOPs utilisation; null: known GPUs' own."""
+    """Peak dense TFLOP/s of one device at the run's precision, for the model FLOPs utilisation; null: looked up for
+    known GPUs."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -302,21 +319,21 @@ class LogConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Embedding for evaluation."""
+    """Evaluation, also while training."""
 
     tokens_per_batch: int = 8192
-    """Tokens packed into one forward pass."""
+    """Number of tokens that are packed into one forward pass."""
     interval: int = 0
-    """Steps between evaluations while training; 0: none."""
+    """Number of steps between evaluations while training; 0: none."""
     threads: int = 2
-    """Threads per process that read and decode the inputs of MMEB ahead."""
+    """Threads per process that read and decode the inputs of MMEB ahead of the model."""
     path: str | None = None
     """Folder of the evaluation sets while training: one that tools/prepare_data.py made, or MMEB-eval; null:
     data.path."""
     images: str | None = None
-    """Folder that the image paths of MMEB-eval start from; null: evaluate.path."""
+    """Folder that the image paths of MMEB-eval are relative to; null: evaluate.path."""
     sets: list[str] = field(default_factory=list)
-    """Names of the sets to evaluate on while training; empty: all there are."""
+    """Names of the evaluation sets that are used while training; empty: all sets in the folder."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -326,12 +343,12 @@ class EvaluateConfig:
 
 @dataclass
 class RunConfig:
-    """Everything a run is made of."""
+    """The complete configuration of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes, precision, frozen parts."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout of the processes."""
+    """Parallel layout."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pairs and tokenizer."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -341,22 +358,23 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
+    """Checkpoints and initial weights."""
     log: LogConfig = field(default_factory=LogConfig)
-    """Progress."""
+    """Logging."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Evaluation."""
 
 
 def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
-    """The loss of a step drawn from `subset`: `loss`, with what data.subsets says otherwise."""
+    """The loss of a step that is drawn from `subset`: the section `loss`, overridden by data.subsets."""
     own = cfg.data.subsets.get(subset, SubsetConfig())
     given = {"mask_same_target": own.mask_same_target, "mask_margin": own.mask_margin}
     return replace(cfg.loss, **{name: value for name, value in given.items() if value is not None})
 
 
 def row_multiple(cfg: RunConfig) -> int:
-    """Tokens that a packed row's length must be a multiple of: sequence parallel splits it, FP8 works in blocks."""
+    """Number of tokens that the length of a packed row must be a multiple of: sequence parallel splits it, FP8 needs
+    blocks."""
     blocks = {"mxfp8": 32, "blockwise": 128}
     block = blocks.get(cfg.model.fp8_recipe, 16) if cfg.model.precision == "fp8" else 1
     return block * (cfg.parallel.tensor if cfg.parallel.sequence else 1)
