@@ -41,16 +41,16 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     require(len(parts) >= 2, "a merge needs at least two checkpoints")
     ok = all(map(math.isfinite, shares)) and abs(sum(shares) - 1) < 1e-6
     require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
-    folders = [folders.find(path) for path, _ in parts]
-    cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in folders]
-    for folder, cfg in zip(folders[1:], cfgs[1:]):
-        require_same_model(cfg.model, cfgs[0].model, f"the weights in {folders[0]}")
-        require_same_tokenizer(folders[0], folder)
+    sources = [folders.find(path) for path, _ in parts]
+    cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in sources]
+    for folder, cfg in zip(sources[1:], cfgs[1:]):
+        require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
+        require_same_tokenizer(sources[0], folder)
     # The averages of a run with loss.reward=ema are not merged, and are not there.
     cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward="self"))
     embedder = model_without_memory(cfg.model, groups)
     streams = [
-        read_weights(folder, model_without_memory(one.model, groups), groups) for folder, one in zip(folders, cfgs)
+        read_weights(folder, model_without_memory(one.model, groups), groups) for folder, one in zip(sources, cfgs)
     ]
     dtypes = {name: parameter.dtype for name, parameter in embedder.named_parameters()}
 
@@ -65,8 +65,8 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
 
     with whole_folder(out, "merged checkpoint") as folder:
         write_weights(folder, cfg, embedder, groups, read)
-        if (folders[0] / folders.ASSETS).is_dir():
-            shutil.copytree(folders[0] / folders.ASSETS, folder / folders.ASSETS, copy_function=folders.link)
+        if (sources[0] / folders.ASSETS).is_dir():
+            shutil.copytree(sources[0] / folders.ASSETS, folder / folders.ASSETS, copy_function=folders.link)
     return Path(out)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from benchmarks import evaluation  # noqa: E402
 from benchmarks.released_step import make_side  # noqa: E402
 from benchmarks.training_step import build_config  # noqa: E402
-from megatron_llave.flops import Work  # noqa: E402
+from megatron_llave.planning.flops import Work  # noqa: E402
 
 SMALL = [
     *("model.vision.hidden_size=32", "model.vision.num_heads=4", "model.vision.ffn_hidden_size=64"),

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from benchmarks import released_step, training_step  # noqa: E402
 from benchmarks.released_step import embed, packed_work, padded_work, total  # noqa: E402
 from megatron_llave.config.schema import RunConfig  # noqa: E402
-from megatron_llave.flops import Work, forward_flops  # noqa: E402
+from megatron_llave.planning.flops import Work, forward_flops  # noqa: E402
 
 SMALL = [
     *("model.vision.hidden_size=32", "model.vision.num_heads=4", "model.vision.ffn_hidden_size=64"),
