@@ -16,9 +16,9 @@ from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.models.llava_onevision.hf_config import LAYOUTS
 from megatron_llave.training.logger import quiet_dependencies
 
-LAYOUTS = ("llava_onevision", "llava_qwen")
 TIMEOUT_SECONDS = 600
 
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.checkpoint.pretrained import TOKENIZERS, Pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained
+from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.hf.tensor_files import CODES, DTYPE_CODES, write_tensor_files
 from megatron_llave.models.llava_onevision.hf_config import HfConfig, read_config

@@ -17,6 +17,7 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.stream import model_without_memory, read_weights, write_weights
 from megatron_llave.config.checks import require_same_model
 from megatron_llave.config.load import load_config
+from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
 
@@ -76,8 +77,7 @@ def require_same_tokenizer(one: Path, other: Path) -> None:
     Raises:
         CheckpointError: names both.
     """
-    names = ("tokenizer.model", "tokenizer.json")
-    for name in names:
+    for name in TOKENIZERS:
         files = [folder / folders.ASSETS / name for folder in (one, other)]
         if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
             raise CheckpointError(f"{files[0]} and {files[1]} differ: these models do not read the same token ids")

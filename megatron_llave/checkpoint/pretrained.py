@@ -14,13 +14,12 @@ from megatron_llave.config.checks import has_sizes, require_same_model
 from megatron_llave.config.load import load_config
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.data.tokenizer import find_tokenizer
+from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.llava_onevision.hf_config import read_config
 from megatron_llave.models.llava_onevision.hf_weights import fill_from_hf, open_weights
 
 HF_CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 HASH_THREADS, HASH_BYTES = 8, 2**22
 """Files that are hashed at a time, and bytes of each that are held."""
@@ -53,9 +52,9 @@ class Pretrained:
             load_weights(self.folder, chunks, groups, average)
 
     def find_tokenizer(self) -> str | None:
-        """The tokenizer file that belongs to these weights."""
-        found = [self.assets / name for name in TOKENIZERS if (self.assets / name).is_file()]
-        return str(found[0]) if found else None
+        """Return the tokenizer file that belongs to these weights, or None if their folder holds none."""
+        file = tokenizer_in(self.assets)
+        return None if file is None else str(file)
 
     def fingerprint(self) -> str:
         """Of the weights: a hash of their files' names and of every byte in them.

@@ -124,7 +124,7 @@ def make_folder(cfg: RunConfig, pretrained: Pretrained | None) -> Path:
     if dist.get_rank() == 0:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            save_config(cfg, output / "config.yaml")
+            save_config(cfg, output / folders.CONFIG)
             start_assets(output, pretrained, find_tokenizer(cfg.data))
         except OSError as error:
             raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error

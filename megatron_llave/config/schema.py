@@ -13,6 +13,7 @@ from megatron_llave.errors import at_least, one_of, require
 HARDNESS = ("in_batch", "hard_negatives", "all")
 DIRECTIONS = ("symmetric", "query_to_target")
 NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
+VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
 
 
 def _is_margin(key: str, value: float | None) -> None:
@@ -85,7 +86,7 @@ class DataConfig:
     decodes."""
     tokenizer: str | None = None
     """SentencePiece .model or Hugging Face tokenizer.json. null: the tokenizer of the checkpoint that the run starts
-    from, else tokenizer.model or tokenizer.json in data.path."""
+    from, else the tokenizer.json in data.path, or the tokenizer.model where data.path has no tokenizer.json."""
     prompt: str = "qwen"
     """Prompt template: qwen (that of the released models) or plain (text and end-of-sequence token)."""
     max_length: int = 4096
@@ -123,7 +124,7 @@ class DataConfig:
         one_of("data.prompt", self.prompt, ("qwen", "plain"))
         one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
-        one_of("data.video_newline", self.video_newline, ("one_token", "grid", "frame", "no_token"))
+        one_of("data.video_newline", self.video_newline, VIDEO_NEWLINES)
         one_of("data.too_long", self.too_long, ("cut", "skip"))
         at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
         at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))

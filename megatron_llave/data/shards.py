@@ -212,16 +212,6 @@ def write_subset(
     return Subset(meta_task, shards)
 
 
-def read_shard(path: str | Path) -> Iterator[Pair]:
-    """Stream the pairs of one shard in the order of the tar.
-
-    Raises:
-        DataError: the file is truncated or unreadable, or a sample lacks its JSON or an image that the JSON names.
-    """
-    for sample in read_samples(path):
-        yield unpack_pair(sample, f"{path}: sample {sample['__key__']}")
-
-
 def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
     """The inverse of `pack_pair`, from a sample of `read_samples`.
 

@@ -1,6 +1,9 @@
 """Text -> token ids, from a SentencePiece `.model` or a Hugging Face `tokenizer.json`, behind one small interface.
 
-Used by models/llava_onevision/prompt.py, which puts the chat template around the text.
+Used by models/llava_onevision/prompt.py, which puts the chat template around the text. In a folder that holds both
+files tokenizer.json is the one that is read, whether the folder holds data, a checkpoint's assets or a Hugging Face
+model: it lists the special tokens that a model has added (<|im_end|>, <image>), which the SentencePiece model beside it
+lacks, and transformers reads it first as well.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,9 @@ import tokenizers
 
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.errors import DataError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""Names of the files that can be a folder's tokenizer; the first one that is there is read."""
 
 # The end-of-sequence tokens in use, most specific first: Qwen's chat models end a turn with <|im_end|>.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>", "<eos>")
@@ -115,16 +121,20 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def find_tokenizer(cfg_data: DataConfig) -> Path:
-    """The file that `data.tokenizer` names, or the tokenizer beside the data.
+def tokenizer_in(folder: Path) -> Path | None:
+    """Return the tokenizer file of a folder: the first of TOKENIZERS that it holds, or None."""
+    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+
+
+def find_tokenizer(data: DataConfig) -> Path:
+    """Return the file that `data.tokenizer` names, or else the tokenizer in the folder of the data.
 
     Raises:
-        DataError: there is none beside the data.
+        DataError: `data.tokenizer` is not set and the folder holds no tokenizer.
     """
-    if cfg_data.tokenizer:
-        return Path(cfg_data.tokenizer)
-    directory = Path(cfg_data.path)
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (directory / name).is_file():
-            return directory / name
-    raise DataError(f"{directory} has neither tokenizer.model nor tokenizer.json; set data.tokenizer")
+    if data.tokenizer:
+        return Path(data.tokenizer)
+    found = tokenizer_in(Path(data.path))
+    if found is None:
+        raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer")
+    return found

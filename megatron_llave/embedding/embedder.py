@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PackedSequences, Side
-from megatron_llave.checkpoint.pretrained import TOKENIZERS, Pretrained, find_pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.config.load import override_config
 from megatron_llave.config.schema import RunConfig, row_multiple
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
+from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule

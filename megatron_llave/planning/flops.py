@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 
 DENSE_TFLOPS = {
     **{"A100": 312, "A800": 312, "L40S": 362},
@@ -80,7 +80,7 @@ def step_flops(model: ModelConfig, work: Work) -> int:
     """
     tower, decoder = tower_flops(model.vision), decoder_flops(model.language, work.tokens, work.squared_lengths)
     first, second = projector_flops(model)
-    trains = {part: part not in model.freeze for part in ("vision", "projector", "language")}
+    trains = {part: part not in model.freeze for part in PARTS}
     total = (3 * tower - _patch_flops(model.vision) if trains["vision"] else tower) * work.tiles
     total += (1 + trains["vision"] + trains["projector"]) * first * work.tiles
     total += (1 + (trains["vision"] or trains["projector"]) + trains["projector"]) * second * work.tiles

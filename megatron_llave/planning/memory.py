@@ -13,6 +13,7 @@ from math import lcm
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
+from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
 from megatron_llave.models.blocks.settings import DTYPES
 from megatron_llave.planning.flops import Work
@@ -41,7 +42,7 @@ class MicroBatch:
         lengths = [side.tokens for side in sides]
         buckets: dict[int, list[int]] = {}
         for length in lengths:
-            buckets.setdefault((length - 1).bit_length(), []).append(length)  # as layer_specs.packed_layout
+            buckets.setdefault(length_bucket(length), []).append(length)
         tiles, visual = (sum(getattr(side, name) for side in sides) for name in ("tiles", "visual_tokens"))
         attended = sum(len(bucket) * max(bucket) for bucket in buckets.values())
         return MicroBatch(Work(sum(lengths), sum(x * x for x in lengths), tiles), len(sides), visual, attended)

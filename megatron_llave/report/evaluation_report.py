@@ -88,10 +88,10 @@ def _mean_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
     return [(name, "", "", "", "", "", f"{mean:.1f}") for name, mean in named if mean is not None]
 
 
-def markdown_table(results: list[SetResult]) -> str:
-    """One row per set, then the means; chance and Precision@1 in percent."""
-    means = [tuple(f"**{cell}**" if cell else "" for cell in row) for row in _mean_rows(results)]
-    return markdown_rows(COLUMNS, [*_set_rows(results), *means])
+def scores_section(results: list[SetResult]) -> Section:
+    """Return the table with one row per set, then the means in bold; chance and Precision@1 are in percent."""
+    rows, means = _set_rows(results), _mean_rows(results)
+    return Section("Scores", NOTE, COLUMNS, [*rows, *means], frozenset(range(len(rows), len(rows) + len(means))))
 
 
 def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -272,24 +272,21 @@ def _write_files(
     draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
     steps = {"steps": records[-1]["step"]} if records else {}
     write_json(results, directory / "report.json", {**steps, **extra, **({"paper": paper} if paper else {})})
-    tables = [Section("Scores", NOTE, COLUMNS, [*_set_rows(results), *_mean_rows(results)], _means_of(results))]
+    tables = [scores_section(results)]
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
     with atomic_write(directory / "report.md") as temporary:
         drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
-        temporary.write_text("# Evaluation\n" + "".join(map(_markdown, tables)) + drawn, encoding="utf-8")
+        temporary.write_text("# Evaluation\n" + "".join(map(markdown, tables)) + drawn, encoding="utf-8")
     shown = [Section(title, pictures=[directory / file]) for title, file in pictures.items()]
     page = html_page("Evaluation", f"{len(results)} evaluation sets.", [*tables, *shown])
     with atomic_write(directory / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _means_of(results: list[SetResult]) -> frozenset[int]:
-    return frozenset(range(len(results), len(results) + len(_mean_rows(results))))
-
-
-def _markdown(section: Section) -> str:
+def markdown(section: Section) -> str:
+    """Return a section of the report in Markdown: its title, what it is about, and its table."""
     rows = list(section.rows)
     for number in section.bold:
         rows[number] = tuple(f"**{cell}**" if cell else "" for cell in rows[number])

@@ -348,7 +348,7 @@ def test_build_encoder_errors(tmp_path):
         build_processor(*configs(tmp_path, vocab_size=7))
     data, model = configs(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="neither tokenizer.model nor tokenizer.json"):
+    with pytest.raises(DataError, match="neither tokenizer.json nor tokenizer.model"):
         build_processor(data, model)
     data.tokenizer = str(tmp_path / "absent.model")
     with pytest.raises(DataError, match="absent.model is no file"):

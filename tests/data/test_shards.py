@@ -13,9 +13,10 @@ import zlib
 import pytest
 import webdataset
 from PIL import Image
+from shard_pairs import read_shard
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.shards import read_shard, write_shard, write_subset
+from megatron_llave.data.shards import write_shard, write_subset
 from megatron_llave.errors import DataError
 
 

@@ -8,7 +8,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megatron_llave.data.tokenizer import load_tokenizer
+from megatron_llave.checkpoint.pretrained import Pretrained
+from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.data.tokenizer import find_tokenizer, load_tokenizer, tokenizer_in
 from megatron_llave.errors import DataError
 
 WORDS = "the quick brown fox jumps over a lazy dog while small birds watch from high trees".split()
@@ -75,6 +77,22 @@ def test_hugging_face_parses_special_tokens_and_ignores_stored_truncation(tmp_pa
 def test_end_token_falls_back(tmp_path, token):
     path = save_words(tmp_path / "tokenizer.json", {"[UNK]": 0, "fox": 1, token: 7}, [token])
     assert load_tokenizer(path).eos_id == 7
+
+
+def test_a_folder_with_both_files_has_one_tokenizer_for_data_and_weights(sentencepiece_file, tmp_path):
+    """tokenizer.json has the special tokens; the same file is found beside data, in assets and in an HF folder."""
+    assert sentencepiece_file.parent == tmp_path
+    assert tokenizer_in(tmp_path) == sentencepiece_file
+    words = save_words(tmp_path / "tokenizer.json", {"[UNK]": 0, "fox": 1, "<|im_end|>": 9}, ["<|im_end|>"])
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (assets / name).write_bytes((tmp_path / name).read_bytes())
+    assert tokenizer_in(tmp_path) == find_tokenizer(DataConfig(path=str(tmp_path))) == words
+    assert Pretrained(tmp_path, RunConfig(), is_hf=True).find_tokenizer() == str(words)
+    assert Pretrained(tmp_path, RunConfig(), is_hf=False).find_tokenizer() == str(assets / "tokenizer.json")
+    chosen = DataConfig(path=str(tmp_path), tokenizer=str(sentencepiece_file))
+    assert find_tokenizer(chosen) == sentencepiece_file
 
 
 def test_no_end_token_is_an_error(tmp_path):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from megatron_llave.batch import Side
+from megatron_llave.config.schema import VIDEO_NEWLINES
 from megatron_llave.data import video
 from megatron_llave.data.packing import IMAGE, NEWLINE, pack_sequences
 from megatron_llave.data.video import choose_frames, read_frames
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.video import CaptionedVideo, read_videos
-from megatron_llave.models.llava_onevision.anyres import VIDEO_NEWLINES, video_layout
+from megatron_llave.models.llava_onevision.anyres import video_layout
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 from megatron_llave.prepare.openmoji.clips import write_video
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 from PIL import Image
+from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
-from megatron_llave.data.shards import read_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.prepare import jsonl, shard_jobs
 from megatron_llave.prepare.shard_jobs import make_id

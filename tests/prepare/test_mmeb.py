@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
-from megatron_llave.data.shards import read_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.prepare import mmeb, shard_jobs
 

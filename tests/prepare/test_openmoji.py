@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
+from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
-from megatron_llave.data.shards import read_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import input_key, read_evaluation
 from megatron_llave.prepare.openmoji import catalogue as catalogue_module
@@ -315,7 +315,7 @@ def test_interrupted_folder_is_not_whole_and_can_be_made_again(rendered, shards_
 def test_workers_of_a_killed_process_end():
     script = """
 import os, signal
-from megatron_llave.data.worker_pool import worker_pool
+from megatron_llave.prepare.worker_pool import worker_pool
 with worker_pool(2) as executor:
     print(executor.submit(os.getpid).result(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

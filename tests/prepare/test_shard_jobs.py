@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
-from megatron_llave.data.shards import read_shard
 from megatron_llave.errors import DataError
 from megatron_llave.prepare import shard_jobs
 from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide, cut_into_jobs, make_id, write_shards

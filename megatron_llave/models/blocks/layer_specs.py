@@ -67,6 +67,11 @@ class PackedLayout(PackedSeqParams):
     """[t] int64 position of each token in its own sequence."""
 
 
+def length_bucket(length: int) -> int:
+    """Return the bucket of a sequence of `length` tokens: bucket b holds the lengths above 2**(b-1), up to 2**b."""
+    return (length - 1).bit_length()
+
+
 def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLayout:
     """Describe a packed row to the attention of the chosen kernels.
 
@@ -80,7 +85,7 @@ def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLa
     starts = cu_seqlens[:-1].tolist()
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        buckets.setdefault((length - 1).bit_length(), []).append(index)
+        buckets.setdefault(length_bucket(length), []).append(index)
     rows, from_buckets, offset = [], torch.empty(sum(lengths), dtype=torch.int64), 0
     for members in buckets.values():
         start = torch.tensor([starts[i] for i in members])[:, None]  # [sequences, 1]

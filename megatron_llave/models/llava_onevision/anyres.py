@@ -153,11 +153,6 @@ def visual_layout(
     return layout
 
 
-VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
-"""Where the newline stands among a video's tokens: after the last one, after each row of each frame, after each frame,
-nowhere. The released mm_newline_position."""
-
-
 @functools.lru_cache(maxsize=64)
 def video_layout(num_frames: int, patches_per_side: int, newline: str) -> VisualLayout:
     """The layout of a video, a tile for each frame; its arrays are read-only.

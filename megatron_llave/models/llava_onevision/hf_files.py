@@ -15,16 +15,17 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
+from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_SYSTEM, QWEN_TAIL
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *TOKENIZERS,
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    "tokenizer.model",
 )
 CHAT_TEMPLATES = ("chat_template.json", "chat_template.jinja")
 SIDE_FILES = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "video_preprocessor_config.json")
@@ -37,16 +38,12 @@ QWEN_SPLIT = (
 )
 SPECIAL_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
-# The prompt of prompt.py, written out for the model card.
-PROMPT_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-PROMPT_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
-
-# The same prompt for apply_chat_template: pictures first in a turn, a line each, then the text. The embedded token is
-# the last one when the messages end with an assistant's turn that is one newline.
+# The prompt of prompt.py for apply_chat_template: images come first in a turn, a line each, then the text. The token
+# that is pooled is the last one when the messages end with an assistant's turn that is one newline.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    f"{{{{ {QWEN_SYSTEM!r} }}}}"
     "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -310,9 +307,9 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
         lines += [CARD_PLAIN]
     elif layout == "llava_qwen" or notes:
         reason = [CARD_QWEN, ""] if layout == "llava_qwen" else []
-        lines += [*reason, CARD_STEPS.format(head=PROMPT_HEAD, tail=PROMPT_TAIL)]
+        lines += [*reason, CARD_STEPS.format(head=QWEN_HEAD, tail=QWEN_TAIL)]
     else:
-        lines += [CARD_EMBED, "", "```python", CARD_CODE.format(head=PROMPT_HEAD, tail=PROMPT_TAIL), "```"]
+        lines += [CARD_EMBED, "", "```python", CARD_CODE.format(head=QWEN_HEAD, tail=QWEN_TAIL), "```"]
     lines += ["", "## Training", ""]
     if training_config is None:
         lines += ["Converted, not trained: the weights are those the conversion started from."]

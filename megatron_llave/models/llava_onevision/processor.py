@@ -42,7 +42,7 @@ class LlavaOnevisionProcessor:
     too_long: str = "cut"
     """A text beyond max_length: cut, or skip (an error)."""
     video_newline: str = "one_token"
-    """One of images.VIDEO_NEWLINES."""
+    """Where image_newline stands among a video's tokens: one of config.schema.VIDEO_NEWLINES."""
 
     @property
     def tile_shape(self) -> TileShape:

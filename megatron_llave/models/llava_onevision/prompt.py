@@ -11,7 +11,8 @@ from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
 
 IMAGE_TEXT = "<image>"
-QWEN_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>user\n"
 QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 _PLACEHOLDER = re.compile(r"<image>|<\|image_\d+\|>")

@@ -29,8 +29,6 @@ from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.llava_onevision.hf_config import build_config_json, read_config
 from megatron_llave.models.llava_onevision.hf_files import (
-    PROMPT_HEAD,
-    PROMPT_TAIL,
     SIDE_FILES,
     keep_side_files,
     make_tokenizer_json,
@@ -188,7 +186,7 @@ def test_model_card_runs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
-    assert (names["HEAD"], names["TAIL"]) == (PROMPT_HEAD, PROMPT_TAIL) == (QWEN_HEAD, QWEN_TAIL)
+    assert (names["HEAD"], names["TAIL"]) == (QWEN_HEAD, QWEN_TAIL)
     assert -1.001 <= float(printed.getvalue()) <= 1.001
 
     model, tokenizer = names["model"], names["processor"].tokenizer
@@ -222,9 +220,7 @@ def test_files_of_each_layout(parts: Path, config: dict, exported: Path, tmp_pat
     special = {"bos_token_id": 501, "eos_token_id": 502, "pad_token_id": 500}
     assert json.loads((tmp_path / "generation_config.json").read_text()) == special
     card = (tmp_path / "README.md").read_text()
-    assert (
-        "```python" not in card and "library_name" not in card and "- llava_qwen" in card and repr(PROMPT_TAIL) in card
-    )
+    assert "```python" not in card and "library_name" not in card and "- llava_qwen" in card and repr(QWEN_TAIL) in card
 
 
 def test_an_export_gives_back_what_was_kept(exported: Path, config: dict, tmp_path: Path) -> None:
@@ -284,7 +280,7 @@ def test_without_tokenizer_there_is_no_processor(with_model: bool, config: dict,
     names = {"README.md", "config.json", "generation_config.json"}
     assert {path.name for path in out.iterdir()} == names | ({"tokenizer.model"} if with_model else set())
     card = (out / "README.md").read_text()
-    assert note in card and "```python" not in card and repr(PROMPT_HEAD) in card
+    assert note in card and "```python" not in card and repr(QWEN_HEAD) in card
 
 
 def test_card_says_how_it_was_trained(config: dict, tmp_path: Path) -> None:
