@@ -1,4 +1,4 @@
-# make demo: the whole of LLaVE at a size for a laptop. make test: all tests. Nothing outside this folder is changed.
+# `make demo` runs a complete LLaVE at a size for a laptop, and `make test` runs all tests. Both write only into this folder.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,7 +14,7 @@ TESTS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-# A few processes share the cores: more threads each make all of them slower.
+# The processes of the demo and the tests share the cores; more threads per process make all of them slower.
 ifeq ($(GPUS),0)
 export OMP_NUM_THREADS := 1
 endif
@@ -22,20 +22,20 @@ endif
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, evaluate it"
-	@echo "make test    run all tests (TESTS=tests/loss: only these)"
+	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, and evaluate it"
+	@echo "make test    run all tests (TESTS=tests/loss: only those)"
 	@echo "make lint    check the style of the code"
-	@echo "make clean   remove .venv and caches; runs/ stays"
+	@echo "make clean   remove .venv and caches, but not runs/"
 	@echo
-	@echo "PYTHON=$(PYTHON)  interpreter that .venv is made with, 3.11 or later"
-	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, 2 without"
-	@echo "DATA=$(DATA)  OUT=$(OUT)  folders of the demo's data and of its run"
-	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml"
+	@echo "PYTHON=$(PYTHON)  interpreter for .venv, 3.11 or later"
+	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, or 2 without a GPU"
+	@echo "DATA=$(DATA)  OUT=$(OUT)  folder of the demo's data, output directory of its run"
+	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml for the demo"
 
 $(STAMP): requirements.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name a Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but the demo's data needs 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, some minutes the first time."
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, which takes some minutes the first time."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -43,19 +43,19 @@ $(STAMP): requirements.txt setup.py
 	@echo "$(VENV) is ready."
 
 $(DATA)/index.json: | $(STAMP)
-	@echo "Preparing pairs of OpenMoji pictures and texts in $(DATA)."
+	@echo "Preparing pairs of OpenMoji images and texts in $(DATA)."
 	@$(VENV)/bin/python tools/prepare_data.py openmoji --out $(DATA)
 
 demo: $(STAMP) $(DATA)/index.json
-	@echo "Training examples/tiny.yaml on $(PROCS) processes; the run's folder is $(OUT)."
+	@echo "Training examples/tiny.yaml on $(PROCS) processes; the output directory is $(OUT)."
 	@PROCS=$(PROCS) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/pretrain_llave_tiny.sh data.path=$(DATA) train.output=$(OUT) $(ARGS)
 	@echo "Evaluating the checkpoint in $(OUT) on held-out data."
-	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report $(filter parallel.%,$(ARGS))
-	@echo "Table and pictures are in $(OUT)/report:"
+	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py prepared --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report $(filter parallel.%,$(ARGS))
+	@echo "The results table and the figures are in $(OUT)/report:"
 	@ls -1 $(OUT)/report
 
 test: $(STAMP)
-	@echo "Running the tests; a hang ends after 25 minutes."
+	@echo "Running the tests; they are stopped after 25 minutes if they hang."
 	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q $(TESTS)
 
 lint: $(STAMP)

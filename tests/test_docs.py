@@ -1,0 +1,136 @@
+"""Links, anchors, paths, configuration keys and commands in README.md, CONTRIBUTING.md and docs/ exist.
+
+The tools are not run: their subcommands and options are looked up among the strings in their source.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from megatron_llave.config.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Commands and paths in a dated result are those of its day; only its links are checked.
+GUIDES = [page for page in PAGES if "results/2" not in page.as_posix()]
+FOLDERS = ("megatron_llave", "tools", "examples", "benchmarks", "docs", "tests")
+SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
+# Where the names of studies stand.
+FURTHER_SOURCES = {"study": ["megatron_llave/study/arms.py"]}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+each_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def split(text: str) -> tuple[str, list[str]]:
+    """The prose of a page, and its code blocks with continued lines joined."""
+    parts = text.split("```")
+    return "".join(parts[::2]), [re.sub(r"\\\n\s*", "", part) for part in parts[1::2]]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", split(page.read_text())[0], re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def bad_links(page: Path, text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)", split(text)[0])
+    bad = []
+    for link, anchor in links:
+        target = page.parent / link if link else page
+        if not link.startswith(("http://", "https://")):
+            if not target.exists() or anchor and anchor not in anchors(target):
+                bad.append(f"{link}#{anchor}" if anchor else link)
+    return bad
+
+
+def bad_paths(text: str) -> list[str]:
+    """Paths of the repository, in code blocks or between backticks, that do not exist. `*` and `{a,b}` are expanded."""
+    prose, blocks = split(text)
+    words = " ".join(re.findall(r"`([^`]+)`", prose) + blocks).split()
+    paths = {
+        word.strip("\"'(),:;") for word in words if word.lstrip("\"'(").startswith(tuple(f"{f}/" for f in FOLDERS))
+    }
+    return sorted(path for path in paths for pattern in alternatives(path) if not list(ROOT.glob(pattern)))
+
+
+def alternatives(path: str) -> Iterator[str]:
+    """`a{b,c}d` as `abd` and `acd`."""
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", path)
+    yield from (match[1] + middle + match[3] for middle in match[2].split(",")) if match else [path]
+
+
+def bad_keys(text: str) -> list[str]:
+    """Configuration keys, as overrides in code blocks or between backticks, that do not exist."""
+    prose, blocks = split(text)
+    names = "|".join(SECTIONS)
+    used = re.findall(rf"(?<![\w./])((?:{names})(?:\.\w+)+)=", "\n".join(blocks))
+    used += re.findall(rf"`((?:{names})(?:\.\w+)+)(?:[:=][^`]*)?`", prose)
+    return sorted({key for key in used if not key.endswith((".py", ".json", ".jsonl")) and not has_key(key)})
+
+
+def has_key(key: str) -> bool:
+    section: Any = RunConfig
+    for name in key.split("."):
+        hints = get_type_hints(section) if is_dataclass(section) else {}
+        if is_dataclass(section):
+            section = hints.get(name)
+            if section is None:
+                return False
+        else:  # the name of an entry of a mapping
+            section = get_args(section)[-1]
+    return True
+
+
+@cache
+def strings_of(tool: str) -> tuple[set[str], bool]:
+    """All strings in the source of a tool, and whether its first argument is the name of a command."""
+    sources = [ROOT / "tools" / f"{tool}.py", *(ROOT / path for path in FURTHER_SOURCES.get(tool, []))]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return strings, len(sources) > 1 or "add_subparsers" in sources[0].read_text()
+
+
+def bad_commands(text: str) -> list[str]:
+    """Subcommands and options after `tools/TOOL.py` in code blocks and backticks that the tool does not have."""
+    prose, blocks = split(text)
+    lines = re.findall(r"`([^`]+)`", prose) + [line for block in blocks for line in block.splitlines()]
+    bad = []
+    for tool, rest in (match for line in lines for match in re.findall(r"tools/(\w+)\.py(.*)", line)):
+        words = re.split(r"\s#|`", rest)[0].replace("[", " ").replace("]", " ").split()
+        strings, has_commands = strings_of(tool)
+        used = [word for word in words if word.startswith("--")]
+        used += words[:1] if has_commands and words and words[0] not in (*used, "...", "COMMAND") else []
+        bad += [f"tools/{tool}.py {word}" for word in used if word not in strings and word != "--help"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = re.findall(r"^make (?:[A-Z]+=\S+ )*(\w+)", "\n".join(lines), re.MULTILINE)
+    return bad + [f"make {target}" for target in made if target not in targets]
+
+
+@each_page
+def test_links_and_anchors(page: Path) -> None:
+    assert bad_links(page, page.read_text()) == []
+
+
+@each_guide
+def test_paths_keys_and_commands(page: Path) -> None:
+    text = page.read_text()
+    assert bad_paths(text) + bad_keys(text) + bad_commands(text) == []
+
+
+def test_what_does_not_exist_is_noticed() -> None:
+    text = "[a](nowhere.md) [b](README.md#nowhere) `tools/none.py` `loss.none` `data.subsets.A.none: 1`\n"
+    text += "```\npython tools/merge.py --none runs/a=1\npython tools/prepare_data.py none \\\n  --o\nmake none\n"
+    text += "bash examples/none.sh train.none=3\n```"
+    assert bad_links(ROOT / "CONTRIBUTING.md", text) == ["nowhere.md", "README.md#nowhere"]
+    assert bad_paths(text) == ["examples/none.sh", "tools/none.py"]
+    assert bad_keys(text) == ["data.subsets.A.none", "loss.none", "train.none"]
+    commands = ["merge.py --none", "prepare_data.py --o", "prepare_data.py none"]
+    assert bad_commands(text.replace("`tools/none.py`", "")) == [*(f"tools/{c}" for c in commands), "make none"]
