@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_llave.checkpoint.stream import model_without_memory
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.models import model_without_memory, open_hf
+from megatron_llave.models.hf.mapping import hf_shapes
 from megatron_llave.models.hf.tensor_files import write_tensor_files
-from megatron_llave.models.llava_onevision.hf_config import build_config_json, read_config
-from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, hf_shapes, open_weights
+from megatron_llave.models.llava_onevision.hf_config import build_config_json
+from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, rules
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
 ALONE = "import sys; from megatron_llave import conversion"
@@ -78,7 +79,7 @@ def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int
     process_groups.initialize_distributed(60)
     model = config_from_dict({"model": {"preset": preset}}).model
     embedder = model_without_memory(model, process_groups.initialize_model_parallel(ParallelConfig()))
-    found = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, model)
+    found = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, rules(model))
     found |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
     shapes = {name: (shape, dtype) for name, shape in found.items()}
     folder.mkdir(parents=True)
@@ -111,7 +112,7 @@ def measured(command: list[str]) -> tuple[float, int]:
 
 def num_equal(source: Path, out: Path) -> tuple[int, int]:
     """Tensors of `out` that are bit-equal to the source's, and how many both have together."""
-    one, other = (open_weights(folder, read_config(folder)) for folder in (source, out))
+    one, other = (open_hf(folder) for folder in (source, out))
     both = one.names.keys() & other.names.keys()
     equal = 0
     for name in both:

@@ -48,8 +48,8 @@ from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import unpack_pair, write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.models import build_processor
 from megatron_llave.models.llava_onevision import anyres, processor
-from megatron_llave.models.llava_onevision.processor import build_processor
 from megatron_llave.models.llava_onevision.prompt import qwen_prompt, user_content
 
 Arm = Callable[[RunConfig], Iterator[int]]

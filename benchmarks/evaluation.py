@@ -27,7 +27,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding.embedder import LoadedModel, embed_encoded
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 from megatron_llave.planning.flops import Work, forward_flops
 from megatron_llave.training.logger import quiet_dependencies

@@ -37,7 +37,7 @@ from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.planning.flops import peak_tflops, step_flops
 from megatron_llave.planning.memory import MicroBatch, StepShape, stage_memory
 from megatron_llave.planning.pair_lengths import SideShape

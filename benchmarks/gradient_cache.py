@@ -21,8 +21,7 @@ from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models.llava_onevision.embedder import build_model
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_model, build_processor
 from megatron_llave.train import train_step
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.optimizer import build_trainable

@@ -30,7 +30,7 @@ from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_processor
 
 SUBSET = "texts"
 QUERY_WORDS, TARGET_WORDS = 20, 10

@@ -34,10 +34,12 @@ from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder, build_model
+from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
+from megatron_llave.models.llava_onevision.processor import image_lengths
 from megatron_llave.planning.memory import stage_memory
-from megatron_llave.planning.pair_lengths import Kind, SideShape, picture_shape
+from megatron_llave.planning.pair_lengths import Kind, SideShape
 from megatron_llave.planning.plan import step_shape
 from megatron_llave.train import train_step
 from megatron_llave.training import gradient_cache
@@ -51,7 +53,7 @@ TEXT = 30, 12
 
 def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
     """Of every pair."""
-    visual, tiles = picture_shape(*PICTURE, cfg.model)
+    visual, tiles = image_lengths(*PICTURE, cfg.model)
     return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
 
 
@@ -60,7 +62,7 @@ def make_batch(cfg: RunConfig) -> PairBatch:
     pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
     grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
     layout = visual_layout(*PICTURE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
-    _, tiles = picture_shape(*PICTURE, cfg.model)
+    _, tiles = image_lengths(*PICTURE, cfg.model)
     pixels = rng.integers(0, 256, (tiles, 3, vision.image_size, vision.image_size), np.uint8)
     words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
     sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs

@@ -24,8 +24,8 @@ from megatron_llave.models.hf.mapping import local_kernel_name
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 from megatron_llave.models.llava_onevision.hf_config import build_config_json
 from megatron_llave.models.llava_onevision.hf_weights import canonical_name, rules
+from megatron_llave.models.llava_onevision.processor import image_lengths
 from megatron_llave.planning.flops import Work
-from megatron_llave.planning.pair_lengths import picture_shape
 
 SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
 """Of pictures, as benchmarks/data_pipeline.py makes them."""
@@ -61,7 +61,7 @@ def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> 
     size, vision = SIZES[rng.integers(len(SIZES))], model.vision
     grids = tuple((columns, rows) for columns, rows in model.image_grids)
     layout = visual_layout(*size, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles)
-    num_tiles = picture_shape(*size, model)[1]
+    num_tiles = image_lengths(*size, model)[1]
     pixels = rng.integers(0, 256, (num_tiles, 3, vision.image_size, vision.image_size), np.uint8)
     return Side(EncodedSequence([*words[:HEAD], IMAGE, *words[HEAD:]], [pixels], [layout]), size)
 

@@ -31,7 +31,7 @@ from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig, row_multiple
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.planning.flops import extra_flops, step_flops
 from megatron_llave.train import train_step
 from megatron_llave.training.logger import quiet_dependencies

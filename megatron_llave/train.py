@@ -32,9 +32,8 @@ from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.loss.contrastive import LossShare, NegativeRules, hardness_weighted_contrastive_loss
 from megatron_llave.loss.matryoshka import matryoshka_loss
 from megatron_llave.loss.schedules import alpha_at, temperature_at
+from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels
-from megatron_llave.models.llava_onevision.embedder import build_model
-from megatron_llave.models.llava_onevision.processor import build_processor
 from megatron_llave.planning.flops import Work, achieved
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage

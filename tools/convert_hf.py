@@ -9,14 +9,13 @@ python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
 import argparse
 import sys
 
-from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.convert import hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, exit_with_one_line
-from megatron_llave.models.llava_onevision.hf_config import LAYOUTS
+from megatron_llave.models import FAMILIES
 from megatron_llave.training.logger import quiet_dependencies
 
 TIMEOUT_SECONDS = 600
@@ -26,14 +25,16 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    formats = [family.hf for family in FAMILIES.values()]
+    layouts, presets = ([name for hf in formats for name in getattr(hf, kind)] for kind in ("layouts", "presets"))
     command = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
     command.add_argument("--from", required=True, dest="source", help="folder with config.json and safetensors")
     command.add_argument("--to", required=True, dest="out", help="checkpoint folder to make")
-    command.add_argument("--preset", choices=[p for p in PRESETS if p != "tiny"], help="fail unless it is this model")
+    command.add_argument("--preset", choices=presets, help="fail unless it is this model")
     command = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
     command.add_argument("--from", required=True, dest="source", help="a checkpoint, or a run's folder (its newest)")
     command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to make")
-    command.add_argument("--format", choices=LAYOUTS, help="default: the one the weights came in")
+    command.add_argument("--format", choices=layouts, help="default: the one the weights came in")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights came")
     command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     command.add_argument("--shard-size", type=float, default=5, help="gigabytes per file of weights at most, default 5")

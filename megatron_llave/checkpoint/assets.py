@@ -13,10 +13,10 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
+from megatron_llave.models import open_hf, read_hf_config
+from megatron_llave.models.hf.config_json import HfConfig
 from megatron_llave.models.hf.tensor_files import CODES, DTYPE_CODES, write_tensor_files
-from megatron_llave.models.llava_onevision.hf_config import HfConfig, read_config
-from megatron_llave.models.llava_onevision.hf_files import keep_side_files
-from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HEAD, HfWeights, open_weights
+from megatron_llave.models.hf.weights import HfWeights
 
 UNUSED_FILE = "unused.safetensors"
 
@@ -30,8 +30,9 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def keep_assets(weights: HfWeights, folder: Path) -> None:
     """Write what an export gives back as it came into a new folder."""
     folder.mkdir()
-    keep_side_files(weights.files.folder, folder)
-    unused = [name for name in weights.unused if name != LM_HEAD or not _head_is_embedding(weights)]
+    weights.format.keep_files(weights.files.folder, folder)
+    head = weights.format.lm_head
+    unused = [name for name in weights.unused if name != head or not _head_is_embedding(weights)]
     stored = {name: (weights.shape(name), weights.dtypes[name]) for name in unused}
     write_tensor_files(folder, stored, ((name, weights.read(name)) for name in unused), 2**63, UNUSED_FILE)
     dtypes = {name: CODES[dtype] for name, dtype in sorted(weights.dtypes.items())}
@@ -40,7 +41,8 @@ def keep_assets(weights: HfWeights, folder: Path) -> None:
 
 def _head_is_embedding(weights: HfWeights) -> bool:
     """Tied weights of which the file holds both copies; the export copies the (perhaps trained) embedding again."""
-    return weights.config.tied and torch.equal(weights.read(LM_HEAD), weights.read(HF_EMBEDDING))
+    head, embedding = weights.format.lm_head, weights.format.embedding
+    return weights.config.tied and torch.equal(weights.read(head), weights.read(embedding))
 
 
 def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -> None:
@@ -54,7 +56,7 @@ def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -
     folder = output / folders.ASSETS
     shutil.rmtree(folder, ignore_errors=True)
     if pretrained is not None and pretrained.is_hf:
-        keep_assets(open_weights(pretrained.folder, read_config(pretrained.folder)), folder)
+        keep_assets(open_hf(pretrained.folder), folder)
     elif pretrained is not None and pretrained.assets.is_dir():
         shutil.copytree(pretrained.assets, folder, copy_function=folders.link)
     folder.mkdir(exist_ok=True)
@@ -97,4 +99,4 @@ def read_assets(folder: Path) -> Assets:
             unused = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
     except Exception as error:  # safetensors and json raise their own kinds; all mean that an export cannot be whole
         raise CheckpointError(f"{assets} is damaged: {' '.join(str(error).split())}") from error
-    return Assets(assets, read_config(assets), dtypes, {name: (unused[name], dtypes[name]) for name in unused})
+    return Assets(assets, read_hf_config(assets), dtypes, {name: (unused[name], dtypes[name]) for name in unused})

@@ -14,12 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.checkpoint.stream import model_without_memory, read_weights, write_weights
+from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.checks import require_same_model
 from megatron_llave.config.load import load_config
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
+from megatron_llave.models import model_without_memory
 
 
 def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: ProcessGroupCollection) -> Path:

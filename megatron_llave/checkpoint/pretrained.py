@@ -16,8 +16,8 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.llava_onevision.hf_config import read_config
-from megatron_llave.models.llava_onevision.hf_weights import fill_from_hf, open_weights
+from megatron_llave.models import family_of, open_hf, read_hf_config
+from megatron_llave.models.hf.weights import fill_from_hf
 
 HF_CONFIG = "config.json"
 
@@ -47,7 +47,7 @@ class Pretrained:
         """
         folders.require_average(self.folder, self.cfg, average)
         if self.is_hf:
-            fill_from_hf(chunks, open_weights(self.folder, read_config(self.folder)), groups)
+            fill_from_hf(chunks, open_hf(self.folder), groups)
         else:
             load_weights(self.folder, chunks, groups, average)
 
@@ -84,18 +84,12 @@ class Pretrained:
     def identity(self, cfg: RunConfig, average: bool) -> dict[str, str]:
         """What the embeddings of these weights depend on, under the configuration that they are used with."""
         tokenizer = hashlib.sha256(find_tokenizer(cfg.data).read_bytes()).hexdigest()
-        data, model = cfg.data, cfg.model
         values = {
             "weights": self.fingerprint(),
             "averaged": average,
             "tokenizer": tokenizer,
-            "precision": model.precision,
-            "image_grids": [list(grid) for grid in model.image_grids],
-            "anyres_max_tiles": model.anyres_max_tiles,
-            "prompt": data.prompt,
-            "max_length": data.max_length,
-            "image_token_without_image": data.image_token_without_image,
-            "video_newline": data.video_newline,
+            "precision": cfg.model.precision,
+            **family_of(cfg.model).input_settings(cfg.data, cfg.model),
         }
         return {key: str(value) for key, value in values.items()}
 
@@ -107,9 +101,8 @@ class Pretrained:
         """
         own = self.cfg.model
         if not has_sizes(model):
-            return replace(
-                model, vision=own.vision, language=own.language, image_grids=model.image_grids or own.image_grids
-            )
+            sizes = {"family": own.family, "vision": own.vision, "language": own.language}
+            return replace(model, **sizes, image_grids=model.image_grids or own.image_grids)
         require_same_model(model, own, f"the weights in {self.folder}")
         return replace(model, language=replace(model.language, vocab_size=own.language.vocab_size))
 
@@ -130,7 +123,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
     """
     path = Path(path)
     if (path / HF_CONFIG).is_file():
-        return Pretrained(path, read_config(path).run, is_hf=True)
+        return Pretrained(path, read_hf_config(path).run, is_hf=True)
     try:
         folder = folders.find(path)
     except CheckpointError as error:

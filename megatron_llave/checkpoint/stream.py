@@ -7,7 +7,6 @@ writer wants all tensors at once; here torch's distributed checkpoint asks for e
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,32 +33,20 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.nn import Module
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.load import save_config
-from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import ParallelConfig, RunConfig
-from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
+from megatron_llave.config.schema import RunConfig
 
 FILE = "__0_0.distcp"
-
-
-def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> LlaveEmbedder:
-    """The whole model as one chunk whose parameters have names, shapes and dtypes but no values.
-
-    `groups` are those of a single process. Kernels are local, which need no GPU: checkpoints of all have the same keys.
-    """
-    model = replace(model, kernels="local")
-    with torch.device("meta"):
-        embedder = LlaveEmbedder(model, ParallelConfig(), groups, is_first=True, is_last=True)
-    return embedder.to(dtype=embedder.config.params_dtype)
 
 
 def write_weights(
     folder: Path,
     cfg: RunConfig,
-    embedder: LlaveEmbedder,
+    embedder: Module,
     groups: ProcessGroupCollection,
     read: Callable[[str], Tensor],
 ) -> None:
@@ -68,7 +55,7 @@ def write_weights(
     Args:
         folder: exists and is empty.
         cfg: what `embedder` was built from; saved too.
-        embedder: of `model_without_memory`.
+        embedder: of `models.model_without_memory`.
         groups: of this single process.
         read: gives the value of a parameter by name, on the CPU; called once for each, in the order of the file.
 
@@ -179,13 +166,13 @@ def _save(data: Any, stream: BinaryIO) -> None:
 
 
 def read_weights(
-    folder: Path, embedder: LlaveEmbedder, groups: ProcessGroupCollection, average: bool = False
+    folder: Path, embedder: Module, groups: ProcessGroupCollection, average: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter, in the model's order; about one layer at a time is in memory.
 
     Args:
         folder: a checkpoint saved at any layout.
-        embedder: of `model_without_memory`, of the checkpoint's model.
+        embedder: of `models.model_without_memory`, of the checkpoint's model.
         groups: of this single process.
         average: averaged weights where there are any; frozen parameters have none.
 

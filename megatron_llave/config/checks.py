@@ -58,6 +58,8 @@ def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> N
     Raises:
         ConfigError: names the first key that differs, with both values.
     """
+    is_same = given.family == found.family
+    require(is_same, f"model.family={given.family} contradicts {source}, where it is {found.family}")
     for part in ("vision", "language"):
         mine, theirs = getattr(given, part), getattr(found, part)
         for f in fields(mine):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_llave.config.checks import validate
+from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, one_of, require
@@ -84,6 +85,9 @@ def config_from_dict(given: dict | DictConfig) -> RunConfig:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_key_of(error, given)}: {str(error).splitlines()[0]}") from error
+    of_preset = PRESETS.get(str(preset), {}).get("family", ModelConfig.family)
+    ok = preset is None or cfg.model.family == of_preset
+    require(ok, f"model.preset={preset} is of model.family={of_preset}, not {cfg.model.family}")
     validate(cfg)
     return cfg
 

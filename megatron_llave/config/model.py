@@ -62,6 +62,8 @@ class LanguageConfig:
 class ModelConfig:
     """The complete embedding model: vision encoder, projector and decoder."""
 
+    family: str = "llava_onevision"
+    """Model family: llava_onevision, of which LLaVE is (SigLIP, projector, Qwen2). A preset sets it too."""
     preset: str | None = None
     """Preset that gives the sizes: tiny, 0.5b, 2b or 7b (presets.py). Keys that are set beside it override it."""
     vision: VisionConfig = field(default_factory=VisionConfig)

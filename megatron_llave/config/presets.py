@@ -1,5 +1,7 @@
 """The sizes of the LLaVE models. Each entry is a dictionary of numbers that fills a ModelConfig.
 
+models.register_family adds the presets of families from outside of the package.
+
 Sources: LLaVE (arXiv 2503.04812); config.json of Qwen2-0.5B, Qwen2-7B and Qwen2.5-1.5B; and
 google/siglip-so400m-patch14-384, whose 27th layer the official LLaVE repository deletes
 (llava/model/multimodal_encoder/siglip_encoder.py), so 26 layers are built.

@@ -10,11 +10,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.state import state_metadata
-from megatron_llave.checkpoint.stream import model_without_memory
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.llava_onevision.hf_config import read_config
-from megatron_llave.models.llava_onevision.hf_weights import hf_shapes, open_weights
+from megatron_llave.models import family_of, model_without_memory, open_hf
+from megatron_llave.models.hf.mapping import hf_shapes
 
 MILLION = 1_000_000
 OTHER_KEYS = ("optimizer.", folders.AVERAGE)
@@ -49,31 +48,25 @@ def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
 
 
 def _print_model(model: ModelConfig, num_parameters: int) -> None:
-    language, vision = model.language, model.vision
+    language = model.language
     print(
         f"language: {language.num_layers} layers of {language.hidden_size}, {language.num_heads} heads over "
         f"{language.num_kv_heads} key/value heads, MLP {language.ffn_hidden_size}, vocabulary {language.vocab_size}"
     )
-    print(
-        f"vision: {vision.num_layers} layers of {vision.hidden_size}, {vision.num_heads} heads, MLP "
-        f"{vision.ffn_hidden_size}, tiles of {vision.image_size} px in {vision.patches_per_side**2} patches"
-    )
-    grids = " ".join(f"{columns}x{rows}" for columns, rows in model.image_grids) or "none: one tile"
-    print(f"grids (columns x rows): {grids}")
+    print("\n".join(family_of(model).describe(model)))
     print(f"embedder: {num_parameters / MILLION:.1f} M parameters, vocabulary padded as on one process")
 
 
 def _inspect_hf(found: Pretrained, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    config = read_config(found.folder)
-    weights = open_weights(found.folder, config)
+    weights = open_hf(found.folder)
     files = sorted({info.file.name for info in weights.files.tensors.values()})
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()})
     num_bytes = sum(info.num_bytes for info in weights.files.tensors.values())
-    print(f"{found.folder}: Hugging Face folder, layout {config.layout}, {', '.join(dtypes)}")
+    print(f"{found.folder}: Hugging Face folder, layout {weights.config.layout}, {', '.join(dtypes)}")
     print(f"weights: {len(weights.names)} tensors, {num_bytes / 1e9:.3f} GB in {', '.join(files)}")
     if weights.unused:
         print(f"kept for export, not used by the embedder: {', '.join(weights.names[name] for name in weights.unused)}")
-    return weights.problems(hf_shapes(shapes, config.model))
+    return weights.problems(hf_shapes(shapes, weights.format.rules(weights.config.model)))
 
 
 def _inspect_checkpoint(found: Pretrained, embedder: object, groups: ProcessGroupCollection) -> list[str]:

@@ -1,7 +1,8 @@
 """The same inputs through a checkpoint and through transformers: `tools/convert_hf.py verify`.
 
 Both get the same token ids and pixels. How visual tokens are unpadded, where newlines go, and everything after is each
-side's own, so a difference is one of the models. The only file that needs transformers.
+side's own, so a difference is one of the models. The only file that
+imports transformers.
 """
 
 import io
@@ -18,13 +19,12 @@ from torch.nn import functional as F
 from megatron_llave.batch import Side
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.data.image_files import decode_image
-from megatron_llave.data.packing import IMAGE, EncodedSequence
+from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.blocks.siglip import normalise
-from megatron_llave.models.llava_onevision.hf_config import HfConfig, build_config_json, read_config
-from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HEAD, POST_NORM, open_weights
+from megatron_llave.models import open_hf
+from megatron_llave.models.hf.weights import HfFormat
 
 try:
     import transformers
@@ -53,8 +53,8 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     """
     if transformers is None:
         raise CheckpointError("verify compares with transformers, which is not installed: pip install transformers")
-    config = read_config(hf)
-    picture = _generated_picture(config.model.vision.image_size) if image is None else _read(image)
+    weights = open_hf(hf)
+    picture = _generated_picture(weights.config.model.vision.image_size) if image is None else _read(image)
     sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [picture])}
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["data.prompt=qwen", "model.precision=fp32"]
@@ -67,7 +67,8 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     encoded = [model.encoder.encode(side) for side in sides.values()]
     process_groups.destroy_model_parallel()
     model.chunks.clear()  # the two models are not in memory together
-    theirs = _embed_with_transformers(_transformers_model(Path(hf), config), config, encoded, picture)
+    reference = weights.format.reference_model(transformers, weights)
+    theirs = _embed_with_transformers(reference, weights.format, encoded, decode_image(picture).size)
     return _print_differences(list(sides), ours, theirs)
 
 
@@ -108,39 +109,13 @@ def _byte_tokenizer(path: Path) -> Path:
     return path
 
 
-def _transformers_model(folder: Path, config: HfConfig) -> torch.nn.Module:
-    """LlavaOnevisionForConditionalGeneration in float32; it also takes llava_qwen's tensors under their other names."""
-    model_class = transformers.LlavaOnevisionForConditionalGeneration
-    if config.layout == "llava_onevision":
-        return model_class.from_pretrained(folder, use_safetensors=True).float().eval()
-    weights = open_weights(folder, config)
-    wanted = [n for n in weights.names if not weights.is_unused(n) or n == LM_HEAD or n.startswith(POST_NORM)]
-    tensors = {name: weights.read(name).float() for name in wanted}
-    tied = config.tied or LM_HEAD not in tensors
-    if tied:
-        tensors[LM_HEAD] = tensors[HF_EMBEDDING]
-    values = build_config_json(config.model, "llava_onevision", tied, "float32", config)
-    theirs = transformers.LlavaOnevisionConfig.from_dict(values)
-    return model_class.from_pretrained(None, config=theirs, state_dict=tensors).eval()
-
-
 def _embed_with_transformers(
-    model: torch.nn.Module, config: HfConfig, encoded: list[EncodedSequence], picture: bytes
+    model: torch.nn.Module, format: HfFormat, encoded: list[EncodedSequence], size: tuple[int, int]
 ) -> Tensor:
     """Unit vectors [n, h] float32: the last token of the last hidden state, which is after the final norm."""
-    image_token = getattr(model.config, "image_token_id", None)
-    image_token = model.config.image_token_index if image_token is None else image_token
     rows = []
     for sequence in encoded:
-        layouts = iter(sequence.layouts)
-        ids = [[image_token] * len(next(layouts)) if token == IMAGE else [token] for token in sequence.tokens]
-        tokens = torch.tensor([[token for part in ids for token in part]])
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if sequence.tiles:
-            width, height = decode_image(picture).size
-            inputs["pixel_values"] = normalise(torch.from_numpy(sequence.tiles[0]))[None]  # [1, k, 3, size, size]
-            inputs["image_sizes"] = torch.tensor([[height, width]])
         with torch.no_grad():
-            output = model(**inputs, output_hidden_states=True)
+            output = model(**format.reference_inputs(model, sequence, size), output_hidden_states=True)
         rows.append(output.hidden_states[-1][0, -1].float())
     return F.normalize(torch.stack(rows), dim=-1)

@@ -28,8 +28,7 @@ from megatron_llave.distributed import collectives, cpu_emulation, process_group
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.errors import DataError, NotFiniteError
-from megatron_llave.models.llava_onevision.embedder import build_model
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_model, build_processor
 
 
 @dataclass

@@ -29,7 +29,7 @@ from megatron_llave.evaluation.ranking import alignment, hub_share, precision_at
 from megatron_llave.evaluation.scoring import score_task
 from megatron_llave.evaluation.task import RankingTask, SetResult
 from megatron_llave.loss.similarities import overlap_coefficient
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_processor
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,133 @@
-"""Embedding models: building blocks, Hugging Face formats, and one folder per model family."""
+"""Embedding models: building blocks, Hugging Face formats, one folder per model family, and the registry of families.
+
+The rest of the package asks this file for what it needs and knows no family: model.family of the configuration, or the
+config.json of a Hugging Face folder, says which one is meant. A new family is a folder here and a line in the loop
+below; one that is kept outside of the package calls `register_family` before the configuration is read.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn import Module
+
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import DataConfig, ParallelConfig
+from megatron_llave.data.packing import Processor
+from megatron_llave.errors import one_of, require
+from megatron_llave.models import llava_onevision
+from megatron_llave.models.blocks.initialization import initialize_parameters
+from megatron_llave.models.blocks.layer_specs import transformer_engine
+from megatron_llave.models.family import Family
+from megatron_llave.models.hf.config_json import HfConfig, read_config_json
+from megatron_llave.models.hf.weights import HfWeights, open_weights
+
+FAMILIES: dict[str, Family] = {}
+"""Families by name, the value of model.family."""
+
+
+def register_family(family: Family) -> None:
+    """Make a family known under its name, and its presets under theirs.
+
+    Raises:
+        ConfigError: the name of the family, of a preset or of a layout of its folders is taken.
+    """
+    layouts = {layout for known in FAMILIES.values() for layout in known.hf.layouts}
+    taken = [*({family.name} & FAMILIES.keys()), *(family.presets.keys() & PRESETS), *(layouts & {*family.hf.layouts})]
+    require(not taken, f"model family {family.name}: the name {''.join(taken[:1])} is taken")
+    FAMILIES[family.name] = family
+    PRESETS.update({name: {"family": family.name, **sizes} for name, sizes in family.presets.items()})
+
+
+for built_in in (llava_onevision.FAMILY,):
+    register_family(built_in)
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        ConfigError: no family of that name is registered.
+    """
+    one_of("model.family", model.family, tuple(FAMILIES))
+    return FAMILIES[model.family]
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    seed: int | None,
+) -> list[Module]:
+    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout.
+
+    With seed None the parameters are left unfilled, for weights that are loaded.
+
+    Raises:
+        ConfigError: the family is unknown, or model.kernels needs a package that is not installed.
+    """
+    family = family_of(model)
+    if model.kernels == "transformer_engine":
+        transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
+    stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
+    chunks = []
+    for chunk in range(num_chunks):
+        is_first = stage == 0 and chunk == 0
+        is_last = stage == last_stage and chunk == num_chunks - 1
+        chunk_index = chunk if num_chunks > 1 else None
+        built = family.embedder(model, parallel, groups, is_first, is_last, chunk_index)
+        # megatron-core makes some of the vision encoder in float32 whatever the configuration says.
+        chunks.append(built.to(device=device, dtype=built.config.params_dtype))
+    if seed is not None:
+        initialize_parameters(chunks, groups.tp, seed)
+    return chunks
+
+
+def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> Module:
+    """The complete model as one chunk whose parameters have names, shapes and dtypes but no values.
+
+    `groups` are those of a single process. Kernels are local, which need no GPU: checkpoints of all kernels have the
+    same keys.
+    """
+    model = replace(model, kernels="local")
+    with torch.device("meta"):
+        embedder = family_of(model).embedder(model, ParallelConfig(), groups, True, True, None)
+    return embedder.to(dtype=embedder.config.params_dtype)
+
+
+def build_processor(data: DataConfig, model: ModelConfig) -> Processor:
+    """The processor of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConfigError: the family is unknown, or the tokenizer has more ids than the model's embedding.
+    """
+    return family_of(model).build_processor(data, model)
+
+
+def read_hf_config(folder: str | Path) -> HfConfig:
+    """Read config.json of a Hugging Face folder of any family.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes a model that we cannot run.
+    """
+    top = read_config_json(folder)
+    for family in FAMILIES.values():
+        if family.hf.layout_of(top.values) is not None:
+            return family.hf.read_config(top)
+    layouts = [layout for family in FAMILIES.values() for layout in family.hf.layouts]
+    raise top.refuse("model_type", " or ".join(layouts))
+
+
+def open_hf(folder: str | Path, config: HfConfig | None = None) -> HfWeights:
+    """Read config.json, unless it is given, and the headers of the weights of a Hugging Face folder of any family.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or pickled, describes a model that we cannot run, or two tensors
+            mean the same one.
+    """
+    config = config or read_hf_config(folder)
+    return open_weights(folder, config, family_of(config.model).hf)

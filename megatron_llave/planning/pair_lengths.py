@@ -17,14 +17,10 @@ from megatron_llave.data.shards import unpack_json
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
-from megatron_llave.models.llava_onevision.anyres import num_visual_tokens, select_grid
-from megatron_llave.models.llava_onevision.prompt import count_placeholders, encode_prompt
+from megatron_llave.models import family_of
 
 PAIRS_COUNTED = 20_000
 """Pairs of a subset that inspect reads: all of a smaller one, of a larger one about as many in evenly spaced shards."""
-
-
-UNLIMITED = 2**62
 
 
 CHUNK = 1 << 20
@@ -49,15 +45,7 @@ class TokenCounter:
         Raises:
             DataError: more placeholders than images.
         """
-        vision = self.model.vision
-        grids = tuple((columns, rows) for columns, rows in self.model.image_grids)
-        settings = vision.image_size, vision.patches_per_side, self.model.anyres_max_tiles
-        visual = [num_visual_tokens(width, height, grids, *settings) for width, height in sizes]
-        if self.template == "qwen" and not sizes:
-            blank = num_visual_tokens(vision.image_size, vision.image_size, (), *settings)
-            visual = [blank] * count_placeholders(text)
-        tokens = encode_prompt(text, len(visual), self.tokenizer, self.template, UNLIMITED, sum(visual))
-        return len(tokens) - len(visual) + sum(visual)
+        return family_of(self.model).count_tokens(text, sizes, self.tokenizer, self.template, self.model)
 
 
 def sample_shards(subset: Subset) -> list[Shard]:
@@ -118,22 +106,11 @@ class Kind:
     pairs: list[Shape]
 
 
-def picture_shape(width: int, height: int, model: ModelConfig) -> tuple[int, int]:
-    """Visual tokens and tiles of a picture."""
-    grids = tuple((columns, rows) for columns, rows in model.image_grids)
-    vision = model.vision
-    visual = num_visual_tokens(width, height, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles)
-    if not grids:
-        return visual, 1
-    columns, rows = select_grid(width, height, grids, vision.image_size)
-    return visual, 1 + columns * rows
-
-
 def mmeb_like(model: ModelConfig, max_length: int) -> list[Kind]:
     """MMEB_LIKE with this model's tiles."""
 
     def shape(picture: tuple[int, int] | None, text: int) -> SideShape:
-        visual, tiles = picture_shape(*picture, model) if picture else (0, 0)
+        visual, tiles = family_of(model).image_lengths(*picture, model) if picture else (0, 0)
         return SideShape(min(text + visual, max_length), visual, tiles)
 
     return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
@@ -173,7 +150,8 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
-    pictures = [picture_shape(*size, counter.model) for size in side["sizes"]]
+    image_lengths = family_of(counter.model).image_lengths
+    pictures = [image_lengths(*size, counter.model) for size in side["sizes"]]
     tokens = min(counter(side["text"], side["sizes"]), max_length)
     return SideShape(tokens, sum(visual for visual, _ in pictures), sum(tiles for _, tiles in pictures))
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import Shard, Subset, check_size, read_index
+from megatron_llave.data.placeholders import remove_placeholders
 from megatron_llave.data.shards import unpack_json, unpack_pair
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.files import AGAIN
-from megatron_llave.models.llava_onevision.prompt import remove_placeholders
 from megatron_llave.planning.pair_lengths import CHUNK, Sizes, TokenCounter, read_descriptions, sample_shards
 from megatron_llave.prepare.shard_jobs import Progress
 

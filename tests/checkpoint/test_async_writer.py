@@ -22,7 +22,7 @@ from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, ConfigError
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import build_trainable
 

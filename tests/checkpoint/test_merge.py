@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.merge import merge
-from megatron_llave.checkpoint.stream import model_without_memory, read_weights, write_weights
+from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.load import config_from_dict, load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.convert.hf import import_hf
 from megatron_llave.errors import CheckpointError, UserError
+from megatron_llave.models import model_without_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,9 +17,10 @@ import torch
 from run_ranks import ROOT, TORCHRUN, run_ranks
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.checkpoint.stream import model_without_memory, read_weights
+from megatron_llave.checkpoint.stream import read_weights
 from megatron_llave.config.load import load_config
 from megatron_llave.embedding.embedder import load_model
+from megatron_llave.models import model_without_memory
 
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
 STEPS = 6

@@ -21,7 +21,7 @@ from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.errors import CheckpointError, UserError
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.hf_weights import LM_HEAD, POST_NORM, VISION, canonical_name, rules
 
 transformers = pytest.importorskip("transformers")

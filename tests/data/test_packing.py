@@ -23,8 +23,9 @@ from megatron_llave.data.packing import (
     stable_hash,
 )
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.models import build_processor
 from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor, build_processor
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 TILE, PATCH = 28, 14
 SHAPE = TileShape(size=TILE, patches=4)

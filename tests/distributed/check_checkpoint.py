@@ -16,7 +16,7 @@ from megatron_llave.checkpoint.state import TrainingState, load_weights
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import build_trainable

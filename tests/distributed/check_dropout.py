@@ -9,7 +9,7 @@ from reference import dense_contrastive_loss, random_pairs
 
 from megatron_llave.batch import PairEmbeddings
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import build_trainable
 

@@ -31,8 +31,8 @@ from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.embedding.embedder import LoadedModel, forward_only
 from megatron_llave.loss import contrastive
 from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.models import build_model
 from megatron_llave.models.blocks.initialization import initialize_parameters
-from megatron_llave.models.llava_onevision.embedder import build_model
 from megatron_llave.train import contrast, train_step
 from megatron_llave.training import gradient_cache, optimizer
 from megatron_llave.training.ema import ExponentialMovingAverage

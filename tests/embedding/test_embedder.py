@@ -10,7 +10,7 @@ from megatron_llave.embedding.embedder import LoadedModel, embed
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
 from megatron_llave.evaluation.evaluate import evaluate
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 

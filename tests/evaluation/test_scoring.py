@@ -30,8 +30,7 @@ from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.evaluation.ranking import hub_share, uniformity
 from megatron_llave.evaluation.scoring import evaluate_tasks, score_task
 from megatron_llave.evaluation.task import SetResult, build_task
-from megatron_llave.models.llava_onevision.embedder import build_model
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_model, build_processor
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfi
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.models.llava_onevision.embedder import build_model
 from megatron_llave.planning.flops import Work, forward_flops, peak_tflops, projector_flops, step_flops
 
 LENGTH = 40

@@ -9,7 +9,7 @@ from megatron_llave.config.load import config_from_dict, load_config, override_c
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.errors import ConfigError
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
 from megatron_llave.planning.plan import count_parameters, find_fit, make_plan, mean_work

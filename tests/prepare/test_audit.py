@@ -18,7 +18,7 @@ from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.index import Index, Shard, Subset, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_processor
 from megatron_llave.planning import pair_lengths
 from megatron_llave.prepare import audit, mmeb
 

@@ -6,7 +6,7 @@ from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.errors import ConfigError
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from megatron_llave.batch import PackedSequences
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.models.blocks.initialization import initialize_parameters
-from megatron_llave.models.blocks.layer_specs import packed_layout, transformer_engine
+from megatron_llave.models.blocks.layer_specs import packed_layout
 from megatron_llave.models.blocks.pooling import last_token_pool
 from megatron_llave.models.blocks.qwen2 import LanguageModel
 from megatron_llave.models.blocks.siglip import VisionTower
@@ -149,30 +148,3 @@ def blend(features: Tensor, source: Tensor, weights: Tensor) -> Tensor:
     """
     corners = (features.index_select(0, rows) * share[:, None] for rows, share in zip(source.T, weights.T))
     return sum(corners).to(features.dtype)
-
-
-def build_model(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    seed: int | None,
-) -> list[LlaveEmbedder]:
-    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout.
-
-    With seed None the parameters are left unfilled, for weights that are loaded.
-    """
-    if model.kernels == "transformer_engine":
-        transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
-    stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
-    chunks = []
-    for chunk in range(num_chunks):
-        is_first = stage == 0 and chunk == 0
-        is_last = stage == last_stage and chunk == num_chunks - 1
-        chunk_index = chunk if num_chunks > 1 else None
-        built = LlaveEmbedder(model, parallel, groups, is_first, is_last, chunk_index)
-        # megatron-core makes some of the tower in float32 whatever the configuration says.
-        chunks.append(built.to(device=device, dtype=built.config.params_dtype))
-    if seed is not None:
-        initialize_parameters(chunks, groups.tp, seed)
-    return chunks

@@ -10,18 +10,18 @@ Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py 
 
 import ast
 import copy
-import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from megatron_llave.config.checks import require_same_model
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.presets import PRESETS, SIGLIP_SO400M
+from megatron_llave.config.presets import SIGLIP_SO400M
 from megatron_llave.config.schema import DataConfig, RunConfig
-from megatron_llave.errors import CheckpointError, one_of, require
+from megatron_llave.errors import one_of, require
+from megatron_llave.models.hf.config_json import DTYPE_KEYS, DTYPES, HfConfig, Section
 from megatron_llave.models.llava_onevision.hf_keys import (
     DEFAULT_ROPE_THETA,
     IMAGE_TOKENS,
@@ -30,69 +30,37 @@ from megatron_llave.models.llava_onevision.hf_keys import (
     ONEVISION_FIXED,
     QWEN_FIXED,
     QWEN_UNUSED,
-    QWEN_VISION_SECTIONS,
+    QWEN_VISION_SECTION,
     VISION_FIXED,
     VISION_KEYS,
-    Section,
 )
 
 LAYOUTS = ("llava_onevision", "llava_qwen")
-DTYPES = ("float32", "bfloat16", "float16")
-DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers from 4.56 on, and of all before 5
-HF_PRESETS = ("0.5b", "2b", "7b")
 SIGLIP_NAME = "siglip-so400m-patch14-384"
 
 
-@dataclass(frozen=True)
-class HfConfig:
-    """What a config.json says."""
-
-    layout: str
-    """llava_onevision or llava_qwen."""
-    model: ModelConfig
-    """vision, language, image_grids and anyres_max_tiles; the rest has its defaults."""
-    tied: bool
-    """The vocabulary projection shares the embedding's weights."""
-    dtype: str | None
-    """Type of the weights: float32, bfloat16 or float16; None where the file does not say."""
-    vision_layers: int
-    """Layers of the tower that the weights hold: those that are run, and maybe some after them."""
-    raw: dict
-    """The file as it is."""
-
-    @property
-    def run(self) -> RunConfig:
-        """Its model, and where the newline stands among a video's tokens (mm_newline_position of llava_qwen)."""
-        newline = self.raw.get("mm_newline_position", "one_token")
-        return RunConfig(model=self.model, data=DataConfig(video_newline=newline))
+def layout_of(values: Mapping[str, Any]) -> str | None:
+    """The layout of a folder with this config.json; None: it is of another family."""
+    kind = values.get("model_type")
+    if kind == "llava":  # as lmms-lab's LLaVA-OneVision checkpoints spell it, and transformers LLaVA 1.5
+        return "llava_qwen" if "LlavaQwenForCausalLM" in (values.get("architectures") or []) else None
+    return kind if kind in LAYOUTS else None
 
 
-def read_config(folder: str | Path) -> HfConfig:
-    """Read config.json of a folder.
+def read_config(top: Section) -> HfConfig:
+    """What a config.json says.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or describes a model that we cannot run.
+        CheckpointError: it describes a model that we cannot run.
     """
-    file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; a Hugging Face folder has one") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}; it must be one JSON object")
-    top = Section(file, "", raw)
-    return _read_onevision(top) if _layout(top) == "llava_onevision" else _read_qwen(top)
+    return _read_onevision(top) if layout_of(top.values) == "llava_onevision" else _read_qwen(top)
 
 
-def _layout(top: Section) -> str:
-    kind = top.values.get("model_type")
-    if kind in LAYOUTS:
-        return kind
-    if kind == "llava" and "LlavaQwenForCausalLM" in (top.values.get("architectures") or []):
-        return "llava_qwen"  # as lmms-lab's LLaVA-OneVision checkpoints spell it
-    raise top.refuse("model_type", f"{' or '.join(LAYOUTS)}, or llava with architectures LlavaQwenForCausalLM")
+def _says(
+    layout: str, model: ModelConfig, top: Section, tied: bool, vision_layers: int, newline: str = "one_token"
+) -> HfConfig:
+    run = RunConfig(model=model, data=DataConfig(video_newline=newline))
+    return HfConfig(layout, run, tied, top.dtype(), vision_layers, top.values)
 
 
 def _read_onevision(top: Section) -> HfConfig:
@@ -122,12 +90,12 @@ def _read_onevision(top: Section) -> HfConfig:
     )
     # Transformers 4.x ties by the decoder's own key and writes false above it; 5.x ties where either says so.
     tied = bool(top.values.get("tie_word_embeddings")) or bool(text.values.get("tie_word_embeddings"))
-    return HfConfig("llava_onevision", model, tied, _dtype(top), layers, top.values)
+    return _says("llava_onevision", model, top, tied, layers)
 
 
 def _read_qwen(top: Section) -> HfConfig:
     top.check(QWEN_FIXED)
-    section = next(filter(None, map(top.inner, QWEN_VISION_SECTIONS)), None)
+    section = top.inner(QWEN_VISION_SECTION)
     if section is not None:
         vision = _read_vision(section)
     elif SIGLIP_NAME in str(top.values.get("mm_vision_tower")):
@@ -142,7 +110,8 @@ def _read_qwen(top: Section) -> HfConfig:
         pinpoints = _written_pinpoints(top, vision.image_size)
         model.image_grids = [[columns, rows] for columns, rows in _grids(top, pinpoints, vision.image_size)]
     tied = bool(top.values.get("tie_word_embeddings"))
-    return HfConfig("llava_qwen", model, tied, _dtype(top), vision.num_layers, top.values)
+    newline = top.values.get("mm_newline_position", "one_token")
+    return _says("llava_qwen", model, top, tied, vision.num_layers, newline)
 
 
 def _read_vision(section: Section) -> VisionConfig:
@@ -181,13 +150,6 @@ def _rope_theta(section: Section) -> float:
     return float(theta)
 
 
-def _dtype(top: Section) -> str | None:
-    key = DTYPE_KEYS[top.values.get("dtype") is None]
-    if top.values.get(key) not in (None, *DTYPES):
-        raise top.refuse(key, f"one of {', '.join(DTYPES)}")
-    return top.values.get(key)
-
-
 def _max_tiles(top: Section, key: str, default: str) -> int:
     """The N of anyres_max_N."""
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(top.values.get(key, default)))
@@ -223,18 +185,6 @@ def _grids(top: Section, pinpoints: Any, tile: int) -> list[list[int]]:
         if len(pair) != 2 or not all(isinstance(side, int) and side >= tile and side % tile == 0 for side in pair):
             raise top.refuse("image_grid_pinpoints", f"a list of pairs of multiples of the tile size, {tile} pixels")
     return [[side // tile for side in pair] for pair in pairs]
-
-
-def check_preset(found: ModelConfig, preset: str) -> None:
-    """Refuse a model that is not of the preset's sizes; the vocabulary's size and the tile grids may differ.
-
-    Raises:
-        ConfigError: names the first key that differs and both values, or a preset that Hugging Face folders have not.
-    """
-    one_of("preset", preset, HF_PRESETS)
-    sizes = PRESETS[preset]
-    given = ModelConfig(vision=VisionConfig(**sizes["vision"]), language=LanguageConfig(**sizes["language"]))
-    require_same_model(given, found, "config.json")
 
 
 def build_config_json(
@@ -385,5 +335,5 @@ def _qwen_config(model: ModelConfig, raw: dict, language: dict) -> dict:
         "mm_vision_tower": f"google/{SIGLIP_NAME}" if is_released_tower else "siglip",
         "tokenizer_model_max_length": language["max_position_embeddings"],
         **_image_keys(model, "llava_qwen"),
-        **({} if is_released_tower else {QWEN_VISION_SECTIONS[0]: _vision_section(model.vision)}),
+        **({} if is_released_tower else {QWEN_VISION_SECTION: _vision_section(model.vision)}),
     }

@@ -10,11 +10,13 @@ tokenization_qwen2.py; what llava-hf's folders hold.
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_SYSTEM, QWEN_TAIL
@@ -160,6 +162,32 @@ def write_side_files(
     card = _model_card(layout, config, training_config, notes, _base_model(source))
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def room_for_image_tokens(model: ModelConfig, layout: str, folder: Path | None) -> ModelConfig:
+    """`model` with a vocabulary that has rows for <image> and <video>, two tokens that transformers' layout needs.
+
+    An embedding cut to the tokenizer's size, as the released code cuts it in memory, has none left; rows of zeros are
+    added to it. They are never used: visual tokens take their place.
+
+    Args:
+        model: sizes of the weights.
+        layout: llava_onevision, or llava_qwen, which needs no such rows.
+        folder: has the tokenizer, if there is one.
+
+    Raises:
+        CheckpointError: the tokenizer is damaged.
+    """
+    file = None if folder is None else folder / "tokenizer.json"
+    if layout != "llava_onevision" or file is None or not file.is_file():
+        return model
+    try:
+        ids = Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(f"{file} is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
+    new = sum(token not in ids for token in ("<image>", "<video>"))
+    rows = max(model.language.vocab_size, max(ids.values()) + 1 + new)
+    return replace(model, language=replace(model.language, vocab_size=rows))
 
 
 def make_tokenizer_json(folder: str | Path) -> str:

@@ -6,12 +6,6 @@ Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py 
 5.x); the released llava_arch.py and multimodal_projector/builder.py.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from megatron_llave.errors import CheckpointError
-
 # Our field -> their key, and what Qwen2Config and SiglipVisionConfig take where it is missing.
 LANGUAGE_KEYS = {
     "hidden_size": ("hidden_size", 4096),
@@ -77,44 +71,8 @@ QWEN_UNUSED = {
     "vision_tower_pretrained": None,
 }
 
-# A llava_qwen file names its tower; sizes of another one than the released stand under the first of these keys. The
-# second one is that of a test fixture.
-QWEN_VISION_SECTIONS = ("vision_config", "_fixture_vision_config")
+QWEN_VISION_SECTION = "vision_config"
+"""A llava_qwen file names its vision encoder; sizes of another one than the released stand under this key."""
 
 # Ids of <image> and <video>: the first two that Qwen2's tokenizer leaves free.
 IMAGE_TOKENS = {"image_token_index": 151646, "video_token_index": 151647}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a config.json, and how to name it in messages."""
-
-    file: Path
-    prefix: str
-    values: dict
-
-    def refuse(self, key: str, right: str) -> CheckpointError:
-        """The error to raise for the value of `key`."""
-        value = repr(self.values[key]) if key in self.values else "(missing)"
-        return CheckpointError(f"{self.file}: {self.prefix}{key}={value} is not supported; it must be {right}")
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number; a whole one where the default is."""
-        value = self.values.get(key, default)
-        kinds = int if isinstance(default, int) else int | float
-        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-            raise self.refuse(key, f"a positive {'whole ' if kinds is int else ''}number")
-        return value
-
-    def check(self, fixed: dict[str, tuple[Any, Any]]) -> None:
-        """Refuse values other than the one we run."""
-        for key, (default, right) in fixed.items():
-            if self.values.get(key, default) != right:
-                raise self.refuse(key, repr(right))
-
-    def inner(self, key: str) -> "Section | None":
-        """The section under `key`; None where it is missing or null."""
-        values = self.values.get(key)
-        if not isinstance(values, dict | None):
-            raise self.refuse(key, "an object")
-        return None if values is None else Section(self.file, f"{self.prefix}{key}.", values)

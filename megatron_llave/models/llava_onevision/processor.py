@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,10 +13,11 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import MAX_PIXELS, decode_image
 from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
+from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.models.llava_onevision import anyres
-from megatron_llave.models.llava_onevision.prompt import count_placeholders, encode_prompt, remove_placeholders
+from megatron_llave.models.llava_onevision.prompt import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevis
         tokenizer=tokenizer,
         template=cfg_data.prompt,
         max_length=cfg_data.max_length,
-        grids=tuple((columns, rows) for columns, rows in cfg_model.image_grids),
+        grids=_grids(cfg_model),
         tile_size=cfg_model.vision.image_size,
         patch_size=cfg_model.vision.patch_size,
         anyres_max_tiles=cfg_model.anyres_max_tiles,
@@ -125,3 +127,62 @@ def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevis
         too_long=cfg_data.too_long,
         video_newline=cfg_data.video_newline,
     )
+
+
+def image_lengths(width: int, height: int, model: ModelConfig) -> tuple[int, int]:
+    """Visual tokens and tiles of an image, from its size in pixels."""
+    grids, vision = _grids(model), model.vision
+    visual = anyres.num_visual_tokens(
+        width, height, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles
+    )
+    if not grids:
+        return visual, 1
+    columns, rows = anyres.select_grid(width, height, grids, vision.image_size)
+    return visual, 1 + columns * rows
+
+
+def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, template: str, model: ModelConfig) -> int:
+    """Tokens of an input, visual ones counted, however long it is.
+
+    Args:
+        text: as in a pair, with or without placeholders.
+        sizes: [width, height] of each image, pixels.
+        tokenizer: of the run.
+        template: data.prompt.
+        model: of the run.
+
+    Raises:
+        DataError: more placeholders than images.
+    """
+    visual = [image_lengths(width, height, model)[0] for width, height in sizes]
+    if template == "qwen" and not sizes:
+        visual = [model.vision.patches_per_side**2 + 1] * count_placeholders(text)  # a blank tile and its newline
+    tokens = encode_prompt(text, len(visual), tokenizer, template, sys.maxsize, sum(visual))
+    return len(tokens) - len(visual) + sum(visual)
+
+
+def input_settings(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
+    """The settings that embeddings depend on beside weights, tokenizer and precision."""
+    return {
+        "image_grids": [list(grid) for grid in model.image_grids],
+        "anyres_max_tiles": model.anyres_max_tiles,
+        "prompt": data.prompt,
+        "max_length": data.max_length,
+        "image_token_without_image": data.image_token_without_image,
+        "video_newline": data.video_newline,
+    }
+
+
+def describe(model: ModelConfig) -> list[str]:
+    """A line about the vision encoder and one about the grids of tiles."""
+    vision = model.vision
+    grids = " ".join(f"{columns}x{rows}" for columns, rows in model.image_grids) or "none: one tile"
+    return [
+        f"vision: {vision.num_layers} layers of {vision.hidden_size}, {vision.num_heads} heads, MLP "
+        f"{vision.ffn_hidden_size}, tiles of {vision.image_size} px in {vision.patches_per_side**2} patches",
+        f"grids (columns x rows): {grids}",
+    ]
+
+
+def _grids(model: ModelConfig) -> anyres.Grids:
+    return tuple((columns, rows) for columns, rows in model.image_grids)

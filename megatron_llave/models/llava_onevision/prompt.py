@@ -4,9 +4,8 @@ Two templates: `qwen`, the released one, in which the pooled last token is the n
 `plain` for small models trained from scratch. Pure functions; packing.py expands IMAGE.
 """
 
-import re
-
 from megatron_llave.data.packing import IMAGE
+from megatron_llave.data.placeholders import PLACEHOLDER
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
 
@@ -14,23 +13,6 @@ IMAGE_TEXT = "<image>"
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>user\n"
 QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
-
-_PLACEHOLDER = re.compile(r"<image>|<\|image_\d+\|>")
-
-
-def count_placeholders(text: str) -> int:
-    """Image placeholders (<image>, <|image_1|>, ...) written in the text."""
-    return len(_PLACEHOLDER.findall(text))
-
-
-def remove_placeholders(text: str) -> str:
-    """The text as if it had been written without image placeholders.
-
-    Each goes with the white space after it, one at the end of the text also with that before it.
-    """
-    before, *rest = _PLACEHOLDER.split(text)
-    kept = before + "".join(part.lstrip() for part in rest)
-    return kept.rstrip() if rest and not rest[-1].strip() else kept
 
 
 def user_content(text: str, num_images: int) -> str:
@@ -42,7 +24,7 @@ def user_content(text: str, num_images: int) -> str:
     Raises:
         DataError: the text has more placeholders than there are images.
     """
-    content = _PLACEHOLDER.sub(IMAGE_TEXT, text)
+    content = PLACEHOLDER.sub(IMAGE_TEXT, text)
     written = content.count(IMAGE_TEXT)
     if written > num_images:
         raise DataError(f"text has {written} image placeholders for {num_images} images: {text[:60]!r}")
@@ -69,7 +51,7 @@ def encode_prompt(
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.
     """
     if template == "plain":
-        words = tokenizer.encode(_PLACEHOLDER.sub("", text).strip())
+        words = tokenizer.encode(PLACEHOLDER.sub("", text).strip())
         head, tail = [], [tokenizer.eos_id]
         body = [IMAGE] * num_images + words
     else:

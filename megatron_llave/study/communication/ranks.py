@@ -37,8 +37,7 @@ from megatron_llave.errors import exit_with_one_line
 from megatron_llave.files import atomic_write
 from megatron_llave.loss import contrastive
 from megatron_llave.loss.contrastive import LossShare
-from megatron_llave.models.llava_onevision.embedder import build_model
-from megatron_llave.models.llava_onevision.processor import build_processor
+from megatron_llave.models import build_model, build_processor
 from megatron_llave.study.communication.model import FLOAT, Collective, loss_collectives, received_bytes
 from megatron_llave.train import contrast
 from megatron_llave.training.gradient_cache import Compare, forward_backward

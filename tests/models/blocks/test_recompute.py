@@ -5,7 +5,7 @@ import torch
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.models.llava_onevision.embedder import build_model
+from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import build_trainable
 

@@ -8,9 +8,9 @@ from torch.nn import Module
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models import build_model
 from megatron_llave.models.blocks.layer_specs import packed_layout
 from megatron_llave.models.blocks.siglip import normalise
-from megatron_llave.models.llava_onevision.embedder import build_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,8 +16,9 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
+from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder, blend, build_model
+from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder, blend
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MERGE = [case for case in json.loads((GOLDEN / "anyres/merge.json").read_text()) if case["modality"] == "image"]

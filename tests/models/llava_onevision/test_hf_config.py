@@ -10,8 +10,11 @@ from transformers import LlavaOnevisionConfig
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.presets import PRESETS
+from megatron_llave.convert.hf import check_preset
 from megatron_llave.errors import CheckpointError, ConfigError
-from megatron_llave.models.llava_onevision.hf_config import HfConfig, build_config_json, check_preset, read_config
+from megatron_llave.models import read_hf_config
+from megatron_llave.models.hf.config_json import HfConfig
+from megatron_llave.models.llava_onevision.hf_config import build_config_json
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FOLDERS = {"llava_onevision": GOLDEN / "hf_tiny", "llava_qwen": GOLDEN / "hf_tiny_llava_qwen"}
@@ -21,7 +24,7 @@ MISSING = object()
 
 def read(folder: Path, values: dict) -> HfConfig:
     (folder / "config.json").write_text(json.dumps(values))
-    return read_config(folder)
+    return read_hf_config(folder)
 
 
 def changed(layout: str, change: dict[str, Any]) -> dict:
@@ -63,7 +66,7 @@ def preset_model(preset: str) -> ModelConfig:
 
 
 def test_tiny_folders_are_one_model_with_their_own_order_of_grids() -> None:
-    found = {layout: read_config(folder) for layout, folder in FOLDERS.items()}
+    found = {layout: read_hf_config(folder) for layout, folder in FOLDERS.items()}
     onevision, qwen = found["llava_onevision"], found["llava_qwen"]
     assert (onevision.layout, qwen.layout) == tuple(FOLDERS)
     assert onevision.model.vision == qwen.model.vision == VisionConfig(48, 3, 4, 96, 56, 14)
@@ -167,7 +170,7 @@ def test_tied_as_transformers_reads_it(top: Any, text: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("layout", FOLDERS)
 def test_same_layout_gives_the_file_back(layout: str) -> None:
-    config = read_config(FOLDERS[layout])
+    config = read_hf_config(FOLDERS[layout])
     given = copy.deepcopy(config.raw)
     made = build_config_json(config.model, layout, config.tied, config.dtype, config)
     assert config.raw == given, "the source must stay as it is"
@@ -178,7 +181,7 @@ def test_same_layout_gives_the_file_back(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", FOLDERS)
 def test_same_layout_changes_what_is_asked_for(layout: str, tmp_path: Path) -> None:
-    config = read_config(FOLDERS[layout])
+    config = read_hf_config(FOLDERS[layout])
     model = copy.deepcopy(config.model)
     model.language.vocab_size, model.image_grids, model.anyres_max_tiles = 500, [[2, 1], [1, 1]], 4
     again = read(tmp_path, build_config_json(model, layout, True, "bfloat16", config))
@@ -197,7 +200,7 @@ def test_same_layout_changes_what_is_asked_for(layout: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("target", FOLDERS)
 @pytest.mark.parametrize("with_source", [False, True])
 def test_round_trip(layout: str, target: str, with_source: bool, tmp_path: Path) -> None:
-    config = read_config(FOLDERS[layout])
+    config = read_hf_config(FOLDERS[layout])
     made = build_config_json(config.model, target, True, "bfloat16", config if with_source else None)
     again = read(tmp_path, made)
     assert (again.layout, again.model, again.tied, again.dtype) == (target, config.model, True, "bfloat16")
@@ -206,7 +209,7 @@ def test_round_trip(layout: str, target: str, with_source: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("source", [None, *FOLDERS])
 def test_transformers_reads_what_is_built(source: str | None, tmp_path: Path) -> None:
-    config = read_config(FOLDERS[source or "llava_qwen"])
+    config = read_hf_config(FOLDERS[source or "llava_qwen"])
     model = config.model
     made = build_config_json(model, "llava_onevision", True, "bfloat16", config if source else None)
     read(tmp_path, made)
@@ -307,7 +310,7 @@ def test_no_interpolation_survives_in_transformers(tmp_path: Path) -> None:
         ("llava_qwen", {"mm_resampler_type": "qformer"}, ["mm_resampler_type='qformer'", "None"]),
         ("llava_qwen", {"mm_use_im_start_end": True}, ["mm_use_im_start_end=True", "False"]),
         ("llava_qwen", {"mm_hidden_size": 1152}, ["mm_hidden_size=1152", "48"]),
-        ("llava_qwen", {"_fixture_vision_config": MISSING}, ["mm_vision_tower='tiny-siglip-patch14-56'", "so400m"]),
+        ("llava_qwen", {"vision_config": MISSING}, ["mm_vision_tower='tiny-siglip-patch14-56'", "so400m"]),
         ("llava_qwen", {"image_aspect_ratio": "pad"}, ["image_aspect_ratio='pad'", "square"]),
         ("llava_qwen", {"image_aspect_ratio": "anyres_max"}, ["image_aspect_ratio='anyres_max'"]),
         ("llava_qwen", {"image_grid_pinpoints": "1x2"}, ["image_grid_pinpoints='1x2'", "range"]),
@@ -330,7 +333,7 @@ def test_damaged_file(content: str | None, word: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=word) as caught:
-        read_config(tmp_path)
+        read_hf_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
@@ -351,7 +354,7 @@ def test_check_preset() -> None:
 def test_what_cannot_be_built() -> None:
     model = preset_model("0.5b")
     with pytest.raises(ConfigError, match="model.vision.hidden_size=1152 contradicts the folder"):
-        build_config_json(model, "llava_qwen", True, None, read_config(FOLDERS["llava_qwen"]))
+        build_config_json(model, "llava_qwen", True, None, read_hf_config(FOLDERS["llava_qwen"]))
     with pytest.raises(ConfigError, match="dtype='int8'"):
         build_config_json(model, "llava_qwen", True, "int8")
     with pytest.raises(ConfigError, match="layout='hf'"):
@@ -363,7 +366,7 @@ def test_what_cannot_be_built() -> None:
 
 
 def test_the_newline_of_videos_comes_from_the_file(tmp_path):
-    assert read_config(FOLDERS["llava_onevision"]).run.data.video_newline == "one_token"
+    assert read_hf_config(FOLDERS["llava_onevision"]).run.data.video_newline == "one_token"
     for newline in ("grid", "no_token"):
         found = read(tmp_path, changed("llava_qwen", {"mm_newline_position": newline}))
         assert found.run.data.video_newline == newline

@@ -27,7 +27,8 @@ from transformers.utils import is_torchvision_available
 
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.llava_onevision.hf_config import build_config_json, read_config
+from megatron_llave.models import read_hf_config
+from megatron_llave.models.llava_onevision.hf_config import build_config_json
 from megatron_llave.models.llava_onevision.hf_files import (
     SIDE_FILES,
     keep_side_files,
@@ -75,7 +76,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config() -> dict:
     """config.json of the tiny fixture, whose image token is the last of its 512 rows."""
-    found = read_config(GOLDEN / "hf_tiny")
+    found = read_hf_config(GOLDEN / "hf_tiny")
     return build_config_json(found.model, "llava_onevision", False, "float32", found)
 
 
@@ -211,7 +212,7 @@ def test_files_of_each_layout(parts: Path, config: dict, exported: Path, tmp_pat
     processor = {"preprocessor_config.json", "processor_config.json", "chat_template.json"}
     assert {path.name for path in exported.iterdir()} == common | processor | {"model.safetensors"}
     assert json.loads((exported / "config.json").read_text()) == config
-    found = read_config(GOLDEN / "hf_tiny_llava_qwen")
+    found = read_hf_config(GOLDEN / "hf_tiny_llava_qwen")
     assert write_side_files(tmp_path, "llava_qwen", found.raw, parts, None) == []
     assert {path.name for path in tmp_path.iterdir()} == common
     for path in parts.iterdir():
@@ -241,7 +242,7 @@ def test_an_export_gives_back_what_was_kept(exported: Path, config: dict, tmp_pa
         assert (out / path.name).read_text() == path.read_text(), path.name
     other = tmp_path / "other"
     other.mkdir()
-    write_side_files(other, "llava_qwen", read_config(GOLDEN / "hf_tiny_llava_qwen").raw, kept, None)
+    write_side_files(other, "llava_qwen", read_hf_config(GOLDEN / "hf_tiny_llava_qwen").raw, kept, None)
     names = {path.name for path in other.iterdir()}
     assert not {"chat_template.json", "video_preprocessor_config.json", "processor_config.json"} & names
 

@@ -9,18 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_llave.checkpoint.stream import model_without_memory
 from megatron_llave.errors import CheckpointError
-from megatron_llave.models.hf.mapping import join_qkv, local_kernel_name, split_qkv
-from megatron_llave.models.llava_onevision.hf_config import read_config
-from megatron_llave.models.llava_onevision.hf_weights import (
-    canonical_name,
-    fill_from_hf,
-    hf_shapes,
-    layout_name,
-    open_weights,
-    rules,
-)
+from megatron_llave.models import model_without_memory, open_hf, read_hf_config
+from megatron_llave.models.hf.mapping import hf_shapes, join_qkv, local_kernel_name, split_qkv
+from megatron_llave.models.hf.weights import fill_from_hf
+from megatron_llave.models.llava_onevision.hf_weights import canonical_name, layout_name, rules
 
 MAPPING = json.loads((QWEN / "key_mapping_llava_qwen_to_hf.json").read_text())
 
@@ -36,11 +29,11 @@ def test_every_golden_name_is_translated_both_ways() -> None:
 
 
 def test_the_table_covers_the_golden_model(groups: ProcessGroupCollection) -> None:
-    model = read_config(ONEVISION).model
+    model = read_hf_config(ONEVISION).model
     parameters = {n: tuple(p.shape) for n, p in model_without_memory(model, groups).named_parameters()}
     assert rules(model).keys() == parameters.keys()
-    weights = open_weights(ONEVISION, read_config(ONEVISION))
-    shapes = hf_shapes(parameters, model)
+    weights = open_hf(ONEVISION)
+    shapes = hf_shapes(parameters, rules(model))
     assert len(shapes) + len(weights.unused) == len(weights.names) == 109
     assert all(weights.shape(name) == shape for name, shape in shapes.items()) and not weights.problems(shapes)
 
@@ -70,8 +63,8 @@ def test_names_of_fused_norms() -> None:
 
 
 def test_a_stage_ignores_what_others_hold_but_no_stranger(groups: ProcessGroupCollection, monkeypatch) -> None:
-    config = read_config(ONEVISION)
-    weights = open_weights(ONEVISION, config)
+    config = read_hf_config(ONEVISION)
+    weights = open_hf(ONEVISION, config)
     model = model_without_memory(config.model, groups).language.to_empty(device="cpu")
 
     class Stage(torch.nn.Module):

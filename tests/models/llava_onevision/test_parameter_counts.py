@@ -4,11 +4,12 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_llave.checkpoint.stream import model_without_memory
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.models import model_without_memory
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
+from megatron_llave.models.hf.mapping import hf_shapes
 from megatron_llave.models.llava_onevision.hf_config import build_config_json
-from megatron_llave.models.llava_onevision.hf_weights import LM_HEAD, hf_shapes
+from megatron_llave.models.llava_onevision.hf_weights import LM_HEAD, rules
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,8 +37,8 @@ def test_parameter_count(groups: ProcessGroupCollection, preset: str) -> None:
     unused = theirs.lm_head.weight.numel() + 2 * model.vision.hidden_size  # the norm that is not applied
     assert sum(parameter.numel() for parameter in theirs.parameters()) - unused == sum(counts.values())
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}
-    assert sum(torch.Size(shape).numel() for shape in hf_shapes(shapes, model).values()) == sum(counts.values())
-    assert LM_HEAD not in hf_shapes(shapes, model)
+    assert sum(torch.Size(shape).numel() for shape in hf_shapes(shapes, rules(model)).values()) == sum(counts.values())
+    assert LM_HEAD not in hf_shapes(shapes, rules(model))
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_llave.data.packing import IMAGE
+from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import DataError
-from megatron_llave.models.llava_onevision.prompt import (
-    QWEN_HEAD,
-    QWEN_TAIL,
-    count_placeholders,
-    encode_prompt,
-    qwen_prompt,
-    remove_placeholders,
-    user_content,
-)
+from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_TAIL, encode_prompt, qwen_prompt, user_content
 
 FOLDER = Path(__file__).parents[2] / "golden/prompts"
 GOLDEN = json.loads((FOLDER / "prompts.json").read_text())

@@ -1,0 +1,120 @@
+"""config.json of a Hugging Face folder: reading it, refusing values that we cannot run, and what it says.
+
+What its keys mean is a model family's affair: each reads a Section into an HfConfig.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import CheckpointError
+
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""transformers writes the first since 4.56, and the second before 5."""
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What a config.json says."""
+
+    layout: str
+    """The kind of folder, one of HfFormat.layouts."""
+    run: RunConfig
+    """The model and how its inputs are made; all that config.json does not say has its default."""
+    tied: bool
+    """The vocabulary projection shares the embedding's weights."""
+    dtype: str | None
+    """Type of the weights: float32, bfloat16 or float16; None where the file does not say."""
+    vision_layers: int
+    """Layers of the vision encoder that the weights hold: those that are run, and maybe some after them."""
+    raw: dict
+    """The file as it is."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model."""
+        return self.run.model
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a config.json, and how to name it in messages."""
+
+    file: Path
+    prefix: str
+    """Keys that lead to the section, each with a dot after it."""
+    values: dict
+
+    def refuse(self, key: str, right: str) -> CheckpointError:
+        """The error to raise for the value of `key`."""
+        value = repr(self.values[key]) if key in self.values else "(missing)"
+        return CheckpointError(f"{self.file}: {self.prefix}{key}={value} is not supported; it must be {right}")
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number; a whole one where the default is.
+
+        Raises:
+            CheckpointError: the value is not one.
+        """
+        value = self.values.get(key, default)
+        kinds = int if isinstance(default, int) else int | float
+        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+            raise self.refuse(key, f"a positive {'whole ' if kinds is int else ''}number")
+        return value
+
+    def check(self, fixed: dict[str, tuple[Any, Any]]) -> None:
+        """Refuse values other than the one we run.
+
+        Args:
+            fixed: by key the value that a missing key stands for, and the one value that we run.
+
+        Raises:
+            CheckpointError: names the first key with another value.
+        """
+        for key, (default, right) in fixed.items():
+            if self.values.get(key, default) != right:
+                raise self.refuse(key, repr(right))
+
+    def inner(self, key: str) -> "Section | None":
+        """The section under `key`; None where it is missing or null.
+
+        Raises:
+            CheckpointError: there is something else.
+        """
+        values = self.values.get(key)
+        if not isinstance(values, dict | None):
+            raise self.refuse(key, "an object")
+        return None if values is None else Section(self.file, f"{self.prefix}{key}.", values)
+
+    def dtype(self) -> str | None:
+        """Type of the weights, under the key of either version of transformers; None where neither is there.
+
+        Raises:
+            CheckpointError: it is none of DTYPES.
+        """
+        key = DTYPE_KEYS[self.values.get("dtype") is None]
+        if self.values.get(key) not in (None, *DTYPES):
+            raise self.refuse(key, f"one of {', '.join(DTYPES)}")
+        return self.values.get(key)
+
+
+def read_config_json(folder: str | Path) -> Section:
+    """Read config.json of a folder.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; a Hugging Face folder has one") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}; it must be one JSON object")
+    return Section(file, "", raw)

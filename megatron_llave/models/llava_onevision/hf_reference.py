@@ -1,0 +1,42 @@
+"""transformers' own LLaVA-OneVision model of a folder, and its inputs, to compare our embeddings with."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_llave.data.packing import IMAGE, EncodedSequence
+from megatron_llave.models.blocks.siglip import normalise
+from megatron_llave.models.hf.weights import HfWeights
+from megatron_llave.models.llava_onevision.hf_config import build_config_json
+from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HEAD, POST_NORM
+
+
+def reference_model(transformers: ModuleType, weights: HfWeights) -> Module:
+    """LlavaOnevisionForConditionalGeneration in float32; it also takes llava_qwen's tensors under their other names."""
+    model_class, config = transformers.LlavaOnevisionForConditionalGeneration, weights.config
+    if config.layout == "llava_onevision":
+        return model_class.from_pretrained(weights.files.folder, use_safetensors=True).float().eval()
+    wanted = [n for n in weights.names if not weights.is_unused(n) or n == LM_HEAD or n.startswith(POST_NORM)]
+    tensors = {name: weights.read(name).float() for name in wanted}
+    tied = config.tied or LM_HEAD not in tensors
+    if tied:
+        tensors[LM_HEAD] = tensors[HF_EMBEDDING]
+    values = build_config_json(config.model, "llava_onevision", tied, "float32", config)
+    theirs = transformers.LlavaOnevisionConfig.from_dict(values)
+    return model_class.from_pretrained(None, config=theirs, state_dict=tensors).eval()
+
+
+def reference_inputs(model: Module, sequence: EncodedSequence, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward for one input, whose image, if it has one, is (width, height) large."""
+    image_token = getattr(model.config, "image_token_id", None)
+    image_token = model.config.image_token_index if image_token is None else image_token
+    layouts = iter(sequence.layouts)
+    ids = [[image_token] * len(next(layouts)) if token == IMAGE else [token] for token in sequence.tokens]
+    tokens = torch.tensor([[token for part in ids for token in part]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if sequence.tiles:
+        inputs["pixel_values"] = normalise(torch.from_numpy(sequence.tiles[0]))[None]  # [1, k, 3, size, size]
+        inputs["image_sizes"] = torch.tensor([size[::-1]])
+    return inputs
