@@ -20,6 +20,11 @@ errors files < config < batch < distributed < data < models < loss < planning < 
 between the same two signs do not see each other, but for errors and files, of which files is the second."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}
 
+FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")} - {"blocks", "hf"}
+"""The second rule: nobody but models/__init__.py imports a family's folder from outside of it, or names it."""
+MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model"}
+"""The registry, and the default of model.family."""
+
 MAY_NAME_PARALLEL_STATE = {"megatron_llave.distributed.process_groups"}
 # All to compare with.
 MAY_IMPORT_TRANSFORMERS = {"megatron_llave.convert.verify", "benchmarks.data_pipeline", "benchmarks.released_step"}
@@ -67,6 +72,7 @@ def offences(module: str, source: str) -> Iterator[str]:
             yield from order_offences(module, name)
             yield from foreign_offences(module, name)
         yield from name_offences(module, node)
+        yield from family_offences(module, node)
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             for node in ast.walk(function):
@@ -94,6 +100,19 @@ def order_offences(module: str, name: str) -> Iterator[str]:
         yield f"{module}: imports {name} from a layer above"
     elif LEVEL[target] == LEVEL[own] and (own, target) != ("files", "errors"):
         yield f"{module}: imports its sibling {name}"
+
+
+def family_offences(module: str, node: ast.AST) -> Iterator[str]:
+    """Imports, from outside of a family's folder, of what is in it; and its name, written out."""
+    parts = module.split(".")
+    if parts[0] not in (PACKAGE, "tools"):
+        return  # tests and benchmarks may look at one family
+    others = FAMILIES - set(parts[2:3] if parts[1:2] == ["models"] else ())
+    for name in imported_names(node, module):
+        if name.startswith(f"{PACKAGE}.models.") and name.split(".")[2] in others and module != f"{PACKAGE}.models":
+            yield f"{module}: imports {name}; models/__init__.py alone knows the families"
+    if isinstance(node, ast.Constant) and node.value in others and module not in MAY_NAME_FAMILIES:
+        yield f"{module}: names the family {node.value}; ask models.family_of"
 
 
 def foreign_offences(module: str, name: str) -> Iterator[str]:
@@ -209,6 +228,23 @@ def test_no_cycles() -> None:
         ("distributed.process_groups", "from megatron.core import parallel_state", None),
         ("models.blocks.siglip", "from transformers import SiglipVisionModel", "transformers"),
         ("convert.verify", "from transformers import AutoTokenizer", None),
+        (
+            "train",
+            "from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder",
+            "alone knows",
+        ),
+        ("train", "from megatron_llave.models import llava_onevision", "alone knows"),
+        (
+            "models.blocks.siglip",
+            "from megatron_llave.models.llava_onevision import anyres",
+            "alone knows",
+        ),
+        ("models.llava_onevision.processor", "from megatron_llave.models.llava_onevision import anyres", None),
+        ("models", "from megatron_llave.models import llava_onevision", None),
+        ("train", "from megatron_llave.models import build_model", None),
+        ("convert.hf", "layout = 'llava_onevision'", "names the family llava_onevision"),
+        ("models.llava_onevision.hf_config", "LAYOUTS = ('llava_onevision',)", None),
+        ("config.model", "family: str = 'llava_onevision'", None),
         ("data.pipeline", "import torch.distributed as dist", "as ints"),
         ("data.pipeline", "from torch import distributed", "as ints"),
         ("data.pipeline", "import torch\nrank = torch.distributed.get_rank()", "as ints"),

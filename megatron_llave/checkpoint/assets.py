@@ -1,4 +1,4 @@
-"""What a checkpoint carries of the Hugging Face folder its weights came from."""
+"""The folder `assets/` of a checkpoint: what it keeps of the Hugging Face folder that its weights came from."""
 
 import json
 import shutil
@@ -19,16 +19,15 @@ from megatron_llave.models.hf.tensor_files import CODES, DTYPE_CODES, write_tens
 from megatron_llave.models.hf.weights import HfWeights
 
 UNUSED_FILE = "unused.safetensors"
-
-
+"""Tensors that the embedder does not use."""
 DTYPES_FILE = "tensors.json"
-
-
+"""Dtype of every tensor of the Hugging Face folder, by canonical name."""
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype by canonical name."""
 
 
 def keep_assets(weights: HfWeights, folder: Path) -> None:
-    """Write what an export gives back as it came into a new folder."""
+    """Write all that an export gives back unchanged into a new folder."""
     folder.mkdir()
     weights.format.keep_files(weights.files.folder, folder)
     head = weights.format.lm_head
@@ -40,17 +39,17 @@ def keep_assets(weights: HfWeights, folder: Path) -> None:
 
 
 def _head_is_embedding(weights: HfWeights) -> bool:
-    """Tied weights of which the file holds both copies; the export copies the (perhaps trained) embedding again."""
+    """Whether tied weights are stored twice; then an export copies the embedding, which may have been trained."""
     head, embedding = weights.format.lm_head, weights.format.embedding
     return weights.config.tied and torch.equal(weights.read(head), weights.read(embedding))
 
 
 def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -> None:
-    """Fill `assets/` of a run's folder, which its checkpoints then carry; one rank does it, before the first step.
+    """Fill `assets/` in the output directory, from where each checkpoint takes it; the first rank calls this once.
 
     Args:
-        output: the run's folder.
-        pretrained: what the run starts from, if anything.
+        output: output directory of the run.
+        pretrained: the weights that the run starts from, if any.
         tokenizer: the file that the run reads its tokenizer from.
     """
     folder = output / folders.ASSETS
@@ -68,26 +67,26 @@ def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -
 
 @dataclass(frozen=True)
 class Assets:
-    """What a checkpoint carries of the HF folder its weights came from; empty for a model trained from scratch."""
+    """What a checkpoint keeps of the HF folder that its weights came from; empty for a model trained from scratch."""
 
     folder: Path | None
     config: HfConfig | None
     dtypes: dict[str, torch.dtype]
-    """Of every tensor of the folder, by canonical name."""
+    """Dtype of every tensor of that folder, by canonical name."""
     unused: Shapes
-    """Of the tensors in unused.safetensors."""
+    """Shape and dtype of the tensors in unused.safetensors."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor of unused.safetensors."""
+        """Read one tensor of unused.safetensors."""
         with safe_open(self.folder / UNUSED_FILE, framework="pt") as handle:
             return handle.get_tensor(name)
 
 
 def read_assets(folder: Path) -> Assets:
-    """The assets in checkpoint folder `folder`.
+    """Read the assets of checkpoint folder `folder`.
 
     Raises:
-        CheckpointError: they are damaged.
+        CheckpointError: a file of the assets is damaged.
     """
     assets = folder / folders.ASSETS
     if not (assets / DTYPES_FILE).is_file():

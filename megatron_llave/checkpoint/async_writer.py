@@ -1,10 +1,10 @@
-"""Writes a run's checkpoints, beside the training if asked, and survives what disks and writers do.
+"""Saves a run's checkpoints, asynchronously if the configuration says so, and survives failures of disks and writers.
 
-    writer.save(step, state.to_save(step), position)     begins; the tensors may change as soon as it returns
-    writer.poll()                                        once a step: makes what has been written current
+    writer.save(step, state.to_save(step), position)     starts a save; the tensors may change as soon as it returns
+    writer.poll()                                        called once per step; makes a finished save the current one
 
-Whatever goes wrong (a full disk, a writer that is killed), all ranks learn of it together, training goes on, and the
-checkpoint before stays current.
+When a save fails (full disk, killed writer), all ranks learn of it together, training continues, and the previous
+checkpoint stays current.
 """
 
 import inspect
@@ -40,15 +40,16 @@ logger = logging.getLogger(__name__)
 
 RESERVE = "reserve"
 RESERVE_BYTES = 16 << 20
-"""Room kept for the metadata, which the first rank writes last: the others could not know that it has none."""
+"""Bytes reserved on the disk for the metadata. The first rank writes it last, when the other ranks could no longer
+learn that the disk is full."""
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 1.0
-"""Between looks at how large the files are: on a cluster they are a server's."""
+"""Seconds between two looks at the sizes of the files, which on a cluster are requests to a file server."""
 
 
 @dataclass
 class _Save:
-    """One checkpoint on its way."""
+    """A save that has started and is not finished."""
 
     step: int
     partial: Path
@@ -58,19 +59,19 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one run, one at a time; every rank calls the same methods at the same steps."""
+    """Saves the checkpoints of a run, one at a time. Every rank calls the same methods at the same steps."""
 
     def __init__(
         self, cfg: RunConfig, groups: ProcessGroupCollection, progress: Callable[[str], None] = lambda doing: None
     ) -> None:
-        """`progress` is told, while a checkpoint is waited for, that it grows."""
+        """`progress` is called with a line of text whenever a checkpoint that is waited for has grown."""
         self._cfg, self._groups, self._progress = cfg, groups, progress
         self._current: _Save | None = None
         self.last: Path | None = None
         """Folder of the last checkpoint that became current."""
 
     def save(self, step: int, state: dict, position: dict | None) -> bool:
-        """Begin a checkpoint; one that is still being written is waited for.
+        """Start to save a checkpoint, after waiting for one that is still being written.
 
         Args:
             step: steps done.
@@ -78,7 +79,7 @@ class CheckpointWriter:
             position: where the data stands after these steps (data/pipeline.py).
 
         Returns:
-            Whether it is on its way. If not, the first rank has logged why.
+            Whether the save has started. If not, the first rank has logged the reason.
         """
         self.poll(wait=True)
         started = time.perf_counter()
@@ -88,7 +89,7 @@ class CheckpointWriter:
         metadata = state_metadata(self._groups)
         metadata.pop("dp_cp_group")
         strategy = get_default_save_sharded_strategy("torch_dist")
-        if self._groups.dp_cp.size() > 1:  # each data-parallel rank writes a part, in place of the first all
+        if self._groups.dp_cp.size() > 1:  # each data-parallel rank writes a part, instead of the first one everything
             strategy = FullyParallelSaveStrategyWrapper(strategy, self._groups.dp_cp, False)
         options = {"async_sharded_save": True, "content_metadata": metadata, **_own_writer()}
         with _hide_main_from_spawn(), _block_stop_signals():
@@ -102,13 +103,13 @@ class CheckpointWriter:
         return True
 
     def poll(self, wait: bool = False) -> bool:
-        """Make the checkpoint that is being written current, if all ranks have written their part.
+        """Make the checkpoint that is being saved the current one, if all ranks have written their part.
 
         Args:
-            wait: until they have.
+            wait: wait until they have.
 
         Returns:
-            Whether one became current in this call.
+            Whether a checkpoint became current in this call.
         """
         current = self._current
         if current is None:
@@ -154,7 +155,7 @@ class CheckpointWriter:
         return ""
 
     def _finalize(self, current: _Save) -> str:
-        """megatron-core's own last steps, which tell all ranks alike of a part that could not be written."""
+        """Run megatron-core's own last steps, which tell all ranks when a part could not be written."""
         if dist.get_rank() == 0:
             (current.partial / RESERVE).unlink(missing_ok=True)
         try:
@@ -167,20 +168,20 @@ class CheckpointWriter:
     def _finish(self, current: _Save) -> str:
         if dist.get_rank() > 0:
             return ""
-        output, own = self._cfg.train.output, self._cfg.checkpoint
+        output, kept = self._cfg.train.output, self._cfg.checkpoint
         try:
             final = folders.step_folder(output, current.step)
             folders.finish(current.partial, final, current.step, layout(self._groups, self._cfg))
         except OSError as error:
             return str(error.strerror or error)
         try:
-            folders.remove_old(output, own.keep_last, own.keep_every)
+            folders.remove_old(output, kept.keep_last, kept.keep_every)
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be removed: %s", output, error)
         return ""
 
     def _agree(self, failure: str, partial: Path) -> bool:
-        """Whether no rank has failed; a failure is logged by whoever knows it, and the half checkpoint removed."""
+        """Whether no rank has failed. The rank that knows of a failure logs it; the first removes the folder."""
         failed = torch.tensor([int(bool(failure))], device=device())
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():
@@ -201,15 +202,15 @@ def _bytes_in(folder: Path) -> int:
 
 
 def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:
-    """How the processes are laid out, for the manifest."""
+    """The parallel layout, for the manifest."""
     names = {"tensor": groups.tp, "context": groups.cp, "pipeline": groups.pp, "data": groups.dp}
     return {name: group.size() for name, group in names.items()} | {"chunks": cfg.parallel.virtual_pipeline}
 
 
 @contextmanager
 def _block_stop_signals() -> Iterator[None]:
-    """Processes started inside do not hear a request to stop: torchrun sends it to them too, and the save would die."""
-    resource_tracker.ensure_running()  # which unblocks SIGTERM again when it is started
+    """Block stop signals in processes that are started inside: torchrun sends them there too and would end the save."""
+    resource_tracker.ensure_running()  # starting it would unblock SIGTERM again
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -219,9 +220,12 @@ def _block_stop_signals() -> Iterator[None]:
 
 @contextmanager
 def _hide_main_from_spawn() -> Iterator[None]:
-    """Spawned processes would import the script that started this one, and with it torch: seconds, for nothing.
+    """Keep processes that are spawned inside from importing the script that started this one.
 
-    megatron-core starts one at the first save, for the queue through which writers report.
+    megatron-core 0.16.1 and 0.19.2 make the queue through which writers report by `get_context("spawn").Manager()`
+    (dist_checkpointing/strategies/filesystem_async.py, get_write_results_queue), at the first save. A spawned process
+    imports the main script first, and with it torch, which takes seconds and is of no use to the queue. The start
+    method cannot be chosen in 0.16.1. Python's multiprocessing.spawn finds the script by these two attributes.
     """
     script = sys.modules["__main__"]
     held = {name: getattr(script, name) for name in ("__spec__", "__file__") if hasattr(script, name)}
@@ -235,6 +239,6 @@ def _hide_main_from_spawn() -> Iterator[None]:
 
 
 def _own_writer() -> dict[str, str]:
-    """megatron-core 0.19 prefers the writer of another package; this one is in all versions."""
+    """Choose megatron-core's own writer: 0.19 prefers that of another package, and 0.16.1 has no such argument."""
     knows = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if knows else {}

@@ -1,11 +1,11 @@
-"""The folders that checkpoints are: which one is current, which are whole, which are kept.
+"""The folders of checkpoints: which one is current, which are complete, and which are kept.
 
-    OUTPUT/checkpoints/step-0002400/    weights, optimizer, ... (state.py), config.yaml, data.json (where the
-                                        data is), manifest.json (step, layout, size of every file)
-    OUTPUT/checkpoints/latest           the name of the newest whole one
+    OUTPUT/checkpoints/step-0002400/    weights, optimizer, ... (state.py), config.yaml, data.json (position in the
+                                        data), manifest.json (step, parallel layout, size of every file)
+    OUTPUT/checkpoints/latest           the name of the newest complete checkpoint
 
-A checkpoint is written under a temporary name (async_writer.py), renamed when whole, and made current by replacing
-`latest` in one move: a killed save leaves the previous one current.
+A checkpoint is written under a temporary name (async_writer.py), renamed when it is complete, and made current by
+replacing `latest` atomically. A save that is killed leaves the previous checkpoint current.
 """
 
 import json
@@ -30,25 +30,25 @@ CONFIG = "config.yaml"
 POSITION = "data.json"
 MANIFEST = "manifest.json"
 ASSETS = "assets"
-"""Folder with the tokenizer and, of a converted model, what an export gives back (convert/hf.py); in a run's folder,
-and in each of its checkpoints, where large files are links to the run's."""
+"""Folder with the tokenizer and, for a converted model, with all that an export gives back (convert/hf.py). It is in
+the output directory and in each checkpoint, where large files are hard links to those of the output directory."""
 AVERAGE = "average."
-"""Before the names of averaged weights."""
+"""Prefix of the names of averaged weights."""
 FORMAT = "megatron_llave checkpoint"
 VERSION = 1
 _STEP = re.compile(r"step-(\d{7,})")
 
 
 def step_folder(output: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps goes."""
+    """Return the folder of the checkpoint after `step` steps."""
     return Path(output) / FOLDER / f"step-{step:07d}"
 
 
 def begin(partial: Path, cfg: RunConfig, position: dict | None) -> None:
-    """An empty checkpoint folder with all that is no tensor.
+    """Make a new checkpoint folder with everything except the tensors.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -61,10 +61,10 @@ def begin(partial: Path, cfg: RunConfig, position: dict | None) -> None:
 
 
 def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> None:
-    """Make a wholly written checkpoint the current one.
+    """Make a completely written checkpoint the current one.
 
     Raises:
-        OSError: the disk is full; the one before stays current.
+        OSError: the disk is full; the previous checkpoint stays current.
     """
     files = {str(path.relative_to(partial)): _size(path) for path in _files(partial)}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "files": files}
@@ -84,7 +84,7 @@ def _point_to(final: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes, as the server of a network file system has them: it may be another machine that wrote them just now."""
+    """Return the size in bytes as the file server knows it: another machine may have written the file just now."""
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_size
 
@@ -94,30 +94,32 @@ def _files(folder: Path) -> list[Path]:
 
 
 def remove_old(output: str | Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints that are not to be kept (config.CheckpointConfig), and what killed saves have left.
+    """Remove checkpoints that are not kept (config.schema.CheckpointConfig), and leftovers of killed saves.
 
     Raises:
-        OSError: one cannot be removed.
+        OSError: a checkpoint cannot be removed.
     """
     folder = Path(output) / FOLDER
     steps = sorted(all_steps(output), reverse=True)
     for step in steps[keep_last:] if keep_last else []:
         if not keep_every or step % keep_every:
-            # First the name: half a checkpoint must not look like one.
+            # Rename it first, since a checkpoint that is half removed must not look like one.
             os.replace(step_folder(output, step), folder / f"step-{step:07d}.replaced")
     for left in (*folder.glob("step-*.replaced"), *folder.glob("step-*.partial")):
         shutil.rmtree(left)
 
 
 def abandon_later(output: str | Path, folder: Path) -> list[Path]:
-    """Set aside a run's checkpoints after the one that it goes back to, which would count as newer than what it saves.
+    """Rename those checkpoints of a run that are later than the one it goes back to.
+
+    Otherwise they would count as newer than the checkpoints that the run is going to save.
 
     Args:
-        output: of the run.
-        folder: the checkpoint that it goes on from, perhaps of another run; then nothing is later.
+        output: output directory of the run.
+        folder: the checkpoint that the run resumes from. If it is one of another run, nothing is renamed.
 
     Returns:
-        Where they are now: step-N.abandoned, or .abandoned-2 and so on. None is removed.
+        The new folders: step-N.abandoned, or step-N.abandoned-2 and so on. Nothing is removed.
     """
     home = Path(output) / FOLDER
     match = _STEP.fullmatch(folder.name)
@@ -137,16 +139,17 @@ def abandon_later(output: str | Path, folder: Path) -> list[Path]:
 
 
 def all_steps(output: str | Path) -> list[int]:
-    """Steps of the checkpoints in a run's folder, whole ones or not."""
+    """Return the steps of the checkpoints in an output directory, complete or not."""
     folder = Path(output) / FOLDER
-    found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return [int(match[1]) for match in found if match]
+    matches = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(match[1]) for match in matches if match]
 
 
 def newest_usable(output: str | Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run; `report` is told of newer ones that are not, and why.
+    """Return the newest complete checkpoint of a run; `report` is called with the problem of each newer one.
 
-    Newer than the current one is a checkpoint whose save was killed just before it was made current: it is whole.
+    It may be newer than the current checkpoint: a save that was killed just before its checkpoint was made current left
+    a complete one.
     """
     for step in sorted(all_steps(output), reverse=True):
         folder = step_folder(output, step)
@@ -159,10 +162,10 @@ def newest_usable(output: str | Path, report: Callable[[str], None]) -> Path | N
 
 
 def require_whole(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file of which is there with its size.
+    """Return the manifest of a checkpoint after checking that every file is there and has its size.
 
     Raises:
-        CheckpointError: names what is missing or of another size.
+        CheckpointError: names the file that is missing or of another size.
     """
     file = folder / MANIFEST
     try:
@@ -175,38 +178,38 @@ def require_whole(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
     if not is_known:
-        found = f"{manifest['format']!r} version {manifest['version']!r}"
-        raise CheckpointError(f"{folder} is {found}, this code reads {FORMAT!r} version {VERSION}")
+        kind = f"{manifest['format']!r} version {manifest['version']!r}"
+        raise CheckpointError(f"{folder} is {kind}, this code reads {FORMAT!r} version {VERSION}")
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        if path.stat().st_size != size:
-            found = path.stat().st_size
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {found} bytes, written were {size}")
+        actual = path.stat().st_size
+        if actual != size:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {actual} bytes, written were {size}")
     return manifest | {"step": step}
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """`KEY was A, is B` for each value that differs between two nested dicts."""
-    found = []
+    """Return a line `KEY was A, is B` for each value that differs between two nested dictionaries."""
+    lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old}, is {new}")
-    return found
+            lines.append(f"{prefix}{key} was {old}, is {new}")
+    return lines
 
 
 def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
-    """Whether a run with this configuration can go on from checkpoint `folder`.
+    """Check that a run with this configuration can resume from checkpoint `folder`.
 
     Returns:
-        What else differs and is taken from `cfg`: learning rate, loss and so on.
+        A line for each other key that differs, such as the learning rate; the value of `cfg` applies.
 
     Raises:
-        CheckpointError: the model, its frozen parts or the reward are others.
+        CheckpointError: the model, its frozen parts or loss.reward differ.
     """
     saved = load_config(folder / CONFIG, leave_out=["parallel"])
     model = differences(asdict(saved.model), asdict(cfg.model))
@@ -225,7 +228,7 @@ def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
 
 
 def link(source: str, target: str) -> None:
-    """A hard link, so that a large file is stored once; a copy where the file system has none."""
+    """Make a hard link, so that a large file is stored once, or a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -233,10 +236,10 @@ def link(source: str, target: str) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the current one of a run's output folder.
+    """Return the checkpoint folder at `path`: the folder itself, or the current checkpoint of an output directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     path = Path(path)
     for folder in (path, path / FOLDER):
@@ -256,10 +259,10 @@ def find(path: str | Path) -> Path:
 
 
 def read_position(folder: Path) -> dict | None:
-    """Where the data stood when checkpoint `folder` was saved; None for one that has no steps behind it.
+    """Return the position in the data at which checkpoint `folder` was saved, or None if it was saved before any step.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file with the position is damaged.
     """
     file = folder / POSITION
     if not file.is_file():
@@ -277,19 +280,19 @@ def require_average(folder: Path, cfg: RunConfig, average: bool) -> None:
     """Refuse `average` for a checkpoint that has no averaged weights.
 
     Raises:
-        CheckpointError: its run had no averages.
+        CheckpointError: the run of the checkpoint kept no averages.
     """
     if average and cfg.loss.reward != "ema":
         raise CheckpointError(f"{folder} has no averaged weights: its run had loss.reward={cfg.loss.reward}, not ema")
 
 
 def failure(error: BaseException) -> BaseException:
-    """What went wrong; torch wraps the errors of all ranks into one of its own, which is no Exception."""
+    """Return the error of the first rank that failed; torch wraps those of all ranks into one, no Exception."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def unusable(path: str | Path, error: BaseException) -> CheckpointError:
-    """One line for what a reader of checkpoint `path` ran into."""
+    """Return a one-line CheckpointError for an error that occurred while checkpoint `path` was read."""
     error = failure(error)
     reason = " ".join(str(error).split()) or type(error).__name__
     return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}")

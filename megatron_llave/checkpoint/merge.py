@@ -1,7 +1,7 @@
-"""Weighted means of the weights of several checkpoints of one model, tensor by tensor, in one process (tools/merge.py).
+"""Weighted mean of the weights of several checkpoints of one model, tensor by tensor, in one process (tools/merge.py).
 
-Used by the study of freezing, for weights between those of a run with a frozen tower and one without; and by anyone who
-wants the mean of runs with other seeds or data ("model soup", arXiv 2203.05482).
+The study of freezing uses it to interpolate between a run with a frozen vision encoder and a run without. It also gives
+the mean of runs with different seeds or data ("model soup", arXiv 2203.05482).
 """
 
 import math
@@ -26,18 +26,18 @@ from megatron_llave.models import model_without_memory
 def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: ProcessGroupCollection) -> Path:
     """Write the weighted mean of checkpoints as a checkpoint of weights alone, which loads at every layout.
 
-    The sums are float32; the result has the precision, configuration and tokenizer of the first checkpoint. About one
-    layer of each is in memory.
+    Sums are in float32; the result has the precision, configuration and tokenizer of the first checkpoint. About one
+    layer of each checkpoint is in memory at a time.
 
     Args:
-        parts: (checkpoint or run's folder, share); the shares add up to 1, and may be negative.
+        parts: (checkpoint or output directory, share) of each; the shares add up to 1 and may be negative.
         out: the checkpoint's folder; must not exist.
-        groups: of this single process.
+        groups: process groups of this single process.
 
     Raises:
         ConfigError: fewer than two parts, shares that do not add up to 1, or checkpoints of different models.
-        CheckpointError: one is no checkpoint or damaged, or `out` is taken or cannot be written. Nothing half-written
-            is left.
+        CheckpointError: a checkpoint is missing or damaged, or `out` exists or cannot be written. No partial folder is
+            left.
     """
     shares = [share for _, share in parts]
     require(len(parts) >= 2, "a merge needs at least two checkpoints")
@@ -48,21 +48,22 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     for folder, cfg in zip(sources[1:], cfgs[1:]):
         require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
         require_same_tokenizer(sources[0], folder)
-    # The averages of a run with loss.reward=ema are not merged, and are not there.
+    # The averages of runs with loss.reward=ema are not merged, so the result has none.
     cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward="self"))
     embedder = model_without_memory(cfg.model, groups)
     streams = [
-        read_weights(folder, model_without_memory(one.model, groups), groups) for folder, one in zip(sources, cfgs)
+        read_weights(folder, model_without_memory(part_cfg.model, groups), groups)
+        for folder, part_cfg in zip(sources, cfgs)
     ]
     dtypes = {name: parameter.dtype for name, parameter in embedder.named_parameters()}
 
     def read(name: str) -> Tensor:
-        found = [next(stream) for stream in streams]
-        assert {own for own, _ in found} == {name}, f"{name} is asked for, the checkpoints give {found}"
-        shapes = {tuple(value.shape) for _, value in found}
+        names, values = zip(*(next(stream) for stream in streams))
+        assert set(names) == {name}, f"{name} is asked for, the checkpoints give {names}"
+        shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1:
             raise CheckpointError(f"{name} has the shapes {sorted(shapes)} in the checkpoints; they are no one model's")
-        total = sum(share * value.float() for share, (_, value) in zip(shares, found))
+        total = sum(share * value.float() for share, value in zip(shares, values))
         return total.to(dtypes[name])
 
     with whole_folder(out, "merged checkpoint") as folder:
@@ -73,10 +74,10 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
 
 
 def require_same_tokenizer(one: Path, other: Path) -> None:
-    """Refuse checkpoints whose token ids mean different things.
+    """Refuse checkpoints whose tokenizers differ.
 
     Raises:
-        CheckpointError: names both.
+        CheckpointError: names both files.
     """
     for name in TOKENIZERS:
         files = [folder / folders.ASSETS / name for folder in (one, other)]

@@ -1,4 +1,4 @@
-"""Weights that a run or an embedder starts from, wherever they are: a checkpoint, a run's folder, or an HF folder."""
+"""Weights that a run or an embedder starts from: of a checkpoint, an output directory or a Hugging Face folder."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,28 +22,28 @@ from megatron_llave.models.hf.weights import fill_from_hf
 HF_CONFIG = "config.json"
 
 HASH_THREADS, HASH_BYTES = 8, 2**22
-"""Files that are hashed at a time, and bytes of each that are held."""
+"""Number of files that are hashed at the same time, and bytes of each that are in memory."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where weights are, and what model they are of."""
+    """Where weights are, and the configuration of their model."""
 
     folder: Path
     cfg: RunConfig
-    """Of an HF folder: the model that its config.json describes, all else by default."""
+    """For an HF folder, the model that its config.json describes; every other key has its default."""
     is_hf: bool
 
     @property
     def assets(self) -> Path:
-        """Folder that may hold a tokenizer."""
+        """Return the folder that may hold a tokenizer."""
         return self.folder if self.is_hf else self.folder / folders.ASSETS
 
     def load(self, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
-        """Fill this rank's chunks, at the layout of `groups`.
+        """Fill this rank's chunks, at the parallel layout of `groups`.
 
         Raises:
-            CheckpointError: the weights are damaged, not whole, of another model, or have no averages.
+            CheckpointError: the weights are damaged, incomplete, of another model, or have no averages.
         """
         folders.require_average(self.folder, self.cfg, average)
         if self.is_hf:
@@ -57,32 +57,32 @@ class Pretrained:
         return None if file is None else str(file)
 
     def fingerprint(self) -> str:
-        """Of the weights: a hash of their files' names and of every byte in them.
+        """Return a hash of the names of the files that hold the weights, and of every byte in them.
 
-        The same wherever the folder lies and however many ranks load it; one rank is enough. A sample would not
-        do: a fine-tune of the projector alone changes few of them. SHA-256 does 1.9 GB/s on a core of an AMD EPYC with
-        SHA instructions, BLAKE2b 1.3, and the files of a checkpoint are hashed side by side.
+        It does not depend on where the folder is, nor on the number of ranks; one rank computes it. A sample of the
+        bytes would not be enough, since a fine-tune of the projector changes few of them. SHA-256 reads 1.9 GB/s on one
+        core of an AMD EPYC with SHA instructions, BLAKE2b 1.3 GB/s; several files are hashed at the same time.
 
         Raises:
-            CheckpointError: a file cannot be read, or is gone since the weights were loaded.
+            CheckpointError: a file cannot be read, or has been removed since the weights were loaded.
         """
         if self.is_hf:
-            found = [self.folder / HF_CONFIG, *self.folder.rglob("*.safetensors")]
+            paths = [self.folder / HF_CONFIG, *self.folder.rglob("*.safetensors")]
         else:  # without other folders in it, such as that of an evaluation
-            found = [*self.folder.iterdir(), *self.assets.rglob("*")]
-        files = sorted(path for path in found if path.is_file())
+            paths = [*self.folder.iterdir(), *self.assets.rglob("*")]
+        files = sorted(path for path in paths if path.is_file())
         digest = hashlib.sha256()
         try:
             with ThreadPoolExecutor(HASH_THREADS) as pool:
-                for path, own in zip(files, pool.map(_hash, files)):
-                    digest.update(f"{path.relative_to(self.folder)} {own}\n".encode())
+                for path, file_digest in zip(files, pool.map(_hash, files)):
+                    digest.update(f"{path.relative_to(self.folder)} {file_digest}\n".encode())
         except OSError as error:
             why = f"{error.strerror}; is a run removing it?"
             raise CheckpointError(f"{error.filename} cannot be read: {why}") from error
         return digest.hexdigest()
 
     def identity(self, cfg: RunConfig, average: bool) -> dict[str, str]:
-        """What the embeddings of these weights depend on, under the configuration that they are used with."""
+        """Return everything that the embeddings of these weights depend on under this configuration, by name."""
         tokenizer = hashlib.sha256(find_tokenizer(cfg.data).read_bytes()).hexdigest()
         values = {
             "weights": self.fingerprint(),
@@ -94,17 +94,17 @@ class Pretrained:
         return {key: str(value) for key, value in values.items()}
 
     def adopt(self, model: ModelConfig) -> ModelConfig:
-        """`model` with the vocabulary of these weights; with all their sizes and grids where it gives no size itself.
+        """Return `model` with the vocabulary of these weights, and if it gives no sizes, with all of theirs.
 
         Raises:
-            ConfigError: it is another model; names the key and both values.
+            ConfigError: `model` gives other sizes than the weights have; names the key and both values.
         """
-        own = self.cfg.model
+        stored = self.cfg.model
         if not has_sizes(model):
-            sizes = {"family": own.family, "vision": own.vision, "language": own.language}
-            return replace(model, **sizes, image_grids=model.image_grids or own.image_grids)
-        require_same_model(model, own, f"the weights in {self.folder}")
-        return replace(model, language=replace(model.language, vocab_size=own.language.vocab_size))
+            sizes = {"family": stored.family, "vision": stored.vision, "language": stored.language}
+            return replace(model, **sizes, image_grids=model.image_grids or stored.image_grids)
+        require_same_model(model, stored, f"the weights in {self.folder}")
+        return replace(model, language=replace(model.language, vocab_size=stored.language.vocab_size))
 
 
 def _hash(path: Path) -> str:
@@ -116,10 +116,10 @@ def _hash(path: Path) -> str:
 
 
 def find_pretrained(path: str | Path) -> Pretrained:
-    """What lies at `path`.
+    """Find the weights at `path`.
 
     Raises:
-        CheckpointError: neither a checkpoint, nor a run's folder, nor an HF folder of a supported model.
+        CheckpointError: `path` is neither a checkpoint, nor an output directory, nor an HF folder of a known model.
     """
     path = Path(path)
     if (path / HF_CONFIG).is_file():

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_llave.errors import ConfigError
@@ -160,32 +160,20 @@ class LocalAttention(MegatronModule):
 
 
 def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
-    """One pre-norm transformer layer. `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own of that kind.
+    """One pre-norm transformer layer: megatron-core's own, with the norms and the attention of this file if local.
 
-    Checkpoints of both kernels have the same keys (Transformer Engine's).
+    `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own of that kind. Checkpoints of both kernels have the
+    same keys (Transformer Engine's).
     """
     if kernels == "transformer_engine":
-        return _transformer_engine_layer_spec(mask)
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=LocalAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
-    )
-    submodules = TransformerLayerSubmodules(
-        input_layernorm=norm,
-        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp_submodules("local")),
-        mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        },
-    )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+        transformer_engine()
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec.submodules.self_attention.submodules.core_attention = LocalAttention
+    spec.submodules.self_attention.params["attn_mask_type"] = mask
+    return spec
 
 
 def transformer_engine() -> Any:
@@ -205,29 +193,8 @@ def transformer_engine() -> Any:
     return wrappers
 
 
-def _transformer_engine_layer_spec(mask: AttnMaskType) -> ModuleSpec:
-    te = transformer_engine()
-    attention = SelfAttentionSubmodules(
-        linear_qkv=te.TELayerNormColumnParallelLinear,
-        core_attention=te.TEDotProductAttention,
-        linear_proj=te.TERowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
-    )
-    mlp = MLPSubmodules(linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
-    submodules = TransformerLayerSubmodules(
-        input_layernorm=IdentityOp,
-        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=IdentityOp,
-        mlp=ModuleSpec(module=MLP, submodules=mlp),
-        mlp_bda=get_bias_dropout_add,
-    )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
-
-
 def mlp_submodules(kernels: str) -> MLPSubmodules:
-    """Linear layers of an MLP that has no norm of its own before it: the projector's, or a local layer's."""
+    """Linear layers of an MLP that has no norm of its own before it, such as the projector."""
     if kernels == "transformer_engine":
         te = transformer_engine()
         return MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
