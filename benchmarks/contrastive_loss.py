@@ -20,14 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_llave.batch import PairEmbeddings
+from megatron_llave.config.schema import LossConfig
 from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
 
 TEMPERATURE, ALPHA = 0.02, 9.0
+LOSS = LossConfig(temperature=TEMPERATURE, alpha=ALPHA)
 
 
 def ours(query: Tensor, target: Tensor) -> Tensor:
     """The package's loss."""
-    return hardness_weighted_contrastive_loss(query, target, TEMPERATURE, ALPHA)[0]
+    embeddings = PairEmbeddings(query, target, query.new_zeros(0, query.shape[1]))
+    return hardness_weighted_contrastive_loss(embeddings, config=LOSS)[0]
 
 
 def dense(query: Tensor, target: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from megatron_llave.errors import exit_with_one_line
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.train import train_step
 from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import build_trainable
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny.yaml"
@@ -48,7 +49,8 @@ def measure(cfg: RunConfig, repeats: int) -> tuple[dict[str, float], int, int]:
         batches = unpack_step(next(stream).to(process_groups.device())).batches
         for arm in ARMS:
             started = time.perf_counter()
-            record, _ = train_step(trainable, fresh(batches), replace(cfg.loss, negatives=arm), step, groups)
+            result = train_step(trainable, fresh(batches), replace(cfg.loss, negatives=arm), step, groups)
+            record = step_metrics(result.shares, result.batches, groups.dp)
             seconds[arm].append(time.perf_counter() - started)
         tokens.append(record["tokens"])
     process_groups.destroy_model_parallel()

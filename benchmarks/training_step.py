@@ -35,6 +35,7 @@ from megatron_llave.models import build_model
 from megatron_llave.planning.flops import extra_flops, step_flops
 from megatron_llave.train import train_step
 from megatron_llave.training.logger import quiet_dependencies
+from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import build_trainable
 
 MICRO_BATCHES = 5
@@ -88,8 +89,8 @@ class Ours:
 
     def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:
         """Train; returns the loss."""
-        record, _ = train_step(self.trainable, batches, replace(self.cfg.loss, negatives=negatives), 0, self.groups)
-        return record["loss"]
+        result = train_step(self.trainable, batches, replace(self.cfg.loss, negatives=negatives), 0, self.groups)
+        return step_metrics(result.shares, batches, self.groups.dp)["loss"]
 
     def embed(self, batches: list[PairBatch]) -> torch.Tensor:
         """[2 * pairs, h]."""

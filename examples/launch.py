@@ -1,15 +1,20 @@
-"""Starts torchrun for a launch file that was started with bash: `launch.py pretrain_llave_NAME.sh [argument ...]`.
+"""What the launch files share: `launch.py pretrain_llave_NAME.sh [argument ...]` trains as NAME.yaml says.
 
-The number of processes is that of the GPUs, or two without a GPU, or PROCS. On several nodes run the launch file on
-each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does. Other options of torchrun are
-taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3.
+A launch file is bash and Python at once. Started with bash, it runs this program, which starts torchrun with the launch
+file. Every rank that torchrun starts runs the launch file with Python, which calls `train`; with torchrun --no-python
+bash runs it again, and this program then trains.
 
-SIGTERM and SIGUSR1 ask the run to save and stop, through the file `stop` in its folder, so that a save may take longer
-than torchrun waits for processes that it has passed a signal on to. The exit status is then 75; of a finished run it
-is 0, else torchrun's.
+The number of processes is PROCS, or else the number of GPUs, or two without a GPU. On several nodes run the launch file
+on each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does. Other options of torchrun
+are taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3.
+
+SIGTERM and SIGUSR1 ask the run to save and stop, through the file `stop` in its output directory. So a save may take
+longer than torchrun waits for processes that it has passed a signal on to. The exit status is then 75. A finished run
+has the status 0, any other one that of torchrun.
 """
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -22,29 +27,30 @@ from omegaconf import OmegaConf
 
 EXIT_STOPPED = 75
 DEFAULT_OUTPUT = "runs/default"
-"""train.output where neither file nor command line has one."""
+"""train.output where neither the file nor the command line gives one."""
 ASK_AGAIN = 2
-"""Seconds; a run that is only starting forgets what an earlier one was asked for."""
+"""Seconds between requests: a run deletes the stop file when it starts, since it may be that of an earlier run."""
 SECONDS_TO_MEET = 600
-"""Nodes that start late (an image to pull, a name that is not known yet) are waited for."""
+"""How long to wait for nodes that start late (an image to pull, a host name that does not resolve yet)."""
 
 
 def main() -> int:
-    """Run until torchrun ends; returns the exit status."""
+    """Start torchrun, or train where torchrun has started this process; returns the exit status."""
     file, arguments = sys.argv[1], sys.argv[2:]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Else restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
+    if "LOCAL_RANK" in os.environ:
+        return train(file, arguments)
+    # Otherwise restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", num_processes(), *nodes()]
 
     def ask(number: int, frame: object) -> None:
-        with suppress(OSError):  # the run has not made its folder yet
+        with suppress(OSError):  # the run has not made its directory yet
             (run_folder(file, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
         signal.signal(number, ask)
-    # In a session of its own: a signal to the whole group of processes is to reach torchrun through this one alone.
+    # In a session of its own: a signal to the whole process group must reach torchrun through this process alone.
     torchrun = subprocess.Popen([*launcher, file, *arguments], start_new_session=True)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, frame: torchrun.send_signal(number))
@@ -54,8 +60,28 @@ def main() -> int:
     return status if status >= 0 else 128 - status
 
 
+def config_file(file: str) -> Path:
+    """The YAML file beside a launch file: 7b.yaml of pretrain_llave_7b.sh."""
+    path = Path(file).resolve()
+    return path.with_name(path.stem.removeprefix("pretrain_llave_") + ".yaml")
+
+
+def train(file: str, arguments: list[str] | None = None) -> int:
+    """Train in this process, which is one rank.
+
+    Args:
+        file: the launch file.
+        arguments: overrides of its configuration; None: those of the command line.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    training = importlib.import_module("megatron_llave.train")  # takes seconds, which only a rank should spend
+    training.main(["--config", str(config_file(file)), *(sys.argv[1:] if arguments is None else arguments)])
+    return 0
+
+
 def num_processes() -> str:
-    """Of this node."""
+    """Number of processes of this node, for torchrun."""
     if "PROCS" in os.environ:
         return os.environ["PROCS"]
     try:
@@ -66,7 +92,7 @@ def num_processes() -> str:
 
 
 def nodes() -> list[str]:
-    """Options of torchrun that say how the nodes meet."""
+    """Options of torchrun for the rendezvous of the nodes."""
     if int(os.environ.get("NNODES", 1)) == 1:
         return ["--standalone"]
     for name in ("NODE_RANK", "MASTER_ADDR"):
@@ -75,27 +101,26 @@ def nodes() -> list[str]:
     endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}"
     is_host = int(os.environ["NODE_RANK"] == "0")
     meeting = f"is_host={is_host},read_timeout={SECONDS_TO_MEET}"
-    # c10d, not the default: after a failure its nodes find each other again (--max-restarts).
+    # With c10d, unlike the default, the nodes find each other again after a failure (--max-restarts).
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", meeting]
     return ["--nnodes", os.environ["NNODES"], *rendezvous]
 
 
 def run_folder(file: str, arguments: list[str]) -> Path:
-    """train.output of the run, read as lightly as can be."""
-    own = Path(file).resolve()
+    """train.output of the run, read without the package, whose import takes seconds."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", default=own.with_name(own.stem.removeprefix("pretrain_llave_") + ".yaml"))
-    given, rest = parser.parse_known_args(arguments)
+    parser.add_argument("--config", default=config_file(file))
+    known, rest = parser.parse_known_args(arguments)
     overrides = [word for word in rest if word.startswith("train.output=")]
-    cfg = OmegaConf.merge(OmegaConf.load(given.config), OmegaConf.from_dotlist(overrides))
+    cfg = OmegaConf.merge(OmegaConf.load(known.config), OmegaConf.from_dotlist(overrides))
     return Path(OmegaConf.select(cfg, "train.output") or DEFAULT_OUTPUT)
 
 
 def is_stopped(output: Path) -> bool:
-    """Whether the run has been stopped and saved before its end."""
+    """Whether the run was stopped and saved before its last step."""
     try:
         state = json.loads((output / "state.json").read_text())
-    except FileNotFoundError:  # it was only asked for --help
+    except FileNotFoundError:  # the command was --help
         return False
     return state["state"] == "stopped"
 

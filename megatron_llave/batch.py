@@ -4,6 +4,7 @@ Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v 
 b pairs, m hard negatives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -152,22 +153,40 @@ class StepBatches:
 
 @dataclass
 class PairEmbeddings:
-    """What the model made of one or more PairBatches."""
+    """Embeddings of the pairs of one or more PairBatches."""
 
     query: Tensor
     """[b, d] of unit length."""
     target: Tensor
-    """[b, d] of unit length; row i belongs with query row i."""
+    """[b, d] of unit length; row i is the positive of query row i."""
     hard_negatives: Tensor
-    """[m, d] of unit length."""
+    """[m, d] of unit length; m may be 0."""
 
     @staticmethod
-    def of(rows: Tensor, batch: PairBatch) -> "PairEmbeddings":
-        """Take the model's output [2 * b + m, d] for a batch apart."""
-        return PairEmbeddings(*rows.split([batch.num_pairs, batch.num_pairs, batch.num_hard_negatives]))
+    def of(outputs: list[Tensor], batches: list[PairBatch]) -> "PairEmbeddings":
+        """Split the model's output [2 * b + m, d] of each batch, and concatenate the parts over the batches."""
+        sizes = [[batch.num_pairs, batch.num_pairs, batch.num_hard_negatives] for batch in batches]
+        parts = zip(*(output.split(size) for output, size in zip(outputs, sizes)))
+        return PairEmbeddings(*map(torch.cat, parts))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PairEmbeddings":
+        """Apply a function to the embeddings of queries, targets and hard negatives."""
+        return PairEmbeddings(function(self.query), function(self.target), function(self.hard_negatives))
+
+
+@dataclass
+class PairIds:
+    """Hashed ids of the pairs of one or more PairBatches, by which `loss.mask_same_target` finds equal ones."""
+
+    query: Tensor
+    """[b] int64."""
+    target: Tensor
+    """[b] int64."""
+    hard_negatives: Tensor
+    """[m] int64."""
 
     @staticmethod
-    def concatenate(parts: list["PairEmbeddings"]) -> "PairEmbeddings":
-        """All queries, all targets, all hard negatives of several batches."""
-        names = [f.name for f in fields(PairEmbeddings)]
-        return PairEmbeddings(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    def of(batches: list[PairBatch]) -> "PairIds":
+        """Concatenate the ids of several batches."""
+        names = ("query_ids", "target_ids", "hard_negative_ids")
+        return PairIds(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))

@@ -9,13 +9,11 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
-from megatron_llave.batch import PairBatch, PairEmbeddings, StepBatches
+from megatron_llave.batch import PairBatch, StepBatches
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.pretrained import find_pretrained
@@ -29,12 +27,10 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import CheckpointError, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
-from megatron_llave.loss.contrastive import LossShare, NegativeRules, hardness_weighted_contrastive_loss
-from megatron_llave.loss.matryoshka import matryoshka_loss
-from megatron_llave.loss.schedules import alpha_at, temperature_at
+from megatron_llave.loss import build_loss
+from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels
-from megatron_llave.planning.flops import Work, achieved
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import (
@@ -47,7 +43,7 @@ from megatron_llave.training.fault_tolerance import (
 )
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
-from megatron_llave.training.metrics import histograms, peak_memory_gb, step_metrics
+from megatron_llave.training.metrics import StepResult, collect, is_due
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
 from megatron_llave.training.trackers import open_sinks
 
@@ -58,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
     parser = argparse.ArgumentParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
     parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
-    parser.add_argument("--resume", metavar="auto|DIR", help="go on with a run: checkpoint.resume")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
+    parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
     args = parser.parse_intermixed_args(argv)
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
     with exit_with_one_line(), explain_lost_ranks():
@@ -69,18 +65,18 @@ def main(argv: list[str] | None = None) -> None:
         cpu_emulation.enable()
         reason = train(load_config(args.config, [*args.overrides, *resumed]))
     if reason and "TORCHELASTIC_RUN_ID" not in os.environ:
-        # Under torchrun 0, for it takes every other status for a failure and may start the run again.
+        # Under torchrun the status stays 0: it takes any other one for a failure and may start the run again.
         raise SystemExit(EXIT_STOPPED)
 
 
 def train(cfg: RunConfig) -> str:
-    """Train as configured, on the processes torchrun started.
+    """Train as configured, on the processes that torchrun has started.
 
     Returns:
-        Why the run was stopped, and saved, before its last step; "" if it was not.
+        The reason why the run was stopped and saved before its last step; "" if it ran to the end.
 
     Raises:
-        UserError: configuration, layout or data cannot work; the message names the culprit.
+        UserError: the configuration, the parallel layout or the data cannot work; the message names the culprit.
     """
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
@@ -88,7 +84,8 @@ def train(cfg: RunConfig) -> str:
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
-    cfg, resumed = with_steps(cfg), find_checkpoint(cfg)
+    cfg = with_steps(cfg)
+    resumed = find_checkpoint(cfg)
     watchdog = Watchdog(cfg.parallel.timeout_seconds)
     watchdog.progress("opening the data")
     position = folders.read_position(resumed) if resumed else None
@@ -102,7 +99,7 @@ def train(cfg: RunConfig) -> str:
     watchdog.progress("building the optimizer")
     average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
-    watchdog.progress(f"loading {resumed}" if resumed else "making the run's folder")
+    watchdog.progress(f"loading {resumed}" if resumed else "making the output directory")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
     is_reporting = process_groups.is_reporting_rank(groups)
@@ -120,52 +117,60 @@ def train(cfg: RunConfig) -> str:
 def run_steps(
     cfg: RunConfig, state: TrainingState, steps: Iterator[StepBatches], done: int, log: RunLog, watchdog: Watchdog
 ) -> str:
-    """The training loop: steps `done` + 1 to train.steps, saving now and then, until the end or a request to stop."""
+    """The training loop, from step `done` + 1 to train.steps or until somebody asks the run to stop.
+
+    Returns:
+        The reason why it stopped before the last step, or "".
+    """
     groups, last = state.groups, cfg.train.steps
     writer = CheckpointWriter(cfg, groups, watchdog.progress)
     requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
-    evaluation = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
+    evaluate = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
     report_state(cfg, "running" if done < last else "finished", done)
-    reason = ""
-    for step in range(done, last):
-        watchdog.progress(f"waiting for the data of step {step + 1}")
+    reason, step = "", done
+    for step in range(done + 1, last + 1):
+        watchdog.progress(f"waiting for the data of step {step}")
         started = time.perf_counter()
-        rate = learning_rate(state.trainable)
         data = next(steps)
         waited = time.perf_counter() - started
-        watchdog.progress(f"computing step {step + 1}")
-        loss_cfg = loss_of_subset(cfg, data.batches[0].subset)
-        record, shares = train_step(state.trainable, data.batches, loss_cfg, step, groups, state.average, finite)
-        if cfg.log.histogram_interval and (step + 1) % cfg.log.histogram_interval == 0:
-            record |= histograms(shares, groups.dp, process_groups.device())
-        seconds = time.perf_counter() - started
-        watchdog.progress(f"ending step {step + 1}")
+        watchdog.progress(f"computing step {step}")
+        config = loss_of_subset(cfg, data.batches[0].subset)
+        result = train_step(state.trainable, data.batches, config, step - 1, groups, state.average, finite)
+        record = collect(cfg, step, result, groups.dp, started, waited)
+        watchdog.progress(f"ending step {step}")
         reason = requests.reason()
-        is_last = bool(reason) or step + 1 == last
-        if is_last or (cfg.checkpoint.interval and (step + 1) % cfg.checkpoint.interval == 0):
-            writer.save(step + 1, state.to_save(step + 1), data.position)
+        is_last = bool(reason) or step == last
+        if is_last or is_due(step, cfg.checkpoint.interval):
+            writer.save(step, state.to_save(step), data.position)
         writer.poll(wait=is_last)
-        if is_last and writer.last != folders.step_folder(cfg.train.output, step + 1):
-            report_state(cfg, "failed", step + 1, reason)
-            raise CheckpointError(f"the run ends after step {step + 1}, which is not saved; the log says why")
-        record |= {"step": step + 1, "learning_rate": rate, "seconds": seconds, "data_seconds": waited}
-        work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
-        record |= achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
-        record["memory_gb"] = peak_memory_gb()
-        log.step(record | {"save_seconds": time.perf_counter() - started - seconds, "bad_steps": finite.num_bad})
-        if evaluation is not None and ((step + 1) % cfg.evaluate.interval == 0 or step + 1 == last):
-            started = time.perf_counter()
-            log.evaluation(step + 1, evaluation(), time.perf_counter() - started)
         if is_last:
-            report_state(cfg, "stopped" if step + 1 < last else "finished", step + 1, reason)
+            require_saved(cfg, writer, step, reason)
+        save_seconds = time.perf_counter() - started - record["seconds"]
+        log.step(record | {"save_seconds": save_seconds, "bad_steps": finite.num_bad})
+        if evaluate is not None and (step == last or is_due(step, cfg.evaluate.interval)):
+            started = time.perf_counter()
+            log.evaluation(step, evaluate(), time.perf_counter() - started)
+        if is_last:
+            report_state(cfg, "stopped" if step < last else "finished", step, reason)
             break
     requests.close()
-    return reason if done < last and step + 1 < last else ""
+    return reason if step < last else ""
+
+
+def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int, reason: str) -> None:
+    """Let the run fail unless the checkpoint after its last step is complete.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if writer.last != folders.step_folder(cfg.train.output, step):
+        report_state(cfg, "failed", step, reason)
+        raise CheckpointError(f"the run ends after step {step}, which is not saved; the log says why")
 
 
 def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> None:
-    """Tell the scripts that have started the run, and whoever reads its output."""
+    """Write the state of the run for the scripts that have started it, and warn if the run was stopped."""
     if dist.get_rank() == 0:
         write_state(cfg.train.output, state, step, reason)
         if state == "stopped":
@@ -173,10 +178,10 @@ def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> Non
 
 
 def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[StepBuffer] | None:
-    """The training stream from `position` on, on the one rank of each replica that reads it.
+    """The training stream from `position` on; None on the ranks of a replica that do not read.
 
     Raises:
-        UserError: data, tokenizer or mixture cannot work, or are others than at `position`.
+        UserError: the data, the tokenizer or the mixture cannot work, or differ from those at `position`.
     """
     if not is_reader(groups.mp):
         return None
@@ -187,63 +192,35 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
 def train_step(
     trainable: Trainable,
     batches: list[PairBatch],
-    loss_cfg: LossConfig,
+    config: LossConfig,
     step: int,
     groups: ProcessGroupCollection,
     average: ExponentialMovingAverage | None = None,
     finite: FiniteSteps | None = None,
-) -> tuple[dict[str, float | str], list[LossShare]]:
-    """Embed, compare, weight by hardness, update: one step over this rank's micro batches, which are on its device.
+) -> StepResult:
+    """One step over this rank's micro batches, which are on its device: embed, compare, weight by hardness, update.
 
-    A step whose loss or gradient is not finite updates nothing, where `finite` looks after it.
-
-    Returns:
-        The step's record, and what the loss saw; both have the loss and the similarities on the last pipeline stage.
+    Args:
+        trainable: model, optimizer and schedule.
+        batches: this rank's micro batches.
+        config: the loss for the subset of this step.
+        step: steps done before this one.
+        groups: the parallel layout.
+        average: the reward model, which is updated too; None: the model judges hardness itself.
+        finite: keeps a step whose loss or gradient is not finite from changing the weights; None: nothing does.
     """
-    temperature, alpha = temperature_at(loss_cfg, step), alpha_at(loss_cfg, step)
-    others = None if loss_cfg.negatives == "own_micro_batch" else groups.dp
-    compare = partial(contrast, config=loss_cfg, temperature=temperature, alpha=alpha, group=others)
+    config, rate = at_step(config, step), learning_rate(trainable)
+    compare = build_loss(config, groups.dp)
     trainable.zero_gradients()
     reward_model = None if average is None else average.applied
-    shares = forward_backward(trainable.chunks, batches, compare, loss_cfg.negatives, reward_model)
+    shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model)
     gradient_norm = trainable.gradient_norm()
     is_bad = finite is not None and not finite.check(gradient_norm, shares, batches, step)
     trainable.update(is_skipped=is_bad)
     if average is not None and not is_bad:
         trainable.wait_for_weights()
         average.update()
-    record = {"subset": batches[0].subset, "temperature": temperature, "alpha": alpha, "gradient_norm": gradient_norm}
-    return record | step_metrics(shares, batches, groups.dp), shares
-
-
-def contrast(
-    embeddings: PairEmbeddings,
-    reward: PairEmbeddings | None,
-    query_ids: Tensor,
-    target_ids: Tensor,
-    hard_negative_ids: Tensor,
-    config: LossConfig,
-    temperature: float,
-    alpha: float,
-    group: dist.ProcessGroup | None,
-) -> LossShare:
-    """The configured loss over the local embeddings and those of the other ranks of `group`, if any."""
-    compare = hardness_weighted_contrastive_loss
-    if config.matryoshka_dims:
-        compare = partial(matryoshka_loss, dims=config.matryoshka_dims)
-    return compare(
-        embeddings.query,
-        embeddings.target,
-        temperature=temperature,
-        alpha=alpha,
-        group=group,
-        hard_negatives=embeddings.hard_negatives,
-        query_ids=query_ids,
-        target_ids=target_ids,
-        hard_negative_ids=hard_negative_ids,
-        reward=reward,
-        rules=NegativeRules(config.mask_same_target, config.mask_margin, config.hardness, config.directions),
-    )
+    return StepResult(config, batches, shares, gradient_norm, rate)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import LossConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
-from megatron_llave.loss.contrastive import NegativeRules
 
 
 def dense_contrastive_loss(
@@ -20,7 +20,7 @@ def dense_contrastive_loss(
     target_ids: Tensor | None = None,
     hard_negative_ids: Tensor | None = None,
     reward: PairEmbeddings | None = None,
-    rules: NegativeRules = NegativeRules(),
+    rules: LossConfig = LossConfig(),
 ) -> Tensor:
     """The paper's formula and the rules for negatives written out, pair by pair, over all rows at once."""
     no_rows = query.new_zeros(0, query.shape[1])

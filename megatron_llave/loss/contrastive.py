@@ -1,152 +1,128 @@
-"""Hardness-weighted contrastive loss (LLaVE section 3.2): pure functions of embeddings and a process group.
+"""Hardness-weighted contrastive loss (LLaVE section 3.2).
 
-No [B, B] matrix is ever held: rows are taken in chunks, each chunk's logits are made, folded into running log-sum-exps,
-and made again in the backward. Every rank multiplies its own queries with all targets once per pass; both directions
-of the symmetric loss come from that one product.
+No [B, B] matrix is ever held. The rows are processed in chunks: the logits of a chunk are computed, folded into running
+log-sum-exps, and computed again in the backward pass. Every rank multiplies its own queries with all targets once per
+pass, and both directions of the symmetric loss come from that one product.
 
-Shapes: b local rows, B rows of all ranks, M explicit hard negatives of all ranks, C = B + M columns, n rows of a chunk,
-d embedding.
+Shapes: b rows of this rank, B rows of all ranks, m and M explicit hard negatives of this rank and of all ranks,
+C = B + M columns, n rows of a chunk, d width of the embedding.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PairEmbeddings
-from megatron_llave.config.schema import DIRECTIONS, HARDNESS
+from megatron_llave.batch import PairEmbeddings, PairIds
+from megatron_llave.config.schema import LossConfig
 from megatron_llave.distributed.collectives import all_gather_rows, reduce_scatter_rows, row_counts
 
 CHUNK = 256
 """Rows whose logits are held at a time."""
 
 
-@dataclass(frozen=True)
-class NegativeRules:
-    """What counts as a negative, and which negatives are weighted by their hardness."""
-
-    mask_same_target: bool = False
-    """Pairs with equal target ids or equal query ids are not each other's negatives, in neither direction: each one's
-    target is as right for the other's query as its own."""
-    mask_margin: float | None = None
-    """A negative more similar than the positive plus this is taken for a false one and left out; None: none is."""
-    hardness: str = "all"
-    """Weighted negatives: in_batch, hard_negatives or all."""
-    directions: str = "symmetric"
-    """symmetric, or query_to_target alone."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a word that means nothing."""
-        for name, allowed in (("hardness", HARDNESS), ("directions", DIRECTIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-
-
 @dataclass
 class SimilarityStatistics:
-    """What the loss saw, detached; over this rank's b queries, the last two over its first chunk of them."""
+    """Similarities that the loss has computed, without a gradient.
+
+    The first two cover the b queries of this rank, the last two only its first chunk of n queries.
+    """
 
     positive: Tensor
     """[b] cosine of each query and its own target."""
     hardest_negative: Tensor
-    """[b] largest cosine of each query and a negative that is not masked; -inf where there is none."""
+    """[b] largest cosine of each query and a negative that is not masked; -inf for a query without negatives."""
     effective_negatives: Tensor
-    """[n] number of equally weighted negatives that would spread as widely: (sum w)^2 / sum w^2 of their softmax."""
+    """[n] number of equally weighted negatives with the same spread: (sum w)^2 / sum w^2 of their softmax w."""
     hardest_share: Tensor
-    """[n] share of the negatives' softmax that lies on the hardest 1 % of them, at least one."""
+    """[n] part of the softmax over the negatives that falls on the hardest 1 % of them, at least on one."""
 
 
 LossShare = tuple[Tensor, SimilarityStatistics]
-"""This rank's share of the loss, a scalar, and what it saw."""
+"""This rank's share of the loss, a scalar, and the similarity statistics."""
 
 
 def hardness_weighted_contrastive_loss(
-    query: Tensor,
-    target: Tensor,
-    temperature: float,
-    alpha: float,
-    group: dist.ProcessGroup | None = None,
-    hard_negatives: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    target_ids: Tensor | None = None,
-    hard_negative_ids: Tensor | None = None,
+    embeddings: PairEmbeddings,
+    ids: PairIds | None = None,
     reward: PairEmbeddings | None = None,
-    rules: NegativeRules = NegativeRules(),
+    *,
+    config: LossConfig,
+    group: dist.ProcessGroup | None = None,
     chunk: int = CHUNK,
 ) -> LossShare:
-    """Symmetric InfoNCE in which a negative's logit is raised by alpha times its own, detached, cosine.
+    """InfoNCE in which the logit of a negative is raised by alpha times its own, detached, cosine.
 
-    The released code adds log(exp(alpha * cos)), which is alpha * cos, in bfloat16, which is off by up to 0.065.
+    The official LLaVE repository adds log(exp(alpha * cos)) in bfloat16, which is alpha * cos with a rounding error of
+    up to 0.065.
 
     Args:
-        query: [b, d] unit vectors; row i belongs with target row i.
-        target: [b, d] unit vectors.
-        temperature: divisor of the cosines.
-        alpha: hardness weight; 0 is plain symmetric InfoNCE.
-        group: ranks whose rows are each other's negatives: the data-parallel group, never a model-parallel one. The
-            numbers of rows may differ.
-        hard_negatives: [m, d] further targets that are nobody's positive; negatives of every query of every rank.
-        query_ids: [b] int64, needed by rules.mask_same_target.
-        target_ids: [b] int64, likewise.
-        hard_negative_ids: [m] int64, likewise; a hard negative equal to a query's target is masked for it.
-        reward: the same rows from the reward model, whose cosines are the hardness; None: `query` and `target`
-            themselves, detached, as in the paper.
-        rules: which pairs are negatives and which are weighted.
+        embeddings: unit vectors of this rank. Row i of the targets is the positive of row i of the queries; all other
+            targets and all hard negatives of all ranks are negatives of every query.
+        ids: needed by config.mask_same_target. A hard negative whose id equals that of a query's target is masked for
+            that query.
+        reward: embeddings of the same inputs by the reward model, whose cosines are the hardness; None: `embeddings`
+            themselves, as in the paper.
+        config: temperature, alpha (0 is plain InfoNCE), mask_same_target, mask_margin, hardness and directions; the
+            other fields are not used here.
+        group: ranks whose rows are negatives of each other: the data-parallel group, never a model-parallel one. The
+            ranks may have different numbers of rows. None: this rank alone.
         chunk: rows whose logits are held at a time.
 
     Returns:
-        This rank's share of the loss, a scalar of at least float32: the mean of the ranks' values is the mean over all
-        B rows and both directions, and averaging parameter gradients over the ranks gives its exact gradient. Then the
-        similarities it saw.
+        This rank's share of the loss, a scalar of at least float32, and the similarity statistics. The mean of the
+        shares over the ranks is the mean of the loss over all B rows and the directions; averaging the gradients of the
+        parameters over the ranks gives its exact gradient.
 
     Raises:
-        ValueError: query and target differ in shape, or rules.mask_same_target without ids.
+        ValueError: queries and targets differ in shape, or config.mask_same_target lacks ids of some rows.
     """
+    query, target = embeddings.query, embeddings.target
     if query.shape != target.shape:
         raise ValueError(f"query {tuple(query.shape)} and target {tuple(target.shape)} must have one shape")
     precise = torch.promote_types(query.dtype, torch.float32)
-    query, target = query.to(precise), target.to(precise)
-    if hard_negatives is None:
-        hard_negatives = query.new_zeros(0, query.shape[1])
-        hard_negative_ids = torch.zeros(0, dtype=torch.int64, device=query.device)
-    hard_negatives = hard_negatives.to(precise)
-    terms = _Terms(temperature, alpha, rules, group, chunk, *row_counts(group, query, hard_negatives))
-    if rules.mask_same_target:
-        terms = _gather_ids(query_ids, target_ids, hard_negative_ids, terms)
+    query, target, hard = (x.to(precise) for x in (query, target, embeddings.hard_negatives))
+    counts, hard_counts = row_counts(group, query, hard)
+    context = _Context(config, group, chunk, counts, hard_counts)
+    if config.mask_same_target:
+        rows = [len(query), len(target), len(hard)]
+        if ids is None or [len(ids.query), len(ids.target), len(ids.hard_negatives)] != rows:
+            raise ValueError("mask_same_target needs the ids of all queries, targets and hard negatives")
+        context.ids = PairIds(
+            all_gather_rows(ids.query, counts, group),
+            all_gather_rows(ids.target, counts, group),
+            all_gather_rows(ids.hard_negatives, hard_counts, group),
+        )
     if reward is not None:
-        columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), terms)
-        terms = replace(terms, reward_query=reward.query.to(precise), reward_columns=columns)
-    loss, *statistics = _ContrastiveLoss.apply(query, target, hard_negatives, terms)
+        context.reward_query = reward.query.to(precise)
+        context.reward_columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), context)
+    loss, *statistics = _ContrastiveLoss.apply(query, target, hard, context)
     return loss, SimilarityStatistics(*statistics)
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """Everything but the embeddings."""
+@dataclass
+class _Context:
+    """Everything that the computation needs besides the embeddings."""
 
-    temperature: float
-    alpha: float
-    rules: NegativeRules
+    config: LossConfig
     group: dist.ProcessGroup | None
     chunk: int
     counts: list[int]
+    """Rows of each rank."""
     hard_counts: list[int]
-    query_ids: Tensor | None = None
-    """[B]."""
-    target_ids: Tensor | None = None
-    """[B]."""
-    hard_negative_ids: Tensor | None = None
-    """[M]."""
+    """Hard negatives of each rank."""
+    ids: PairIds | None = None
+    """Those of all ranks: [B], [B] and [M]; only with mask_same_target."""
     reward_query: Tensor | None = None
-    """[b, d] of the reward model; None: the model is its own."""
+    """[b, d] by the reward model; None: the model judges hardness itself."""
     reward_columns: Tensor | None = None
-    """[C, d] of the reward model."""
+    """[C, d] by the reward model."""
 
     @property
     def num_rows(self) -> int:
-        """B."""
+        """B, the number of rows of all ranks."""
         return sum(self.counts)
 
     @property
@@ -155,84 +131,78 @@ class _Terms:
         return sum(self.counts[: 0 if self.group is None else self.group.rank()])
 
     @property
-    def share(self) -> float:
-        """Ranks / B, halved for two directions: the mean over ranks becomes the mean over rows."""
-        directions = 2 if self.rules.directions == "symmetric" else 1
-        return len(self.counts) / max(1, self.num_rows) / directions
+    def is_symmetric(self) -> bool:
+        """Whether targets are compared with queries too."""
+        return self.config.directions == "symmetric"
+
+    @property
+    def scale(self) -> float:
+        """Factor of the sum over this rank's rows that makes the mean over ranks the mean over rows and directions."""
+        return len(self.counts) / max(1, self.num_rows) / (2 if self.is_symmetric else 1)
 
 
-def _gather_columns(target: Tensor, hard_negatives: Tensor, terms: _Terms) -> Tensor:
-    """[C, d] targets of all ranks, then their hard negatives."""
-    targets = all_gather_rows(target, terms.counts, terms.group)
-    if not any(terms.hard_counts):
+def _gather_columns(target: Tensor, hard_negatives: Tensor, context: _Context) -> Tensor:
+    """[C, d] targets of all ranks, followed by the hard negatives of all ranks."""
+    targets = all_gather_rows(target, context.counts, context.group)
+    if not any(context.hard_counts):
         return targets
-    return torch.cat([targets, all_gather_rows(hard_negatives, terms.hard_counts, terms.group)])
-
-
-def _gather_ids(query: Tensor | None, target: Tensor | None, hard: Tensor | None, terms: _Terms) -> _Terms:
-    """The terms with the ids of all ranks."""
-    if query is None or target is None or hard is None:
-        raise ValueError("mask_same_target needs query_ids, target_ids, and hard_negative_ids of hard negatives")
-    return replace(
-        terms,
-        query_ids=all_gather_rows(query, terms.counts, terms.group),
-        target_ids=all_gather_rows(target, terms.counts, terms.group),
-        hard_negative_ids=all_gather_rows(hard, terms.hard_counts, terms.group),
-    )
+    return torch.cat([targets, all_gather_rows(hard_negatives, context.hard_counts, context.group)])
 
 
 @dataclass
 class _Masks:
-    """Which pairs of a chunk's rows and all columns are no negatives."""
+    """Which columns are masked, that is, are not negatives of the rows of a chunk."""
 
     own: Tensor
     """[n, 1] column of each row's positive."""
     to_target: Tensor | None
-    """[n, C] True: not among the negatives of the row's query; False at the positives. None: all are negatives."""
+    """[n, C] True where the column is masked for the row's query; False at the positives. None: no column is masked."""
     to_query: Tensor | None
-    """[n, B] True: not among the negatives of the column's target."""
+    """[n, B] True where the row's query is masked for the column's target; False at the positives. None as above."""
 
 
-def _masks(cosines: Tensor, rows: slice, positives: Tensor, terms: _Terms) -> _Masks:
-    """Masks of a chunk's cosines [n, C]; positives [B] are the cosines of all pairs."""
-    rules, rows_all = terms.rules, terms.num_rows
-    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + terms.first
-    if not rules.mask_same_target and rules.mask_margin is None:
+def _masks(cosines: Tensor, rows: slice, positives: Tensor, context: _Context) -> _Masks:
+    """Masks of a chunk's cosines [n, C]; `positives` [B] are the cosines of all pairs."""
+    config, ids, num_rows = context.config, context.ids, context.num_rows
+    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + context.first
+    if not config.mask_same_target and config.mask_margin is None:
         return _Masks(own, None, None)
     to_target = torch.zeros_like(cosines, dtype=torch.bool)
-    if rules.mask_same_target:
-        to_target[:, :rows_all] = terms.target_ids[own] == terms.target_ids
-        to_target[:, :rows_all] |= terms.query_ids[own] == terms.query_ids
-        to_target[:, rows_all:] = terms.target_ids[own] == terms.hard_negative_ids
-    to_query = to_target[:, :rows_all].clone()
-    if rules.mask_margin is not None:
-        # A few roundings more, or a copy of the positive would be above it or not by chance.
-        margin = rules.mask_margin + 8 * torch.finfo(cosines.dtype).eps
-        # A row's own positive; in the other direction the positive of the column's target.
+    if config.mask_same_target:
+        to_target[:, :num_rows] = ids.target[own] == ids.target
+        to_target[:, :num_rows] |= ids.query[own] == ids.query
+        to_target[:, num_rows:] = ids.target[own] == ids.hard_negatives
+    to_query = to_target[:, :num_rows].clone()
+    if config.mask_margin is not None:
+        # Tolerate a few roundings, or chance would decide whether a copy of the positive is above it.
+        margin = config.mask_margin + 8 * torch.finfo(cosines.dtype).eps
+        # Compare with the positive of the row's query, and in the other direction with that of the column's target.
         to_target |= cosines > positives[own] + margin
-        to_query |= cosines[:, :rows_all] > positives + margin
+        to_query |= cosines[:, :num_rows] > positives + margin
     return _Masks(own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False))
 
 
-def _logits(cosines: Tensor, rows: slice, masks: _Masks, terms: _Terms) -> tuple[Tensor, Tensor | None]:
-    """Weighted logits of a chunk's negatives: [n, C] towards the targets, [n, B] towards the queries (None: unwanted).
+def _logits(cosines: Tensor, rows: slice, masks: _Masks, context: _Context) -> tuple[Tensor, Tensor | None]:
+    """Weighted logits of a chunk's negatives.
 
-    Positives and masked pairs are -inf. `cosines` [n, C] are overwritten.
+    The first is [n, C], of each query against all columns. The second is [n, B], of each target against this chunk's
+    queries; it is None unless the loss is symmetric. Positives and masked pairs are -inf. `cosines` [n, C] is
+    overwritten.
     """
-    rules, rows_all = terms.rules, terms.num_rows
-    in_batch = terms.alpha if rules.hardness != "hard_negatives" else 0.0
-    explicit = terms.alpha if rules.hardness != "in_batch" else 0.0
-    parts = (slice(None, rows_all), in_batch), (slice(rows_all, None), explicit)
-    if terms.reward_query is None:
-        for columns, alpha in parts:
-            cosines[:, columns] *= 1 / terms.temperature + alpha
+    config, num_rows = context.config, context.num_rows
+    in_batch = config.alpha if config.hardness != "hard_negatives" else 0.0
+    explicit = config.alpha if config.hardness != "in_batch" else 0.0
+    weights = (slice(None, num_rows), in_batch), (slice(num_rows, None), explicit)
+    if context.reward_query is None:
+        for columns, alpha in weights:
+            cosines[:, columns] *= 1 / config.temperature + alpha
     else:
-        hardness = terms.reward_query[rows] @ terms.reward_columns.T  # [n, C]
-        cosines *= 1 / terms.temperature
-        for columns, alpha in parts:
+        hardness = context.reward_query[rows] @ context.reward_columns.T  # [n, C]
+        cosines *= 1 / config.temperature
+        for columns, alpha in weights:
             cosines[:, columns] += hardness[:, columns].mul_(alpha)
     logits = cosines.scatter_(1, masks.own, -torch.inf)
-    to_query = logits[:, :rows_all] if rules.directions == "symmetric" else None
+    to_query = logits[:, :num_rows] if context.is_symmetric else None
     if masks.to_target is not None:
         to_query = None if to_query is None else to_query.masked_fill(masks.to_query, -torch.inf)
         logits = logits.masked_fill_(masks.to_target, -torch.inf)
@@ -240,76 +210,80 @@ def _logits(cosines: Tensor, rows: slice, masks: _Masks, terms: _Terms) -> tuple
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """The loss in chunks of rows; the backward makes each chunk's logits again."""
+    """The loss in chunks of rows. The backward pass computes the logits of each chunk again."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, terms: _Terms) -> tuple[Tensor, ...]:
-        columns = _gather_columns(target, hard, terms)  # [C, d]
+    def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, context: _Context) -> tuple[Tensor, ...]:
+        columns = _gather_columns(target, hard, context)  # [C, d]
         own_positives = (query * target).sum(1)  # [b]
-        positives = all_gather_rows(own_positives, terms.counts, terms.group)  # [B]
+        positives = all_gather_rows(own_positives, context.counts, context.group)  # [B]
         hardest = torch.empty_like(own_positives)
-        # Negatives alone: set against the positive's logit they give loss and gradient without cancellation.
-        of_rows, of_columns = torch.empty_like(own_positives), query.new_full((terms.num_rows,), -torch.inf)
+        # Log-sum-exp of the negatives alone. Its difference from the positive's logit, the log odds that a negative is
+        # taken for the positive, gives the loss and its gradient without cancellation.
+        row_lse, column_lse = torch.empty_like(own_positives), query.new_full((context.num_rows,), -torch.inf)
         spread = (query.new_zeros(0), query.new_zeros(0))
-        for start in range(0, len(query), terms.chunk):
-            rows = slice(start, min(start + terms.chunk, len(query)))
+        for start in range(0, len(query), context.chunk):
+            rows = slice(start, min(start + context.chunk, len(query)))
             cosines = query[rows] @ columns.T  # [n, C]
-            masks = _masks(cosines, rows, positives, terms)
+            masks = _masks(cosines, rows, positives, context)
             hardest[rows] = _hardest(cosines, masks)
-            to_target, to_query = _logits(cosines, rows, masks, terms)
-            of_rows[rows] = to_target.logsumexp(1)
+            to_target, to_query = _logits(cosines, rows, masks, context)
+            row_lse[rows] = to_target.logsumexp(1)
             if to_query is not None:
-                of_columns = torch.logaddexp(of_columns, to_query.logsumexp(0))
+                column_lse = torch.logaddexp(column_lse, to_query.logsumexp(0))
             if start == 0:
                 spread = _spread(to_target)
-        of_columns = _log_sum_over_ranks(of_columns, terms) - positives / terms.temperature
-        of_rows = of_rows - own_positives / terms.temperature
-        own = slice(terms.first, terms.first + len(query))
-        losses = -F.logsigmoid(-of_rows)  # log(1 + negatives / positive)
-        if terms.rules.directions == "symmetric":
-            losses = losses - F.logsigmoid(-of_columns[own])
-        ctx.terms = terms
-        ctx.save_for_backward(query, columns, positives, of_rows, of_columns)
+        column_log_odds = _log_sum_over_ranks(column_lse, context) - positives / context.config.temperature  # [B]
+        row_log_odds = row_lse - own_positives / context.config.temperature  # [b]
+        own = slice(context.first, context.first + len(query))
+        losses = -F.logsigmoid(-row_log_odds)  # log(1 + negatives / positive)
+        if context.is_symmetric:
+            losses = losses - F.logsigmoid(-column_log_odds[own])
+        ctx.context = context
+        ctx.save_for_backward(query, columns, positives, row_log_odds, column_log_odds)
         statistics = own_positives.clone(), hardest, *spread
         ctx.mark_non_differentiable(*statistics)
-        return losses.sum() * terms.share, *statistics
+        return losses.sum() * context.scale, *statistics
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, columns, positives, of_rows, of_columns = ctx.saved_tensors
-        terms: _Terms = ctx.terms
-        own = slice(terms.first, terms.first + len(query))
-        column_lse = positives / terms.temperature - F.logsigmoid(-of_columns)  # [B] positive and negatives together
-        row_lse = positives[own] / terms.temperature - F.logsigmoid(-of_rows)  # [b]
-        of_positives = torch.sigmoid(of_rows)  # [b] one minus the softmax of the positive
-        if terms.rules.directions == "symmetric":
-            of_positives = of_positives + torch.sigmoid(of_columns[own])
+        query, columns, positives, row_log_odds, column_log_odds = ctx.saved_tensors
+        context: _Context = ctx.context
+        temperature = context.config.temperature
+        own = slice(context.first, context.first + len(query))
+        column_lse = positives / temperature - F.logsigmoid(-column_log_odds)  # [B] positive and negatives
+        row_lse = positives[own] / temperature - F.logsigmoid(-row_log_odds)  # [b]
+        positive_slope = torch.sigmoid(row_log_odds)  # [b] one minus the softmax of the positive
+        if context.is_symmetric:
+            positive_slope = positive_slope + torch.sigmoid(column_log_odds[own])
         query_gradient, columns_gradient = torch.empty_like(query), torch.zeros_like(columns)
-        for start in range(0, len(query), terms.chunk):
-            rows = slice(start, min(start + terms.chunk, len(query)))
+        for start in range(0, len(query), context.chunk):
+            rows = slice(start, min(start + context.chunk, len(query)))
             cosines = query[rows] @ columns.T
-            to_target, to_query = _logits(cosines, rows, _masks(cosines, rows, positives, terms), terms)
-            # Without masks both are the same logits, so the other direction's softmax comes first.
+            to_target, to_query = _logits(cosines, rows, _masks(cosines, rows, positives, context), context)
+            # Without masks both share memory, so the softmax of the other direction comes before the change in place.
             other = None if to_query is None else (to_query - column_lse).exp_()
             slope = to_target.sub_(row_lse[rows, None]).exp_()  # [n, C] d loss / d logit: the softmax of the negatives
             if other is not None:
-                slope[:, : terms.num_rows] += other
-            slope.diagonal(terms.first + start).copy_(-of_positives[rows])
+                slope[:, : context.num_rows] += other
+            slope.diagonal(context.first + start).copy_(-positive_slope[rows])
             query_gradient[rows] = slope @ columns
             columns_gradient.addmm_(slope.T, query[rows])
-        # Hardness is detached, so a logit depends on its cosine through the temperature alone.
-        scale = gradient * terms.share / terms.temperature
-        targets_gradient, hard_gradient = columns_gradient.mul_(scale).split([terms.num_rows, sum(terms.hard_counts)])
+        # Hardness is detached, so the derivative of a logit with respect to its cosine is 1 / temperature.
+        scale = gradient * context.scale / temperature
+        targets_gradient, hard_gradient = columns_gradient.mul_(scale).split(
+            [context.num_rows, sum(context.hard_counts)]
+        )
         return (
             query_gradient.mul_(scale),
-            reduce_scatter_rows(targets_gradient, terms.counts, terms.group),
-            reduce_scatter_rows(hard_gradient, terms.hard_counts, terms.group),
+            reduce_scatter_rows(targets_gradient, context.counts, context.group),
+            reduce_scatter_rows(hard_gradient, context.hard_counts, context.group),
             None,
         )
 
 
 def _hardest(cosines: Tensor, masks: _Masks) -> Tensor:
-    """[n] largest cosine of a negative; -inf without one."""
+    """[n] largest cosine of a negative; -inf for a row without negatives."""
     if masks.to_target is not None:
         return cosines.masked_fill(masks.to_target, -torch.inf).scatter_(1, masks.own, -torch.inf).amax(1)
     own_cosines = cosines.gather(1, masks.own)
@@ -319,7 +293,7 @@ def _hardest(cosines: Tensor, masks: _Masks) -> Tensor:
 
 
 def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] effective number of negatives and share of the hardest 1 %, from their softmax; 0 without negatives."""
+    """Effective number of negatives [n] and share of the hardest 1 % [n], from the softmax; 0 without negatives."""
     count = (logits > -torch.inf).sum(1, keepdim=True)  # [n, 1]
     weights = logits.softmax(1).masked_fill(count == 0, 0.0)  # [n, C]
     hardest = (count // 100).clamp_min(1)
@@ -328,13 +302,13 @@ def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.sum(1).square() / weights.square().sum(1).clamp_min(1e-30), top.sum(1)
 
 
-def _log_sum_over_ranks(values: Tensor, terms: _Terms) -> Tensor:
-    """[B] log-sum-exp over the ranks' own parts; two reductions, since a gather would grow with ranks times B."""
-    if terms.group is None or terms.group.size() == 1:
+def _log_sum_over_ranks(values: Tensor, context: _Context) -> Tensor:
+    """[B] log-sum-exp over the ranks, by two reductions: a gather would need memory for ranks times B numbers."""
+    if context.group is None or context.group.size() == 1:
         return values
     largest = values.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=terms.group)
-    largest = largest.clamp_min(torch.finfo(values.dtype).min)  # of a column without any negative
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=context.group)
+    largest = largest.clamp_min(torch.finfo(values.dtype).min)  # a column without any negative has -inf
     total = (values - largest).exp_()
-    dist.all_reduce(total, group=terms.group)
+    dist.all_reduce(total, group=context.group)
     return total.log_().add_(largest)

@@ -1,51 +1,50 @@
 """The contrastive loss over prefixes of the embedding (Matryoshka, arXiv 2205.13147)."""
 
-from dataclasses import fields
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PairEmbeddings
+from megatron_llave.batch import PairEmbeddings, PairIds
+from megatron_llave.config.schema import LossConfig
 from megatron_llave.loss.contrastive import LossShare, hardness_weighted_contrastive_loss
 
 
 def matryoshka_loss(
-    query: Tensor,
-    target: Tensor,
-    *,
-    dims: list[int],
-    hard_negatives: Tensor | None = None,
+    embeddings: PairEmbeddings,
+    ids: PairIds | None = None,
     reward: PairEmbeddings | None = None,
-    **settings: object,
+    *,
+    config: LossConfig,
+    group: dist.ProcessGroup | None = None,
 ) -> LossShare:
-    """Mean of the loss over prefixes of the embedding, each renormalised (arXiv 2205.13147); statistics of the longest.
+    """Mean of the contrastive loss over prefixes of the embedding, each renormalised to unit length.
 
-    Args:
-        query: [b, d].
-        target: [b, d].
-        dims: lengths of the prefixes, rising.
-        hard_negatives: [m, d].
-        reward: hardness comes from prefixes of these, of the same length.
-        settings: temperature, alpha, and the further arguments of `hardness_weighted_contrastive_loss`.
+    The lengths of the prefixes are `config.matryoshka_dims`, in rising order. The other arguments are those of
+    `hardness_weighted_contrastive_loss`; the hardness of a prefix comes from the prefix of `reward` of the same length.
+
+    Returns:
+        This rank's share of the loss, and the similarity statistics of the longest prefix.
 
     Raises:
-        ValueError: a prefix is longer than the embedding, or what `hardness_weighted_contrastive_loss` refuses.
+        ValueError: a prefix is longer than the embedding, or `hardness_weighted_contrastive_loss` refuses an argument.
     """
-    if max(dims) > query.shape[1]:
-        raise ValueError(f"dims={dims} go beyond the embedding's {query.shape[1]}")
+    dims, width = config.matryoshka_dims, embeddings.query.shape[1]
+    if max(dims) > width:
+        raise ValueError(f"dims={dims} go beyond the embedding's {width}")
     losses = []
     for dim in dims:
-        hard = None if hard_negatives is None else _prefix(hard_negatives, dim)
-        reward_prefix = None
-        if reward is not None:
-            reward_prefix = PairEmbeddings(*(_prefix(getattr(reward, f.name), dim) for f in fields(reward)))
+        prefix = partial(_prefix, dim=dim)
+        reward_prefix = None if reward is None else reward.map(prefix)
         loss, statistics = hardness_weighted_contrastive_loss(
-            _prefix(query, dim), _prefix(target, dim), hard_negatives=hard, reward=reward_prefix, **settings
+            embeddings.map(prefix), ids, reward_prefix, config=config, group=group
         )
         losses.append(loss)
     return torch.stack(losses).mean(), statistics
 
 
 def _prefix(embeddings: Tensor, dim: int) -> Tensor:
+    """[rows, dim] first components, renormalised in at least float32."""
     return F.normalize(embeddings[:, :dim].to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)

@@ -1,10 +1,17 @@
-"""Temperature and hardness weight of a step."""
+"""Schedules of the temperature and of the hardness weight."""
+
+from dataclasses import replace
 
 from megatron_llave.config.schema import LossConfig
 
 
+def at_step(config: LossConfig, step: int) -> LossConfig:
+    """The configuration with the temperature and the hardness weight of `step`, which counts from 0."""
+    return replace(config, temperature=temperature_at(config, step), alpha=alpha_at(config, step))
+
+
 def temperature_at(config: LossConfig, step: int) -> float:
-    """Temperature of a step: from temperature_start to temperature, geometrically."""
+    """Temperature of a step. It falls geometrically from temperature_start to temperature during the warmup."""
     if config.temperature_start is None or step >= config.temperature_warmup_steps:
         return config.temperature
     done = step / config.temperature_warmup_steps
@@ -12,5 +19,5 @@ def temperature_at(config: LossConfig, step: int) -> float:
 
 
 def alpha_at(config: LossConfig, step: int) -> float:
-    """Hardness weight of a step: linearly from 0 to alpha."""
+    """Hardness weight of a step. It rises linearly from 0 to alpha during the warmup."""
     return config.alpha * min(1.0, step / config.alpha_warmup_steps) if config.alpha_warmup_steps else config.alpha

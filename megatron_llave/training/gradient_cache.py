@@ -1,15 +1,15 @@
 """Gradients of a contrastive loss over several micro batches, through megatron-core's own pipeline schedules.
 
-`global_batch`: the negatives of a pair are all other pairs of the step, whatever the micro-batch size:
-  1. embed pass: forward only over all micro batches; the last stage keeps the embeddings [2b + m, d] of each;
-  2. loss on all of them, gathered over the data-parallel ranks, and its gradient with respect to the local ones;
-  3. replay pass: forward and backward over the same micro batches with the surrogate sum(embeddings * gradient).
-The parameters' gradient is that of one process with the whole batch at once (GradCache, arXiv 2101.06983). The price is
-one more forward, without the tower when that is frozen: its features are kept from the first pass for the second.
+With `global_batch` the negatives of a pair are all other pairs of the step, whatever the micro-batch size:
+  1. Embed pass: a forward pass over all micro batches; the last stage keeps the embeddings [2b + m, d] of each.
+  2. The loss over all of them, gathered over the data-parallel ranks, and its gradient with respect to the local ones.
+  3. Replay pass: forward and backward over the same micro batches with the surrogate sum(embeddings * gradient).
+The gradient of the parameters is that of one process with the whole batch at once (GradCache, arXiv 2101.06983). It
+costs one more forward pass, in which a frozen vision encoder does not take part: its features are kept from pass 1.
 
-`micro_batch`: one pass; the negatives of a pair are those of its own micro batch on all data-parallel ranks, as in the
-released code. With one micro batch per step both are the same, and the single pass is taken. `own_micro_batch` is the
-same, but for a loss that does not look beyond this rank.
+With `micro_batch` one pass is enough: the negatives of a pair are those of its own micro batch on all data-parallel
+ranks, as in the official LLaVE repository. With one micro batch per step both are the same, and the single pass is
+taken. `own_micro_batch` differs only in the loss, which does not look beyond this rank.
 
 A reward model other than the model itself embeds all micro batches once more, before anything else.
 """
@@ -24,13 +24,10 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.batch import PairBatch, PairEmbeddings
+from megatron_llave.batch import PairBatch, PairEmbeddings, PairIds
 from megatron_llave.distributed.schedule import run_schedule
+from megatron_llave.loss import Compare
 from megatron_llave.loss.contrastive import LossShare
-
-Compare = Callable[..., LossShare]
-"""(embeddings: PairEmbeddings, reward: PairEmbeddings | None, query_ids [b], target_ids [b], hard_negative_ids [m]) ->
-this rank's share of the loss and what it saw."""
 
 RewardModel = Callable[[], AbstractContextManager]
 """A context in which the chunks are the reward model."""
@@ -43,20 +40,20 @@ def forward_backward(
     negatives: str,
     reward_model: RewardModel | None = None,
 ) -> list[LossShare]:
-    """Leave the gradient of the step's loss in the chunks' gradient buffers.
+    """Compute the gradient of the step's loss and leave it in the gradient buffers of the chunks.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallel.
         batches: this rank's micro batches, on its device.
-        compare: the loss.
-        negatives: global_batch, or micro_batch or own_micro_batch, between which `compare` tells.
-        reward_model: whose cosines are the hardness; None: the model's own.
+        compare: the loss, from `build_loss`.
+        negatives: global_batch, micro_batch or own_micro_batch; the last two differ in `compare` alone.
+        reward_model: the model whose cosines are the hardness; None: the trained model itself.
 
     Returns:
-        What the loss saw, once per loss computed; on the last pipeline stage, elsewhere nothing. The step's loss is the
-        mean over them and over the data-parallel ranks.
+        The result of each call of the loss, on the last pipeline stage; an empty list on the other stages. The step's
+        loss is the mean over these results and over the data-parallel ranks.
     """
-    nothing: list[None] = [None] * len(batches)  # what stages before the last have of embeddings and gradients
+    nothing: list[None] = [None] * len(batches)  # stages before the last have neither embeddings nor gradients
     rewards = nothing
     if reward_model is not None:
         with reward_model():
@@ -77,9 +74,9 @@ def forward_backward(
 
 
 class _RandomStates:
-    """Random states of the embed pass, so that dropout drops the same channels in the replay pass.
+    """Random states of the embed pass, with which dropout drops the same channels in the replay pass.
 
-    Kept per micro batch and chunk: the schedules run the two passes in different orders.
+    There is one per micro batch and chunk, because the schedules run the two passes in different orders.
     """
 
     def __init__(self, chunks: list[Module]) -> None:
@@ -106,7 +103,7 @@ class _RandomStates:
 
 
 def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
-    """Embeddings [2b + m, d] of every micro batch, on the last pipeline stage; elsewhere nothing."""
+    """Embeddings [2b + m, d] of every micro batch on the last pipeline stage; an empty list on the other stages."""
     return run_schedule(chunks, list(enumerate(batches)), partial(_embed_step, states=states), forward_only=True)
 
 
@@ -126,12 +123,12 @@ def _compare_step(
 
     def loss_of(embeddings: Tensor) -> tuple[Tensor, LossShare]:
         if not embeddings.requires_grad:
-            # All that made them is frozen, as for texts with only the projector trained. The schedule would skip this
-            # backward, in which other ranks wait for the gradients of this rank's rows.
+            # Everything that made them is frozen, as for texts with only the projector trained. The schedule would skip
+            # this backward pass, in which other ranks wait for the gradients of this rank's rows.
             embeddings = embeddings.detach().requires_grad_()
         loss, statistics = _loss_over([embeddings], [reward], [batch], compare)
-        # A copy, because the schedule divides the loss in place. It divides by the number of micro batches, and the
-        # data-parallel wrapper averages over ranks: just the means that the step's loss is.
+        # Return a copy, because the schedule divides the loss in place. It divides by the number of micro batches, and
+        # the data-parallel wrapper averages over the ranks: the same two means that define the step's loss.
         return loss, (loss.detach().clone(), statistics)
 
     return _last_forward(chunk, batch), loss_of
@@ -140,14 +137,9 @@ def _compare_step(
 def _loss_over(
     embeddings: list[Tensor], rewards: list[Tensor | None], batches: list[PairBatch], compare: Compare
 ) -> LossShare:
-    """The loss over the pairs of these micro batches, and over the other ranks'."""
-    pairs = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(embeddings, batches)])
-    reward = None
-    if rewards[0] is not None:
-        reward = PairEmbeddings.concatenate([PairEmbeddings.of(*item) for item in zip(rewards, batches)])
-    names = ("query_ids", "target_ids", "hard_negative_ids")
-    ids = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-    return compare(pairs, reward, **ids)
+    """The loss over the pairs of these micro batches, compared with those of the other ranks too."""
+    reward = None if rewards[0] is None else PairEmbeddings.of(rewards, batches)
+    return compare(PairEmbeddings.of(embeddings, batches), PairIds.of(batches), reward)
 
 
 def _loss_gradients(
@@ -167,15 +159,15 @@ def _replay_step(
     states.replay(micro_batch, chunk)
 
     def surrogate(embeddings: Tensor) -> tuple[Tensor, None]:
-        # The schedule divides by the number of micro batches, but the gradients are those of the whole step's loss.
-        # The average over data-parallel ranks stays: the loss is a rank's share, whose mean over ranks is the loss.
+        # Undo the schedule's division by the number of micro batches: the gradients are those of the whole step's loss.
+        # The average over the data-parallel ranks is right, because the loss is the mean of the ranks' shares.
         return (embeddings * gradient).sum() * schedule_divisor, None
 
     return _last_forward(chunk, batch), surrogate
 
 
 def _last_forward(chunk: Module, batch: PairBatch) -> Tensor:
-    """The forward after which a frozen tower's features are not needed any more, but for the graph."""
+    """The last forward pass of a micro batch in a step: it frees the kept features of a frozen vision encoder."""
     output = chunk(batch.sequences)
     batch.sequences.features = None
     return output

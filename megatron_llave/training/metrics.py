@@ -1,18 +1,22 @@
-"""What a step's loss saw, put together over micro batches and data-parallel ranks: the similarities in the run's log.
+"""The record of a step for the run's log, reduced over micro batches and data-parallel ranks.
 
-No forward of its own: everything comes from the numbers that the loss kept on its way.
+The similarities need no forward pass of their own: they come from the statistics that the loss has kept.
 """
 
 import resource
+import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.batch import PairBatch
+from megatron_llave.config.schema import LossConfig, RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.similarities import cosine_counts, overlap_coefficient
+from megatron_llave.planning.flops import Work, achieved
 
 MEANS = {
     "positive": "positive_similarity",
@@ -20,13 +24,58 @@ MEANS = {
     "effective_negatives": "effective_negatives",
     "hardest_share": "hardest_share",
 }
-"""What the loss saw of each query -> under which name its mean stands in the step's record."""
+"""Field of the similarity statistics -> name of its mean over the queries in the record."""
+
+
+@dataclass
+class StepResult:
+    """What `train_step` returns, from which the record of the step is made."""
+
+    config: LossConfig
+    """The loss, with the temperature and alpha of the step."""
+    batches: list[PairBatch]
+    """This rank's micro batches."""
+    shares: list[LossShare]
+    """The result of each call of the loss; an empty list on all pipeline stages but the last."""
+    gradient_norm: float
+    """Norm of the whole gradient before clipping."""
+    learning_rate: float
+    """Learning rate of the step's update."""
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps happens after `step`; never with an interval of 0."""
+    return interval > 0 and step % interval == 0
+
+
+def collect(
+    cfg: RunConfig, step: int, result: StepResult, group: dist.ProcessGroup, started: float, data_seconds: float
+) -> dict[str, float | int | str | list[int]]:
+    """The record of a step. Only the last pipeline stage knows loss and similarities: they are 0 on the others.
+
+    Args:
+        cfg: the run's configuration.
+        step: number of the step, from 1.
+        result: of `train_step`.
+        group: the data-parallel ranks.
+        started: time.perf_counter() when the step began to wait for its data.
+        data_seconds: how long it waited.
+    """
+    record = {"step": step, "subset": result.batches[0].subset, "learning_rate": result.learning_rate}
+    record |= {"temperature": result.config.temperature, "alpha": result.config.alpha}
+    record |= {"gradient_norm": result.gradient_norm} | step_metrics(result.shares, result.batches, group)
+    if is_due(step, cfg.log.histogram_interval):
+        record |= histograms(result.shares, group, result.batches[0].query_ids.device)
+    seconds = time.perf_counter() - started
+    work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
+    record |= {"seconds": seconds, "data_seconds": data_seconds, "memory_gb": peak_memory_gb()}
+    return record | achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
 
 
 def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float | int]:
-    """Loss, mean similarities and their overlap over the step's pairs, and counts over all data-parallel ranks.
+    """Loss, mean similarities and their overlap over the step's pairs, and counts, over all data-parallel ranks.
 
-    Only the last pipeline stage has shares of the loss: elsewhere everything but the counts is 0.
+    Without shares of the loss, as on all pipeline stages but the last, everything but the counts is 0.
     """
     device = batches[0].query_ids.device
     counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
@@ -36,7 +85,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     counts += [sum(int((length**2).sum()) for length in lengths)]
     counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
     values = [_values(shares, name, device) for name in MEANS]
-    finite = [x.isfinite() for x in values]  # a query without negatives has no hardest one
+    finite = [x.isfinite() for x in values]  # -inf where a query has no negative
     sums = [x.masked_fill(~ok, 0.0).sum() for x, ok in zip(values, finite)]
     loss = torch.stack([loss for loss, _ in shares]).mean() if shares else torch.zeros((), device=device)
     own = [x.double() for x in (loss, *sums, *(ok.sum() for ok in finite))]
@@ -51,20 +100,20 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
 
 
 def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> dict[str, list[int]]:
-    """Queries per bin (retrieval.cosine_counts): the cosine of the positive, and that of the hardest negative."""
+    """Number of queries per bin (see `cosine_counts`) of the cosine of the positive and of the hardest negative."""
     counted = map(cosine_counts, similarities(shares, group, device))
     return dict(zip(("positive_histogram", "hardest_negative_histogram"), counted))
 
 
 def similarities(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine of each query's positive and of its hardest negative, over the step's pairs of all ranks: two [B]."""
+    """Cosines [B] of the positives and cosines [B] of the hardest negatives of the step's queries of all ranks."""
     own = torch.stack([_values(shares, name, device) for name in ("positive", "hardest_negative")], dim=1)  # [b, 2]
     [counts] = row_counts(group, own)
     return all_gather_rows(own, counts, group).unbind(1)
 
 
 def peak_memory_gb() -> float:
-    """Most memory this rank has held so far: allocated on its GPU, or resident on a CPU; 1e9 bytes."""
+    """Peak memory of this rank so far in units of 1e9 bytes: allocated on its GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -42,8 +42,8 @@ def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
     pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
     multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
     batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
-    record, _ = train_step(state.trainable, batches, cfg.loss, number, groups, state.average)
-    assert record["gradient_norm"] > 0, "saving, averaging or loading cost the gradients"
+    result = train_step(state.trainable, batches, cfg.loss, number, groups, state.average)
+    assert result.gradient_norm > 0, "saving, averaging or loading cost the gradients"
 
 
 def weights(state: TrainingState) -> tuple[dict, dict]:

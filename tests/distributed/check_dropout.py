@@ -60,7 +60,7 @@ def check_gradients(cfg, trainable, chunk, batches, groups, before) -> None:
     ours = full_gradients(trainable, groups)
     torch.set_rng_state(before)
     trainable.zero_gradients()
-    both = PairEmbeddings.concatenate([PairEmbeddings.of(chunk(batch.sequences), batch) for batch in batches])
+    both = PairEmbeddings.of([chunk(batch.sequences) for batch in batches], batches)
     dense_contrastive_loss(both.query, both.target, TEMPERATURE, ALPHA).backward()
     name, error = worst_relative_error(ours, full_gradients(trainable, groups))
     assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"

@@ -7,8 +7,8 @@ check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a cons
 """
 
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -29,14 +29,15 @@ from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.embedding.embedder import LoadedModel, forward_only
-from megatron_llave.loss import contrastive
+from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks.initialization import initialize_parameters
-from megatron_llave.train import contrast, train_step
+from megatron_llave.train import train_step
 from megatron_llave.training import gradient_cache, optimizer
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import Trainable, build_trainable
 
 TOLERANCE = 1e-5
@@ -133,7 +134,8 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     cfg.loss.negatives = "micro_batch"
     batches = micro_batches(pairs, share, cfg, groups)
-    losses = [train_step(trainable, batches, cfg.loss, step, groups)[0]["loss"] for step in range(STEPS)]
+    results = [train_step(trainable, batches, cfg.loss, step, groups) for step in range(STEPS)]
+    losses = [step_metrics(result.shares, batches, groups.dp)["loss"] for result in results]
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
         print(f"{layout} freeze={freeze}: gradients off by {', '.join(f'{x:.1e}' for x in worst)}, losses {losses}")
         save_losses(directory, freeze, losses)
@@ -156,8 +158,7 @@ def compare_gradients(
     if negatives == "global_batch":  # whose last decides when gradients are summed: one rank's has no pictures
         batches.sort(key=lambda batch: len(batch.sequences.tiles) == 0)
     trainable.zero_gradients()
-    own = {"group": None} if negatives == "own_micro_batch" else {}
-    seen = forward_backward(trainable.chunks, batches, partial(comparison(cfg, groups), **own), negatives)
+    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, negatives=negatives), negatives)
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
     pools = {"global_batch": GLOBAL_BATCH, "micro_batch": size * groups.dp.size(), "own_micro_batch": size}
     pool = pools[negatives]
@@ -169,8 +170,8 @@ def compare_gradients(
     return error
 
 
-def comparison(cfg: RunConfig, groups: ProcessGroupCollection) -> Callable:
-    return partial(contrast, config=cfg.loss, temperature=TEMPERATURE, alpha=ALPHA, group=groups.dp)
+def comparison(cfg: RunConfig, groups: ProcessGroupCollection, **changes: object) -> Compare:
+    return build_loss(replace(cfg.loss, **changes), groups.dp)
 
 
 def check_step(
@@ -224,7 +225,7 @@ def count_negatives(
 
     Ranks of one replica hold the same embeddings: if any of them were gathered, it would be larger.
     """
-    compare = partial(contrast, config=cfg.loss, temperature=1e6, alpha=0.0, group=groups.dp)
+    compare = comparison(cfg, groups, temperature=1e6, alpha=0.0)
     trainable.zero_gradients()
     for _, statistics in forward_backward(trainable.chunks, batches, compare, "global_batch"):
         counted = statistics.effective_negatives
@@ -243,7 +244,9 @@ def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
         "number of micro batches": patch.object(
             gradient_cache, "_replay_step", lambda *args, schedule_divisor, states: replay(*args, 1, states)
         ),
-        "number of ranks": patch.object(contrastive._Terms, "share", property(lambda terms: 0.5 / terms.num_rows)),
+        "number of ranks": patch.object(
+            contrastive._Context, "scale", property(lambda context: 0.5 / context.num_rows)
+        ),
         "other ranks' gradients": patch.object(contrastive, "reduce_scatter_rows", this_rank_alone),
     }
     for name, broken in breaks.items():

@@ -1,6 +1,7 @@
 """Under torchrun: the loss on real ranks, against the released code's numbers and against one process with all rows."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 import torch.distributed as dist
 from reference import dense_contrastive_loss, same_pairs
 
-from megatron_llave.batch import PairEmbeddings
+from megatron_llave.batch import PairEmbeddings, PairIds
+from megatron_llave.config.schema import LossConfig
 from megatron_llave.distributed import process_groups
-from megatron_llave.loss.contrastive import NegativeRules, SimilarityStatistics, hardness_weighted_contrastive_loss
+from megatron_llave.loss.contrastive import SimilarityStatistics, hardness_weighted_contrastive_loss
 
 DTYPES = {torch.float64: (1e-12, 1e-12), torch.float32: (5e-6, 1e-5)}  # loss absolute, gradient relative to its maximum
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss"
@@ -21,9 +23,9 @@ def check_golden(path: Path, group: dist.ProcessGroup) -> None:
     case, rank = np.load(path), group.rank()
     for dtype, (loss_tolerance, gradient_tolerance) in DTYPES.items():
         query, target = (torch.tensor(case[name][rank], dtype=dtype).requires_grad_() for name in ("query", "target"))
-        loss, _ = hardness_weighted_contrastive_loss(
-            query, target, 1 / float(case["logit_scale"]), float(case["alpha"]), group
-        )
+        config = LossConfig(temperature=1 / float(case["logit_scale"]), alpha=float(case["alpha"]))
+        embeddings = PairEmbeddings(query, target, query.new_zeros(0, query.shape[1]))
+        loss, _ = hardness_weighted_contrastive_loss(embeddings, config=config, group=group)
         loss.backward()
         assert loss.dtype == dtype
         assert abs(loss.item() - case["loss_per_rank"][rank]) <= loss_tolerance, (path.name, dtype, loss.item())
@@ -33,16 +35,16 @@ def check_golden(path: Path, group: dist.ProcessGroup) -> None:
 
 
 RULES = [
-    NegativeRules(),
-    NegativeRules(mask_same_target=True),
-    NegativeRules(mask_margin=0.1),
-    NegativeRules(mask_same_target=True, mask_margin=0.3, hardness="in_batch"),
-    NegativeRules(hardness="hard_negatives", directions="query_to_target"),
+    LossConfig(),
+    LossConfig(mask_same_target=True),
+    LossConfig(mask_margin=0.1),
+    LossConfig(mask_same_target=True, mask_margin=0.3, hardness="in_batch"),
+    LossConfig(hardness="hard_negatives", directions="query_to_target"),
 ]
 
 
 def check_unequal_rows(
-    counts: list, hard_counts: list, rules: NegativeRules, has_reward: bool, group, dtype: torch.dtype = torch.float64
+    counts: list, hard_counts: list, rules: LossConfig, has_reward: bool, group, dtype: torch.dtype = torch.float64
 ) -> None:
     """Ranks with different numbers of rows and hard negatives against all rows in one process, forward and backward."""
     loss_tolerance, gradient_tolerance = DTYPES[dtype]
@@ -63,9 +65,10 @@ def check_unequal_rows(
     slices = [own, own, own_hard]
     local = [x[part].to(dtype, copy=True).requires_grad_() for x, part in zip(rows, slices)]
     reward = PairEmbeddings(*(x[part].to(dtype) for x, part in zip(judged, slices))) if has_reward else None
-    own_ids = [x[part] for x, part in zip(ids, slices)]
+    own_ids = PairIds(*(x[part] for x, part in zip(ids, slices)))
+    config = replace(rules, temperature=0.1, alpha=9.0)
     loss, seen = hardness_weighted_contrastive_loss(
-        *local[:2], 0.1, 9.0, group, local[2], *own_ids, reward, rules, chunk=2
+        PairEmbeddings(*local), own_ids, reward, config=config, group=group, chunk=2
     )
     loss.backward()
     mean = loss.detach().clone()
@@ -118,7 +121,7 @@ def main() -> None:
         for rules in RULES:
             for has_reward in (False, True):
                 check_unequal_rows(counts, hard_counts, rules, has_reward, group)
-        check_unequal_rows(counts, hard_counts, NegativeRules(), True, group, torch.float32)
+        check_unequal_rows(counts, hard_counts, LossConfig(), True, group, torch.float32)
     print(f"{len(cases)} golden cases hold on {world} ranks")
     dist.destroy_process_group()
 

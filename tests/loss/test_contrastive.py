@@ -8,18 +8,23 @@ from reference import dense_contrastive_loss
 from run_ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_llave.batch import PairEmbeddings
+from megatron_llave.batch import PairEmbeddings, PairIds
 from megatron_llave.config.schema import LossConfig
-from megatron_llave.loss.contrastive import NegativeRules, hardness_weighted_contrastive_loss
+from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
 from megatron_llave.loss.matryoshka import matryoshka_loss
 from megatron_llave.loss.schedules import alpha_at, temperature_at
 
+CONFIG = LossConfig(temperature=0.05, alpha=9.0)
 CHECK = Path(__file__).parents[1] / "distributed" / "check_loss.py"
 
 
 def unit_rows(count: int, seed: int) -> torch.Tensor:
     rows = torch.randn(count, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.nn.functional.normalize(rows, dim=1)
+
+
+def pairs(query: torch.Tensor, target: torch.Tensor, hard: torch.Tensor | None = None) -> PairEmbeddings:
+    return PairEmbeddings(query, target, query.new_zeros(0, query.shape[1]) if hard is None else hard)
 
 
 @pytest.mark.parametrize(("world", "cases"), [(1, 7), (2, 4), (4, 5)])
@@ -31,7 +36,7 @@ def test_golden_cases_and_unequal_rows_on_real_ranks(world: int, cases: int) -> 
 def test_equals_the_formula_written_out(alpha: float) -> None:
     ours = [unit_rows(7, seed).requires_grad_() for seed in (0, 1)]
     plain = [x.detach().clone().requires_grad_() for x in ours]
-    loss, _ = hardness_weighted_contrastive_loss(*ours, temperature=0.05, alpha=alpha)
+    loss, _ = hardness_weighted_contrastive_loss(pairs(*ours), config=LossConfig(temperature=0.05, alpha=alpha))
     expected = dense_contrastive_loss(*plain, temperature=0.05, alpha=alpha)
     loss.backward()
     expected.backward()
@@ -42,14 +47,14 @@ def test_equals_the_formula_written_out(alpha: float) -> None:
 
 def test_bfloat16_embeddings_are_compared_in_float32() -> None:
     query, target = unit_rows(6, 0).bfloat16(), unit_rows(6, 1).bfloat16()
-    loss, _ = hardness_weighted_contrastive_loss(query, target, 0.02, 9.0)
+    loss, _ = hardness_weighted_contrastive_loss(pairs(query, target), config=LossConfig())
     assert loss.dtype == torch.float32
     expected = dense_contrastive_loss(query.double(), target.double(), 0.02, 9.0)
     assert abs(loss.item() - expected.item()) < 1e-4
 
 
 def test_a_single_pair_has_no_negative() -> None:
-    loss, seen = hardness_weighted_contrastive_loss(unit_rows(1, 0), unit_rows(1, 1), 0.05, 9.0)
+    loss, seen = hardness_weighted_contrastive_loss(pairs(unit_rows(1, 0), unit_rows(1, 1)), config=CONFIG)
     assert loss.item() == 0
     assert seen.hardest_negative.tolist() == [-torch.inf]
     assert seen.effective_negatives.tolist() == seen.hardest_share.tolist() == [0]
@@ -69,8 +74,8 @@ def test_temperature_falls_geometrically_and_alpha_rises_linearly() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunks_do_not_change_the_result(chunk: int) -> None:
     whole, parts = ([unit_rows(7, seed).requires_grad_() for seed in (0, 1)] for _ in range(2))
-    one, _ = hardness_weighted_contrastive_loss(*whole, 0.05, 9.0)
-    other, _ = hardness_weighted_contrastive_loss(*parts, 0.05, 9.0, chunk=chunk)
+    one, _ = hardness_weighted_contrastive_loss(pairs(*whole), config=CONFIG)
+    other, _ = hardness_weighted_contrastive_loss(pairs(*parts), config=CONFIG, chunk=chunk)
     one.backward()
     other.backward()
     torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
@@ -85,9 +90,9 @@ def test_masked_duplicate_is_not_pushed_away(mask: bool, directions: str) -> Non
     query, target = torch.eye(6, 24, dtype=torch.float64), unit_rows(6, 1)
     target[1] = target[0]
     target.requires_grad_()
-    ids = {"query_ids": torch.arange(6), "target_ids": torch.tensor([0, 0, 2, 3, 4, 5])}
-    rules = NegativeRules(mask_same_target=mask, directions=directions)
-    loss, _ = hardness_weighted_contrastive_loss(query, target, 0.05, 9.0, rules=rules, **ids)
+    ids = PairIds(torch.arange(6), torch.tensor([0, 0, 2, 3, 4, 5]), torch.arange(0))
+    config = LossConfig(temperature=0.05, mask_same_target=mask, directions=directions)
+    loss, _ = hardness_weighted_contrastive_loss(pairs(query, target), ids, config=config)
     loss.backward()
     slope = query @ target.grad.T  # [6, 6] d loss / d cosine
     assert (slope[0, 1] == 0 and slope[1, 0] == 0) if mask else (slope[0, 1] > 1e-3 and slope[1, 0] > 1e-3)
@@ -95,34 +100,29 @@ def test_masked_duplicate_is_not_pushed_away(mask: bool, directions: str) -> Non
 
 
 def test_mask_without_ids_is_refused() -> None:
-    ids = torch.arange(2)
-    for given in ({}, {"query_ids": ids, "target_ids": ids, "hard_negatives": unit_rows(1, 2)}):
-        with pytest.raises(ValueError, match="needs query_ids, target_ids, and hard_negative_ids"):
-            hardness_weighted_contrastive_loss(
-                unit_rows(2, 0), unit_rows(2, 1), 0.05, 9.0, rules=NegativeRules(mask_same_target=True), **given
-            )
+    config = LossConfig(mask_same_target=True)
+    for ids, hard in ((None, None), (PairIds(torch.arange(2), torch.arange(2), torch.arange(0)), unit_rows(1, 2))):
+        with pytest.raises(ValueError, match="needs the ids of all queries, targets and hard negatives"):
+            hardness_weighted_contrastive_loss(pairs(unit_rows(2, 0), unit_rows(2, 1), hard), ids, config=config)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"query \(2, 24\) and target \(3, 24\) must have one shape"):
-        hardness_weighted_contrastive_loss(unit_rows(2, 0), unit_rows(3, 1), 0.05, 9.0)
+        hardness_weighted_contrastive_loss(pairs(unit_rows(2, 0), unit_rows(3, 1)), config=CONFIG)
     with pytest.raises(ValueError, match=r"dims=\[4, 25\] go beyond the embedding's 24"):
-        matryoshka_loss(unit_rows(2, 0), unit_rows(2, 1), dims=[4, 25], temperature=0.05, alpha=9.0)
+        matryoshka_loss(pairs(unit_rows(2, 0), unit_rows(2, 1)), config=LossConfig(matryoshka_dims=[4, 25]))
 
 
 def test_a_copy_of_the_positive_is_not_above_it_by_rounding() -> None:
     """Every target comes twice; with a margin of 0 the copies stay negatives in every chunk."""
     query, target = (torch.nn.functional.normalize(torch.randn(64, 256, generator=g), dim=1) for g in generators(2))
     target[32:] = target[:32]
+    config = LossConfig(temperature=0.05, mask_margin=0.0, directions="query_to_target")
     losses = [
-        hardness_weighted_contrastive_loss(
-            query, target, 0.05, 9.0, rules=NegativeRules(mask_margin=0.0, directions="query_to_target"), chunk=chunk
-        )[0].item()
+        hardness_weighted_contrastive_loss(pairs(query, target), config=config, chunk=chunk)[0].item()
         for chunk in (1, 7, 64)
     ]
-    double = hardness_weighted_contrastive_loss(
-        query.double(), target.double(), 0.05, 9.0, rules=NegativeRules(mask_margin=0.0, directions="query_to_target")
-    )
+    double = hardness_weighted_contrastive_loss(pairs(query.double(), target.double()), config=config)
     assert losses == pytest.approx([double[0].item()] * 3, rel=1e-4)
 
 
@@ -133,7 +133,7 @@ def generators(count: int) -> list[torch.Generator]:
 @pytest.mark.parametrize(("name", "value"), [("hardness", "none"), ("directions", "target_to_query")])
 def test_rule_that_means_nothing_is_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='{value}' is not one of"):
-        NegativeRules(**{name: value})
+        LossConfig(**{name: value})
 
 
 class LargestOutput(TorchDispatchMode):
@@ -153,13 +153,11 @@ class LargestOutput(TorchDispatchMode):
 def test_no_matrix_of_all_pairs_is_made(has_reward: bool) -> None:
     """256 pairs of width 24 in chunks of 8, every rule on: a full matrix would have 256 x 272 elements."""
     query, target, hard = (unit_rows(n, seed).requires_grad_() for seed, n in enumerate((256, 256, 16)))
-    ids = {"query_ids": torch.arange(256), "target_ids": torch.arange(256) // 2, "hard_negative_ids": torch.arange(16)}
+    ids = PairIds(torch.arange(256), torch.arange(256) // 2, torch.arange(16))
     reward = PairEmbeddings(unit_rows(256, 3), unit_rows(256, 4), unit_rows(16, 5)) if has_reward else None
-    rules = NegativeRules(mask_same_target=True, mask_margin=0.1)
+    config = LossConfig(temperature=0.05, mask_same_target=True, mask_margin=0.1)
     with LargestOutput() as largest:
-        loss, _ = hardness_weighted_contrastive_loss(
-            query, target, 0.05, 9.0, None, hard, **ids, reward=reward, rules=rules, chunk=8
-        )
+        loss, _ = hardness_weighted_contrastive_loss(pairs(query, target, hard), ids, reward, config=config, chunk=8)
         loss.backward()
     assert largest.elements == 272 * 24  # the columns, not 256 x 272 logits
 
@@ -169,10 +167,8 @@ def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> 
     ours = [unit_rows(n, seed).requires_grad_() for seed, n in enumerate((5, 5, 2))]
     plain = [x.detach().clone().requires_grad_() for x in ours]
     judge = PairEmbeddings(unit_rows(5, 3), unit_rows(5, 4), unit_rows(2, 5)) if has_reward else None
-    query, target, hard = ours
-    loss, _ = matryoshka_loss(
-        query, target, dims=[4, 8, 24], temperature=0.1, alpha=2.0, hard_negatives=hard, reward=judge
-    )
+    config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24])
+    loss, _ = matryoshka_loss(pairs(*ours), reward=judge, config=config)
     losses = []
     for k in (4, 8, 24):
         query, target, hard = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain)
@@ -192,10 +188,10 @@ def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> 
 def test_statistics_of_a_known_batch() -> None:
     """Three negatives equally far from each query count as three; one that is much nearer counts as one."""
     query = torch.eye(4, dtype=torch.float64)
-    _, even = hardness_weighted_contrastive_loss(query, query, 0.1, 0.0)
+    _, even = hardness_weighted_contrastive_loss(pairs(query, query), config=LossConfig(temperature=0.1, alpha=0.0))
     assert even.effective_negatives.tolist() == pytest.approx([3.0] * 4)
     assert even.hardest_share.tolist() == pytest.approx([1 / 3] * 4)
     near = query[[0, 0, 2, 3]]
-    _, uneven = hardness_weighted_contrastive_loss(near, near, 0.02, 0.0)
+    _, uneven = hardness_weighted_contrastive_loss(pairs(near, near), config=LossConfig(alpha=0.0))
     assert uneven.effective_negatives[0].item() == pytest.approx(1.0, abs=1e-6)
     assert uneven.hardest_negative[0].item() == pytest.approx(1.0)

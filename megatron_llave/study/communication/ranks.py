@@ -35,12 +35,11 @@ from megatron_llave.data.storage import open_storage
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.files import atomic_write
-from megatron_llave.loss import contrastive
+from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.study.communication.model import FLOAT, Collective, loss_collectives, received_bytes
-from megatron_llave.train import contrast
-from megatron_llave.training.gradient_cache import Compare, forward_backward
+from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import Trainable, build_trainable
@@ -207,12 +206,11 @@ def _measure_batch(
     cfg: RunConfig, trainable: Trainable, batch: PairBatch, group: dist.ProcessGroup
 ) -> tuple[list[float], Meter]:
     """This rank's COLUMNS for one batch, and its collectives."""
-    own = loss_of_subset(cfg, batch.subset)
-    compare = partial(contrast, config=own, temperature=own.temperature, alpha=own.alpha)
+    loss = loss_of_subset(cfg, batch.subset)
     meter = Meter()
-    metered, _ = run_step(trainable, batch, partial(compare, group=group), meter.watch())
-    alone, (_, seen_alone) = run_step(trainable, batch, partial(compare, group=None))
-    gathered, (_, seen) = run_step(trainable, batch, partial(compare, group=group))
+    metered, _ = run_step(trainable, batch, build_loss(loss, group), meter.watch())
+    alone, (_, seen_alone) = run_step(trainable, batch, build_loss(loss, None))
+    gathered, (_, seen) = run_step(trainable, batch, build_loss(loss, group))
     similarities = seen_alone.effective_negatives, seen.effective_negatives, seen.hardest_share
     return [alone, gathered, metered, sum(meter.waiting), *(float(x.mean()) for x in similarities)], meter
 
