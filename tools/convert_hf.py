@@ -1,9 +1,11 @@
-"""Convert models: Hugging Face folder -> checkpoint (import), back (export); look at one (inspect), compare (verify).
+"""Convert between Hugging Face folders and checkpoints (import, export), inspect one, or compare two (verify).
 
 python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
 python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
 python tools/convert_hf.py inspect DIR
 python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
+
+docs/conversion.md has the details.
 """
 
 import argparse
@@ -22,34 +24,34 @@ TIMEOUT_SECONDS = 600
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     formats = [family.hf for family in FAMILIES.values()]
     layouts, presets = ([name for hf in formats for name in getattr(hf, kind)] for kind in ("layouts", "presets"))
-    command = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
+    command = commands.add_parser("import", help="convert a Hugging Face folder to a checkpoint")
     command.add_argument("--from", required=True, dest="source", help="folder with config.json and safetensors")
-    command.add_argument("--to", required=True, dest="out", help="checkpoint folder to make")
-    command.add_argument("--preset", choices=presets, help="fail unless it is this model")
-    command = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
-    command.add_argument("--from", required=True, dest="source", help="a checkpoint, or a run's folder (its newest)")
-    command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to make")
-    command.add_argument("--format", choices=layouts, help="default: the one the weights came in")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights came")
+    command.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
+    command.add_argument("--preset", choices=presets, help="fail if it is another model")
+    command = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
+    command.add_argument("--from", required=True, dest="source", help="checkpoint or output directory (its newest)")
+    command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to write")
+    command.add_argument("--format", choices=layouts, help="default: the format that was imported")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the imported dtypes")
     command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    command.add_argument("--shard-size", type=float, default=5, help="gigabytes per file of weights at most, default 5")
-    command = commands.add_parser("inspect", help="say what a folder is and whether it is whole")
+    command.add_argument("--shard-size", type=float, default=5, help="maximum gigabytes per file of weights (5)")
+    command = commands.add_parser("inspect", help="print what a folder holds and whether it is complete")
     command.add_argument("folder")
-    command = commands.add_parser("verify", help="embed a text and a picture through both and print the difference")
-    command.add_argument("--hf", required=True, help="Hugging Face folder, run by transformers")
-    command.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's folder")
+    command = commands.add_parser("verify", help="embed a text and an image with both, and print the difference")
+    command.add_argument("--hf", required=True, help="Hugging Face folder, for transformers")
+    command.add_argument("--checkpoint", required=True, help="a checkpoint, or an output directory")
     command.add_argument("--text", default="A cat and a dog", help="text to embed")
-    command.add_argument("--image", help="picture to embed; default: a generated one")
+    command.add_argument("--image", help="image to embed; default: a generated one")
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked for; returns the exit status."""
+    """Run the command; returns the exit status."""
     if args.command == "verify":
         return verify(args.hf, args.checkpoint, args.text, args.image)
     groups = process_groups.initialize_model_parallel(ParallelConfig())
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Run one command in this process alone."""
+    """Run one command, in this process alone."""
     args = parse()
     with exit_with_one_line():
         quiet_dependencies()

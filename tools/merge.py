@@ -1,9 +1,9 @@
-"""Weighted mean of the weights of checkpoints of one model, as a checkpoint.
+"""Compute the weighted mean of the weights of several checkpoints of one model, and write it as a checkpoint.
 
 python tools/merge.py runs/frozen=0.5 runs/trained=0.5 --to runs/merged
 
-The result is evaluated, exported (tools/convert_hf.py) or trained on (checkpoint.init) like any other. A Hugging Face
-folder is imported first.
+The result can be evaluated, exported (tools/convert_hf.py) or trained further (checkpoint.init) like any checkpoint. A
+Hugging Face folder has to be imported before it can be merged.
 """
 
 import argparse
@@ -20,8 +20,8 @@ TIMEOUT_SECONDS = 600
 def main() -> None:
     """Merge in this process alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", metavar="CKPT=SHARE", help="a checkpoint or run, and its share of the mean")
-    parser.add_argument("--to", required=True, dest="out", help="checkpoint folder to make")
+    parser.add_argument("parts", nargs="+", metavar="CKPT=SHARE", help="checkpoint or output directory, and its weight")
+    parser.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
     args = parser.parse_args()
     with exit_with_one_line():
         quiet_dependencies()
@@ -34,10 +34,10 @@ def main() -> None:
 
 
 def parse_part(text: str) -> tuple[str, float]:
-    """`runs/a=0.5` as folder and share.
+    """Split `runs/a=0.5` into the folder and its weight in the mean.
 
     Raises:
-        ConfigError: it has no share that is a number.
+        ConfigError: the weight is missing or is not a number.
     """
     folder, equals, share = text.rpartition("=")
     try:

@@ -1,10 +1,10 @@
-"""Plan a run before it is started: parameters, FLOPs, memory of each rank by part, what moves, whether it fits.
+"""Plan a run before it is started: parameters, FLOPs, memory of each rank by part, communication, and whether it fits.
 
 python tools/plan.py --config RUN.yaml --gpus 8 --gpu-memory 80 [section.key=value ...]
 
-By formula; no GPU, data or weights are needed. Without --data or --pair-tokens the pairs are like MMEB's. Where the
-run does not fit, other layouts, micro batches and recomputation are tried, and the first that fits is named.
-docs/planner.md says what is counted and how well it was checked.
+The plan is computed; it needs no GPU, data or weights. Without --data or --pair-tokens, pairs are assumed to be like
+those of MMEB. If the run does not fit, the tool tries other parallel layouts, micro batches and recomputation, and
+prints the first combination that fits. docs/planner.md says what is counted and how well it was checked.
 """
 
 import argparse
@@ -24,24 +24,26 @@ GIB = 2**30
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error of a user's."""
+    """A parser that reports a wrong argument in one line, like all other errors for users."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
+        """Raise a ConfigError with the message."""
         raise ConfigError(f"{message}; --help explains all arguments")
 
 
 def main() -> None:
-    """Parse, plan, print."""
+    """Parse the arguments, plan, and print."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes together")
-    parser.add_argument("--gpu-memory", type=float, required=True, help="GB (2^30 bytes) of one GPU: 80 for an H100")
+    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs of all nodes together")
+    parser.add_argument("--gpu-memory", type=float, required=True, help="GB (2^30 bytes) of one GPU, such as 80")
     pairs = parser.add_mutually_exclusive_group()
-    pairs.add_argument("--data", help="folder of shards; its pairs are measured, no picture is decoded")
-    pairs.add_argument("--pair-tokens", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="tokens, visual ones too")
-    parser.add_argument("--pair-tiles", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="with --pair-tokens; 0 0")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, winning over the file")
+    pairs.add_argument("--data", help="folder of shards whose pairs are measured; no image is decoded")
+    pairs.add_argument(
+        "--pair-tokens", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="tokens, visual ones included"
+    )
+    parser.add_argument("--pair-tiles", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="with --pair-tokens (0 0)")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, overrides of the file")
     with exit_with_one_line():
         args = parser.parse_args()
         quiet_dependencies()
@@ -54,10 +56,10 @@ def main() -> None:
 
 
 def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]:
-    """The pairs to plan for, and where they come from.
+    """The kinds of pairs to plan for, and a description of where they come from.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: the shards cannot be read, or the arguments are impossible.
     """
     if args.data:
         return read_kinds(args.data, cfg), args.data
@@ -73,7 +75,7 @@ def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]
 
 
 def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -> None:
-    """Print everything."""
+    """Print the tables, whether the run fits, and if not, what would fit."""
     console, memory = Console(highlight=False), args.gpu_memory * GIB
     console.print(parameter_table(plan))
     console.print(step_table(plan, source))
@@ -85,11 +87,11 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
         console.print(f"It fits: {need}, of {limit}.", soft_wrap=True)
         return
     console.print(f"It does not fit: {need}, but there are {limit}.", soft_wrap=True)
-    found = find_fit(plan.cfg, args.gpus, kinds, memory)
-    if found is None:
-        console.print("No layout, micro batch or recomputation fits either: more GPUs, or GPUs with more memory.")
+    fit = find_fit(plan.cfg, args.gpus, kinds, memory)
+    if fit is None:
+        console.print("No other layout, micro batch or recomputation fits: use more GPUs, or GPUs with more memory.")
         return
-    better, changes = found
+    better, changes = fit
     console.print(f"Fits: {' '.join(changes)}", soft_wrap=True)
     ratio = (better.model_flops + better.extra_flops) / (plan.model_flops + plan.extra_flops)
     then = f"{better.worst.total / GIB:.1f} GB on the fullest rank, {ratio:.2f} times the FLOPs"
@@ -97,7 +99,7 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
 
 
 def parameter_table(plan: Plan) -> Table:
-    """Parameters by part."""
+    """A table of the parameters by part, in millions."""
     table = Table("part", "parameters, millions", title="Model", title_justify="left")
     counts, model = count_parameters(plan.cfg.model), plan.cfg.model
     names = {"embedding": "language: token embedding", "decoder": "language: decoder"}
@@ -109,7 +111,7 @@ def parameter_table(plan: Plan) -> Table:
 
 
 def step_table(plan: Plan, source: str) -> Table:
-    """What a step is, computes and moves."""
+    """A table of what a step consists of, computes and communicates."""
     pairs, step = plan.cfg.train.global_batch_size, plan.step
     table = Table("step", source, title="Step", title_justify="left")
     passes = "two passes" if step.has_embed_pass else "one pass"
@@ -131,7 +133,7 @@ def step_table(plan: Plan, source: str) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """GB by part on a rank of each stage."""
+    """A table of the GB by part on a rank of each pipeline stage."""
     stages = [f"stage {i}" + " *" * (stage is plan.worst) for i, stage in enumerate(plan.stages)]
     title = "Memory of a rank, GB" + ("; * most" if len(stages) > 1 else "")
     table = Table("part", *stages, title=title, title_justify="left")
@@ -143,7 +145,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def _right(table: Table) -> Table:
-    """Numbers flush right."""
+    """Right-align the columns with numbers."""
     for column in table.columns[1:]:
         column.justify = "right"
     return table

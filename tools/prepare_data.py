@@ -1,7 +1,7 @@
-"""Make a folder of training shards, look into one, or check one: `prepare_data.py COMMAND ...`. See docs/data.md.
+"""Make a folder of training shards, inspect one, or verify one: `prepare_data.py COMMAND ...`. See docs/data.md.
 
-The first tool of a run. Sources: openmoji, the data that comes with pip (extra `demo`); mmeb, MMEB-train as released;
-jsonl, the user's own pairs.
+This is the first tool of a run. Its sources are `openmoji`, the data that comes with pip packages (extra `demo`),
+`mmeb`, the published MMEB-train, and `jsonl`, the user's own pairs. `clips` makes short videos for an evaluation.
 """
 
 import argparse
@@ -25,32 +25,32 @@ from megatron_llave.prepare.shard_jobs import REPORT_FILE
 
 MODALITIES = ("text", "image", "both")
 MOST_WORKERS = 8
-"""Processes unless told otherwise: each holds some 300 MB."""
+"""Default number of processes, if there are as many cores; each process needs some 300 MB."""
 BAR = 24
-"""Characters of the longest bar of a histogram."""
+"""Number of characters of the longest bar of a histogram."""
 
 Report = Callable[[str, int, int], None]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `run` of the result is the command's own function."""
-    parser = argparse.ArgumentParser(description="Make training shards, look into them, check them.")
+    """Parse the command line; `run` of the result is the function of the command."""
+    parser = argparse.ArgumentParser(description="Make training shards, inspect them, and verify them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_openmoji(commands)
     _add_mmeb(commands)
     _add_jsonl(commands)
     clips = commands.add_parser("clips", help="short videos of moving emoji, for tools/evaluate.py video")
-    clips.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    clips.add_argument("--count", type=int, default=60, metavar="N", help="videos (60)")
-    clips.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    clips.add_argument("--out", required=True, metavar="DIR", help="output directory")
+    clips.add_argument("--count", type=int, default=60, metavar="N", help="number of videos (60)")
+    clips.add_argument("--overwrite", action="store_true", help="replace a finished output directory")
     clips.set_defaults(run=run_clips)
-    look = commands.add_parser("inspect", help="subsets, pairs, modalities, lengths of a folder of shards")
+    look = commands.add_parser("inspect", help="print subsets, pairs, modalities and lengths of a folder of shards")
     look.add_argument("directory", metavar="DIR")
-    look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model: with --preset, lengths in tokens")
-    look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tile grids count")
+    look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model; with --preset, counts tokens")
+    look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tile grids are used")
     look.set_defaults(run=run_inspect)
     check = commands.add_parser(
-        "verify", help="every checksum and member of a folder of shards; status 1 if one is bad"
+        "verify", help="check every checksum and member of a folder of shards; status 1 if any is bad"
     )
     check.add_argument("directory", metavar="DIR")
     check.set_defaults(run=run_verify)
@@ -58,51 +58,50 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_openmoji(commands: argparse._SubParsersAction) -> None:
-    emoji = commands.add_parser("openmoji", help="emoji pictures and names from pip packages; no download")
-    emoji.add_argument("--image-size", type=int, default=56, metavar="PIXELS", help="side of every picture (56)")
-    emoji.add_argument("--seed", type=int, default=0, help="of augmentations, canvases and order (0)")
-    emoji.add_argument("--pairs-scale", type=float, default=1.0, metavar="X", help="share of the pairs to make (1.0)")
-    emoji.add_argument("--hard-negatives", type=int, default=0, metavar="N", help="wrong targets of each pair (0)")
+    emoji = commands.add_parser("openmoji", help="emoji images and names from pip packages; no download")
+    emoji.add_argument("--image-size", type=int, default=56, metavar="PIXELS", help="side of every image (56)")
+    emoji.add_argument("--seed", type=int, default=0, help="seed of augmentations, canvases and order (0)")
+    emoji.add_argument("--pairs-scale", type=float, default=1.0, metavar="X", help="fraction of pairs to make (1.0)")
+    emoji.add_argument("--hard-negatives", type=int, default=0, metavar="N", help="hard negatives per pair (0)")
     _add_output(emoji, default_workers=2)
     emoji.set_defaults(run=run_openmoji)
 
 
 def _add_mmeb(commands: argparse._SubParsersAction) -> None:
-    train = commands.add_parser("mmeb", help="MMEB-train: Parquet or JSON rows and the image folder")
+    train = commands.add_parser("mmeb", help="MMEB-train: Parquet or JSON rows, and their image folder")
     train.add_argument("--source", required=True, metavar="DIR", help="folder with SUBSET/SPLIT-*.parquet and images")
-    train.add_argument("--split", choices=mmeb.SPLITS, default="original", help="(original)")
-    train.add_argument("--subsets", nargs="+", metavar="NAME", help="those to take (all that are there)")
-    train.add_argument("--limit", type=int, metavar="N", help="rows of each subset, the first ones (all)")
+    train.add_argument("--split", choices=mmeb.SPLITS, default="original", help="split to read (original)")
+    train.add_argument("--subsets", nargs="+", metavar="NAME", help="subsets to use (all in the folder)")
+    train.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of each subset (all)")
     _add_image_limit(train)
     _add_output(train, default_workers=min(MOST_WORKERS, os.cpu_count() or 1))
     train.set_defaults(run=run_mmeb)
 
 
 def _add_jsonl(commands: argparse._SubParsersAction) -> None:
-    own = commands.add_parser("jsonl", help="your own pairs, one JSON object a line (docs/data.md)")
-    own.add_argument(
-        "--source", required=True, nargs="+", metavar="FILE", help="JSONL files; images are relative to them"
-    )
-    own.add_argument("--meta-task", choices=META_TASKS, default="retrieval", help="of their subsets (retrieval)")
-    _add_image_limit(own)
-    _add_output(own, default_workers=min(MOST_WORKERS, os.cpu_count() or 1))
-    own.set_defaults(run=run_jsonl)
+    pairs = commands.add_parser("jsonl", help="your own pairs, one JSON object per line (docs/data.md)")
+    files = "JSONL files; image paths are relative to their folder"
+    pairs.add_argument("--source", required=True, nargs="+", metavar="FILE", help=files)
+    pairs.add_argument("--meta-task", choices=META_TASKS, default="retrieval", help="for all subsets (retrieval)")
+    _add_image_limit(pairs)
+    _add_output(pairs, default_workers=min(MOST_WORKERS, os.cpu_count() or 1))
+    pairs.set_defaults(run=run_jsonl)
 
 
 def _add_image_limit(command: argparse.ArgumentParser) -> None:
-    limit = f"larger images are skipped ({MAX_PIXELS})"
+    limit = f"skip images with more pixels ({MAX_PIXELS})"
     command.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=limit)
 
 
 def _add_output(command: argparse.ArgumentParser, default_workers: int) -> None:
-    workers = f"processes; the result does not depend on it ({default_workers})"
-    command.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    workers = f"number of processes; the result does not depend on it ({default_workers})"
+    command.add_argument("--out", required=True, metavar="DIR", help="output directory")
     command.add_argument("--workers", type=int, default=default_workers, metavar="N", help=workers)
-    command.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    command.add_argument("--overwrite", action="store_true", help="replace a finished output directory")
 
 
 def run_openmoji(given: argparse.Namespace) -> int:
-    """Make the embedded data."""
+    """Make the bundled OpenMoji data; returns the exit status."""
     with progress_bar() as report:
         index = prepare.prepare(
             given.out,
@@ -118,7 +117,7 @@ def run_openmoji(given: argparse.Namespace) -> int:
 
 
 def run_mmeb(given: argparse.Namespace) -> int:
-    """Make shards of MMEB-train."""
+    """Make shards of MMEB-train; returns the exit status."""
     with progress_bar() as report:
         made = mmeb.prepare(
             given.source,
@@ -135,7 +134,7 @@ def run_mmeb(given: argparse.Namespace) -> int:
 
 
 def run_jsonl(given: argparse.Namespace) -> int:
-    """Make shards of the user's own pairs."""
+    """Make shards of the user's own pairs; returns the exit status."""
     with progress_bar() as report:
         made = jsonl.prepare(
             given.source,
@@ -150,40 +149,40 @@ def run_jsonl(given: argparse.Namespace) -> int:
 
 
 def run_clips(given: argparse.Namespace) -> int:
-    """Make videos of emoji."""
+    """Make videos of moving emoji; returns the exit status."""
     count = clips.make_clips(given.out, given.count, given.overwrite)
     print(f"wrote {count} videos and {given.out}/{clips.MANIFEST}")
     return 0
 
 
 def run_inspect(given: argparse.Namespace) -> int:
-    """Print what a folder holds."""
+    """Print what a folder of shards holds; returns the exit status."""
     with progress_bar() as report:
-        found = audit.inspect(given.directory, given.tokenizer, given.preset, report)
+        inspection = audit.inspect(given.directory, given.tokenizer, given.preset, report)
     console = Console()
-    for table in inspection_tables(found):
+    for table in inspection_tables(inspection):
         console.print(table)
-    for note in inspection_notes(found):
+    for note in inspection_notes(inspection):
         print(note)
     return 0
 
 
 def run_verify(given: argparse.Namespace) -> int:
-    """Print every problem of a folder; 1 if there is any."""
+    """Print every problem of a folder of shards; returns 1 if there is any, else 0."""
     problems = 0
     with progress_bar() as report:
         for problem in audit.verify(given.directory, report):
             problems += 1
             print(problem, flush=True)
-    print(f"{problems} problems" if problems else f"{given.directory} is whole: every checksum and member is right")
+    print(f"{problems} problems" if problems else f"{given.directory} is complete: every checksum and member is right")
     return 1 if problems else 0
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A bar on stderr, and the function that moves it."""
+    """Show a progress bar on stderr, and yield the function that moves it: (description, done, total)."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # Redirecting stdout would send what is printed meanwhile to the bar's own stream.
+    # If rich redirected stdout, whatever is printed meanwhile would go to the stream of the bar.
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
@@ -192,19 +191,19 @@ def progress_bar() -> Iterator[Report]:
 def _print_made(directory: str, index: Index, skipped: dict[str, Counter[str]]) -> int:
     console = Console()
     console.print(summary(index.subsets))
-    reasons = Table("subset", "left out", "reason")
+    reasons = Table("subset", "skipped", "reason")
     for name, counts in skipped.items():
         for reason, count in counts.most_common():
             reasons.add_row(name, str(count), reason)
     if reasons.rows:
         console.print(reasons)
-        print(f"each one is listed in {directory}/{REPORT_FILE}")
+        print(f"{directory}/{REPORT_FILE} lists each of them")
     print(f"wrote {directory}")
     return 0
 
 
 def summary(subsets: dict[str, Subset]) -> Table:
-    """One row per subset and a total."""
+    """A table with one row per subset, and a total."""
     table = Table("subset", "meta-task", show_footer=True)
     sizes = {name: sum(shard.bytes for shard in subset.shards) / 1e6 for name, subset in subsets.items()}
     table.columns[0].footer = "total"
@@ -216,17 +215,17 @@ def summary(subsets: dict[str, Subset]) -> Table:
     return table
 
 
-def inspection_tables(found: audit.Inspection) -> list[Table]:
-    """Subsets, their modalities, and a histogram of each length that was measured."""
-    modalities = Table("subset", title="sides with text, image, both")
+def inspection_tables(inspection: audit.Inspection) -> list[Table]:
+    """Tables of the subsets and of their modalities, and a histogram of each length that was measured."""
+    modalities = Table("subset", title="queries and targets with text / image / both")
     for name in ("query", "target", "hard negatives"):
         modalities.add_column(f"pairs with {name}" if name == "hard negatives" else name, justify="right")
-    for name, counts in found.subsets.items():
+    for name, counts in inspection.subsets.items():
         sides = [" / ".join(str(side[modality]) for modality in MODALITIES) for side in (counts.query, counts.target)]
         mark = "*" if counts.counted < counts.subset.pairs else ""
         modalities.add_row(name + mark, *sides, str(counts.with_hard_negatives))
-    tables = [summary({name: counts.subset for name, counts in found.subsets.items()}), modalities]
-    return tables + [_histogram_table(measure, lengths) for measure, lengths in found.lengths.items()]
+    tables = [summary({name: counts.subset for name, counts in inspection.subsets.items()}), modalities]
+    return tables + [_histogram_table(measure, lengths) for measure, lengths in inspection.lengths.items()]
 
 
 def _histogram_table(measure: str, lengths: dict[str, Counter[int]]) -> Table:
@@ -245,19 +244,21 @@ def _histogram_table(measure: str, lengths: dict[str, Counter[int]]) -> Table:
     return table
 
 
-def inspection_notes(found: audit.Inspection) -> list[str]:
-    """What the tables do not say by themselves."""
+def inspection_notes(inspection: audit.Inspection) -> list[str]:
+    """Lines that explain what the tables do not show: sampled subsets, and inputs that cannot be encoded."""
     notes = []
-    for name, counts in found.subsets.items():
+    for name, counts in inspection.subsets.items():
         if counts.counted < counts.subset.pairs:
-            notes.append(f"* {name}: {counts.counted} of its {counts.subset.pairs} pairs were looked at")
-    if found.not_encodable:
-        notes.append(f"{found.not_encodable} sides have more placeholders than images; training leaves their pairs out")
+            notes.append(f"* {name}: {counts.counted} of its {counts.subset.pairs} pairs were read")
+    if inspection.not_encodable:
+        notes.append(
+            f"{inspection.not_encodable} inputs have more placeholders than images; training drops their pairs"
+        )
     return notes
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; verify ends the process with status 1 where it finds a problem."""
+    """Entry point. `verify` ends the process with status 1 if it finds a problem."""
     with exit_with_one_line():
         given = parse_arguments(arguments)
         status = given.run(given)

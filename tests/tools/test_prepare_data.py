@@ -51,7 +51,7 @@ def test_jsonl_prints_what_it_made(tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n' * 2)
     files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     status, out, _ = run(capsys, "jsonl", "--source", *files, "--out", tmp_path / "out", "--meta-task", "grounding")
-    assert status == 0 and "left out" not in out
+    assert status == 0 and "skipped" not in out
     assert cells(out)[1:] == [
         ["a", "grounding", "1", "1", "0.0"],
         ["b", "grounding", "2", "1", "0.0"],
@@ -92,14 +92,12 @@ def test_inspect_says_when_it_sampled(tmp_path, capsys, monkeypatch):
     run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--workers", 1)
     monkeypatch.setattr(pair_lengths, "PAIRS_COUNTED", 10)
     _, out, _ = run(capsys, "inspect", tmp_path / "out")
-    assert "* a: 1000 of its 1500 pairs were looked at" in out and ["a*", "1000 / 0 / 0", "1000 / 0 / 0", "0"] in cells(
-        out
-    )
+    assert "* a: 1000 of its 1500 pairs were read" in out and ["a*", "1000 / 0 / 0", "1000 / 0 / 0", "0"] in cells(out)
 
 
 def test_verify_ends_with_status_1_where_something_is_wrong(golden_shards, capsys):
     status, out, _ = run(capsys, "verify", golden_shards)
-    assert status == 0 and "is whole" in out
+    assert status == 0 and "is complete" in out
     shard = golden_shards / "WebQA-000000.tar"
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
