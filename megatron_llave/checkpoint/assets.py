@@ -1,6 +1,5 @@
 """The folder `assets/` of a checkpoint: what it keeps of the Hugging Face folder that its weights came from."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import read_json, write_json
 from megatron_llave.models import open_hf, read_hf_config
 from megatron_llave.models.hf.config_json import HfConfig
 from megatron_llave.models.hf.tensor_files import CODES, DTYPE_CODES, write_tensor_files
@@ -35,7 +35,7 @@ def keep_assets(weights: HfWeights, folder: Path) -> None:
     stored = {name: (weights.shape(name), weights.dtypes[name]) for name in unused}
     write_tensor_files(folder, stored, ((name, weights.read(name)) for name in unused), 2**63, UNUSED_FILE)
     dtypes = {name: CODES[dtype] for name, dtype in sorted(weights.dtypes.items())}
-    (folder / DTYPES_FILE).write_text(json.dumps(dtypes, indent=0) + "\n")
+    write_json(folder / DTYPES_FILE, dtypes)
 
 
 def _head_is_embedding(weights: HfWeights) -> bool:
@@ -92,7 +92,7 @@ def read_assets(folder: Path) -> Assets:
     if not (assets / DTYPES_FILE).is_file():
         return Assets(assets if assets.is_dir() else None, None, {}, {})
     try:
-        codes = json.loads((assets / DTYPES_FILE).read_text())
+        codes = read_json(assets / DTYPES_FILE)
         dtypes = {name: DTYPE_CODES[code] for name, code in codes.items()}
         with safe_open(assets / UNUSED_FILE, framework="pt") as handle:
             unused = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}

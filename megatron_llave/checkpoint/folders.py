@@ -8,7 +8,6 @@ A checkpoint is written under a temporary name (async_writer.py), renamed when i
 replacing `latest` atomically. A save that is killed leaves the previous checkpoint current.
 """
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import VERSION, atomic_write, read_json, write_json
 
 FOLDER = "checkpoints"
 POINTER = "latest"
@@ -35,7 +35,6 @@ the output directory and in each checkpoint, where large files are hard links to
 AVERAGE = "average."
 """Prefix of the names of averaged weights."""
 FORMAT = "megatron_llave checkpoint"
-VERSION = 1
 _STEP = re.compile(r"step-(\d{7,})")
 
 
@@ -54,7 +53,7 @@ def begin(partial: Path, cfg: RunConfig, position: dict | None) -> None:
     partial.mkdir(parents=True)
     save_config(cfg, partial / CONFIG)
     if position is not None:
-        (partial / POSITION).write_text(json.dumps(position, indent=1) + "\n")
+        write_json(partial / POSITION, position)
     assets = Path(cfg.train.output) / ASSETS
     if assets.is_dir():
         shutil.copytree(assets, partial / ASSETS, copy_function=link)
@@ -68,7 +67,7 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
     """
     files = {str(path.relative_to(partial)): _size(path) for path in _files(partial)}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "files": files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_json(partial / MANIFEST, manifest)
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         os.replace(final, replaced)
@@ -78,9 +77,8 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
 
 
 def _point_to(final: Path) -> None:
-    pointer = final.with_name(f"{POINTER}.partial")
-    pointer.write_text(final.name + "\n")
-    os.replace(pointer, final.with_name(POINTER))
+    with atomic_write(final.with_name(POINTER), only_writer=True) as temporary:
+        temporary.write_text(final.name + "\n")
 
 
 def _size(path: Path) -> int:
@@ -168,18 +166,12 @@ def require_whole(folder: Path) -> dict[str, Any]:
         CheckpointError: names the file that is missing or of another size.
     """
     file = folder / MANIFEST
+    hint = "the folder is not a checkpoint of a run, or not a complete one"
+    manifest = read_json(file, FORMAT, hint, CheckpointError)
     try:
-        manifest = json.loads(file.read_text())
-        is_known = manifest["format"] == FORMAT and manifest["version"] == VERSION
         files, step = dict(manifest["files"]), int(manifest["step"])
-    except FileNotFoundError as error:
-        why = "it is not a checkpoint of a run, or not a whole one"
-        raise CheckpointError(f"{folder} has no {MANIFEST}: {why}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
-    if not is_known:
-        kind = f"{manifest['format']!r} version {manifest['version']!r}"
-        raise CheckpointError(f"{folder} is {kind}, this code reads {FORMAT!r} version {VERSION}")
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -267,11 +259,8 @@ def read_position(folder: Path) -> dict | None:
     file = folder / POSITION
     if not file.is_file():
         return None
-    try:
-        position = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(position, dict) or not {"step", "subsets"} <= position.keys():
+    position = read_json(file, error=CheckpointError)
+    if not {"step", "subsets"} <= position.keys():
         raise CheckpointError(f"{file} is damaged: it does not say where the data stands")
     return position
 

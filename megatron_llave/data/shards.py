@@ -9,7 +9,6 @@ nothing is decoded by file extension, so nothing is ever unpickled.
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -23,7 +22,7 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Shard, Subset
 from megatron_llave.data.tar_members import KEY, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
-from megatron_llave.files import AGAIN
+from megatron_llave.files import AGAIN, atomic_write
 
 SUFFIXES = {"JPEG": "jpg"}
 
@@ -47,9 +46,8 @@ def write_samples(samples: Iterable[tuple[str, dict[str, bytes]]], path: str | P
         DataError: a key that WebDataset could not group, or one that comes twice.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     keys: set[str] = set()
-    with open(partial, "wb") as file:
+    with atomic_write(path, only_writer=True) as temporary, open(temporary, "wb") as file:
         hashing = _HashingFile(file)
         # A fixed mtime and owner: the same samples give the same bytes.
         with TarWriter(hashing, encoder=False, mtime=0, user="llave", group="llave") as writer:
@@ -60,7 +58,6 @@ def write_samples(samples: Iterable[tuple[str, dict[str, bytes]]], path: str | P
                     raise DataError(f"{path}: key {key!r} comes twice; keys must be unique in a shard")
                 keys.add(key)
                 writer.write({"__key__": key, **members})
-    os.replace(partial, path)
     return Shard(path.name, len(keys), hashing.bytes, hashing.sha256.hexdigest())
 
 

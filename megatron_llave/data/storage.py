@@ -22,7 +22,7 @@ from webdataset.gopen import gopen
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.index import INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
-from megatron_llave.files import AGAIN
+from megatron_llave.files import AGAIN, atomic_write
 
 REMOTE = re.compile(r"(https?://|pipe:)")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -104,11 +104,11 @@ class Storage:
         return f"{self.path.rstrip('/')}/{file}"
 
     def _copy(self, shard: Shard, target: Path) -> None:
-        partial = target.with_name(f"{shard.file}.partial")
-        if _download(self._url(shard.file), partial) != shard.sha256:
-            size = partial.stat().st_size
-            raise DataError(f"{self._url(shard.file)}: {size} bytes came, not the {shard.bytes} of the index; {AGAIN}")
-        os.replace(partial, target)
+        url = self._url(shard.file)
+        with atomic_write(target, only_writer=True) as temporary:
+            if _download(url, temporary) != shard.sha256:
+                size = temporary.stat().st_size
+                raise DataError(f"{url}: {size} bytes came, not the {shard.bytes} of the index; {AGAIN}")
 
     def _attempt(self, file: str, fetch: Callable[[], object]) -> None:
         for attempt in range(self.retries + 1):
@@ -141,14 +141,10 @@ def _download(url: str, target: Path) -> str:
         OSError: nothing comes, or the disk is full.
     """
     digest = hashlib.sha256()
-    try:
-        with gopen(url, bufsize=CHUNK) as source, open(target, "wb") as file:
-            while block := source.read(CHUNK):
-                digest.update(block)
-                file.write(block)
-    except OSError:
-        target.unlink(missing_ok=True)
-        raise
+    with gopen(url, bufsize=CHUNK) as source, open(target, "wb") as file:
+        while block := source.read(CHUNK):
+            digest.update(block)
+            file.write(block)
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding.embedder import require_finite
 from megatron_llave.embedding.inputs import FileInputs
 from megatron_llave.errors import DataError
-from megatron_llave.files import VERSION, read_json, write_json
+from megatron_llave.files import VERSION, atomic_write, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +135,12 @@ class EmbeddingCache:
             DataError: the disk is full or not writable; nothing is left of the part then.
         """
         path = self._path(part)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            with open(partial, "wb") as file:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, rows.astype(np.float32, copy=False), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
     def rows(self, indices: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ A line is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, pictures, 
 JSONL's folder, the id defaults to the line's number.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import atomic_write
 
 SUFFIXES = (".npy", ".parquet")
 Write = Callable[[list[str], Tensor], None]
@@ -36,18 +36,14 @@ def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> I
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {' or '.join(SUFFIXES)}")
-    partial = path.with_name(f"{path.name}.partial")
     open_file = _open_npy if path.suffix == ".npy" else _open_parquet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_file(partial, num_rows, width, model) as write:
+        with atomic_write(path, only_writer=True) as temporary, open_file(temporary, num_rows, width, model) as write:
             yield write
-        os.replace(partial, path)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path} cannot be written: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

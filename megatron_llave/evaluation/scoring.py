@@ -5,7 +5,6 @@ embeddings/<set>/ (embedding/cache.py), <set>_result.json, and <set>_pred.txt an
 writes them. A run that was killed goes on with the parts that are missing; a finished set is only read.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from megatron_llave.embedding.cache import (
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.ranking import alignment, hub_share, rank_own_candidates, uniformity
 from megatron_llave.evaluation.task import RankingTask, SetResult
-from megatron_llave.files import VERSION, atomic_write, read_json, write_json
+from megatron_llave.files import VERSION, read_json, write_json, write_text
 from megatron_llave.loss.similarities import overlap_coefficient
 
 FORMAT = "megatron_llave ranking result"
@@ -201,12 +200,11 @@ def _write(result: SetResult, task: RankingTask, out: Path, about: dict[str, Any
         hardest = [x if math.isfinite(x) else None for x in result.hardest_negative]  # JSON has no infinity
         values = {**asdict(result), "hardest_negative": hardest}
         write_json(out / f"{task.name}_result.json", {"format": FORMAT, "version": VERSION, **about, "result": values})
-        with atomic_write(out / f"{task.name}_pred.txt") as partial:
-            partial.write_text("".join(f"{(one.text, ''.join(one.images))}\n" for one in predicted), encoding="utf-8")
+        lines = (f"{(one.text, ''.join(one.images))}\n" for one in predicted)
+        write_text(out / f"{task.name}_pred.txt", "".join(lines))
         correct = round(result.precision_at_1 * result.num_queries / 100)
         score = {"acc": correct / result.num_queries, "num_correct": correct, "num_pred": result.num_queries}
-        with atomic_write(_score_file(out, task)) as partial:
-            partial.write_text(json.dumps(score, indent=4), encoding="utf-8")
+        write_json(_score_file(out, task), score)
     except OSError as error:
         raise DataError(f"{out}: results of {task.name} cannot be written: {error.strerror}") from error
 

@@ -28,7 +28,7 @@ from megatron_llave.data.image_files import BadImageError, decode_image
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.files import write_json
+from megatron_llave.files import atomic_write, read_json, write_json
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
 PAIRS_PER_SHARD = 1000
@@ -199,9 +199,9 @@ def _collect(
     index = Index({name: Subset(meta_task, []) for name, meta_task in meta_tasks.items()})
     skipped: dict[str, Counter[str]] = {name: Counter() for name in meta_tasks}
     files: set[str] = set()
-    partial = directory / f"{REPORT_FILE}.partial"
     progress("shards", 0, num_jobs)
-    with open(partial, "w", encoding="utf-8") as report:
+    file = directory / REPORT_FILE
+    with atomic_write(file, only_writer=True) as temporary, open(temporary, "w", encoding="utf-8") as report:
         for done, result in enumerate(finished, start=1):
             files.add(result.file)
             if result.shard:
@@ -211,12 +211,11 @@ def _collect(
                 skipped[result.subset][line["reason"]] += 1
             left_out = sum(reasons.total() for reasons in skipped.values())
             progress(f"shards ({left_out} left out)" if left_out else "shards", done, num_jobs)
-    os.replace(partial, directory / REPORT_FILE)
     for name, subset in index.subsets.items():
         if not subset.shards:
             counts = [f"{count} x {reason}" for reason, count in skipped[name].most_common()]
             why = ", ".join(counts) or "it has no rows"
-            raise DataError(f"nothing is left of subset {name}: {why}; see {directory / REPORT_FILE}")
+            raise DataError(f"nothing is left of subset {name}: {why}; see {file}")
     _finish(directory, files, index)
     return Prepared(index, skipped)
 
@@ -241,7 +240,7 @@ def write_one_shard(job: ShardJob) -> FinishedShard:
         DataError: a file cannot be written, or storage fails while an image is read.
     """
     path = Path(job.directory) / f"{job.subset}-{job.number:06d}.tar"
-    sidecar, partial = (path.with_name(path.name + suffix) for suffix in (".done", ".partial"))
+    sidecar = path.with_name(f"{path.name}.done")
     fingerprint = _fingerprint(job)
     finished = _read_sidecar(sidecar, job, fingerprint)
     if finished:
@@ -259,7 +258,6 @@ def write_one_shard(job: ShardJob) -> FinishedShard:
         result = {"shard": asdict(shard) if shard else None, "skipped": skipped}
         write_json(sidecar, {"fingerprint": fingerprint, **result})
     except OSError as error:
-        partial.unlink(missing_ok=True)  # a full disk needs the room
         raise _unwritable(path, error) from error
     return FinishedShard(job.subset, path.name, shard, skipped)
 
@@ -283,14 +281,14 @@ def _fingerprint(job: ShardJob) -> str:
 def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedShard | None:
     """What an earlier run made of the same job, if its shard is still there."""
     try:
-        value = json.loads(sidecar.read_bytes())
+        value = read_json(sidecar)
         if value["fingerprint"] != fingerprint:
             return None
         shard = parse_shard(value["shard"]) if value["shard"] else None
         if shard:
             check_size(sidecar.parent, shard)
         return FinishedShard(job.subset, sidecar.stem, shard, value["skipped"])
-    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or not of the shard's size
+    except (DataError, KeyError, TypeError):  # missing, damaged, or not of the shard's size
         return None
 
 

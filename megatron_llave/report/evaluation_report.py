@@ -4,7 +4,6 @@ Called by the tools after an evaluation. Files: report.html with everything in i
 pictures scores.png, similarities.png, montage.png, mistakes.png, loss.png.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.table import Table
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.task import SetResult
-from megatron_llave.files import atomic_write
+from megatron_llave.files import write_json, write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts
 from megatron_llave.report.html_page import Section, html_page
 from megatron_llave.report.montage import Panel, Row, draw_montage
@@ -61,7 +60,7 @@ def _mean(results: list[SetResult]) -> float | None:
     return sum(result.precision_at_1 for result in results) / len(results) if results else None
 
 
-def write_json(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
+def write_numbers(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
     """Write `extra`, the means and every set's numbers; of the lists over queries only two histograms."""
     short = []
     for one in results:
@@ -69,8 +68,7 @@ def write_json(results: list[SetResult], path: str | Path, extra: dict[str, Any]
         for name in ("positive", "hardest_negative"):
             numbers[f"{name}_histogram"] = cosine_counts(torch.tensor(getattr(one, name), dtype=torch.float64))
         short.append(numbers)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**extra, "means": summarise(results), "sets": short}, indent=2) + "\n")
+    write_json(path, {**extra, "means": summarise(results), "sets": short})
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
@@ -271,18 +269,16 @@ def _write_files(
     draw_montage(example_panels(results, inputs), directory / "montage.png")
     draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
     steps = {"steps": records[-1]["step"]} if records else {}
-    write_json(results, directory / "report.json", {**steps, **extra, **({"paper": paper} if paper else {})})
+    write_numbers(results, directory / "report.json", {**steps, **extra, **({"paper": paper} if paper else {})})
     tables = [scores_section(results)]
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
-    with atomic_write(directory / "report.md") as temporary:
-        drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
-        temporary.write_text("# Evaluation\n" + "".join(map(markdown, tables)) + drawn, encoding="utf-8")
+    drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
+    write_text(directory / "report.md", "# Evaluation\n" + "".join(map(markdown, tables)) + drawn)
     shown = [Section(title, pictures=[directory / file]) for title, file in pictures.items()]
     page = html_page("Evaluation", f"{len(results)} evaluation sets.", [*tables, *shown])
-    with atomic_write(directory / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(directory / "report.html", page)
 
 
 def markdown(section: Section) -> str:

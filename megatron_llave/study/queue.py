@@ -24,7 +24,7 @@ from megatron_llave.checkpoint.folders import differences
 from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, ConfigError, require
-from megatron_llave.files import atomic_write
+from megatron_llave.files import atomic_write, read_json
 from megatron_llave.study.arms import Run
 from megatron_llave.study.run_folder import (
     OUTPUT,
@@ -86,12 +86,9 @@ def check_study(plan: Plan, name: str) -> None:
         partial.flush()
         with suppress(FileExistsError):
             os.link(partial.name, file)  # unlike a rename it leaves the file of whoever was first
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged; choose another --out") from error
-    changed = "; ".join(differences(before, own))
-    require(not changed, f"{plan.out} holds another study or other settings: {changed}; choose another --out")
+    hint = "choose another --out"
+    changed = "; ".join(differences(read_json(file, hint=hint, error=ConfigError), own))
+    require(not changed, f"{plan.out} holds another study or other settings: {changed}; {hint}")
 
 
 def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:

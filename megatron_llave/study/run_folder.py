@@ -17,6 +17,7 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.evaluation.benchmarks.prepared import is_prepared
+from megatron_llave.files import read_json
 from megatron_llave.study.arms import START, Run
 from megatron_llave.training.fault_tolerance import STATE_FILE
 
@@ -105,9 +106,7 @@ def require_trained(folder: Path) -> None:
         CheckpointError: says who stopped it.
     """
     file = folder / STATE_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: the training could not write it")
-    state = json.loads(file.read_text())
+    state = read_json(file, hint="the training could not write it", error=CheckpointError)
     if state["state"] != "finished":
         raise CheckpointError(f"{state['state']} after step {state['step']}: {state['reason']}")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_llave.files import atomic_write
+from megatron_llave.files import write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.report.evaluation_report import markdown_rows
 from megatron_llave.report.plots import BLUE, INK, ORANGE, label_axes, plot_runs, save_png
@@ -64,8 +64,7 @@ def write_up(
         plot_similarities(done, shown, out / "similarities.png")
         plot_runs(mean_curves(done, shown), {}, out / "curves.png", "step")
         parts.append("\n![Precision@1](precision.png)\n\n![Similarities](similarities.png)\n\n![Curves](curves.png)\n")
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text("".join(parts), encoding="utf-8")
+    write_text(out / "report.md", "".join(parts))
     _write_csv(out / "runs.csv", *_run_table(findings))
     _write_csv(out / "comparisons.csv", *_comparison_table(findings, study))
 
@@ -163,8 +162,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 def plot_outcomes(done: Sequence[Finding], study: Study, arms: Sequence[str], path: Path) -> None:

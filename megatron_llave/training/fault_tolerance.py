@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.batch import PairBatch
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.errors import DivergedError
+from megatron_llave.files import write_json
 from megatron_llave.loss.contrastive import LossShare
 
 logger = logging.getLogger(__name__)
@@ -246,9 +247,7 @@ def _leave_nobody_behind() -> None:
 def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:
     """Leave `running`, `stopped`, `finished` or `failed` in the run's folder, for the scripts that have started it."""
     file = Path(output) / STATE_FILE
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
-        os.replace(partial, file)
+        write_json(file, {"state": state, "step": step, "reason": reason}, only_writer=True)
     except OSError as error:
         logger.warning("%s cannot be written: %s; the run is %s", file, error.strerror, state)

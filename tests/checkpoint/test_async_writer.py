@@ -162,8 +162,11 @@ def damage_shard(folder: Path) -> None:
     [
         (damage_shard, "distcp has .* bytes, written were"),
         (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
+        (
+            lambda folder: (folder / "manifest.json").unlink(),
+            "manifest.json does not exist; the folder is not a checkpoint",
+        ),
     ],
 )
 def test_damaged_newest_gives_way_to_the_one_before(saved, tmp_path: Path, caplog, damage, said: str) -> None:
@@ -257,5 +260,5 @@ def test_other_format_is_refused(saved) -> None:
     folder = folders.find(saved.train.output)
     file = folder / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 9}))
-    with pytest.raises(CheckpointError, match="'megatron_llave checkpoint' version 9, this code reads .* version 1"):
+    with pytest.raises(CheckpointError, match="'megatron_llave checkpoint' version 9, this code reads version 1"):
         folders.require_whole(folder)

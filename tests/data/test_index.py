@@ -1,7 +1,6 @@
 """The index: what is written comes back, and a folder that does not hold what its index says is one line."""
 
 import json
-import os
 
 import pytest
 
@@ -9,7 +8,6 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Index, fill_folder, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import DataError
-from megatron_llave.files import lock_folder, write_json
 
 
 def prepared(folder, count=5):
@@ -65,7 +63,7 @@ def forget_format(value):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (set_version, "has version 2, this code reads version 1"),
+        (set_version, "'megatron_llave pairs' version 2, this code reads version 1"),
         (drop_file, "malformed.*file"),
         (leave_folder, "plain file name"),
         (misspell_task, "'retreival' of cats is not one of"),
@@ -114,27 +112,3 @@ def test_folder_that_is_being_written_is_refused(tmp_path):
             fill_folder(tmp_path, overwrite=True).__enter__()
     with fill_folder(tmp_path, overwrite=False):
         pass
-
-
-def test_a_folder_that_cannot_be_written_into_is_named():
-    with pytest.raises(DataError, match="folder /proc/self cannot be written into: .*; choose another"):
-        lock_folder("/proc/self").__enter__()
-
-
-def test_two_writers_of_a_file_have_names_of_their_own(tmp_path, monkeypatch):
-    """One writes while the other does: each takes the name with a whole file, and nothing else is left."""
-    replace = os.replace
-
-    def meanwhile(source, target):
-        monkeypatch.setattr(os, "replace", replace)
-        write_json(target, {"writer": 2})
-        assert json.loads(source.read_text()) == {"writer": 1}
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", meanwhile)
-    write_json(tmp_path / "a.json", {"writer": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"writer": 1}
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        write_json(tmp_path / "folder", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "folder"]

@@ -218,7 +218,7 @@ def test_finished_shards_are_kept_until_something_they_depend_on_changes(images,
     (out / "cats-000002.tar.done").write_bytes(b"{")
     (out / "cats-000007.tar").write_bytes(b"of other arguments")
     (out / "cats-000007.tar.done").write_bytes(b"{}")
-    (out / "cats-000008.tar.partial").write_bytes(b"cut short")
+    (out / ".cats-000008.tar.partial").write_bytes(b"cut short")
     make(rows, out)
     after = {n: (out / f"cats-00000{n}.tar").stat().st_mtime_ns for n in range(3)}
     assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
@@ -255,7 +255,7 @@ def test_full_disk_is_one_line_and_a_later_run_goes_on(images, tmp_path, small_s
     out = tmp_path / "out"
     out.mkdir()
     rows = [make_row(n, images) for n in range(20)]
-    (out / "cats-000001.tar.partial").symlink_to("/dev/full")
+    (out / ".cats-000001.tar.partial").symlink_to("/dev/full")
     with pytest.raises(DataError, match="cats-000001.tar cannot be written: No space left on device; the same command"):
         make(rows, out)
     assert not (out / "cats-000001.tar").exists() and not (out / "index.json").exists()

@@ -15,7 +15,6 @@ from PIL import Image, ImageFont
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.task import SetResult
-from megatron_llave.files import atomic_write
 from megatron_llave.loss.similarities import overlap_coefficient
 from megatron_llave.report import evaluation_report, montage, plots
 
@@ -136,7 +135,7 @@ def test_terminal_table_is_not_cut_in_a_log_file(capsys):
 
 
 def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
-    evaluation_report.write_json(MIXED, tmp_path / "report.json", {"checkpoint": "step 7"})
+    evaluation_report.write_numbers(MIXED, tmp_path / "report.json", {"checkpoint": "step 7"})
     value = json.loads((tmp_path / "report.json").read_text())
     assert value["checkpoint"] == "step 7" and value["means"] == evaluation_report.summarise(MIXED)
     assert [one["name"] for one in value["sets"]] == ["a", "b", "c", "d"]
@@ -161,25 +160,11 @@ def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
-    evaluation_report.write_json(MIXED, tmp_path / "report.json", {})
+    evaluation_report.write_numbers(MIXED, tmp_path / "report.json", {})
     before = (tmp_path / "report.json").read_text()
     with pytest.raises(TypeError):
-        evaluation_report.write_json(MIXED, tmp_path / "report.json", {"broken": object()})
+        evaluation_report.write_numbers(MIXED, tmp_path / "report.json", {"broken": object()})
     assert (tmp_path / "report.json").read_text() == before
-
-
-def test_two_writers_of_a_file_have_names_of_their_own(tmp_path):
-    path = tmp_path / "report.md"
-    with atomic_write(path) as one:
-        one.write_text("one")
-        with atomic_write(path) as other:
-            other.write_text("other")
-        assert path.read_text() == "other"
-    assert path.read_text() == "one"
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as one:
-        one.write_text("half")
-        raise KeyboardInterrupt
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.md", "one")]
 
 
 @pytest.mark.parametrize("name", ["report.html", "report.json", "scores.png", "montage.png", "report.md"])

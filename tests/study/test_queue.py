@@ -115,7 +115,7 @@ def test_folder_with_other_settings_is_refused_before_anything_starts(scripted, 
     with pytest.raises(ConfigError, match="study was hardness, is negatives"):
         scripted(runs_of("hardness")[:2], 1, study="negatives")
     (tmp_path / "out" / "study.json").write_text("{")
-    with pytest.raises(ConfigError, match="study.json is damaged"):
+    with pytest.raises(ConfigError, match="study.json is not valid JSON"):
         scripted(runs_of("hardness")[:2], 1)
     assert len(events(scripted.log)) == 4
     assert not list((tmp_path / "out").glob("*.partial"))

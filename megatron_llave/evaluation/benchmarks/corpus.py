@@ -5,7 +5,6 @@ qrels (query, 0, candidate, grade) or BEIR's table (query, candidate, grade, wit
 embedded once into a folder and searched exactly, block by block from the disk, spread over all ranks.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from megatron_llave.embedding.jsonl import read_lines
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.metrics import parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
-from megatron_llave.files import atomic_write
+from megatron_llave.files import atomic_write, write_json
 
 GRADE = re.compile(r"-?[0-9]+")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
@@ -177,7 +176,6 @@ def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[flo
             for (query, candidates), row in zip(ranking.items(), similarities):
                 for rank, (candidate, similarity) in enumerate(zip(candidates, row), start=1):
                     file.write(f"{query} Q0 {candidate} {rank} {similarity:.9g} megatron_llave\n")
-        with atomic_write(out / SCORES_FILE) as partial:
-            partial.write_text(json.dumps(scores, indent=2) + "\n")
+        write_json(out / SCORES_FILE, scores)
     except OSError as error:
         raise DataError(f"{out}: the ranking cannot be written: {error.strerror}") from error

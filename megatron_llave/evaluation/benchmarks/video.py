@@ -20,7 +20,7 @@ from megatron_llave.embedding.cache import EmbeddingCache, EmbedParts, Identity,
 from megatron_llave.embedding.inputs import FileInput, FileInputs
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.metrics import ranks_of_right, summarise_ranks
-from megatron_llave.files import atomic_write
+from megatron_llave.files import write_json
 
 FORMATS = {".jsonl": "manifest", ".csv": "msrvtt-csv", ".json": "msrvtt-json", ".txt": "msvd"}
 
@@ -197,8 +197,7 @@ def evaluate_videos(
     scores = {name: summarise_ranks(ranks_of_right(*sides)) for name, sides in both.items()}
     if dist.get_rank() == 0:
         try:
-            with atomic_write(out / SCORES_FILE) as partial:
-                partial.write_text(json.dumps(scores, indent=2) + "\n")
+            write_json(out / SCORES_FILE, scores)
         except OSError as error:
             raise DataError(f"{out / SCORES_FILE} cannot be written: {error.strerror}") from error
     dist.barrier()

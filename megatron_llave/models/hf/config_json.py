@@ -3,7 +3,6 @@
 What its keys mean is a model family's affair: each reads a Section into an HfConfig.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -109,12 +109,4 @@ def read_config_json(folder: str | Path) -> Section:
         CheckpointError: the file is missing or damaged.
     """
     file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; a Hugging Face folder has one") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}; it must be one JSON object")
-    return Section(file, "", raw)
+    return Section(file, "", read_json(file, hint="a Hugging Face folder has one", error=CheckpointError))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -102,9 +103,9 @@ def _files(folder: Path) -> dict[Path, set[str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = read_json(path, error=CheckpointError)["weight_map"]
         files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: no JSON with a weight_map of names to files") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
@@ -164,7 +165,7 @@ def write_tensor_files(
         total = sum(_num_bytes(*shape) for shape in shapes.values())
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

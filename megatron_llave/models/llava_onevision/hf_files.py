@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import read_json, write_json
 from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_SYSTEM, QWEN_TAIL
 
 TOKENIZER_FILES = (
@@ -143,11 +144,12 @@ def write_side_files(
     out = Path(out)
     if source is not None:
         keep_side_files(source, out)
-    _write(out / "config.json", config)
+    write_json(out / "config.json", config)
     if not (out / "generation_config.json").is_file():
         language = config.get("text_config") or config
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write(out / "generation_config.json", {key: language[key] for key in keys if language.get(key) is not None})
+        generation = {key: language[key] for key in keys if language.get(key) is not None}
+        write_json(out / "generation_config.json", generation)
     notes = []
     for name in CHAT_TEMPLATES:  # a processor's knows <image>, a tokenizer's does not; each layout has one of them
         if (out / name).is_file() and ("<image>" in (out / name).read_text("utf-8")) != (layout == "llava_onevision"):
@@ -220,7 +222,7 @@ def make_tokenizer_json(folder: str | Path) -> str:
 
 def _listed_tokens(file: Path) -> list[dict]:
     """The added tokens that tokenizer_config.json or added_tokens.json lists."""
-    values = _read(file)
+    values = read_json(file, error=CheckpointError)
     try:
         if file.name == "added_tokens.json":
             listed = [(token_id, {"content": content}) for content, token_id in values.items()]
@@ -260,22 +262,22 @@ def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
 def _add_image_tokens(out: Path, config: dict) -> None:
     """Make <image> and <video> special tokens with the ids of config.json, in every file that lists such tokens."""
     ids = {"<image>": config["image_token_index"], "<video>": config["video_token_index"]}
-    spec = _read(out / "tokenizer.json")
+    spec = read_json(out / "tokenizer.json", error=CheckpointError)
     if not isinstance(spec.get("added_tokens"), list) or not isinstance(spec.get("model", {}).get("vocab"), dict):
         kind = "it has no added_tokens or no vocabulary with ids"
         raise CheckpointError(f"{out / 'tokenizer.json'} cannot take <image> as a token: {kind}; BPE has them")
     tokens = [{"id": token_id, "content": content, **SPECIAL_TOKEN} for content, token_id in ids.items()]
     if _add_tokens(spec, tokens, out / "tokenizer.json", "config.json"):
-        (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=2), encoding="utf-8")
+        write_json(out / "tokenizer.json", spec)
     known = {token["content"] for token in spec["added_tokens"]}
     file = out / "tokenizer_config.json"
-    settings = _read(file) if file.is_file() else _tokenizer_config(known)
+    settings = read_json(file, error=CheckpointError) if file.is_file() else _tokenizer_config(known)
     if isinstance(settings.get("added_tokens_decoder"), dict):
         for content, token_id in ids.items():
             settings["added_tokens_decoder"].setdefault(str(token_id), {"content": content, **SPECIAL_TOKEN})
-    _write(file, settings | {"processor_class": "LlavaOnevisionProcessor"})
+    write_json(file, settings | {"processor_class": "LlavaOnevisionProcessor"})
     if (out / "added_tokens.json").is_file():
-        _write(out / "added_tokens.json", _read(out / "added_tokens.json") | ids)
+        write_json(out / "added_tokens.json", read_json(out / "added_tokens.json", error=CheckpointError) | ids)
 
 
 def _tokenizer_config(known: set[str]) -> dict:
@@ -312,10 +314,10 @@ def _write_processor(out: Path, config: dict) -> None:
         "vision_aspect_ratio": config["vision_aspect_ratio"],
         "vision_feature_select_strategy": "full",
     }
-    _write(out / "preprocessor_config.json", image_processor)
-    _write(out / "processor_config.json", processor)
+    write_json(out / "preprocessor_config.json", image_processor)
+    write_json(out / "processor_config.json", processor)
     if not any((out / name).is_file() for name in CHAT_TEMPLATES):
-        _write(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # the name that all versions read
+        write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # the name that all versions read
 
 
 def _model_card(layout: str, config: dict, training_config: str | None, notes: list[str], base: str | None) -> str:
@@ -349,23 +351,9 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
 def _base_model(source: str | Path | None) -> str | None:
     """Name on the hub of the model that the source's config.json says it came from."""
     file = None if source is None else Path(source) / "config.json"
-    name = _read(file).get("_name_or_path") if file is not None and file.is_file() else None
+    name = read_json(file, error=CheckpointError).get("_name_or_path") if file is not None and file.is_file() else None
     return name if re.fullmatch(BASE_OWNERS, str(name)) else None
 
 
 def _has_parts(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-
-
-def _read(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__}; it must be one JSON object")
-    return values
-
-
-def _write(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

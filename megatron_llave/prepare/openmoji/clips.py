@@ -14,6 +14,7 @@ from PIL import Image
 
 from megatron_llave.data.video import require_av
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.files import write_text
 from megatron_llave.prepare.openmoji.catalogue import build_catalogue
 
 MANIFEST = "manifest.jsonl"
@@ -51,9 +52,7 @@ def make_clips(directory: str | Path, count: int = 60, overwrite: bool = False) 
             write_video(directory / f"clip{number:03d}.mp4", frames)
             captions = [f"{name} {motion}", f"{name} on {colour} ground"]
             lines.append({"id": f"clip{number:03d}", "video": f"clip{number:03d}.mp4", "captions": captions})
-        partial = directory / f"{MANIFEST}.partial"
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(directory / MANIFEST)
+        write_text(directory / MANIFEST, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error.strerror}") from error
     return len(lines)

@@ -7,13 +7,11 @@ collectives of other sizes, outside of any step, which the model's links are fit
 meets both. Gloo on the CPU, one thread per rank.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -34,7 +32,7 @@ from megatron_llave.data.step_buffer import StepBuffer, unpack_step
 from megatron_llave.data.storage import open_storage
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.files import atomic_write
+from megatron_llave.files import read_json, write_json
 from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model, build_processor
@@ -238,11 +236,10 @@ def main() -> None:
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
-        request = json.loads(Path(sys.argv[1]).read_text())
+        request = read_json(sys.argv[1])
         result = measure(load_config(request["config"]), request["steps"], request["checkpoint"])
         if dist.get_rank() == 0:
-            with atomic_write(request["result"]) as temporary:
-                temporary.write_text(json.dumps(result | {"settings": request["settings"]}, indent=1))
+            write_json(request["result"], result | {"settings": request["settings"]})
         process_groups.destroy_distributed()
 
 

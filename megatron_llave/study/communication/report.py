@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from megatron_llave.files import atomic_write
+from megatron_llave.files import atomic_write, write_text
 from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, label_axes, save_png
 from megatron_llave.study.communication.model import (
     CLUSTERS,
@@ -118,8 +118,7 @@ def write_report(measured: Sequence[Measured], clusters: Sequence[ClusterStep], 
         out: the folder.
     """
     parts = [*_measured_part(measured), *_model_part(measured), *_cluster_part(clusters)]
-    with atomic_write(out / "communication.md") as temporary:
-        temporary.write_text("\n".join(parts) + "\n")
+    write_text(out / "communication.md", "\n".join(parts) + "\n")
     with atomic_write(out / "communication.csv") as temporary:
         _write_csv(temporary, [*map(_measured_row, measured), *map(_cluster_row, clusters)])
     save_png(draw(measured, clusters), out / "communication.png")

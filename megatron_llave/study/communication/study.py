@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_llave.config.load import load_config, override_config, save_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import UserError, require
+from megatron_llave.errors import DataError, UserError, require
+from megatron_llave.files import read_json, write_json
 from megatron_llave.study.communication.model import (
     Channel,
     Collective,
@@ -70,8 +71,8 @@ class Launch:
     def is_done(self) -> bool:
         """Whether the result is there, and of these settings."""
         try:
-            return json.loads(self.result.read_text())["settings"] == self.settings()
-        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: it is measured again
+            return read_json(self.result)["settings"] == self.settings()
+        except (DataError, KeyError):  # none, or a damaged one: it is measured again
             return False
 
 
@@ -130,7 +131,7 @@ def run_communication(launches: Sequence[Launch], out: Path, report: Callable[[s
             continue
         report(f"{launch.processes} processes: measuring")
         run_ranks(launch)
-    write_report(predict([json.loads(launch.result.read_text()) for launch in launches]), cluster_steps(), out)
+    write_report(predict([read_json(launch.result) for launch in launches]), cluster_steps(), out)
     report(f"report: {out / 'communication.md'}")
 
 
@@ -144,7 +145,7 @@ def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
     config, request, log = (launch.out / f"{name}.{ending}" for ending in ("yaml", "request.json", "log"))
     save_config(launch.cfg, config)
     asked = {"config": str(config), "steps": launch.steps, "checkpoint": launch.checkpoint}
-    request.write_text(json.dumps(asked | {"result": str(launch.result), "settings": launch.settings()}))
+    write_json(request, asked | {"result": str(launch.result), "settings": launch.settings()})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [*torchrun, str(launch.processes), "-m", "megatron_llave.study.communication.ranks", str(request)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -111,40 +111,6 @@ def test_unknown_dtype(tmp_path: Path) -> None:
     assert "a has dtype I8" in refused(tmp_path)
 
 
-def test_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    final = tmp_path / "deep" / "out"
-    with whole_folder(final, "thing") as partial:
-        write(partial)
-        assert not final.exists()
-    assert (final / SINGLE).is_file() and [path.name for path in final.parent.iterdir()] == ["out"]
-    with pytest.raises(CheckpointError, match=f"{final} exists already; choose another name for the thing"):
-        with whole_folder(final, "thing"):
-            raise AssertionError("not reached")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="exists already"), whole_folder(tmp_path / "file", "thing"):
-        raise AssertionError("not reached")
-
-
-def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with pytest.raises(CheckpointError, match=f"{final}: the thing cannot be written: No space left on device"):
-        with whole_folder(final, "thing") as partial:
-            write(partial)
-            raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="wrong"), whole_folder(final, "thing") as partial:
-        raise CheckpointError("wrong")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftover_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "old").write_text("")
-    with whole_folder(tmp_path / "out", "thing") as partial:
-        write(partial)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [SINGLE]
-
-
 def test_full_disk_while_tensors_are_written(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

@@ -328,7 +328,10 @@ def test_what_we_cannot_run_is_refused(layout: str, change: dict, words: list[st
         assert word in message
 
 
-@pytest.mark.parametrize(("content", "word"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "a list")])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "a Hugging Face folder has one"), ("{", "not valid JSON"), ("[]", "a list")],
+)
 def test_damaged_file(content: str | None, word: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
