@@ -1,1 +1,1 @@
-"""From raw pairs to packed micro-batches: shards on disk, evaluation sets, and the sources they are made from."""
+"""What a training run reads: shards and their index, tokenizer and images, the mixture, and packed micro batches."""

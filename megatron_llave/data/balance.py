@@ -1,7 +1,7 @@
-"""Which pairs of a rank's step go into which of its micro batches, so that none is much longer than the others.
+"""Distributes a rank's pairs over its micro batches, so that no micro batch is much longer than the others.
 
-The longest micro batch sets the memory a step needs, and the others wait for it in a pipeline. Only where the loss does
-not depend on the micro batch a pair falls into: `loss.negatives: global_batch`.
+The longest micro batch determines the memory that a step needs, and in a pipeline the others wait for it. This is done
+only when the loss does not depend on the micro batch that a pair is in: `loss.negatives: global_batch`.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,22 @@ import numpy as np
 
 
 def balance_micro_batches(lengths: Sequence[int], num_micro_batches: int) -> list[list[int]]:
-    """Positions in `lengths` (positive, tokens) of each micro batch, rising; none is empty if there are enough.
+    """Return for each micro batch the positions of its pairs in `lengths`, in rising order.
 
-    Longest first, each to the micro batch with the fewest tokens so far: the longest micro batch is at most
-    4/3 - 1/(3 M) times as long as need be (Graham 1969). Where equal numbers in the order given come out shorter,
-    they are taken.
+    Pairs are taken from the longest to the shortest, and each goes to the micro batch with the fewest tokens so far.
+    The longest of M micro batches is then at most 4/3 - 1/(3 M) times as long as the best possible one (Graham 1969).
+    When equal numbers of pairs in their original order give a shorter longest micro batch, those are returned.
+
+    Args:
+        lengths: length of each pair in tokens, all positive.
+        num_micro_batches: number of micro batches; none is empty if there are at least as many pairs.
     """
     totals = [0] * num_micro_batches
-    parts: list[list[int]] = [[] for _ in totals]
+    micro_batches: list[list[int]] = [[] for _ in totals]
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fewest = totals.index(min(totals))
-        parts[fewest].append(position)
+        micro_batches[fewest].append(position)
         totals[fewest] += lengths[position]
-    greedy = [sorted(part) for part in parts]
-    even = [part.tolist() for part in np.array_split(np.arange(len(lengths)), num_micro_batches)]
-    return min(greedy, even, key=lambda dealt: max(sum(lengths[i] for i in part) for part in dealt))
+    greedy = [sorted(positions) for positions in micro_batches]
+    even = [positions.tolist() for positions in np.array_split(np.arange(len(lengths)), num_micro_batches)]
+    return min(greedy, even, key=lambda split: max(sum(lengths[i] for i in positions) for positions in split))

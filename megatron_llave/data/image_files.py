@@ -7,21 +7,22 @@ from PIL import Image, UnidentifiedImageError
 from megatron_llave.errors import DataError
 
 MAX_PIXELS = 89_000_000
-"""Largest width * height that is decoded (Pillow warns a little above): a small file could fill the memory."""
+"""The largest width * height that is decoded, since a small file could otherwise fill the memory. Pillow warns a little
+above it."""
 
 
 class BadImageError(DataError):
-    """Bytes that are no readable picture; the pair they belong to is left out."""
+    """The bytes are not a readable image; the pair that they belong to is dropped."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes -> RGB picture, pixel for pixel Pillow's `Image.open(...).convert("RGB")` as in the released code.
+    """Decode an image file to RGB, pixel for pixel as Pillow's `Image.open(...).convert("RGB")`.
 
-    So alpha is dropped, not blended; of an animation the first frame is taken; EXIF rotation is ignored (but Pillow
-    itself turns a TIFF); 16-bit grey is clipped at 255, not scaled.
+    This is what the official LLaVE repository does: alpha is dropped, not blended; the first frame of an animation is
+    taken; EXIF rotation is ignored (but Pillow itself rotates a TIFF); 16-bit grey is clipped at 255, not scaled.
 
     Raises:
-        BadImageError: not a picture, damaged, or more than `max_pixels`.
+        BadImageError: the bytes are not an image, are damaged, or have more than `max_pixels` pixels.
     """
     try:
         image = Image.open(io.BytesIO(data))

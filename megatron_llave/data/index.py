@@ -1,6 +1,6 @@
-"""What a folder of shards holds: `index.json`, its subsets and their tar files with sizes and checksums.
+"""The index of a folder of shards, `index.json`: the subsets and their tar files with sizes and checksums.
 
-Written last by every source, read first by the training stream. The tars themselves are shards.py's.
+Every source writes it last, and the training stream reads it first. shards.py reads and writes the tar files.
 """
 
 from collections.abc import Iterator
@@ -19,43 +19,43 @@ INDEX_FILE = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file, as the index describes it."""
+    """The index's entry for one tar file."""
 
     file: str
-    """Name within the folder of the index."""
+    """Name of the file in the folder of the index."""
     pairs: int
-    """Samples in the file."""
+    """Number of samples in the file."""
     bytes: int
-    """Size of the file."""
+    """Size of the file in bytes."""
     sha256: str
-    """Checksum of the file, hexadecimal."""
+    """SHA-256 of the file in hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """The shards of one subset, in order."""
+    """The index's entry for one subset."""
 
     meta_task: str
     """One of META_TASKS."""
     shards: list[Shard]
-    """In the order of their numbers."""
+    """The shards in the order of their numbers."""
 
     @property
     def pairs(self) -> int:
-        """Pairs in all shards."""
+        """Number of pairs in all shards."""
         return sum(shard.pairs for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Index:
-    """Everything in one folder of shards."""
+    """The contents of index.json."""
 
     subsets: dict[str, Subset]
-    """By name of the subset."""
+    """The entry of each subset by its name."""
 
 
 def write_index(directory: str | Path, index: Index) -> None:
-    """Write `index.json`, which makes a folder of shards a whole one: write it last."""
+    """Write `index.json`, which marks a folder of shards as complete, so it must be written last."""
     subsets = {
         name: {"meta_task": subset.meta_task, "pairs": subset.pairs, "shards": [asdict(s) for s in subset.shards]}
         for name, subset in index.subsets.items()
@@ -65,10 +65,10 @@ def write_index(directory: str | Path, index: Index) -> None:
 
 @contextmanager
 def fill_folder(directory: str | Path, overwrite: bool) -> Iterator[None]:
-    """Hold a folder while it is written: made when missing, without index, and without the shards an old index names.
+    """Lock a folder while shards are written into it; the shards that an old index names are removed, and that index.
 
     Raises:
-        DataError: the folder holds a finished index and `overwrite` is false, or see hold_folder.
+        DataError: the folder holds an index and `overwrite` is false, or cannot be locked (files.lock_folder).
     """
     directory = Path(directory)
     with lock_folder(directory):
@@ -86,20 +86,22 @@ def _clear_finished(directory: Path, overwrite: bool) -> None:
         index = read_index(directory, check_shards=False)
         old = [s.file for subset in index.subsets.values() for s in subset.shards if Path(s.file).name == s.file]
     except DataError:
-        # A damaged index names no shards that could be trusted; those of the same names are replaced anyway.
+        # A damaged index is no proof of which shards are its own; new shards of the same names replace them anyway.
         old = []
-    # The index first: an interruption must not leave one that names missing shards.
+    # The index goes first, so that an interruption cannot leave an index that names missing shards.
     path.unlink()
     for file in old:
         (directory / file).unlink(missing_ok=True)
 
 
 def read_index(directory: str | Path, check_shards: bool = True) -> Index:
-    """Read `index.json` and check that every shard is there with the size it should have (checksums are not computed).
+    """Read `index.json` and, unless told otherwise, check that every shard exists and has the right size.
+
+    Checksums are not computed.
 
     Raises:
-        DataError: the folder or the index is missing or malformed; with `check_shards`, a shard is missing or of
-            another size.
+        DataError: the folder or the index is missing or malformed; with `check_shards` also when a shard is missing or
+            has another size.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -113,10 +115,10 @@ def read_index(directory: str | Path, check_shards: bool = True) -> Index:
 
 
 def parse_index(path: Path, source: str) -> Index:
-    """The index in file `path`, which came from `source`.
+    """Read and check the index in file `path`, which came from `source`.
 
     Raises:
-        DataError: it is missing or malformed; the message names `source`.
+        DataError: the index is missing or malformed; the message names `source`.
     """
     hint = "the folder is unfinished or holds no shards: run tools/prepare_data.py"
     value = read_json(path, FORMAT, hint)
@@ -134,7 +136,7 @@ def parse_index(path: Path, source: str) -> Index:
 
 
 def parse_shard(value: dict[str, Any]) -> Shard:
-    """One shard of an index; TypeError or KeyError where a field is missing or of the wrong type."""
+    """Return one shard of an index; raise TypeError or KeyError if a field is missing or has the wrong type."""
     shard = Shard(value["file"], value["pairs"], value["bytes"], value["sha256"])
     if not (isinstance(shard.file, str) and isinstance(shard.pairs, int) and isinstance(shard.bytes, int)):
         raise TypeError(f"shard {value} needs file, pairs and bytes")
@@ -145,7 +147,7 @@ def check_size(directory: Path, shard: Shard) -> None:
     """Compare a shard's size on disk with the index.
 
     Raises:
-        DataError: the file is missing, outside the folder, or of another size.
+        DataError: the file is missing, is outside the folder, or has another size.
     """
     path = directory / shard.file
     if Path(shard.file).name != shard.file:

@@ -1,8 +1,8 @@
-"""Which subset each batch is of: a pure function of mixture and seed, so that all ranks agree without talking.
+"""Chooses the subset of each batch, as a pure function of mixture and seed: ranks need no communication for this.
 
-An epoch has as many batches as the subsets have pairs for. Each subset's share of them is exact, to one batch, and
-their order is shuffled: weighted by size, every pair comes once per epoch. What does not fill a batch comes first in
-the next epoch.
+An epoch has as many batches as the pairs of all subsets fill. The share of each subset is exact to one batch, and the
+order of the batches is shuffled. With weights by size every pair comes once per epoch. Pairs that do not fill a batch
+come first in the next epoch.
 """
 
 from collections.abc import Iterator
@@ -19,31 +19,31 @@ from megatron_llave.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """A subset's place in the mixture."""
+    """The settings of one subset in the mixture."""
 
     pairs: int
     weight: float
     start_step: int
-    """First step that may draw it."""
+    """The first step that may draw from this subset."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What batches are drawn from. A batch here is a sub-batch of a step: all its pairs are of one subset."""
+    """What batches are drawn from. A batch is a sub-batch of a step here: all its pairs are from one subset."""
 
     sources: dict[str, Source]
-    """By name, sorted."""
+    """The subsets by name, sorted."""
     batch_size: int
-    """Pairs in a batch."""
+    """Number of pairs in a batch."""
     batches_per_step: int
     seed: int
 
 
 def build_mixture(cfg: RunConfig, index: Index) -> Mixture:
-    """The mixture of a run: the subsets it names, or all of the index.
+    """Return the mixture of a run: the subsets that its configuration names, or all subsets of the index.
 
     Raises:
-        ConfigError: a subset that the index lacks, or that has fewer pairs than a batch.
+        ConfigError: a subset is not in the index, or has fewer pairs than a batch.
     """
     batch_size = cfg.train.global_batch_size // cfg.data.sub_batches
     subsets = cfg.data.subsets or {name: SubsetConfig() for name, s in index.subsets.items() if s.pairs}
@@ -64,7 +64,7 @@ def build_mixture(cfg: RunConfig, index: Index) -> Mixture:
 
 
 def draw_subsets(mixture: Mixture) -> Iterator[str]:
-    """The subset of every batch, in order, without end."""
+    """Yield the name of the subset of each batch, without end."""
     starts = sorted({source.start_step for source in mixture.sources.values()})
     for number, start in enumerate(starts):
         active = {name: source for name, source in mixture.sources.items() if source.start_step <= start}
@@ -74,7 +74,7 @@ def draw_subsets(mixture: Mixture) -> Iterator[str]:
 
 
 def _draw(active: dict[str, Source], batch_size: int, seed: tuple[int, int]) -> Iterator[str]:
-    """Epochs without end over subsets that have all started."""
+    """Yield names for endless epochs over subsets that have all started."""
     names = list(active)
     batches = Fraction(sum(source.pairs for source in active.values()), batch_size)  # per epoch
     total = sum(Fraction(source.weight) for source in active.values())

@@ -1,8 +1,9 @@
-"""Pairs -> one packed row per micro batch: queries, targets, hard negatives, end to end, padded only at the row's end.
+"""Packs the pairs of a micro batch into one row: queries, targets and hard negatives end to end, padded at the end.
 
-A model family's Processor turns one query or target into ids, tiles and layouts, encode_pairs those of many pairs;
-pack_sequences lays encoded sequences into the row and resolves every visual token to its row of the tiles' features.
-Shapes as in batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual tokens, u blended rows.
+A model family's Processor turns one query or target into token ids, tiles and visual layouts, and encode_pairs does so
+for many pairs. pack_sequences puts encoded sequences into the row and finds for each visual token its row in the
+features of the tiles. The shapes are those of batch.py: n sequences, t tokens, k tiles, p patches per tile, v visual
+tokens, u blended rows.
 """
 
 import hashlib
@@ -18,91 +19,91 @@ from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
 from megatron_llave.errors import DataError
 
 NEWLINE = -1
-"""Stands in a visual layout for the learned image_newline vector."""
+"""The entry of a visual layout that stands for the learned image_newline vector."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualLayout:
-    """Where each visual token of an image comes from: one row of its features, several rows blended, or the newline."""
+    """The origin of each visual token of an image: a row of its features, a weighted sum of rows, or the newline."""
 
     source: np.ndarray
-    """int64 [v]: row of the image's own features [k * p]; k * p + j for its blended row j; or NEWLINE."""
+    """int64 [v]: a row of the image's own features [k * p]; k * p + j for its blended row j; or NEWLINE."""
     blend_source: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    """int64 [u, 4]: rows of the image's own features that a blended row is made of."""
+    """int64 [u, 4]: the rows of the image's own features that each blended row is the weighted sum of."""
     blend_weights: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
-    """float32 [u, 4]: what each of them counts."""
+    """float32 [u, 4]: the weights of these rows."""
 
     def __len__(self) -> int:
-        """v."""
+        """Return v, the number of visual tokens."""
         return len(self.source)
 
 
 IMAGE = -200
-"""Stands in the ids for all visual tokens of one image; never a vocabulary id."""
+"""The token id that stands for all visual tokens of one image; no vocabulary has it."""
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """What a packed row needs to know about tiles."""
+    """The sizes of a tile that packing needs."""
 
     size: int
-    """Pixels along one side."""
+    """Number of pixels along one side."""
     patches: int
-    """p, feature rows per tile."""
+    """p, the number of feature rows per tile."""
 
 
 @dataclass
 class EncodedSequence:
-    """One sequence before packing."""
+    """A sequence that is encoded and not packed yet."""
 
     tokens: list[int]
-    """Ids, with IMAGE once per image."""
+    """Token ids, with IMAGE once per image."""
     tiles: list[np.ndarray]
-    """Per image uint8 [k_i, 3, size, size]."""
+    """The tiles of each image, uint8 [k_i, 3, size, size]."""
     layouts: list[VisualLayout]
-    """Per image."""
+    """The layout of each image."""
     blank: bool = False
-    """Its images are stand-ins, one tile each, which the vision tower sees as zeros."""
+    """Its images are placeholders of one tile each, which the vision encoder sees as zeros."""
     is_cut: bool = False
-    """Its text was cut to the encoder's max_length."""
+    """The text was cut to the processor's max_length."""
 
     @property
     def length(self) -> int:
-        """Tokens once every IMAGE is expanded."""
+        """Number of tokens after every IMAGE is expanded."""
         return len(self.tokens) - len(self.layouts) + sum(map(len, self.layouts))
 
 
 @dataclass
 class EncodedPair:
-    """One pair before packing."""
+    """A pair that is encoded and not packed yet."""
 
     pair: Pair
-    """As it came out of the shard."""
+    """The pair as it was read from the shard."""
     query: EncodedSequence
     target: EncodedSequence
     hard_negatives: list[EncodedSequence]
-    """The first of the pair's hard negatives, as many as are used."""
+    """The hard negatives that are used, the first ones of the pair."""
 
     @property
     def hard_negative_ids(self) -> list[str]:
-        """One per hard negative that is used."""
+        """The ids of the hard negatives that are used."""
         return self.pair.hard_negative_ids[: len(self.hard_negatives)]
 
     @property
     def length(self) -> int:
-        """Tokens of all its sequences."""
+        """Number of tokens in all its sequences."""
         return sum(sequence.length for sequence in (self.query, self.target, *self.hard_negatives))
 
 
 class Processor(Protocol):
-    """What packing needs of a model family's processor; models/__init__.py says which family brings which one."""
+    """What packing needs from the processor of a model family; models/__init__.py registers the families."""
 
     @property
     def tile_shape(self) -> TileShape:
-        """Pixels and patches of the tiles that `encode` makes."""
+        """The sizes of the tiles that `encode` makes."""
 
     def encode(self, side: Side) -> EncodedSequence:
-        """Token ids, tiles and layouts of one input.
+        """Return token ids, tiles and layouts of one query or target.
 
         Raises:
             DataError: an image cannot be read, or the input does not fit into the longest sequence.
@@ -110,9 +111,10 @@ class Processor(Protocol):
 
 
 def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, tile_shape: TileShape) -> PackedSequences:
-    """Lay the sequences end to end; padding up to a multiple of `pad_to_multiple` tokens is one more sequence.
+    """Put the sequences end to end; padding up to a multiple of `pad_to_multiple` tokens is one more sequence.
 
-    No sequences make one padding sequence of `pad_to_multiple` tokens, so that a rank left without data can take part.
+    Without sequences the result is one padding sequence of `pad_to_multiple` tokens, so that a rank without data can
+    take part in the step.
     """
     ids = np.array([token for sequence in encoded for token in sequence.tokens], np.int64)
     layouts = [layout for sequence in encoded for layout in sequence.layouts]
@@ -151,7 +153,7 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
 
 
 def _merge_layouts(layouts: Sequence[VisualLayout], num_rows: np.ndarray) -> dict[str, Tensor]:
-    """The images' layouts as fields of PackedSequences; image i has num_rows[i] rows of features."""
+    """Return the images' layouts as fields of PackedSequences; image i has num_rows[i] rows of features."""
     num_blended = np.array([len(layout.blend_source) for layout in layouts], np.int64)
     rows_before = np.cumsum(num_rows) - num_rows  # rows of the images before each image
     blended_before = np.cumsum(num_blended) - num_blended
@@ -174,21 +176,21 @@ def _merge_layouts(layouts: Sequence[VisualLayout], num_rows: np.ndarray) -> dic
 
 
 def encode_pairs(
-    pairs: Sequence[Pair | DataError], encoder: Processor, hard_negatives: int, report: Callable[[str], None]
+    pairs: Sequence[Pair | DataError], processor: Processor, hard_negatives: int, report: Callable[[str], None]
 ) -> list[EncodedPair]:
-    """Encode pairs with the first `hard_negatives` of each.
+    """Encode pairs, each with its first `hard_negatives` hard negatives.
 
-    A pair of which a part cannot be used is left out, and `report` is told which and why; so is one in whose place a
-    DataError says why it could not be read.
+    A pair with an input that cannot be used is dropped, and `report` is called with the pair and the reason. So is a
+    pair that could not be read, in whose place `pairs` has the error.
     """
     encoded = []
     for pair in pairs:
         if isinstance(pair, DataError):
             report(str(pair))
             continue
-        sides = [pair.query, pair.target, *pair.hard_negatives[:hard_negatives]]
+        inputs = [pair.query, pair.target, *pair.hard_negatives[:hard_negatives]]
         try:
-            query, target, *negatives = [_encode_side(side, encoder) for side in sides]
+            query, target, *negatives = [_encode(side, processor) for side in inputs]
         except DataError as error:
             report(f"pair {pair.key} of subset {pair.subset}: {error}")
             continue
@@ -196,10 +198,10 @@ def encode_pairs(
     return encoded
 
 
-def _encode_side(side: Side, encoder: Processor) -> EncodedSequence:
+def _encode(side: Side, processor: Processor) -> EncodedSequence:
     if not side.images and not side.text.strip():
-        raise DataError("a side has neither text nor picture")
-    return encoder.encode(side)
+        raise DataError("an input has neither text nor image")
+    return processor.encode(side)
 
 
 def pack_pairs(
@@ -225,5 +227,5 @@ def _hashes(names: Iterable[str]) -> Tensor:
 
 
 def stable_hash(text: str) -> int:
-    """Signed 64-bit hash, the same in every process and run (Python's own hash is salted)."""
+    """Return a signed 64-bit hash that is the same in every process and run; Python's own hash is salted."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

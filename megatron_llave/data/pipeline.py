@@ -1,17 +1,14 @@
 """The training stream: per optimizer step the micro batches of one data-parallel rank.
 
-Stages: draw_subsets (which subset a batch is of) -> plan_steps (which pairs of it) -> StepReader, in worker processes
-ahead of training (raw pairs from shards -> encode_pairs -> deal, micro batches of like length -> pack_pairs -> one
-buffer) -> within_budget (bad pairs). What a step holds is a pure function of (seed, step) and (seed, subset, epoch):
-all ranks walk the same order without talking, each decodes its own share, and a resumed run goes on where it stopped.
+The stages are draw_subsets (which subset each batch is from), plan_steps (which of its pairs), StepReader in worker
+processes ahead of training (raw pairs from shards, encode_pairs, micro batches of similar lengths, pack_pairs, one
+buffer) and within_budget (the limit on bad pairs). What a step holds is a pure function of (seed, step) and (seed,
+subset, epoch). So all ranks follow the same order without communication, each rank decodes only its own share, and a
+resumed run continues at the pair where it stopped.
 """
 
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,70 +27,72 @@ from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs, sta
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.step_buffer import StepBuffer, pack_step
 from megatron_llave.data.storage import Storage, open_storage
+from megatron_llave.data.worker_signals import ignore_torchrun_signals, start_workers
 from megatron_llave.errors import ConfigError, DataError, UserError
 
 logger = logging.getLogger(__name__)
 
 PREFETCH = 2
-"""Steps that each worker keeps ready."""
+"""Number of steps that each worker keeps ready."""
 SHARDS_PER_SUBSET = 2
-"""Shards a worker keeps open: batches of a subset follow each other through one shard and into the next."""
+"""Number of shards of each subset that a worker keeps open, since the batches of a subset run through one shard and
+into the next."""
 PAIRS_FOR_A_FRACTION = 1000
-"""Fewer pairs than this are too few to tell a fraction of bad ones by."""
+"""The smallest number of pairs of which a fraction of bad pairs is taken."""
 
-Place = tuple[int, int]
-"""(number of the shard in the subset, number of the pair in the shard)."""
+PairLocation = tuple[int, int]
+"""The number of a shard in its subset, and the number of the pair in that shard."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step takes."""
+    """Which pairs an optimizer step takes."""
 
     step: int
     parts: tuple[tuple[str, int], ...]
-    """Per batch of the step its subset, and how many pairs of that subset all batches before it have taken."""
+    """For each batch of the step, its subset and the number of pairs of that subset in all earlier batches."""
     position: dict
-    """Where the data stands after the step, see `data_position`."""
+    """The position in the data after the step, as `data_position` returns it."""
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A step's data, and what the rank knows about it."""
+    """The data of one step on one data-parallel rank, and what went wrong while it was read."""
 
     data: StepBuffer
     num_pairs: int
-    """Pairs this rank was to read."""
+    """Number of pairs that this rank was to read."""
     problems: list[str]
-    """One for each pair of them that was left out: which, and why."""
+    """One line for each of these pairs that was dropped: which pair it is, and why."""
 
     def pin_memory(self) -> "TrainStep":
-        """See FlatStep.pin_memory."""
+        """Return the same step with its data in page-locked memory; see StepBuffer.pin_memory."""
         return TrainStep(self.data.pin_memory(), self.num_pairs, self.problems)
 
 
 def build_train_stream(
-    cfg: RunConfig, encoder: Processor, rank: int, world: int, pad_to_multiple: int, position: dict | None = None
+    cfg: RunConfig, processor: Processor, rank: int, world: int, pad_to_multiple: int, position: dict | None = None
 ) -> Iterator[StepBuffer]:
-    """Endless stream of steps: the micro batches of data-parallel rank `rank` of `world`, flattened.
+    """Return an endless stream of packed steps: the micro batches of data-parallel rank `rank` out of `world`.
 
-    A step's pairs and their order depend on seed and step alone; over ranks and micro batches they are
-    `train.global_batch_size` pairs, of one subset or of `data.sub_batches` of them. A batch may run from the end of one
-    of a subset's epochs into the next. With `loss.negatives: global_batch`, whose loss is the same however they are
-    dealt, a rank deals its own pairs to its micro batches by their tokens.
+    The pairs of a step and their order depend on seed and step alone. Over all ranks and micro batches a step has
+    `train.global_batch_size` pairs, from one subset or from `data.sub_batches` subsets. A batch may run from the end of
+    one epoch of its subset into the next. With `loss.negatives: global_batch` the loss does not depend on the micro
+    batch that a pair is in, so each rank distributes its pairs over its micro batches by their lengths.
 
     Args:
-        cfg: the run.
-        encoder: turns sides into tokens and tiles.
-        rank: of the data-parallel ranks.
-        world: how many there are; may be another number than before `position`.
-        pad_to_multiple: length of a packed row, tokens.
-        position: where to go on, from `data_position`; None: at the beginning.
+        cfg: the configuration of the run.
+        processor: turns queries and targets into tokens and tiles.
+        rank: number of this data-parallel rank.
+        world: number of data-parallel ranks; it may differ from the one that `position` was saved with.
+        pad_to_multiple: the length of a packed row is a multiple of this many tokens.
+        position: where to continue, as `data_position` returned it; None: start at the first pair.
 
     Raises:
-        ConfigError: a subset that the index lacks or that has fewer pairs than a batch; or the data, mixture or batch
-            are others than those of `position`.
-        DataError: the index is missing or damaged; more shards than data.max_bad_fraction allows are missing; later,
-            more pairs than that are bad.
+        ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture or batch size differ
+            from those of `position`.
+        DataError: the index is missing or damaged, or the missing shards hold more pairs than data.max_bad_fraction
+            allows; later also when more pairs than that are bad.
     """
     storage = open_storage(cfg.data)
     index = storage.read_index()
@@ -109,7 +108,7 @@ def build_train_stream(
         mixture,
         {name: index.subsets[name] for name in mixture.sources},
         ShardReader(storage, SHARDS_PER_SUBSET * len(mixture.sources)),
-        encoder,
+        processor,
         shares=rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
         hard_negatives=cfg.data.hard_negatives,
         balance=cfg.loss.negatives == "global_batch",
@@ -120,10 +119,10 @@ def build_train_stream(
 
 
 def steps_of_epochs(cfg: RunConfig) -> int:
-    """Optimizer steps of `train.epochs`, whole ones, once all subsets have started.
+    """Return the number of complete optimizer steps in `train.epochs`, counting every subset as started.
 
     Raises:
-        ConfigError: a subset that cannot be drawn.
+        ConfigError: a subset cannot be drawn from.
         DataError: the index is missing or damaged.
     """
     mixture = build_mixture(cfg, open_storage(cfg.data).read_index())
@@ -132,10 +131,10 @@ def steps_of_epochs(cfg: RunConfig) -> int:
 
 
 def check_shards(storage: Storage, index: Index, mixture: Mixture, max_bad_fraction: float) -> None:
-    """Log shards that are missing or of a wrong size; their pairs will be left out.
+    """Log the shards that are missing or have the wrong size; their pairs will be dropped.
 
     Raises:
-        DataError: they hold more of the mixture's pairs than `max_bad_fraction`.
+        DataError: they hold a larger fraction of the mixture's pairs than `max_bad_fraction`.
     """
     lost, total, problem = 0, 0, ""
     for name in mixture.sources:
@@ -152,7 +151,7 @@ def check_shards(storage: Storage, index: Index, mixture: Mixture, max_bad_fract
 
 
 def plan_steps(mixture: Mixture, start_step: int) -> Iterator[StepPlan]:
-    """What each step takes, from `start_step` on, without reading anything."""
+    """Yield the plan of each step from `start_step` on, without reading any data."""
     drawn = draw_subsets(mixture)
     taken = Counter(itertools.islice(drawn, start_step * mixture.batches_per_step))
     for step in itertools.count(start_step):
@@ -164,24 +163,24 @@ def plan_steps(mixture: Mixture, start_step: int) -> Iterator[StepPlan]:
 
 
 def data_position(mixture: Mixture, step: int, taken: Counter[str]) -> dict:
-    """Where the data of a run stands after `step` steps, and all that the order of its pairs depends on; JSON values.
+    """Return the position in the data after `step` steps, with everything that the order of the pairs depends on.
 
-    `taken` are the batches that each subset has given so far.
+    All values can be written as JSON. `taken` is the number of batches that were drawn from each subset so far.
     """
     subsets = {name: {**asdict(s), "taken": taken[name] * mixture.batch_size} for name, s in mixture.sources.items()}
     described = {name: value for name, value in asdict(mixture).items() if name != "sources"}
     return {"step": step, **described, "subsets": subsets}
 
 
-def require_same_data(saved: dict, own: dict) -> None:
-    """Refuse to go on in an order of pairs that is not the one the run was stopped in.
+def require_same_data(saved: dict, current: dict) -> None:
+    """Refuse to resume with another order of the pairs than the stopped run had; both are from `data_position`.
 
     Raises:
-        ConfigError: names the first thing that differs.
+        ConfigError: names the first value that differs.
     """
-    _require_equal({**saved, "subsets": None}, {**own, "subsets": None}, "")
-    for name in sorted(saved["subsets"].keys() | own["subsets"].keys()):
-        before, now = (position["subsets"].get(name, {}) for position in (saved, own))
+    _require_equal({**saved, "subsets": None}, {**current, "subsets": None}, "")
+    for name in sorted(saved["subsets"].keys() | current["subsets"].keys()):
+        before, now = (position["subsets"].get(name, {}) for position in (saved, current))
         _require_equal(before, now, f"subset {name}: ")
 
 
@@ -189,15 +188,15 @@ def _require_equal(before: dict, now: dict, where: str) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"the run to go on with had {where}{key}={before.get(key)}, now it is {now.get(key)}: its pairs would "
+                f"the run to resume had {where}{key}={before.get(key)}, now it is {now.get(key)}: its pairs would "
                 "come in another order; change it back, or start a new run from its weights with checkpoint.init"
             )
 
 
-def shuffled_places(subset: Subset, name: str, seed: int, start: int) -> Iterator[Place]:
-    """Places of the subset's pairs over endless epochs, the first `start` of them skipped without reading.
+def shuffled_locations(subset: Subset, name: str, seed: int, start: int) -> Iterator[PairLocation]:
+    """Yield the locations of the subset's pairs over endless epochs, after skipping the first `start` of them.
 
-    Each epoch shuffles the shards, and the pairs within each shard; every pair comes once per epoch.
+    Each epoch shuffles the shards, and the pairs within each shard, and has every pair once. Nothing is read.
     """
     subset_seed = stable_hash(name) % 2**63
     first_epoch, skip = divmod(start, subset.pairs)
@@ -213,24 +212,24 @@ def shuffled_places(subset: Subset, name: str, seed: int, start: int) -> Iterato
 
 @lru_cache(maxsize=256)
 def _permutation(seed: tuple[int, ...], length: int) -> list[int]:
-    """Kept, because the steps that share a shard ask for it again."""
+    """Cached, because all steps that take pairs from one shard ask for the same permutation."""
     return np.random.default_rng(seed).permutation(length).tolist()
 
 
 def rank_shares(batch_size: int, micro_batch_size: int, rank: int, world: int) -> list[slice]:
-    """Which pairs of the global batch the rank takes, per micro batch; the caller sees to it that the sizes divide."""
+    """Return which pairs of the global batch the rank takes, per micro batch; the caller checks that sizes divide."""
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     return [slice(start, start + micro_batch_size) for start in starts]
 
 
 @dataclass(frozen=True)
 class StepReader(Dataset):
-    """Plan of a step -> its micro batches. Any process can make any step."""
+    """Makes the micro batches of a step from its plan. Any process can make any step."""
 
     mixture: Mixture
     subsets: dict[str, Subset]
     shards: ShardReader
-    encoder: Processor
+    processor: Processor
     shares: list[slice]
     """Pairs of the global batch that this rank takes, per micro batch."""
     hard_negatives: int
@@ -238,7 +237,7 @@ class StepReader(Dataset):
     pad_to_multiple: int
 
     def __getitem__(self, plan: StepPlan) -> "TrainStep | UserError":
-        """The step, or why it cannot be read: an error of a worker would arrive as many lines of its traceback."""
+        """Return the step, or the error that it ran into; a raised error would arrive with the worker's traceback."""
         try:
             return self.read(plan)
         except UserError as error:
@@ -246,22 +245,22 @@ class StepReader(Dataset):
 
     def read(self, plan: StepPlan) -> TrainStep:
         """Read, encode and pack this rank's share of the step."""
-        places = []
+        locations = []
         for name, start in plan.parts:
-            order = shuffled_places(self.subsets[name], name, self.mixture.seed, start)
-            places += [(name, *place) for place in itertools.islice(order, self.mixture.batch_size)]
+            order = shuffled_locations(self.subsets[name], name, self.mixture.seed, start)
+            locations += [(name, *location) for location in itertools.islice(order, self.mixture.batch_size)]
         problems: list[str] = []
         encoded, num_skipped = [], []
         for share in self.shares:
-            pairs = [self._pair(*place) for place in places[share]]
-            encoded.append(encode_pairs(pairs, self.encoder, self.hard_negatives, problems.append))
+            pairs = [self._pair(*location) for location in locations[share]]
+            encoded.append(encode_pairs(pairs, self.processor, self.hard_negatives, problems.append))
             num_skipped.append(len(pairs) - len(encoded[-1]))
         if self.balance:
-            together = list(itertools.chain(*encoded))
-            dealt = balance_micro_batches([pair.length for pair in together], len(encoded))
-            encoded = [[together[i] for i in part] for part in dealt]
+            all_pairs = list(itertools.chain(*encoded))
+            positions = balance_micro_batches([pair.length for pair in all_pairs], len(encoded))
+            encoded = [[all_pairs[i] for i in chosen] for chosen in positions]
         subset = "+".join(sorted({name for name, _ in plan.parts}))
-        shape = self.encoder.tile_shape
+        shape = self.processor.tile_shape
         batches = [
             pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape)
             for pairs, skipped in zip(encoded, num_skipped)
@@ -277,11 +276,11 @@ class StepReader(Dataset):
 
 
 def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> Iterator[TrainStep]:
-    """Steps in the order of their plans, made by worker processes ahead of time.
+    """Yield steps in the order of their plans, made ahead of time by worker processes.
 
     Raises:
         DataError: a worker was killed.
-        UserError: what a step ran into.
+        UserError: a step could not be read.
     """
     loader = DataLoader(
         reader,
@@ -290,11 +289,11 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_torchrun_signals,
-        generator=torch.Generator(),  # its own, for the loader draws a seed from it
+        worker_init_fn=ignore_torchrun_signals,
+        generator=torch.Generator(),  # the loader draws a seed, which must not come from the global generator
     )
     try:
-        for step in _start(loader):
+        for step in start_workers(loader):
             if isinstance(step, UserError):
                 raise step
             yield step
@@ -306,37 +305,11 @@ def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> I
         raise DataError(f"a process that reads data was killed ({reason}); {hint}") from error
 
 
-def _ignore_torchrun_signals(worker: int) -> None:
-    """Ignore SIGTERM and SIGUSR1 of others: torchrun sends them to all processes, but the training wants its step."""
-    signals = {signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that are started from now on inherit it
-
-    def obey() -> None:
-        parent = multiprocessing.parent_process().pid
-        while signal.sigwaitinfo(signals).si_pid != parent:
-            continue
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=obey, daemon=True).start()
-
-
-def _start(loader: DataLoader) -> Iterator[TrainStep | UserError]:
-    """Start the workers, but let nobody interrupt the training: a killed one is to show when its step is asked for.
-
-    torch would raise in the middle of whatever the training is doing, from a handler of SIGCHLD.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    steps = iter(loader)
-    if threading.current_thread() is threading.main_thread():  # no other may, nor would torch
-        signal.signal(signal.SIGCHLD, handler)
-    return steps
-
-
 def within_budget(steps: Iterable[TrainStep], max_bad_fraction: float) -> Iterator[TrainStep]:
-    """The same steps, the pairs they lack logged, as long as these are not too many.
+    """Yield the same steps and log the pairs that were dropped, until there are too many of them.
 
     Raises:
-        DataError: more than `max_bad_fraction` of the pairs so far, and of PAIRS_FOR_A_FRACTION, were left out.
+        DataError: more pairs were dropped than `max_bad_fraction` of the pairs so far, and of PAIRS_FOR_A_FRACTION.
     """
     num_pairs = num_bad = 0
     for step in steps:

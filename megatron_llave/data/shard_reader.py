@@ -1,4 +1,4 @@
-"""Single pairs out of shards: the first reading stage of the training stream."""
+"""Reads single pairs from shards: the first reading stage of the training stream."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -14,35 +14,35 @@ from megatron_llave.files import AGAIN
 
 
 class ShardReader:
-    """Pairs by shard and number; of a shard it reads the headers once, then only the pairs asked for."""
+    """Reads pairs by shard and number: the headers of a shard once, then only the pairs that are asked for."""
 
     def __init__(self, storage: Storage, most_open: int) -> None:
-        """Keeps file and table of samples of the `most_open` shards last used.
+        """Keep the `most_open` most recently used shards open, each with its table of samples.
 
-        Nothing is read before the first `read`, so that worker processes can be handed a copy.
+        Nothing is read before the first `read`, so that the reader can be copied into worker processes.
         """
         self.storage = storage
         self.most_open = most_open
-        self._held: OrderedDict[str, tuple[BinaryIO, Path, list[TarSample]] | DataError] = OrderedDict()
+        self._opened: OrderedDict[str, tuple[BinaryIO, Path, list[TarSample]] | DataError] = OrderedDict()
 
     def read(self, shard: Shard, number: int) -> Pair:
-        """Pair `number` of a shard.
+        """Return pair `number` of a shard.
 
         Raises:
-            DataError: the pair is damaged; or the shard is, or holds another number of pairs than its index says.
+            DataError: the pair or the shard is damaged, or the shard has another number of pairs than the index says.
         """
-        if shard.file not in self._held:
+        if shard.file not in self._opened:
             try:
-                self._held[shard.file] = self._open(shard)
+                self._opened[shard.file] = self._open(shard)
             except DataError as error:
-                self._held[shard.file] = error
-            if len(self._held) > self.most_open:
-                self._close(self._held.popitem(last=False)[1])
-        self._held.move_to_end(shard.file)
-        held = self._held[shard.file]
-        if isinstance(held, DataError):
-            raise held
-        file, path, samples = held
+                self._opened[shard.file] = error
+            if len(self._opened) > self.most_open:
+                self._close(self._opened.popitem(last=False)[1])
+        self._opened.move_to_end(shard.file)
+        opened = self._opened[shard.file]
+        if isinstance(opened, DataError):
+            raise opened
+        file, path, samples = opened
         sample = samples[number]
         members = read_sample(file, path, sample)
         return unpack_pair({"__key__": sample.key, **members}, f"{path}: sample {sample.key}")
@@ -63,6 +63,6 @@ class ShardReader:
         return file, path, samples
 
     @staticmethod
-    def _close(held: tuple[BinaryIO, Path, list[TarSample]] | DataError) -> None:
-        if not isinstance(held, DataError):
-            held[0].close()
+    def _close(opened: tuple[BinaryIO, Path, list[TarSample]] | DataError) -> None:
+        if not isinstance(opened, DataError):
+            opened[0].close()

@@ -1,9 +1,8 @@
-"""Pairs on disk: WebDataset tar shards, which index.py describes as a whole.
+"""The shards: WebDataset tar files of pairs, written and read. index.py has the index of a folder of them.
 
-The first stage of the data pipeline, and the last step of every source. A sample is `KEY.json` (subset, ids, texts,
-names and sizes of the images) and one member per image, byte for byte as it came (`KEY.query.0.jpg`, and
-`KEY.negative.2.0.jpg` for the first image of hard negative 2, both counted from 0). Members are read as raw bytes:
-nothing is decoded by file extension, so nothing is ever unpickled.
+A sample is `KEY.json` (subset, ids, texts, names and sizes of the images) and one member per image with the bytes of
+the image file: `KEY.query.0.jpg`, or `KEY.negative.2.0.jpg` for the first image of the third hard negative. Members are
+read as raw bytes. Nothing is decoded by file extension, so nothing is ever unpickled.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ SUFFIXES = {"JPEG": "jpg"}
 
 
 class _HashingFile:
-    """A binary file that is checksummed and counted while it is written."""
+    """A binary file whose checksum and size are computed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
@@ -40,16 +39,16 @@ class _HashingFile:
 
 
 def write_samples(samples: Iterable[tuple[str, dict[str, bytes]]], path: str | Path) -> Shard:
-    """Write (key, {suffix: bytes}) samples as one tar; the file takes its name only when it is whole.
+    """Write (key, {suffix: bytes}) samples as one tar file, which takes its name only when it is complete.
 
     Raises:
-        DataError: a key that WebDataset could not group, or one that comes twice.
+        DataError: a key cannot be grouped by WebDataset, or occurs twice.
     """
     path = Path(path)
     keys: set[str] = set()
     with atomic_write(path, only_writer=True) as temporary, open(temporary, "wb") as file:
         hashing = _HashingFile(file)
-        # A fixed mtime and owner: the same samples give the same bytes.
+        # With a fixed mtime and owner the same samples give the same bytes.
         with TarWriter(hashing, encoder=False, mtime=0, user="llave", group="llave") as writer:
             for key, members in samples:
                 if not KEY.fullmatch(key):
@@ -62,10 +61,10 @@ def write_samples(samples: Iterable[tuple[str, dict[str, bytes]]], path: str | P
 
 
 def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Stream the samples of one tar in order: `__key__` and the raw bytes of each member by its suffix.
+    """Yield the samples of a tar file in order, each as `__key__` and the raw bytes of each member by its suffix.
 
     Raises:
-        DataError: the file is missing, truncated, or no tar, or a sample's names cannot be used.
+        DataError: the file is missing, truncated or not a tar file, or the names of a sample cannot be used.
     """
     path = Path(path)
     try:
@@ -78,10 +77,12 @@ def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Text, image names, sizes and CRC-32s of one side for the JSON, and its images by suffix (`<prefix>0.png`).
+    """Return what the JSON says of one query or target, and its images by suffix (`<prefix>0.png`).
+
+    The JSON has the text and the names, sizes and CRC-32s of the images.
 
     Raises:
-        DataError: an image whose header cannot be read; the message begins with `where`.
+        DataError: the header of an image cannot be read; the message begins with `where`.
     """
     members: dict[str, bytes] = {}
     sizes = []
@@ -90,7 +91,7 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
             with Image.open(io.BytesIO(image)) as header:
                 image_format, size = header.format or "", header.size
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{where}: image {prefix}{number} is not a picture that Pillow can read") from error
+            raise DataError(f"{where}: image {prefix}{number} is not an image that Pillow can read") from error
         members[f"{prefix}{number}.{SUFFIXES.get(image_format, image_format.lower())}"] = image
         sizes.append(list(size))
     described = {"text": side.text, "images": list(members), "sizes": sizes}
@@ -100,7 +101,7 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
 
 
 def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
-    """The inverse of `pack_side`.
+    """Return the query or target that `pack_side` has described; `sample` holds its images.
 
     Raises:
         DataError: the description is malformed, or an image that it names is missing or has another checksum.
@@ -122,10 +123,10 @@ def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
 
 
 def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
-    """The JSON member of a sample.
+    """Return the JSON member of a sample.
 
     Raises:
-        DataError: it is missing or no JSON object.
+        DataError: the member is missing or is not a JSON object.
     """
     if "json" not in sample:
         raise DataError(f"{where} has no .json member; {AGAIN}")
@@ -139,7 +140,7 @@ def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def to_json_bytes(value: Any) -> bytes:
-    """Compact JSON with a fixed order of keys, so that equal values give equal bytes."""
+    """Return compact JSON; keys stay in their order, so that equal values give equal bytes."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -147,7 +148,7 @@ def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, numbe
     """Write all of `pairs` as shard `number` of a subset, `<subset>-000000.tar`.
 
     Raises:
-        DataError: a pair of another subset, an unusable or repeated key, or what `pack_pair` refuses.
+        DataError: a pair is of another subset, a key is unusable or repeated, or `pack_pair` refuses a pair.
     """
     path = Path(directory) / f"{subset}-{number:06d}.tar"
 
@@ -162,10 +163,10 @@ def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, numbe
 
 
 def pack_pair(pair: Pair, where: str) -> dict[str, bytes]:
-    """The members of a pair's sample by suffix: its JSON, then its images.
+    """Return the members of a pair's sample by suffix: the JSON, then the images.
 
     Raises:
-        DataError: an unreadable image, or not one id per hard negative; the message begins with `where`.
+        DataError: an image is unreadable, or there is not one id per hard negative; the message begins with `where`.
     """
     if len(pair.hard_negative_ids) != len(pair.hard_negatives):
         counts = f"{len(pair.hard_negatives)} hard_negatives and {len(pair.hard_negative_ids)} hard_negative_ids"
@@ -191,10 +192,10 @@ def pack_pair(pair: Pair, where: str) -> dict[str, bytes]:
 def write_subset(
     pairs: Iterable[Pair], directory: str | Path, subset: str, meta_task: str, pairs_per_shard: int = 1000
 ) -> Subset:
-    """Write pairs as the shards of one subset; the folder is made when missing. The index is `write_index`'s.
+    """Write pairs as the shards of one subset into a folder, which is made when missing; index.json is not written.
 
     Raises:
-        DataError: no pairs, a bad name, or what `write_shard` refuses.
+        DataError: there are no pairs, the subset's name cannot be used, or `write_shard` refuses a pair.
     """
     if not KEY.fullmatch(subset):
         raise DataError(f"subset name {subset!r} must be letters, digits, - or _")
@@ -210,11 +211,11 @@ def write_subset(
 
 
 def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
-    """The inverse of `pack_pair`, from a sample of `read_samples`.
+    """Return the pair that `pack_pair` has turned into the members of this sample, which also has its `__key__`.
 
     Raises:
-        DataError: the sample lacks its JSON or an image that the JSON names, or holds what the JSON does not name; the
-            message begins with `where`.
+        DataError: the sample lacks its JSON or an image that the JSON names, or has a member that the JSON does not
+            name; the message begins with `where`.
     """
     described = unpack_json(sample, where)
     query = unpack_side(described.get("query"), sample, f"{where}, query")

@@ -1,8 +1,8 @@
-"""Where shards are: a folder, or a place on the network of which each shard is copied to the local disk once.
+"""Fetches shards from where `data.path` says they are; shards on the network are copied to the local disk once.
 
 `data.path` is a folder, `http(s)://host/folder`, or `pipe:COMMAND` in which `{file}` stands for the name of the shard,
-such as `pipe:aws s3 cp s3://bucket/pairs/{file} -`: webdataset's own ways to open a URL. A command is run by the shell
-and is taken from the run's configuration alone; names of files come from the index and are plain names.
+such as `pipe:aws s3 cp s3://bucket/pairs/{file} -`. These are the URLs that webdataset can open. The shell runs the
+command, which comes from the run's configuration alone. The index may only name plain files.
 """
 
 import fcntl
@@ -28,32 +28,32 @@ REMOTE = re.compile(r"(https?://|pipe:)")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHUNK = 1 << 20
 FIRST_WAIT = 1.0
-"""Seconds before the second attempt; each further one waits twice as long."""
+"""Seconds before the second attempt; each further attempt waits twice as long."""
 
 
 class Unreachable(UserError):
-    """The network failed, however often it was tried: no fault of the data, so nothing to be left out and counted."""
+    """The network failed at every attempt. The data are not at fault, so no pairs are dropped because of it."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A place with shards and their index."""
+    """A folder, or a place on the network, with shards and their index."""
 
     path: str
     cache: Path | None
-    """Folder for copies of shards; None: `path` is a folder, which needs none."""
+    """Folder for copies of shards; None: `path` is a folder, and shards are not copied."""
     cache_bytes: int = 0
-    """Copies are removed, the least recently used first, while they are more than this."""
+    """The least recently used copies are removed while all copies together have more bytes than this."""
     retries: int = 0
-    """Further attempts when the network fails."""
+    """Number of further attempts after a network failure."""
     wait: Callable[[float], None] = time.sleep
 
     def read_index(self) -> Index:
-        """The index; the sizes of shards in a folder are left to `check`.
+        """Read the index; `check` compares the sizes of shards in a folder with it.
 
         Raises:
-            DataError: it is missing or malformed.
-            Unreachable: it cannot be fetched.
+            DataError: the index is missing or malformed.
+            Unreachable: the index cannot be fetched.
         """
         if self.cache is None:
             return read_index(self.path, check_shards=False)
@@ -63,27 +63,27 @@ class Storage:
             return parse_index(file, self._url(INDEX_FILE))
 
     def check(self, shard: Shard) -> None:
-        """What can be known about a shard before it is read: in a folder, that it is there and of the right size.
+        """Check that a shard in a folder exists and has the right size; a shard on the network is checked by `fetch`.
 
         Raises:
-            DataError: it is not.
+            DataError: the shard is missing or has another size.
         """
         if self.cache is None:
             check_size(Path(self.path), shard)
 
     def fetch(self, shard: Shard) -> Path:
-        """The shard as a local file, copied first where it is not: once for all processes that share the cache.
+        """Return the shard as a local file, after copying it from the network once for all processes of the cache.
 
         Raises:
-            DataError: what comes is not what the index says.
-            Unreachable: nothing comes.
+            DataError: the copy is not what the index says.
+            Unreachable: the shard cannot be fetched.
         """
         if self.cache is None:
             return Path(self.path) / shard.file
-        self._url(shard.file)  # refuses what is no plain name
+        self._url(shard.file)  # refuses a name that is not plain
         target = self._folder() / shard.file
         with open(target.with_name(f"{shard.file}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when this process ends, however it does
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, however it ends
             if not target.is_file():
                 self._attempt(shard.file, lambda: self._copy(shard, target))
                 self._make_room(target)
@@ -123,22 +123,22 @@ class Storage:
         raise kind(f"{self._url(file)} cannot be fetched, after {self.retries + 1} attempts: {reason}") from reason
 
     def _make_room(self, newest: Path) -> None:
-        held = []
+        copies = []
         for file in newest.parent.glob("*.tar"):
-            with suppress(FileNotFoundError):  # another process makes room too
-                held.append((file.stat().st_mtime, file.stat().st_size, file))
-        excess = sum(size for _, size, _ in held) - self.cache_bytes
-        for _, size, file in sorted(held):
+            with suppress(FileNotFoundError):  # another process is removing copies too
+                copies.append((file.stat().st_mtime, file.stat().st_size, file))
+        excess = sum(size for _, size, _ in copies) - self.cache_bytes
+        for _, size, file in sorted(copies):
             if excess > 0 and file != newest:
-                file.unlink(missing_ok=True)  # whoever reads it keeps it open
+                file.unlink(missing_ok=True)  # a process that reads it keeps it open
                 excess -= size
 
 
 def _download(url: str, target: Path) -> str:
-    """Write what comes from `url` and return its SHA-256.
+    """Write the contents of `url` to `target` and return their SHA-256.
 
     Raises:
-        OSError: nothing comes, or the disk is full.
+        OSError: `url` cannot be read, or the disk is full.
     """
     digest = hashlib.sha256()
     with gopen(url, bufsize=CHUNK) as source, open(target, "wb") as file:
@@ -149,10 +149,10 @@ def _download(url: str, target: Path) -> str:
 
 
 def open_storage(cfg: DataConfig) -> Storage:
-    """The storage that `data.path` names.
+    """Return the storage that `data.path` names.
 
     Raises:
-        ConfigError: a command without {file}.
+        ConfigError: `data.path` is a command without {file}.
     """
     if not REMOTE.match(cfg.path):
         return Storage(cfg.path, None)

@@ -1,6 +1,6 @@
-"""Where the samples of a tar lie, so that one can be read without the others.
+"""Finds the samples of a tar file and reads single ones without the others.
 
-Of a shard, a rank and each of its workers read the headers, and then the bytes of those samples that fall to them.
+Each worker of each rank reads all headers of a shard, and then only the bytes of the samples that it needs.
 """
 
 import io
@@ -23,20 +23,20 @@ END_OF_ARCHIVE = bytes(1024)
 
 @dataclass
 class TarSample:
-    """One sample's members, by their place in the file."""
+    """The positions of a sample's members in the tar file."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Suffix -> (offset of the first byte, number of bytes)."""
+    """(offset of the first byte, number of bytes) of each member by its suffix."""
     problem: str = ""
-    """What makes the sample unusable, if anything."""
+    """Why the sample cannot be used; empty if it can."""
 
 
 def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
-    """The samples of an open tar in order: neighbouring files whose names are equal up to the first dot.
+    """Return the samples of an open tar file in order: runs of files whose names are equal up to the first dot.
 
     Raises:
-        DataError: the file is truncated, damaged, or no tar.
+        DataError: the file is truncated, damaged, or not a tar file.
     """
     samples: list[TarSample] = []
     try:
@@ -45,11 +45,11 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
             for member in tar:
                 parts = _NAME.fullmatch(member.name)
                 if not member.isreg() or parts is None or _NOTE.match(member.name):
-                    continue  # as WebDataset does: folders, links, files without a suffix, its own notes
+                    continue  # WebDataset skips folders, links, files without a suffix and its own notes too
                 _add_member(samples, parts[1], parts[2], (member.offset_data, member.size))
             end = tar.offset
         file.seek(end)
-        # tarfile takes a damaged header for the end of the archive and says nothing.
+        # tarfile takes a damaged header for the end of the archive without an error.
         if file.read().strip(b"\0"):
             raise DataError(f"{path} is damaged: there is more behind a header that cannot be read; {AGAIN}")
     except OSError as error:
@@ -61,7 +61,7 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
     return samples
 
 
-def _add_member(samples: list[TarSample], key: str, suffix: str, place: tuple[int, int]) -> None:
+def _add_member(samples: list[TarSample], key: str, suffix: str, position: tuple[int, int]) -> None:
     if not samples or samples[-1].key != key:
         samples.append(TarSample(key))
     sample = samples[-1]
@@ -69,14 +69,14 @@ def _add_member(samples: list[TarSample], key: str, suffix: str, place: tuple[in
         sample.problem = f"key {key!r} must be 1 to 80 letters, digits, - or _"
     elif suffix in sample.members:
         sample.problem = f"member {suffix!r} comes twice"
-    sample.members[suffix] = place
+    sample.members[suffix] = position
 
 
 def read_sample(file: BinaryIO, path: Path, sample: TarSample) -> dict[str, bytes]:
-    """The raw bytes of each member by its suffix; nothing is decoded by file extension, so nothing is unpickled.
+    """Return the raw bytes of each member by its suffix; nothing is decoded by file extension, so nothing is unpickled.
 
     Raises:
-        DataError: the sample is unusable, or the file ends before it does.
+        DataError: the sample cannot be used, or the file ends within it.
     """
     where = f"{path}: sample {sample.key}"
     if sample.problem:
@@ -93,12 +93,12 @@ def read_sample(file: BinaryIO, path: Path, sample: TarSample) -> dict[str, byte
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """One line for a file that the system refuses."""
+    """Return the error for a file that the operating system cannot read."""
     return DataError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}")
 
 
 def _check_end(file: BinaryIO, path: Path) -> None:
-    """A tar ends in two blocks of zeros; one cut between two members is otherwise taken for a shorter one."""
+    """Check for the two blocks of zeros at the end, without which a cut file would look like a shorter one."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - len(END_OF_ARCHIVE)))
     if size % 512 or file.read() != END_OF_ARCHIVE:

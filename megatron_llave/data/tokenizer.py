@@ -1,4 +1,4 @@
-"""Text -> token ids, from a SentencePiece `.model` or a Hugging Face `tokenizer.json`, behind one small interface.
+"""Turns text into token ids with a SentencePiece `.model` or a Hugging Face `tokenizer.json`, behind one interface.
 
 Used by models/llava_onevision/prompt.py, which puts the chat template around the text. In a folder that holds both
 files tokenizer.json is the one that is read, whether the folder holds data, a checkpoint's assets or a Hugging Face
@@ -20,34 +20,34 @@ from megatron_llave.errors import DataError
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Names of the files that can be a folder's tokenizer; the first one that is there is read."""
 
-# The end-of-sequence tokens in use, most specific first: Qwen's chat models end a turn with <|im_end|>.
+# Known end-of-sequence tokens, the most specific one first: Qwen's chat models end a turn with <|im_end|>.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>", "<eos>")
 
 
 CACHED_TEXTS = 4096
-"""Texts whose ids are kept: instructions and class names come again and again."""
+"""Number of texts whose ids are cached, since instructions and class names are repeated very often."""
 
 
 class Tokenizer(Protocol):
-    """What the package needs of a tokenizer."""
+    """What the package needs from a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows the embedding needs: the highest id that can come out, plus one."""
+        """Number of rows that the embedding needs: the highest possible id plus one."""
 
     @property
     def eos_id(self) -> int:
-        """Id that ends a sequence."""
+        """The id that ends a sequence."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, nothing added before or after."""
+        """Return the ids of the text, with nothing added before or after them."""
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; special tokens exist only where the model defines them."""
+    """A SentencePiece model; it has only those special tokens that the model file defines."""
 
     def __init__(self, path: Path):
-        """Read the model; raises DataError when it is none or has no end-of-sequence piece."""
+        """Read the model; raise DataError if the file is not a model or has no end-of-sequence piece."""
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
@@ -60,19 +60,19 @@ class SentencePieceTokenizer:
         self._path = path
 
     def __reduce__(self) -> tuple:
-        """A process that is not forked, such as a data worker on Python 3.14, reads the file again."""
+        """Pickle the path alone: a process that is not forked (a data worker on Python 3.14) reads the file again."""
         return type(self), (self._path,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
+        """Return the ids of the text."""
         return list(self._ids(text))
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json; special tokens written in the text become special ids, as in the released code."""
+    """A tokenizer.json; special tokens in the text become special ids, as in the official LLaVE repository."""
 
     def __init__(self, path: Path):
-        """Read the file; raises DataError when it is no tokenizer or has no known end-of-sequence token."""
+        """Read the file; raise DataError if it is not a tokenizer or has no known end-of-sequence token."""
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
@@ -80,20 +80,20 @@ class HuggingFaceTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         self.vocab_size: int = max(self._model.get_vocab().values(), default=-1) + 1
-        found = [self._model.token_to_id(token) for token in END_TOKENS]
-        known = [token_id for token_id in found if token_id is not None]
-        if not known:
+        end_ids = [self._model.token_to_id(token) for token in END_TOKENS]
+        known_ids = [token_id for token_id in end_ids if token_id is not None]
+        if not known_ids:
             raise DataError(f"{path} has none of the end-of-sequence tokens {', '.join(END_TOKENS)}")
-        self.eos_id: int = known[0]
+        self.eos_id: int = known_ids[0]
         self._ids = _cached(lambda text: self._model.encode(text, add_special_tokens=False).ids)
         self._path = path
 
     def __reduce__(self) -> tuple:
-        """As of SentencePieceTokenizer."""
+        """Pickle the path alone, like SentencePieceTokenizer."""
         return type(self), (self._path,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
+        """Return the ids of the text."""
         return list(self._ids(text))
 
 
@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer file.
 
     Raises:
-        DataError: the file is missing, damaged, or neither a .model nor a .json.
+        DataError: the file is missing or damaged, or its name ends in neither .model nor .json.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +134,7 @@ def find_tokenizer(data: DataConfig) -> Path:
     """
     if data.tokenizer:
         return Path(data.tokenizer)
-    found = tokenizer_in(Path(data.path))
-    if found is None:
+    file = tokenizer_in(Path(data.path))
+    if file is None:
         raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer")
-    return found
+    return file

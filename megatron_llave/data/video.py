@@ -1,7 +1,7 @@
-"""Video files -> the frames that the model sees, as the released code samples them. PyAV decodes; the extra `[video]`.
+"""Reads the frames of video files that the model sees, chosen as in the official LLaVE repository.
 
-About three frames a second: every round(fps / 3)-th; if those are more than the limit, so many evenly spaced ones of
-all frames.
+About three frames per second are taken: every round(fps / 3)-th frame. If these are more than the limit, the limit's
+number of evenly spaced frames is taken instead. PyAV decodes the files; the extra `[video]` installs it.
 """
 
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ FRAMES_PER_SECOND = 3
 
 
 def choose_frames(num_frames: int, fps: float, limit: int = MAX_FRAMES) -> np.ndarray:
-    """Indices [f] int64 of the frames that are taken, f at most `limit`."""
+    """Return the indices [f] int64 of the frames that are taken; f is at most `limit`."""
     chosen = np.arange(0, num_frames, max(1, round(fps / FRAMES_PER_SECOND)))
     return chosen if len(chosen) <= limit else np.linspace(0, num_frames - 1, limit, dtype=int)
 
 
 def require_av() -> Any:
-    """PyAV.
+    """Return the module of PyAV.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: PyAV is not installed.
     """
     if av is None:
         raise ConfigError("videos need PyAV: pip install 'megatron_llave[video]'")
@@ -39,15 +39,15 @@ def require_av() -> Any:
 
 
 def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> np.ndarray:
-    """[f, height, width, 3] uint8 RGB of the frames that `choose_frames` takes.
+    """Return the frames that `choose_frames` takes, [f, height, width, 3] uint8 RGB.
 
     Raises:
         ConfigError: PyAV is not installed.
-        DataError: the file is missing, damaged, or without a video.
+        DataError: the file is missing, is damaged, or has no video in it.
     """
     require_av()
     try:
-        # Counted, since what a file says of its own length is often wrong or missing.
+        # The frames are counted, because the number in the file is often wrong or missing.
         with av.open(str(path)) as container:
             num_frames = sum(1 for _ in _decoded(container, path))
             fps = float(container.streams.video[0].average_rate or 0)
@@ -63,7 +63,7 @@ def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> np.ndarray:
 
 
 def _decoded(container: Any, path: str | Path) -> Iterator[Any]:
-    """Frames of the first video stream."""
+    """Yield the frames of the first video stream."""
     if not container.streams.video:
         raise DataError(f"{path} has no video in it")
     yield from container.decode(video=0)

@@ -256,7 +256,7 @@ def test_unusable_pairs_are_left_out_and_named():
     for problem, key, why in zip(
         problems,
         ("broken-one", "too-long", "void"),
-        ("not a readable image", "data.max_length=400", "neither text nor picture"),
+        ("not a readable image", "data.max_length=400", "neither text nor image"),
         strict=True,
     ):
         assert problem.startswith(f"pair {key} of subset birds: ") and why in problem

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_llave.batch import Pair, Side
 from megatron_llave.config.schema import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset, write_index
-from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_places, steps_of_epochs
+from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_locations, steps_of_epochs
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError, DataError
@@ -173,22 +173,22 @@ def test_every_pair_comes_once_per_epoch(folder):
 
 def test_shards_and_pairs_within_a_shard_are_both_shuffled():
     subset = Subset("retrieval", [Shard(f"{i}.tar", 50, 0, "") for i in range(20)])
-    order = list(itertools.islice(shuffled_places(subset, "birds", 0, 0), 1000))
+    order = list(itertools.islice(shuffled_locations(subset, "birds", 0, 0), 1000))
     shards = [shard for shard, _ in order]
     assert [shard for shard, _ in itertools.groupby(shards)] != list(range(20))
     assert all(len(set(shards[i : i + 50])) == 1 for i in range(0, 1000, 50))
     within = [[pair for shard, pair in order if shard == number] for number in (0, 1)]
     assert sorted(within[0]) == list(range(50)) and within[0] != sorted(within[0]) and within[0] != within[1]
-    other_seed = list(itertools.islice(shuffled_places(subset, "birds", 1, 0), 1000))
-    other_name = list(itertools.islice(shuffled_places(subset, "trees", 0, 0), 1000))
+    other_seed = list(itertools.islice(shuffled_locations(subset, "birds", 1, 0), 1000))
+    other_name = list(itertools.islice(shuffled_locations(subset, "trees", 0, 0), 1000))
     assert order != other_seed and order != other_name
 
 
 @pytest.mark.parametrize("start", [0, 1, 42, 43, 44, 86, 100, 4321])
 def test_skipping_equals_walking(start):
     subset = Subset("retrieval", [Shard(f"{i}.tar", pairs, 0, "") for i, pairs in enumerate((10, 10, 0, 10, 13))])
-    walked = itertools.islice(shuffled_places(subset, "birds", 3, 0), start, start + 90)
-    assert list(itertools.islice(shuffled_places(subset, "birds", 3, start), 90)) == list(walked)
+    walked = itertools.islice(shuffled_locations(subset, "birds", 3, 0), start, start + 90)
+    assert list(itertools.islice(shuffled_locations(subset, "birds", 3, start), 90)) == list(walked)
 
 
 @pytest.mark.parametrize("start_step", [1, 5, 23])

@@ -247,9 +247,9 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path):
         ({"key": "__a"}, "key '__a' must be"),
         ({"key": "cats-000"}, "'cats-000' comes twice"),
         ({"subset": "dogs"}, "belongs to subset 'dogs'"),
-        ({"query": Side("", [b"not a picture"])}, "image query.0 is not a picture"),
+        ({"query": Side("", [b"not a picture"])}, "image query.0 is not an image"),
         ({"hard_negatives": [Side("", [])]}, "has 1 hard_negatives and 0 hard_negative_ids"),
-        ({"hard_negatives": [Side("", [b"?"])], "hard_negative_ids": ["n"]}, "image negative.0.0 is not a picture"),
+        ({"hard_negatives": [Side("", [b"?"])], "hard_negative_ids": ["n"]}, "image negative.0.0 is not an image"),
     ],
 )
 def test_unusable_pair_leaves_no_shard(tmp_path, changes, message):

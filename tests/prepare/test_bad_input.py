@@ -146,7 +146,7 @@ BAD = {
         1,
         "its JSON does not name the members pkl",
     ),
-    "zero-length text": (change_pair(lambda d: d["target"].update(text="")), 1, "neither text nor picture"),
+    "zero-length text": (change_pair(lambda d: d["target"].update(text="")), 1, "neither text nor image"),
     "beyond the limit": (change_pair(lambda d: d["target"].update(text="x" * 400)), 1, "beyond data.max_length=64"),
 }
 
