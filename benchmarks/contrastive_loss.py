@@ -1,10 +1,11 @@
-"""Time and peak memory of the loss, forward and backward, beside the dense ways of writing it, in one run.
+"""Measure time and peak memory of the loss, forward and backward, beside dense implementations, in one run.
 
     python benchmarks/contrastive_loss.py [--batch 1024 4096] [--dim 256 1024] [--repeats 3] [--device cuda]
 
-Peers: `dense`, as the released code writes it (two logit matrices, weights as log(exp(alpha * cos)), two cross
-entropies; llava/model/language_model/loss.py), and `infonce`, plain symmetric cross entropy without weights. Every case
-runs in a process of its own, since peak memory on the CPU is a process's high-water mark above what its inputs take.
+The alternatives are `dense`, written as in the official LLaVE repository (two logit matrices, weights as
+log(exp(alpha * cos)), two cross entropies; llava/model/language_model/loss.py), and `infonce`, plain symmetric cross
+entropy without weights. Every case runs in a process of its own, because peak memory on the CPU is the high-water mark
+of the process above what its inputs take.
 """
 
 import argparse
@@ -29,13 +30,13 @@ LOSS = LossConfig(temperature=TEMPERATURE, alpha=ALPHA)
 
 
 def ours(query: Tensor, target: Tensor) -> Tensor:
-    """The package's loss."""
+    """The loss of this package."""
     embeddings = PairEmbeddings(query, target, query.new_zeros(0, query.shape[1]))
     return hardness_weighted_contrastive_loss(embeddings, config=LOSS)[0]
 
 
 def dense(query: Tensor, target: Tensor) -> Tensor:
-    """Every matrix written out, as the released loss does on one device."""
+    """The loss with every matrix written out, as the official code computes it on one device."""
     labels = torch.arange(len(query), device=query.device)
     losses = []
     for one, other in ((query, target), (target, query)):
@@ -58,11 +59,11 @@ WAYS = {"ours": ours, "dense": dense, "infonce": infonce}
 
 
 def measure(way: str, batch: int, dim: int, repeats: int, device: str) -> dict[str, float]:
-    """Seconds of a forward and backward (median), MB of memory above the inputs, and the loss; in this process."""
+    """Median seconds of a forward and backward pass, MB of memory above the inputs, and the loss, in this process."""
     generator = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2)]
     rows = [x.to(device).requires_grad_() for x in rows]
-    WAYS[way](*(x[:2] for x in rows)).backward()  # loads the libraries
+    WAYS[way](*(x[:2] for x in rows)).backward()  # this loads the libraries
     seconds = []
     for x in rows:
         x.grad = None
@@ -73,23 +74,23 @@ def measure(way: str, batch: int, dim: int, repeats: int, device: str) -> dict[s
         started = time.perf_counter()
         loss = WAYS[way](*rows)
         loss.backward()
-        value = loss.item()  # waits for a GPU
+        value = loss.item()  # this waits for the GPU
         seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median(seconds), "megabytes": read_peak(device) - before, "loss": value}
 
 
 def start_peak(device: str) -> float:
-    """Forget the peak so far; MB in use now."""
+    """Reset the peak memory; returns the MB that are in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed but kept would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: reset the high-water mark
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept would be reused without raising the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     return read_peak(device)
 
 
 def read_peak(device: str) -> float:
-    """MB at the peak since `start_peak`."""
+    """The peak memory in MB since `start_peak`."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -97,7 +98,7 @@ def read_peak(device: str) -> float:
 
 
 def main() -> None:
-    """One child per case; prints a Markdown table."""
+    """Run one child process per case, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--dim", type=int, nargs="+", default=[256, 1024, 3584])

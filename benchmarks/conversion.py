@@ -1,10 +1,11 @@
-"""Conversion of a full-size model both ways: seconds and peak memory beside the model's size and its largest tensor.
+"""Measure the conversion of a full-size model in both directions: seconds, and peak memory beside the model size.
 
     python benchmarks/conversion.py --preset 0.5b --dtype bfloat16 --folder runs/conversion
 
-Writes a Hugging Face folder of random weights in transformers' layout, imports it, exports the checkpoint in both
-layouts, compares every tensor bit for bit, and lets transformers load and save the same folder as a peer. Each step is
-a process of its own; its peak is the largest resident memory the kernel counted, mapped files included.
+The benchmark writes a Hugging Face folder of random weights in transformers' format, imports it, exports the checkpoint
+in both formats, and compares every tensor bitwise. As an alternative, transformers loads and saves the same folder.
+Each step is a process of its own; its peak is the largest resident memory that the kernel counted, including mapped
+files.
 """
 
 import argparse
@@ -30,24 +31,28 @@ from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, rules
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
 ALONE = "import sys; from megatron_llave import conversion"
-PEER = (
+WITH_TRANSFORMERS = (
     "import sys, torch, transformers; m = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained("
     "sys.argv[1], dtype=getattr(torch, sys.argv[3])); m.save_pretrained(sys.argv[2])"
 )
 
 
 def main() -> None:
-    """Make the folder, run each step, compare, print."""
+    """Make the folder, run and measure each step, compare the tensors, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="0.5b", choices=["0.5b", "2b", "7b"], help="size of the model")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of weights")
-    parser.add_argument("--folder", default="runs/conversion", type=Path, help="scratch; emptied before and after")
-    parser.add_argument("--without-transformers", action="store_true", help="leave the peer out")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="dtype of the weights"
+    )
+    parser.add_argument(
+        "--folder", default="runs/conversion", type=Path, help="scratch folder, emptied before and after"
+    )
+    parser.add_argument("--without-transformers", action="store_true", help="do not measure transformers")
     args = parser.parse_args()
     with exit_with_one_line():
         shutil.rmtree(args.folder, ignore_errors=True)
         names = ("source", "checkpoint", "llava_onevision", "llava_qwen", "transformers")
-        source, checkpoint, onevision, qwen, peer = (args.folder / name for name in names)
+        source, checkpoint, onevision, qwen, from_transformers = (args.folder / name for name in names)
         num_bytes, largest = make_folder(source, args.preset, getattr(torch, args.dtype))
         convert = [sys.executable, "-W", "ignore", str(TOOL)]
         export = [*convert, "export", "--from", str(checkpoint), "--format"]
@@ -58,7 +63,16 @@ def main() -> None:
             "export llava_qwen": [*export, "llava_qwen", "--to", str(qwen)],
         }
         if not args.without_transformers:
-            command = [sys.executable, "-W", "ignore", "-c", PEER, str(source), str(peer), args.dtype]
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                WITH_TRANSFORMERS,
+                str(source),
+                str(from_transformers),
+                args.dtype,
+            ]
             commands["transformers: from_pretrained, save_pretrained"] = command
         rows = {name: measured(command) for name, command in commands.items()}
         compared = {out.name: num_equal(source, out) for out in (onevision, qwen)}
@@ -74,7 +88,7 @@ def main() -> None:
 
 
 def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Random weights in layout llava_onevision; returns the bytes of all tensors and of the largest."""
+    """Write random weights in format llava_onevision; returns the bytes of all tensors and of the largest."""
     cpu_emulation.enable()
     process_groups.initialize_distributed(60)
     model = config_from_dict({"model": {"preset": preset}}).model
@@ -92,15 +106,15 @@ def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int
 
 
 def random_tensors(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """One after the other."""
+    """Yield random tensors one after the other."""
     generator = torch.Generator().manual_seed(0)
     for name, (shape, dtype) in shapes.items():
         yield name, torch.randn(shape, generator=generator).to(dtype)
 
 
 def measured(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a process; its failure ends the benchmark."""
-    # The largest child so far is all that the kernel tells, so each command is the only child of a process of its own.
+    """Seconds and peak resident bytes of a process. If it fails, the benchmark ends."""
+    # The kernel only tells the largest child so far, so each command is the only child of a process of its own.
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -111,7 +125,7 @@ def measured(command: list[str]) -> tuple[float, int]:
 
 
 def num_equal(source: Path, out: Path) -> tuple[int, int]:
-    """Tensors of `out` that are bit-equal to the source's, and how many both have together."""
+    """The number of tensors of `out` that are bitwise equal to those of `source`, and the number of all tensors."""
     one, other = (open_hf(folder) for folder in (source, out))
     both = one.names.keys() & other.names.keys()
     equal = 0

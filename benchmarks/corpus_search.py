@@ -1,10 +1,11 @@
-"""Exact search over a corpus that is spread over ranks: seconds, and the memory of each rank.
+"""Measure the exact search over a corpus that is spread over ranks: seconds, and the memory of each rank.
 
     torchrun --nproc-per-node 2 -m benchmarks.corpus_search --folder DIR [--rows 1000000] [--width 256] [--queries 1000]
 
-Random unit vectors, in the files that tools/evaluate.py retrieval makes; each rank searches its share of them block by
-block. The best 10 of a sample of the queries are compared with numpy's, in float64 over the whole corpus. `grown` is a
-rank's highest resident set less that before the search. Pages of the files that the system keeps are not in it.
+The corpus consists of random unit vectors, in the files that tools/evaluate.py retrieval makes; each rank searches its
+share of them block by block. The best 10 candidates of a sample of the queries are compared with those of numpy, which
+searches the complete corpus in float64. `grown` is the largest resident set of a rank minus that before the search. It
+does not include the pages of the files that the system caches.
 """
 
 import argparse
@@ -26,13 +27,13 @@ K, SAMPLE = 10, 20
 
 
 def unit_rows(count: int, width: int, seed: int) -> np.ndarray:
-    """[count, width] float32."""
+    """Random unit vectors: [count, width] float32."""
     rows = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def make_store(folder: Path, rows: int, width: int) -> EmbeddingCache:
-    """The corpus on disk; the first rank writes it."""
+    """The corpus on disk, which the first rank writes."""
     store = EmbeddingCache(folder, FileInputs("corpus", [FileInput("x")] * rows, "."))
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
@@ -43,7 +44,7 @@ def make_store(folder: Path, rows: int, width: int) -> EmbeddingCache:
 
 
 def check(store: EmbeddingCache, queries: np.ndarray, found: np.ndarray) -> None:
-    """The same best K as numpy's."""
+    """Check that the best candidates of some queries are those that numpy finds."""
     similarity = np.concatenate(
         [queries.astype(np.float64) @ store.rows(np.arange(*bounds)).astype(np.float64).T for bounds in blocks(store)],
         axis=1,
@@ -53,22 +54,22 @@ def check(store: EmbeddingCache, queries: np.ndarray, found: np.ndarray) -> None
 
 
 def blocks(store: EmbeddingCache) -> list[tuple[int, int]]:
-    """Ranges of the corpus that together are all of it."""
+    """Ranges of rows that together cover the corpus."""
     total = store.bounds[-1]
     return [(start, min(start + 50_000, total)) for start in range(0, total, 50_000)]
 
 
 def resident_mb() -> float:
-    """Highest so far, 1e6 bytes."""
+    """The largest resident set so far, in 1e6 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:
-    """Search, report per rank, check."""
+    """Search, print the measurements of each rank, and check the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 1_000_000), ("width", 256), ("queries", 1000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", required=True, help="for the corpus, which stays there")
+    parser.add_argument("--folder", required=True, help="folder for the corpus, which is kept")
     args = parser.parse_args()
     cpu_emulation.enable()
     world = process_groups.initialize_distributed(600)

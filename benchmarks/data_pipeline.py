@@ -1,18 +1,19 @@
-"""Pairs per second from shards to packed micro batches, beside two plain ways to feed such a model.
+"""Measure pairs per second from shards to packed micro batches, beside two plain ways to feed such a model.
 
     OMP_NUM_THREADS=1 python benchmarks/data_pipeline.py [--pairs 1280] [--batch 32] [--workers 2] [--folder DIR]
 
-Makes synthetic photos (JPEG, sizes of COCO, VOC, ImageNet and news pictures) and pairs of them in the shares of MMEB's
-20 training subsets by kind: 13 image with text -> text, 4 text -> image, 3 image -> image. Then, in turn, shuffled and
-without end:
+The benchmark makes synthetic photos (JPEG, in sizes of COCO, VOC, ImageNet and news images) and pairs of them, whose
+modalities are those of the 20 training subsets of MMEB: 13 image with text -> text, 4 text -> image, 3 image -> image.
+It then times, in turn, endless shuffled streams:
 
-- ours: the training stream of a 0.5b run, homogeneous batches, queries and targets packed, uint8 tiles;
-- processor: a torch Dataset of the same files, transformers' LlavaOnevisionProcessor in the collate function, queries
-  and targets each padded to the longest, float32 tiles padded to the most of a picture; once with its image processor
-  for Pillow, once, where torchvision is installed, with that for torchvision. No blank images for sides without one;
-- webdataset: `webdataset.WebDataset` over the same shards in their order, then our encoder and packing.
+- ours: the training stream of a 0.5b run, batches from one subset, packed queries and targets, uint8 tiles;
+- processor: a torch Dataset of the same files with transformers' LlavaOnevisionProcessor in the collate function;
+  queries and targets are each padded to the longest, float32 tiles are padded to the largest number per image. It runs
+  once with the image processor for Pillow and, if torchvision is installed, once with that for torchvision. Inputs
+  without an image get no blank image;
+- webdataset: `webdataset.WebDataset` over the same shards in their order, followed by our processor and packing.
 
-Each arm is timed over as many pairs as there are, after some batches to warm up. Prints Markdown tables.
+After some warm-up batches, each variant is timed over as many pairs as there are. The result is Markdown tables.
 """
 
 import argparse
@@ -52,23 +53,23 @@ from megatron_llave.models import build_processor
 from megatron_llave.models.llava_onevision import anyres, processor
 from megatron_llave.models.llava_onevision.prompt import qwen_prompt, user_content
 
-Arm = Callable[[RunConfig], Iterator[int]]
-"""Yields the number of pairs of each batch it made."""
+Variant = Callable[[RunConfig], Iterator[int]]
+"""A variant: it yields the number of pairs of each batch that it has made."""
 
 SHARES = {"image_text": 13, "text_image": 4, "image_image": 3}
-"""Of MMEB's 20 training subsets; equal numbers of pairs of each."""
+"""Number of MMEB's 20 training subsets by modality; each gets the same number of pairs."""
 META_TASKS = {"image_text": "vqa", "text_image": "retrieval", "image_image": "retrieval"}
 SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
 WORDS = "a the cat dog car street woman man red blue large small near under holding riding two three on with".split()
 QUERY_WORDS, TARGET_WORDS = 20, 6
 PAIRS_PER_SHARD = 64
-"""So that the small benchmark has enough shards for webdataset's workers to share."""
+"""A small number, so that the benchmark has enough shards for webdataset's workers to share."""
 JPEG_QUALITY = 90
 VOCABULARY = 1024
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 WARM_BATCHES = 4
 CHECK_EVERY = 40
-"""Pairs of which one is compared with the processor's result."""
+"""One of this many pairs is compared with the result of the processor."""
 MAX_LENGTH = 4096
 TIMED = {
     "read a pair": (shard_reader.ShardReader, "read"),
@@ -78,18 +79,18 @@ TIMED = {
     "pack": (pipeline, "pack_pairs"),
     "into one buffer": (pipeline, "pack_step"),
 }
-"""Stages of ours, by the function that does them."""
+"""Stages of our stream: name -> the function that does the work."""
 
 
 @dataclass(frozen=True)
 class FileSide:
-    """One half of a pair, for the arm that has no shards."""
+    """A query or target as files, for the variant without shards."""
 
     text: str
     paths: tuple[Path, ...]
 
     def read(self) -> Side:
-        """With the bytes of its pictures."""
+        """Read the bytes of the images."""
         return Side.read(self.text, *self.paths)
 
 
@@ -102,7 +103,7 @@ class Sample:
 
 
 def make_photo(path: Path, rng: np.random.Generator) -> None:
-    """Soft shapes with some noise, about as large a file as a photo of its size."""
+    """Write an image of soft shapes with some noise; its file is about as large as that of a photo of its size."""
     width, height = SIZES[rng.integers(len(SIZES))]
     coarse = rng.integers(0, 256, (height // 40, width // 40, 3), np.uint8)
     soft = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
@@ -111,7 +112,7 @@ def make_photo(path: Path, rng: np.random.Generator) -> None:
 
 
 def make_data(folder: Path, num_pairs: int) -> dict[str, list[Sample]]:
-    """Pictures, shards, index and tokenizer; returns the same pairs as files, by subset."""
+    """Make images, shards, index and tokenizer; returns the same pairs as files, by subset."""
     rng = np.random.default_rng(0)
     (folder / "photos").mkdir()
     samples: dict[str, list[Sample]] = {}
@@ -144,7 +145,8 @@ def make_data(folder: Path, num_pairs: int) -> dict[str, list[Sample]]:
 
 
 def make_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A small byte-level BPE with Qwen's special tokens; transformers' processor wants <image> as one."""
+    """Write a small byte-level BPE tokenizer with Qwen's special tokens and <image>, which transformers' processor
+    needs."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, show_progress=False)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -152,7 +154,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
 
 
 def make_processor(folder: Path, cfg: RunConfig, backend: str) -> LlavaOnevisionProcessor:
-    """transformers' processor with the tile grids of the run; its image processor for Pillow or torchvision."""
+    """transformers' processor with the tile grids of the run, and its image processor for Pillow or torchvision."""
     size = cfg.model.vision.image_size
     grids = [[rows * size, columns * size] for columns, rows in cfg.model.image_grids]
     settings = {"size": {"height": size, "width": size}, "image_grid_pinpoints": grids}
@@ -160,10 +162,10 @@ def make_processor(folder: Path, cfg: RunConfig, backend: str) -> LlavaOnevision
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|endoftext|>")
     kind = LlavaOnevisionImageProcessorPil
     if backend == "torchvision":
-        from transformers import LlavaOnevisionImageProcessor as kind  # cannot be imported without torchvision
+        from transformers import LlavaOnevisionImageProcessor as kind  # this import needs torchvision
 
     class NoVideo(LlavaOnevisionProcessor):
-        """Takes no video processor, which needs torchvision."""
+        """A processor without a video processor, which would need torchvision."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
             return type(argument)
@@ -174,34 +176,34 @@ def make_processor(folder: Path, cfg: RunConfig, backend: str) -> LlavaOnevision
 
 
 class FileDataset(Dataset):
-    """The plain way: a sample is opened when its turn comes."""
+    """The plain way: a sample is opened when it is needed."""
 
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
 
     def __len__(self) -> int:
-        """Pairs."""
+        """The number of pairs."""
         return len(self.samples)
 
     def __getitem__(self, number: int) -> Sample:
-        """Pictures are opened in `collate`, in the same process."""
+        """A sample; `collate` opens its images in the same process."""
         return self.samples[number]
 
 
 def collate(samples: list[Sample], processor: LlavaOnevisionProcessor) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Padded queries, padded targets, number of pairs."""
+    """Padded queries, padded targets, and the number of pairs."""
     return *(_pad([getattr(s, side) for s in samples], processor) for side in ("query", "target")), len(samples)
 
 
 def _pad(sides: list[FileSide], processor: LlavaOnevisionProcessor) -> dict[str, Any]:
     texts = [qwen_prompt(user_content(side.text, len(side.paths))) for side in sides]
-    pictures = [Image.open(path).convert("RGB") for side in sides for path in side.paths]
-    made = processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
+    images = [Image.open(path).convert("RGB") for side in sides for path in side.paths]
+    made = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
     return {name: value for name, value in made.items()}
 
 
 def endless_batches(samples: dict[str, list[Sample]], batch: int) -> Iterator[list[int]]:
-    """Shuffled homogeneous batches of positions in all samples, one subset after the other."""
+    """Shuffled batches of positions in all samples; a batch is from one subset, and the subsets take turns."""
     rng = np.random.default_rng(0)
     bounds = np.cumsum([0, *map(len, samples.values())])
     while True:
@@ -210,8 +212,8 @@ def endless_batches(samples: dict[str, list[Sample]], batch: int) -> Iterator[li
         yield from (batches[i] for i in rng.permutation(len(batches)))
 
 
-def processor_arm(cfg: RunConfig, folder: Path, samples: dict[str, list[Sample]], backend: str) -> Iterator[int]:
-    """Arm (a): pairs per batch."""
+def processor_variant(cfg: RunConfig, folder: Path, samples: dict[str, list[Sample]], backend: str) -> Iterator[int]:
+    """The variant with transformers' processor; yields the pairs of each batch."""
     loader = DataLoader(
         FileDataset(list(itertools.chain(*samples.values()))),
         batch_sampler=endless_batches(samples, cfg.train.global_batch_size),
@@ -221,8 +223,8 @@ def processor_arm(cfg: RunConfig, folder: Path, samples: dict[str, list[Sample]]
     return (num_pairs for _, _, num_pairs in loader)
 
 
-def webdataset_arm(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
-    """Arm (b): pairs per batch."""
+def webdataset_variant(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
+    """The variant with webdataset; yields the pairs of each batch."""
     folder = Path(cfg.data.path)
     shards = [str(folder / s.file) for subset in read_index(folder).subsets.values() for s in subset.shards]
     dataset = webdataset.WebDataset(shards, shardshuffle=False, workersplitter=webdataset.split_by_worker).repeat()
@@ -238,28 +240,28 @@ def _encode_samples(samples: list[dict[str, Any]], encoder: Processor) -> PairBa
 
 
 def _without_notes(sample: dict[str, Any]) -> dict[str, Any]:
-    """Without what webdataset adds to a sample."""
+    """The sample without the keys that webdataset adds."""
     return {name: value for name, value in sample.items() if name == "__key__" or not name.startswith("__")}
 
 
-def our_arm(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
-    """Ours: pairs per step."""
+def our_variant(cfg: RunConfig, encoder: Processor) -> Iterator[int]:
+    """Our stream; yields the pairs of each step."""
     stream = build_train_stream(cfg, encoder, rank=0, world=1, pad_to_multiple=1)
     return (sum(batch.num_pairs for batch in unpack_step(step).batches) for step in stream)
 
 
-def pairs_per_second(arm: Iterator[int], num_pairs: int) -> float:
-    """Over the batches that hold `num_pairs`, after WARM_BATCHES."""
+def pairs_per_second(variant: Iterator[int], num_pairs: int) -> float:
+    """Pairs per second over the batches that hold `num_pairs`, after WARM_BATCHES."""
     for _ in range(WARM_BATCHES):
-        next(arm)
+        next(variant)
     done, started = 0, time.perf_counter()
     while done < num_pairs:
-        done += next(arm)
+        done += next(variant)
     return done / (time.perf_counter() - started)
 
 
 def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder: Processor, backend: str) -> str:
-    """Compare lengths and tiles of some sides; returns what differs."""
+    """Compare lengths and tiles of some inputs; returns a line about the differences."""
     processor = make_processor(folder, cfg, backend)
     worst, other_lengths = 0.0, 0
     for sample in samples:
@@ -275,7 +277,7 @@ def check_same_work(folder: Path, samples: list[Sample], cfg: RunConfig, encoder
 
 
 def time_stages(cfg: RunConfig, encoder: Processor, num_pairs: int) -> dict[str, float]:
-    """Seconds of ours per stage, in one process; the last entry is everything else."""
+    """Seconds of our stream per stage, in one process; the last entry is everything else."""
     seconds: Counter[str] = Counter()
 
     def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,7 +295,7 @@ def time_stages(cfg: RunConfig, encoder: Processor, num_pairs: int) -> dict[str,
             patches.enter_context(mock.patch.object(owner, name, timed(stage, getattr(owner, name))))
         started = time.perf_counter()
         done = 0
-        for made in our_arm(cfg, encoder):
+        for made in our_variant(cfg, encoder):
             done += made
             if done >= num_pairs:
                 break
@@ -302,7 +304,7 @@ def time_stages(cfg: RunConfig, encoder: Processor, num_pairs: int) -> dict[str,
 
 
 def print_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Markdown; the first column is text."""
+    """Print a Markdown table whose first column is text."""
     head = list(head)
     print("|", " | ".join(head), "|\n|---" + "|---:" * (len(head) - 1) + "|")
     for row in rows:
@@ -310,26 +312,26 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     print(flush=True)
 
 
-def time_arms(arms: dict[str, Arm], cfg: RunConfig, num_pairs: int, repeats: int) -> None:
-    """One row per arm; the arms take turns."""
-    speeds: dict[str, list[float]] = {name: [] for name in arms}
+def time_variants(variants: dict[str, Variant], cfg: RunConfig, num_pairs: int, repeats: int) -> None:
+    """Time the variants in turn, and print one row for each."""
+    speeds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, arm in arms.items():
-            speeds[name].append(pairs_per_second(arm(cfg), num_pairs))
+        for name, variant in variants.items():
+            speeds[name].append(pairs_per_second(variant(cfg), num_pairs))
     median = {name: statistics.median(values) for name, values in speeds.items()}
     rows = [
         [name, f"{median[name]:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{median['ours'] / median[name]:.2f}"]
         for name, values in speeds.items()
     ]
-    print_table(["arm", "pairs/s", "range", "ours / arm"], rows)
+    print_table(["variant", "pairs/s", "range", "ours / variant"], rows)
 
 
 def run(args: argparse.Namespace, folder: Path) -> None:
-    """Make the data, time all arms in turn, print."""
+    """Make the data, time all variants in turn, and print the tables."""
     samples = make_data(folder, args.pairs)
     everything = list(itertools.chain(*samples.values()))
     sizes = [path.stat().st_size for path in (folder / "photos").iterdir()]
-    print(f"{len(everything)} pairs, {len(sizes)} pictures of {statistics.fmean(sizes) / 1e3:.0f} kB on average.\n")
+    print(f"{len(everything)} pairs, {len(sizes)} images of {statistics.fmean(sizes) / 1e3:.0f} kB on average.\n")
     values = {
         "model": {"preset": "0.5b"},
         "data": {"path": str(folder), "max_length": MAX_LENGTH},
@@ -337,16 +339,16 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     }
     cfg = config_from_dict(values)
     encoder = build_processor(cfg.data, cfg.model)
-    arms: dict[str, Arm] = {"ours": partial(our_arm, encoder=encoder)}
+    variants: dict[str, Variant] = {"ours": partial(our_variant, encoder=encoder)}
     for backend in ("Pillow", "torchvision") if is_torchvision_available() else ("Pillow",):
         same = check_same_work(folder, everything[::CHECK_EVERY], cfg, encoder, backend)
         print(f"Ours beside the processor for {backend}: {same}.\n")
-        arms[f"processor, {backend}"] = partial(processor_arm, folder=folder, samples=samples, backend=backend)
-    arms["webdataset, our encoder"] = partial(webdataset_arm, encoder=encoder)
+        variants[f"processor, {backend}"] = partial(processor_variant, folder=folder, samples=samples, backend=backend)
+    variants["webdataset, our encoder"] = partial(webdataset_variant, encoder=encoder)
     for workers in sorted({0, args.workers}):
         cfg.data.workers = workers
         print(f"{workers} worker processes:\n" if workers else "In one process:\n")
-        time_arms(arms, cfg, len(everything), args.repeats)
+        time_variants(variants, cfg, len(everything), args.repeats)
     cfg.data.workers = 0
     stages = time_stages(cfg, encoder, len(everything))
     total = sum(stages.values())
@@ -355,9 +357,14 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line; without --folder the data go to a temporary one."""
+    """Parse the command line. Without --folder, the data are in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=1280, help="a multiple of 20 batches keeps subsets exact (1280)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=1280,
+        help="number of pairs; a multiple of 20 batches keeps the shares exact (1280)",
+    )
     parser.add_argument("--batch", type=int, default=32, help="pairs per batch (32)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the second table (2)")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,15 +1,16 @@
-"""Embeddings per second of an evaluation, beside the released way to embed on transformers' modules.
+"""Measure embeddings per second of an evaluation, beside the official way to embed on transformers' modules.
 
     OMP_NUM_THREADS=1 python -m benchmarks.evaluation [--layers 1] [--queries 8] [--per-query 5] [--repeats 3]
 
-A reduced 0.5b on one CPU process: real widths, heads, tiles, lengths; few layers, a small vocabulary. Four data sets in
-MMEB's manner: pictures with labels, pictures with captions, questions on pictures with answers, captions with pictures.
-Each has so many queries, and --per-query different candidates for each where those are texts, one where pictures.
+The model is a reduced 0.5b in one CPU process: it has the real widths, heads, tiles and lengths, but few layers and a
+small vocabulary. The four data sets resemble those of MMEB: images with labels, images with captions, questions about
+images with answers, captions with images. Each has --queries queries, and for each query --per-query text candidates or
+one image.
 
-The released way: inputs of a side in batches of four as they come, padded to the longest, a blank picture for every
-text. Ours: packed, sorted by length, in rows of evaluate.tokens_per_batch. Both have the same weights, and their
-embeddings are compared before. `FLOPs` is the ratio that formulas give, `reached` the measured one over it. Arms take
-turns; each time is the median. Prints a Markdown table.
+The official way embeds queries or candidates in batches of four in their order, padded to the longest, with a blank
+image for every text. Ours packs them, sorted by length, in rows of evaluate.tokens_per_batch. Both have the same
+weights, and their embeddings are compared first. `FLOPs` is the ratio by formula, and `reached` is the measured ratio
+divided by it. The variants take turns; each time is the median. The result is a Markdown table.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProces
 from megatron_llave.planning.flops import Work, forward_flops
 from megatron_llave.training.logger import quiet_dependencies
 
-SETS = {"labels": (True, False), "captions": (True, False), "answers": (True, False), "pictures": (False, True)}
-"""Name -> whether its queries and its candidates have pictures."""
+SETS = {"labels": (True, False), "captions": (True, False), "answers": (True, False), "images": (False, True)}
+"""Name of a set -> whether its queries and its candidates have images."""
 BATCH = 4
 TOLERANCE = 1e-4
 
@@ -51,12 +52,12 @@ def make_sets(cfg: RunConfig, queries: int, per_query: int) -> dict[str, tuple[l
 
 
 def batches_of(sides: Sequence[Side]) -> list[Sequence[Side]]:
-    """As the released loader makes them."""
+    """Batches as the loader of the official code makes them."""
     return [sides[start : start + BATCH] for start in range(0, len(sides), BATCH)]
 
 
 def embed_released(model: torch.nn.Module, cfg: RunConfig, sides: Sequence[Side]) -> torch.Tensor:
-    """[n, h]."""
+    """Embeddings [n, h] computed the official way."""
     with torch.no_grad():
         device = process_groups.device()
         padded = (PaddedSides.of(batch, cfg.model, device, torch.float32) for batch in batches_of(sides))
@@ -64,13 +65,13 @@ def embed_released(model: torch.nn.Module, cfg: RunConfig, sides: Sequence[Side]
 
 
 def embed_ours(model: LoadedModel, sides: Sequence[Side]) -> torch.Tensor:
-    """[n, h]."""
+    """Embeddings [n, h] computed by this package."""
     with torch.no_grad():
         return embed_encoded(model, [side.sequence for side in sides])
 
 
 def work_of(sides: Sequence[Side], is_padded: bool) -> Work:
-    """What the model sees of them, padded and with blank pictures or not."""
+    """The work for the model, either padded and with blank images, or packed."""
     total = Work(0, 0, 0)
     for batch in batches_of(sides) if is_padded else [[side] for side in sides]:
         lengths = [side.sequence.length for side in batch]
@@ -83,7 +84,7 @@ def work_of(sides: Sequence[Side], is_padded: bool) -> Work:
 
 
 def main() -> None:
-    """Compare, time, print."""
+    """Parse the command line, compare, time, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 1), ("queries", 8), ("per-query", 5), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """A row per set, and one for all."""
+    """Print a row per set, and one for all sets."""
     cfg = build_config(args.layers, BATCH, args.overrides)
     process_groups.initialize_distributed(600)
     groups = process_groups.initialize_model_parallel(cfg.parallel, 0)
@@ -107,8 +108,8 @@ def run(args: argparse.Namespace) -> None:
     ours = LoadedModel(cfg, chunks, encoder, groups)
     released = released_step.build_released(cfg.model)
     released_step.copy_weights(chunks[0], released, cfg.model)
-    print(f"{torch.get_num_threads()} thread(s), {args.layers} layer(s) of tower and decoder, {args.repeats} repeats\n")
-    heads = ["set", "inputs", "with pictures", "ours /s", "released /s", "ratio", "FLOPs", "reached", "apart"]
+    print(f"{torch.get_num_threads()} thread(s), {args.layers} encoder and decoder layer(s), {args.repeats} repeats\n")
+    heads = ["set", "inputs", "with images", "ours /s", "released /s", "ratio", "FLOPs", "reached", "apart"]
     print("|", " | ".join(heads), "|\n|---" + "|---:" * (len(heads) - 1) + "|", flush=True)
     rows = []
     for name, sides in make_sets(cfg, args.queries, args.per_query).items():
@@ -120,31 +121,31 @@ def run(args: argparse.Namespace) -> None:
 def measure(
     cfg: RunConfig, ours: LoadedModel, released: torch.nn.Module, sides: tuple[list[Side], list[Side]], repeats: int
 ) -> tuple[int, int, float, float, int, int, float]:
-    """Inputs, those with pictures, seconds of ours and of the released way, FLOPs of both, largest difference."""
-    arms = {
+    """Inputs, those with images, seconds of ours and of the official way, FLOPs of both, and the largest difference."""
+    variants = {
         "ours": lambda: torch.cat([embed_ours(ours, side) for side in sides]),
         "released": lambda: torch.cat([embed_released(released, cfg, side) for side in sides]),
     }
-    apart = (arms["ours"]() - arms["released"]()).abs().max().item()  # the warm-up too
+    apart = (variants["ours"]() - variants["released"]()).abs().max().item()  # this also warms up
     assert apart < TOLERANCE, f"embeddings are {apart} apart, more than {TOLERANCE}"
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(repeats):
-        for arm, embed in arms.items():
+        for variant, embed in variants.items():
             started = time.perf_counter()
             embed()
-            seconds[arm].append(time.perf_counter() - started)
+            seconds[variant].append(time.perf_counter() - started)
     flops = [sum(forward_flops(cfg.model, work_of(side, padded)) for side in sides) for padded in (False, True)]
     inputs = [side for part in sides for side in part]
-    medians = [statistics.median(seconds[arm]) for arm in arms]
+    medians = [statistics.median(seconds[variant]) for variant in variants]
     return len(inputs), sum(side.size is not None for side in inputs), *medians, *flops, apart
 
 
 def print_row(
-    name: str, inputs: int, pictures: int, ours: float, released: float, own_flops: int, padded_flops: int, apart: float
+    name: str, inputs: int, images: int, ours: float, released: float, own_flops: int, padded_flops: int, apart: float
 ) -> None:
-    """See the module."""
+    """Print one row of the table that the module describes."""
     ratio, flops = released / ours, padded_flops / own_flops
-    cells = [name, str(inputs), str(pictures), f"{inputs / ours:.2f}", f"{inputs / released:.2f}", f"{ratio:.2f}"]
+    cells = [name, str(inputs), str(images), f"{inputs / ours:.2f}", f"{inputs / released:.2f}", f"{ratio:.2f}"]
     print("|", " | ".join([*cells, f"{flops:.2f}", f"{100 * ratio / flops:.0f} %", f"{apart:.1e}"]), "|", flush=True)
 
 

@@ -1,10 +1,11 @@
-"""Does the training stream stay as fast, small and quick to start when there are more shards?
+"""Measure whether the training stream stays as fast, small and quick to start with more shards.
 
     python benchmarks/many_shards.py [--shards 10 30 100] [--pairs-per-shard 2000] [--workers 2] [--folder DIR]
 
-One subset of text pairs, so that nothing hides what reading and ordering cost. For each number of shards, in a fresh
-process: the seconds until the first step has come, pairs per second over a whole epoch, and the largest memory of that
-process and its workers together, pages that they share counted once. Prints a Markdown table.
+The data are one subset of text pairs, so that nothing hides the cost of reading and ordering. For each number of
+shards, a new process measures the seconds until the first step is available, the pairs per second over a complete
+epoch, and the peak memory of the process and its workers together, with shared pages counted once. The result is a
+Markdown table.
 """
 
 import argparse
@@ -39,13 +40,13 @@ SECONDS_BETWEEN_SAMPLES = 0.5
 
 
 def make_words(number: int) -> list[str]:
-    """Words of four to eight letters."""
+    """Random words of four to eight letters."""
     rng = Random(0)
     return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 8))) for _ in range(number)]
 
 
 def make_shards(folder: Path, num_shards: int, pairs_per_shard: int) -> Subset:
-    """Shards of text pairs and a tokenizer; the index is written before each measurement."""
+    """Write shards of text pairs and a tokenizer. The index is written before each measurement."""
     words, rng = make_words(VOCABULARY), Random(1)
 
     def pairs() -> Iterator[Pair]:
@@ -62,7 +63,7 @@ def make_shards(folder: Path, num_shards: int, pairs_per_shard: int) -> Subset:
 
 @contextmanager
 def largest_memory() -> Iterator[list[float]]:
-    """Fills in the largest megabytes of this process and its children while the block runs."""
+    """While the block runs, record the peak memory of this process and its children, in megabytes."""
     largest, done = [0.0], threading.Event()
 
     def watch() -> None:
@@ -72,7 +73,7 @@ def largest_memory() -> Iterator[list[float]]:
             for process in (own, *own.children(recursive=True)):
                 try:
                     total += process.memory_full_info().pss
-                except psutil.Error:  # it ended meanwhile
+                except psutil.Error:  # the process has ended
                     continue
             largest[0] = max(largest[0], total / 1e6)
 
@@ -86,8 +87,8 @@ def largest_memory() -> Iterator[list[float]]:
 
 
 def measure(folder: str, num_pairs: int, batch: int, workers: int) -> tuple[float, float, float]:
-    """Seconds to the first step, pairs per second over one epoch, megabytes."""
-    multiprocessing.set_start_method("fork", force=True)  # not this process's own way, but that of a run
+    """Seconds to the first step, pairs per second over one epoch, and megabytes."""
+    multiprocessing.set_start_method("fork", force=True)  # a training run forks its workers
     torch.set_num_threads(1)
     values = {
         "model": {"preset": "tiny"},
@@ -108,7 +109,7 @@ def measure(folder: str, num_pairs: int, batch: int, workers: int) -> tuple[floa
 
 
 def main() -> None:
-    """Parse the command line; without --folder the shards go to a temporary one."""
+    """Parse the command line. Without --folder, the shards are in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[10, 30, 100])
     parser.add_argument("--pairs-per-shard", type=int, default=2000)
@@ -120,10 +121,10 @@ def main() -> None:
     with exit_with_one_line(), tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        whole = make_shards(folder, max(args.shards), args.pairs_per_shard)
+        largest = make_shards(folder, max(args.shards), args.pairs_per_shard)
         print("| shards | pairs | first step after s | pairs/s | memory MB |\n|---:|---:|---:|---:|---:|")
         for num_shards in args.shards * args.repeats:
-            subset = Subset(whole.meta_task, whole.shards[:num_shards])
+            subset = Subset(largest.meta_task, largest.shards[:num_shards])
             write_index(folder, Index({SUBSET: subset}))
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn) as executor:

@@ -1,11 +1,12 @@
-"""Planned and measured bytes of a step, part by part, on every rank.
+"""Compare planned and measured bytes of a step, by part, on every rank.
 
     python benchmarks/memory_plan.py [--preset tiny] [--pairs 2] [--micro-batches 2] [section.key=value ...]
     torchrun --nproc-per-node 2 benchmarks/memory_plan.py parallel.tensor=2 parallel.sequence=true
 
-Takes two real training steps on the CPU, random weights and tokens, and counts in the second one the storages of
-parameters, gradient buffers, optimizer states, of what autograd keeps for the backward, of features, and of the batch.
-`temporary` is what is left of the most that ever lives at once. Prints a Markdown table, or with --json one line.
+The benchmark takes two real training steps on the CPU with random weights and tokens. In the second one it counts the
+storages of parameters, gradient buffers, optimizer states, whatever autograd keeps for the backward pass, features, and
+the batch. `temporary` is the remainder of the peak of all live storages. The result is a Markdown table or, with
+--json, one line of JSON.
 """
 
 import argparse
@@ -46,14 +47,14 @@ from megatron_llave.training import gradient_cache
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.optimizer import Trainable, build_trainable
 
-PICTURE = (640, 480)
+IMAGE_SIZE = (640, 480)
 TEXT = 30, 12
-"""Tokens of text in a query, beside its picture, and in a target."""
+"""Number of text tokens in a query, beside its image, and in a target."""
 
 
 def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
-    """Of every pair."""
-    visual, tiles = image_lengths(*PICTURE, cfg.model)
+    """Lengths of the query and the target, the same in every pair."""
+    visual, tiles = image_lengths(*IMAGE_SIZE, cfg.model)
     return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
 
 
@@ -61,8 +62,8 @@ def make_batch(cfg: RunConfig) -> PairBatch:
     """A micro batch of such pairs."""
     pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
     grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
-    layout = visual_layout(*PICTURE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
-    _, tiles = image_lengths(*PICTURE, cfg.model)
+    layout = visual_layout(*IMAGE_SIZE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
+    _, tiles = image_lengths(*IMAGE_SIZE, cfg.model)
     pixels = rng.integers(0, 256, (tiles, 3, vision.image_size, vision.image_size), np.uint8)
     words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
     sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs
@@ -73,13 +74,13 @@ def make_batch(cfg: RunConfig) -> PairBatch:
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Bytes of each storage among them, by its address."""
+    """Bytes of each storage among the tensors, by its address."""
     kept = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in kept if storage.nbytes()}
 
 
 class Saved:
-    """What the graphs of the model's forwards keep, while they keep it."""
+    """What the autograd graphs of the model's forward passes keep, and for how long."""
 
     def __init__(self, batches: list[PairBatch], others: dict[int, int]) -> None:
         self._batches, self._others = batches, others
@@ -90,7 +91,7 @@ class Saved:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Inside, forwards are watched. What a backward computes again is no part of them."""
+        """Watch the forward passes in this block. What a backward pass recomputes does not count."""
         forward = LlaveEmbedder.forward
 
         def watched(model: LlaveEmbedder, sequences: PackedSequences) -> Tensor:
@@ -125,14 +126,14 @@ class Saved:
 
 
 class Holder:
-    """Lives as long as the graph keeps the tensor."""
+    """An object that lives as long as the graph keeps the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors made inside that live at once."""
+    """The peak bytes of the tensors that are created while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Peak(TorchDispatchMode):
         self._live = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Count what an operation returns and was not there before."""
+        """Count the tensors that an operation returns and that did not exist before."""
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._known.setdefault(tensor.untyped_storage(), True)
@@ -159,7 +160,7 @@ class Peak(TorchDispatchMode):
 
 
 def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
-    """Moments, and the float32 weights that the optimizer keeps for itself."""
+    """The moments, and the float32 weights that the optimizer keeps for itself."""
     inner = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
     tensors = []
     for optimizer in inner:
@@ -169,11 +170,11 @@ def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
 
 
 def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Bytes by part on this rank."""
+    """Measured bytes by part on this rank."""
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
-    train_step(trainable, [make_batch(cfg) for _ in range(share)], cfg.loss, 0, groups)  # makes the moments
+    train_step(trainable, [make_batch(cfg) for _ in range(share)], cfg.loss, 0, groups)  # this creates the moments
     batches = [make_batch(cfg) for _ in range(share)]
     weights = storages(p.data for chunk in chunks for p in chunk.parameters())
     gradients = storages(p.main_grad for chunk in chunks for p in chunk.parameters() if p.requires_grad)
@@ -182,16 +183,16 @@ def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
     measured = {"weights": weights, "gradients": gradients, "optimizer": moments, "data": data}
     measured = {part: sum(found.values()) for part, found in measured.items()}
     saved = Saved(batches, weights | data)
-    with saved.watch(), watch_loss() as loss, Peak() as whole:
+    with saved.watch(), watch_loss() as loss, Peak() as everything:
         train_step(trainable, batches, cfg.loss, 0, groups)
     measured |= saved.most | {"loss": sum(loss)}
     kept = ("activations", "vision features", "loss")
-    return measured | {"temporary": whole.most - sum(measured[part] for part in kept)}
+    return measured | {"temporary": everything.most - sum(measured[part] for part in kept)}
 
 
 @contextmanager
 def watch_loss() -> Iterator[list[int]]:
-    """The most bytes that live at once in the loss between two passes, embeddings included; empty if there is none."""
+    """The peak bytes in the loss between two passes, including the embeddings; empty if there is no such loss."""
     sizes: list[int] = []
     gradients = gradient_cache._loss_gradients
 
@@ -206,13 +207,13 @@ def watch_loss() -> Iterator[list[int]]:
 
 
 def planned(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Bytes by part on this rank."""
+    """Planned bytes by part on this rank."""
     step = step_shape(cfg, groups.dp.size(), [Kind(1, [side_shapes(cfg)])])
     return stage_memory(cfg, groups.pp.rank(), step, on_gpu=False)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure on all ranks; the first prints."""
+    """Measure on all ranks; the first rank prints."""
     ranks = process_groups.initialize_distributed(600)
     layout = ["train.micro_batch_size=" + str(args.pairs), "train.steps=1"]
     cfg = override_config(config_from_dict({"model": {"preset": args.preset}}), [*layout, *args.overrides])
@@ -233,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_table(rows: list[dict[str, dict[str, int]]]) -> None:
-    """A row per rank and part, MB."""
+    """Print a row per rank and part, in MB."""
     print("| rank | part | planned MB | measured MB | ratio |\n|---:|---|---:|---:|---:|")
     for rank, row in enumerate(rows):
         for part, size in row["planned"].items():
@@ -245,12 +246,12 @@ def print_table(rows: list[dict[str, dict[str, int]]]) -> None:
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--pairs", type=int, default=2, help="per micro batch")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of each data-parallel rank")
-    parser.add_argument("--json", action="store_true", help="print one line")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs per micro batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro batches per data-parallel rank")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     args = parser.parse_args()
     with exit_with_one_line():

@@ -1,12 +1,13 @@
-"""What packing saves: tokens, attention and tiles that are computed, beside padding as the released code does it.
+"""Compute what packing saves: tokens, attention and tiles, beside padding as in the official LLaVE repository.
 
     python benchmarks/packing.py [--mix benchmarks/length_mixes.yaml | --data DIR --tokenizer FILE] [--steps 50]
 
-Lengths alone; no model runs. A side is its tokens (template, text, visual tokens of its tile grid) and its tiles, by
-the package's own counting. Ours: queries and targets of a micro batch end to end, nothing added. Released: queries and
-targets in a forward each, padded to the longest; every side without a picture sends a blank tile through the tower,
-whose features are dropped. Then how unequal micro batches and ranks are: longest over mean, for equal numbers of pairs
-and as data/balance.py deals them. Prints Markdown tables.
+Only lengths are computed; no model runs. An input has tokens (template, text, visual tokens of its tile grid) and
+tiles, as this package counts them. Ours concatenates queries and targets of a micro batch without padding. The official
+code has one forward pass for queries and one for targets, each padded to the longest, and every input without an image
+sends a blank tile through the vision encoder, whose features are discarded. A second table has the imbalance of micro
+batches and ranks (longest over mean), for equal numbers of pairs and as data/balance.py distributes them. The result is
+Markdown tables.
 """
 
 import argparse
@@ -30,18 +31,18 @@ from megatron_llave.prepare.audit import token_counter
 
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / "tests" / "golden" / "prompts" / "qwen_subset_tokenizer.json"
-"""Of Qwen's merges those that the template needs."""
-PRESET = "0.5b"  # the grids are the same in all
+"""A tokenizer with those of Qwen's merges that the template needs."""
+PRESET = "0.5b"  # the grids are the same in all presets
 
 
 @dataclass(frozen=True)
 class SideLength:
-    """What one half of a pair costs."""
+    """What a query or target costs."""
 
     tokens: int
-    """Template, text and visual tokens."""
+    """Tokens of template, text and images."""
     tiles: int
-    """Of its pictures."""
+    """Tiles of its images."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PairLength:
 
     @property
     def tokens(self) -> int:
-        """Of both sides."""
+        """Tokens of query and target."""
         return self.query.tokens + self.target.tokens
 
 
@@ -67,28 +68,28 @@ class Subset:
 
 @dataclass
 class Counts:
-    """What a way to compute does, summed over steps."""
+    """The work of one way to compute, summed over steps."""
 
     tokens: int = 0
     attention: int = 0
-    """Squared lengths."""
+    """Sum of the squared lengths."""
     tiles: int = 0
 
     def add(self, lengths: Sequence[int], tiles: int) -> None:
-        """One forward over sequences of these lengths."""
+        """Add one forward pass over sequences of these lengths."""
         self.tokens += sum(lengths)
         self.attention += sum(length * length for length in lengths)
         self.tiles += tiles
 
 
 def count_tiles(width: int, height: int, model: ModelConfig) -> int:
-    """Base tile and grid."""
+    """The number of tiles of an image: base tile and grid."""
     columns, rows = select_grid(width, height, grids_of(model), model.vision.image_size)
     return 1 + columns * rows
 
 
 def count_visual_tokens(width: int, height: int, model: ModelConfig) -> int:
-    """As packed."""
+    """The number of visual tokens of an image when packed."""
     vision = model.vision
     return num_visual_tokens(
         width, height, grids_of(model), vision.image_size, vision.patches_per_side, model.anyres_max_tiles
@@ -96,12 +97,12 @@ def count_visual_tokens(width: int, height: int, model: ModelConfig) -> int:
 
 
 def grids_of(model: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """Hashable."""
+    """The tile grids as hashable tuples."""
     return tuple((columns, rows) for columns, rows in model.image_grids)
 
 
 def draw_mix(path: Path, model: ModelConfig, num_pairs: int, rng: np.random.Generator) -> dict[str, Subset]:
-    """Pairs of every subset that a mix describes."""
+    """Draw pairs of every subset that a mix describes."""
     mix = yaml.safe_load(path.read_text())
     tokenizer = load_tokenizer(TOKENIZER)
     template = len(tokenizer.encode(QWEN_HEAD)) + len(tokenizer.encode(QWEN_TAIL))
@@ -125,7 +126,7 @@ def draw_mix(path: Path, model: ModelConfig, num_pairs: int, rng: np.random.Gene
 
 
 def read_folder(folder: Path, tokenizer: Path, model: ModelConfig) -> dict[str, Subset]:
-    """Pairs of a folder of shards; no picture is decoded."""
+    """Read the lengths of the pairs in a folder of shards; no image is decoded."""
     count_tokens = token_counter(tokenizer, PRESET)
 
     def measure(side: dict) -> SideLength:
@@ -143,7 +144,7 @@ def read_folder(folder: Path, tokenizer: Path, model: ModelConfig) -> dict[str, 
 def draw_steps(
     subsets: dict[str, Subset], batch: int, steps: int, is_mixed: bool, rng: np.random.Generator
 ) -> Iterator[list[PairLength]]:
-    """Global batches, of one subset each or of all of them."""
+    """Draw global batches, each from one subset or from all of them."""
     names = list(subsets)
     shares = np.array([subsets[name].share for name in names], float)
     shares /= shares.sum()
@@ -155,20 +156,20 @@ def draw_steps(
 
 
 def count_packed(pairs: Sequence[PairLength], counts: Counts) -> None:
-    """A micro batch end to end."""
+    """Count a micro batch whose sequences are concatenated."""
     sides = [side for pair in pairs for side in (pair.query, pair.target)]
     counts.add([side.tokens for side in sides], sum(side.tiles for side in sides))
 
 
 def count_padded(pairs: Sequence[PairLength], counts: Counts) -> None:
-    """A micro batch as the released code pads it: a forward for queries, one for targets."""
+    """Count a micro batch as the official code pads it: one forward pass for queries, one for targets."""
     for sides in ([pair.query for pair in pairs], [pair.target for pair in pairs]):
         longest = max(side.tokens for side in sides)
-        counts.add([longest] * len(sides), sum(side.tiles or 1 for side in sides))  # 1: the blank tile
+        counts.add([longest] * len(sides), sum(side.tiles or 1 for side in sides))  # 1 is the blank tile
 
 
 def padding_table(subsets: dict[str, Subset], args: argparse.Namespace) -> None:
-    """Padded over packed."""
+    """Print the ratios of padded to packed work."""
     print("| batches | pairs per micro batch | tokens per pair, packed | tokens | attention | tiles |")
     print("|---|---:|---:|---:|---:|---:|")
     for is_mixed in (False, True):
@@ -186,7 +187,7 @@ def padding_table(subsets: dict[str, Subset], args: argparse.Namespace) -> None:
 
 
 def imbalance_table(subsets: dict[str, Subset], args: argparse.Namespace) -> None:
-    """Longest over mean, means over steps."""
+    """Print the ratios of longest to mean, averaged over steps."""
     heads = ["batches", "ranks", "micro batches of a rank"]
     heads += ["micro batches, equal numbers", "dealt by tokens", "ranks"]
     print("|", " | ".join(heads), "|\n|---" + "|---:" * (len(heads) - 1) + "|")
@@ -203,7 +204,8 @@ def imbalance_table(subsets: dict[str, Subset], args: argparse.Namespace) -> Non
 
 
 def imbalance(pairs: Sequence[PairLength], ranks: int, micro_batches: int) -> tuple[float, float, float]:
-    """Longest micro batch of a rank over its mean: equal numbers, and dealt; then the longest rank over the mean."""
+    """Longest micro batch of a rank over the mean, for equal numbers and for balanced ones; then longest rank over
+    mean."""
     equal, dealt, totals = [], [], []
     share = len(pairs) // ranks
     for rank in range(ranks):
@@ -220,10 +222,10 @@ def main() -> None:
     """Parse the command line and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", type=Path, default=HERE / "length_mixes.yaml", help="YAML file of lengths")
-    parser.add_argument("--data", type=Path, help="folder of shards, in place of a mix")
+    parser.add_argument("--data", type=Path, help="folder of shards, instead of a mix")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="with --data: Qwen's tokenizer.json")
     parser.add_argument("--batch", type=int, default=256, help="pairs per step (256)")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8], help="pairs (4 and 8)")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8], help="pairs per micro batch (4 and 8)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32], help="data-parallel ranks (8 and 32)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

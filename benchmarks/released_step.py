@@ -1,8 +1,9 @@
-"""A training step as the released code takes it, on transformers' modules; the peer of training_step.py, gpu_step.py.
+"""A training step as in the official LLaVE repository, on transformers' modules.
 
-Queries and targets in a forward each, both padded at their end to the longest of the micro batch. A side without a
-picture sends a blank tile through tower and projector, whose features are dropped. Negatives of the micro batch alone.
-Also makes the micro batches, random pixels and tokens in MMEB's lengths, that both ways take.
+training_step.py and gpu_step.py compare this package with it. Queries and targets have a forward pass each, and both
+are padded at their end to the longest of the micro batch. An input without an image sends a blank tile through vision
+encoder and projector, whose features are discarded. The negatives are those of the micro batch. This module also makes
+the micro batches for both ways: random pixels and tokens, in the lengths of MMEB.
 """
 
 from collections.abc import Sequence
@@ -28,24 +29,24 @@ from megatron_llave.models.llava_onevision.processor import image_lengths
 from megatron_llave.planning.flops import Work
 
 SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (375, 500), (500, 333), (1024, 768), (512, 512))
-"""Of pictures, as benchmarks/data_pipeline.py makes them."""
+"""Sizes of images, the same as in benchmarks/data_pipeline.py."""
 TEXT_AND_IMAGE, TEXT = (30, 55), (15, 60)
-"""Fewest and most tokens of text and template beside a picture, and without one."""
+"""Minimum and maximum number of tokens of text and template, beside an image and without one."""
 HEAD = 14
-"""Tokens of the template before the picture."""
+"""Number of tokens of the template before the image."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One half of a pair."""
+    """A query or a target."""
 
     sequence: EncodedSequence
     size: tuple[int, int] | None
-    """Width and height of its picture."""
+    """Width and height of its image."""
 
     @property
     def num_tiles(self) -> int:
-        """Of its picture."""
+        """Number of tiles of its image."""
         return sum(map(len, self.sequence.tiles))
 
 
@@ -53,7 +54,7 @@ Pair = tuple[Side, Side]
 
 
 def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> Side:
-    """Random text, and a picture of random pixels in one of SIZES."""
+    """Make random text, and an image of random pixels in one of SIZES."""
     fewest, most = TEXT_AND_IMAGE if has_image else TEXT
     words = rng.integers(1, model.language.vocab_size, rng.integers(fewest, most + 1)).tolist()
     if not has_image:
@@ -67,13 +68,13 @@ def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> 
 
 
 def make_pair(model: ModelConfig, kind: str, rng: np.random.Generator) -> Pair:
-    """A pair of a kind that is named as "image_text" is."""
+    """Make a pair of a kind such as "image_text"."""
     query, target = (make_side(model, part == "image", rng) for part in kind.split("_"))
     return query, target
 
 
 def sequences_of(pairs: Sequence[Pair]) -> tuple[list[Side], list[Side]]:
-    """Queries, then targets."""
+    """The queries, and the targets."""
     return [query for query, _ in pairs], [target for _, target in pairs]
 
 
@@ -87,14 +88,14 @@ def packed(pairs: Sequence[Pair], model: ModelConfig, multiple: int = 1) -> Pair
 
 
 def packed_work(pairs: Sequence[Pair]) -> Work:
-    """What the model has to see."""
+    """The work for the model when the pairs are packed."""
     sides = [side for pair in pairs for side in pair]
     lengths = [side.sequence.length for side in sides]
     return Work(sum(lengths), sum(n * n for n in lengths), sum(side.num_tiles for side in sides))
 
 
 def padded_work(pairs: Sequence[Pair]) -> Work:
-    """What it is shown by the released way."""
+    """The work for the model when the pairs are padded the official way."""
     tokens = squared = tiles = 0
     for sides in sequences_of(pairs):
         longest = max(side.sequence.length for side in sides)
@@ -104,25 +105,25 @@ def padded_work(pairs: Sequence[Pair]) -> Work:
 
 
 def total(works: Sequence[Work]) -> Work:
-    """Their sum."""
+    """The sum of the work."""
     return Work(*(sum(getattr(w, name) for w in works) for name in ("tokens", "squared_lengths", "tiles")))
 
 
 def build_released(
     model: ModelConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu"
 ) -> Module:
-    """transformers' LlavaOnevision with random weights; its tower frozen."""
+    """transformers' LlavaOnevision with random weights and a frozen vision encoder."""
     config = transformers.LlavaOnevisionConfig.from_dict(build_config_json(model, "llava_onevision", True, "float32"))
     with torch.device(device):
         released = transformers.LlavaOnevisionForConditionalGeneration._from_config(
             config, attn_implementation=attention, dtype=dtype
         )
     released.model.vision_tower.requires_grad_(False)
-    return released.train()  # it has no dropout
+    return released.train()  # the model has no dropout
 
 
 def copy_weights(chunk: Module, released: Module, model: ModelConfig) -> None:
-    """Give the released model the weights of our one chunk."""
+    """Copy the weights of our only model chunk into the transformers model."""
     table, values = rules(model), {}
     for name, parameter in named_global_parameters(chunk):
         rule = table[local_kernel_name(name)]
@@ -137,24 +138,24 @@ def copy_weights(chunk: Module, released: Module, model: ModelConfig) -> None:
 
 @dataclass
 class PaddedSides:
-    """Queries, or targets, of a micro batch of n pairs; the same length for all, the longest's."""
+    """The queries or the targets of a micro batch of n pairs, padded to the length of the longest."""
 
     ids: Tensor
-    """[n, longest] int64, 0 where a visual token or padding stands."""
+    """[n, longest] int64; 0 at visual tokens and padding."""
     is_visual: Tensor
-    """[n, longest] bool."""
+    """[n, longest] bool; whether a position is a visual token."""
     mask: Tensor
-    """[n, longest] int64: 1 where there is no padding."""
+    """[n, longest] int64; 1 where there is no padding."""
     pixels: Tensor
-    """[tiles, 3, edge, edge] normalised; every side has tiles, a blank one if it has no picture."""
+    """[tiles, 3, edge, edge], normalised; an input without an image has a blank tile."""
     tiles: list[int]
-    """Of each side."""
+    """Number of tiles of each input."""
     sizes: list[tuple[int, int] | None]
-    """Width and height of each side's picture."""
+    """Width and height of the image of each input."""
 
     @staticmethod
     def of(sides: Sequence[Side], model: ModelConfig, device: torch.device, dtype: torch.dtype) -> "PaddedSides":
-        """Pad them."""
+        """Pad the inputs."""
         longest, blank = max(side.sequence.length for side in sides), torch.zeros(1, 3, *2 * [model.vision.image_size])
         ids, is_visual, mask = (torch.zeros(len(sides), longest, dtype=torch.int64) for _ in range(3))
         for row, side in enumerate(sides):
@@ -172,13 +173,13 @@ class PaddedSides:
 def padded(
     pairs: Sequence[Pair], model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PaddedSides, PaddedSides]:
-    """The released micro batch of these pairs."""
+    """The micro batch of these pairs, padded the official way."""
     queries, targets = (PaddedSides.of(sides, model, torch.device(device), dtype) for sides in sequences_of(pairs))
     return queries, targets
 
 
 def embed(released: Module, sides: PaddedSides) -> Tensor:
-    """Unit vectors [n, h] float32 of one padded forward."""
+    """Unit vectors [n, h] float32 of one padded forward pass."""
     model = released.model
     visual = visual_tokens(released, sides)
     hidden = model.language_model.embed_tokens(sides.ids)  # [n, longest, h]
@@ -189,24 +190,24 @@ def embed(released: Module, sides: PaddedSides) -> Tensor:
 
 
 def visual_tokens(released: Module, sides: PaddedSides) -> Tensor:
-    """Tokens [v, h] of all pictures; the tower also runs on the blank tiles."""
+    """Visual tokens [v, h] of all images; the vision encoder also runs on the blank tiles."""
     model = released.model
     newline = model.image_newline
     with torch.no_grad():
         features = model.vision_tower(sides.pixels, output_hidden_states=True).hidden_states[-1]
     parts = model.multi_modal_projector(features).split(sides.tiles)
-    pictures = [part for part, size in zip(parts, sides.sizes) if size]
-    if not pictures:
+    images = [part for part, size in zip(parts, sides.sizes) if size]
+    if not images:
         return features.new_zeros(0, newline.shape[0])
     heights_and_widths = [(size[1], size[0]) for size in sides.sizes if size]
     made, _ = model.pack_image_features(
-        pictures, heights_and_widths, image_newline=newline, vision_aspect_ratio=model.config.vision_aspect_ratio
+        images, heights_and_widths, image_newline=newline, vision_aspect_ratio=model.config.vision_aspect_ratio
     )
     return torch.cat(list(made))
 
 
 def contrastive_loss(query: Tensor, target: Tensor, temperature: float, alpha: float) -> Tensor:
-    """The paper's, over a micro batch: the logit of a negative is raised by alpha times its cosine, detached."""
+    """The paper's loss over a micro batch: alpha times its detached cosine is added to the logit of a negative."""
     cosines = query @ target.T
     hardness = alpha * cosines.detach()
     logits = cosines / temperature + hardness.fill_diagonal_(0)
@@ -222,7 +223,7 @@ def take_step(
     alpha: float,
     clip: float,
 ) -> float:
-    """One step; returns the loss."""
+    """Take one training step; returns the loss."""
     losses = []
     for sides in micro_batches:
         query, target = (embed(released, side) for side in sides)

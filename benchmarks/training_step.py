@@ -1,13 +1,14 @@
-"""Pairs per second and peak memory of a training step, beside the released way to take it on transformers' modules.
+"""Measure pairs per second and peak memory of a training step, beside the official way on transformers' modules.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training_step [--layers 1] [--pairs 4 8] [--repeats 3]
 
-A reduced 0.5b on one CPU process: real widths, heads, tiles, lengths; few layers, a small vocabulary. Both arms have
-the same weights and take the same pairs, 13 image with text -> text, 4 text -> image, 3 image -> image as in MMEB. A
-step is five micro batches, mixed (the shares exactly) or of one kind each (3, 1, 1). The tower is frozen. Arms take
-turns; each time is the median. Checked before: the arms' embeddings and loss. `FLOPs` is the ratio that formulas give,
-released over ours; `reached` the measured ratio over it. Memory is the growth of the resident set of a fresh process
-per arm, from before its model is built to the highest point of its first step. Prints a Markdown table.
+The model is a reduced 0.5b in one CPU process: it has the real widths, heads, tiles and lengths, but few layers and a
+small vocabulary. Both variants have the same weights and take the same pairs: 13 image with text -> text, 4 text ->
+image, 3 image -> image, as in MMEB. A step has five micro batches, either mixed (with exactly these shares) or of one
+kind each (3, 1, 1). The vision encoder is frozen. The variants take turns; each time is the median. Their embeddings
+and losses are compared first. `FLOPs` is the ratio by formula, official over ours; `reached` is the measured ratio
+divided by it. Memory is the growth of the resident set of a new process per variant, from before its model is built to
+the peak in its first step. The result is a Markdown table.
 """
 
 import argparse
@@ -42,18 +43,19 @@ MICRO_BATCHES = 5
 MIXED = {"image_text": 13, "text_image": 4, "image_image": 3}
 ONE_KIND = ("image_text", "image_text", "image_text", "text_image", "image_image")
 VOCABULARY = 4096
-ARMS = ("ours, micro_batch", "ours, global_batch", "released")
+VARIANTS = ("ours, micro_batch", "ours, global_batch", "released")
 TOLERANCE = 1e-4
-"""Of embeddings and of the loss."""
+"""Largest difference of the embeddings and of the losses."""
 
 Step = Callable[[], None]
 MicroBatches = Sequence[Sequence[Pair]]
 
 
 def make_step(cfg: RunConfig, is_mixed: bool) -> MicroBatches:
-    """The step's micro batches, the same in every process.
+    """The micro batches of a step, the same in every process.
 
-    Mixed: of the kinds in MIXED; else a kind each, by turns of ONE_KIND.
+    A mixed step shuffles pairs in the shares of MIXED; otherwise each micro batch has one kind, in the order of
+    ONE_KIND.
     """
     rng, size, wanted = np.random.default_rng(0), cfg.train.micro_batch_size, cfg.train.global_batch_size
     if is_mixed:
@@ -66,16 +68,16 @@ def make_step(cfg: RunConfig, is_mixed: bool) -> MicroBatches:
 
 
 def build_config(layers: int, pairs: int, overrides: Sequence[str] = ()) -> RunConfig:
-    """Of the reduced 0.5b."""
+    """The configuration of the reduced 0.5b."""
     reduced = [f"model.vision.num_layers={layers}", f"model.language.num_layers={layers}", "train.steps=1000"]
     reduced += [f"model.language.vocab_size={VOCABULARY}", f"train.micro_batch_size={pairs}"]
     reduced += [f"train.global_batch_size={MICRO_BATCHES * pairs}", "model.freeze=[vision]", "model.precision=fp32"]
-    reduced += ["optimizer.warmup_steps=1"]  # the rate of the first step is 0
+    reduced += ["optimizer.warmup_steps=1"]  # the learning rate of the first step is 0
     return override_config(config_from_dict({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
 
 
 class Ours:
-    """Our model and its step."""
+    """Our model and its training step."""
 
     def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection) -> None:
         self.cfg, self.groups = cfg, groups
@@ -83,17 +85,17 @@ class Ours:
         self.trainable = build_trainable(cfg, self.chunks, groups)
 
     def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
-        """Pack them."""
+        """Pack the micro batches."""
         made = (packed(pairs, self.cfg.model, row_multiple(self.cfg)) for pairs in micro_batches)
         return [batch.to(process_groups.device()) for batch in made]
 
     def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:
-        """Train; returns the loss."""
+        """Take a training step; returns the loss."""
         result = train_step(self.trainable, batches, replace(self.cfg.loss, negatives=negatives), 0, self.groups)
         return step_metrics(result.shares, batches, self.groups.dp)["loss"]
 
     def embed(self, batches: list[PairBatch]) -> torch.Tensor:
-        """[2 * pairs, h]."""
+        """Embeddings of queries and targets: [2 * pairs, h]."""
         with torch.no_grad():
             embeddings = torch.cat([self.chunks[0](batch.sequences) for batch in batches])
         for batch in batches:
@@ -102,7 +104,7 @@ class Ours:
 
 
 class Released:
-    """transformers' model and the released step."""
+    """transformers' model and the official training step."""
 
     def __init__(self, cfg: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> None:
         self.cfg, self.dtype, own = cfg, dtype, cfg.optimizer
@@ -112,24 +114,25 @@ class Released:
         self.optimizer = torch.optim.AdamW(trained, lr=own.learning_rate, **settings)
 
     def prepare(self, micro_batches: MicroBatches) -> list[tuple[PaddedSides, PaddedSides]]:
-        """Pad them."""
+        """Pad the micro batches."""
         return [padded(pairs, self.cfg.model, process_groups.device(), self.dtype) for pairs in micro_batches]
 
     def step(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> float:
-        """Train; returns the loss."""
+        """Take a training step; returns the loss."""
         loss, clip = self.cfg.loss, self.cfg.optimizer.clip_gradient
         return released_step.take_step(self.model, self.optimizer, batches, loss.temperature, loss.alpha, clip)
 
     def embed(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> torch.Tensor:
-        """[2 * pairs, h]."""
+        """Embeddings of queries and targets: [2 * pairs, h]."""
         with torch.no_grad():
             return torch.cat([released_step.embed(self.model, sides) for batch in batches for sides in batch])
 
 
 def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBatches) -> tuple[float, float]:
-    """Largest difference of embeddings, and that of the losses. The arms have the same weights afterwards too.
+    """The largest difference of the embeddings, and that of the losses.
 
-    Our learning rate is 0 at the first step; the released arm's is set so here.
+    The variants have the same weights afterwards too: our learning rate is 0 at the first step, and the other one is
+    set to 0 here.
     """
     released_step.copy_weights(ours.chunks[0], released.model, cfg.model)
     batches, theirs = ours.prepare(micro_batches), released.prepare(micro_batches)
@@ -145,51 +148,51 @@ def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBa
 
 
 def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]:
-    """FLOPs of each arm over those of ours with one pass."""
+    """FLOPs of each variant divided by those of ours with one pass."""
     work = total([packed_work(pairs) for pairs in micro_batches])
     shown = total([padded_work(pairs) for pairs in micro_batches])
     one = step_flops(cfg.model, work)
     counts = (one, one + extra_flops(cfg.model, work, embed_pass=True), step_flops(cfg.model, shown))
-    return {arm: count / one for arm, count in zip(ARMS, counts)}
+    return {variant: count / one for variant, count in zip(VARIANTS, counts)}
 
 
-def time_arms(arms: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step; the arms take turns, and a first round warms up."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+def time_variants(variants: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step. The variants take turns after a warm-up round."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(repeats + 1):
-        for arm, step in arms.items():
+        for variant, step in variants.items():
             started = time.perf_counter()
             step()
-            seconds[arm].append(time.perf_counter() - started)
-    return {arm: values[1:] for arm, values in seconds.items()}
+            seconds[variant].append(time.perf_counter() - started)
+    return {variant: values[1:] for variant, values in seconds.items()}
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """In a fresh process: print the growth of one arm's resident set."""
+    """Print the growth of the resident set of one variant, in a new process."""
     cfg = build_config(args.layers, args.pairs[0], args.overrides)
     groups = start(cfg)
     micro_batches = make_step(cfg, args.memory[1] == "mixed")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest point so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     if args.memory[0] == "released":
-        arm = Released(cfg)
-        arm.step(arm.prepare(micro_batches))
+        variant = Released(cfg)
+        variant.step(variant.prepare(micro_batches))
     else:
-        arm = Ours(cfg, groups)
-        arm.step(arm.prepare(micro_batches), args.memory[0].removeprefix("ours, "))
+        variant = Ours(cfg, groups)
+        variant.step(variant.prepare(micro_batches), args.memory[0].removeprefix("ours, "))
     print(json.dumps(resident("VmHWM") - before))
     process_groups.destroy_distributed()
 
 
-def memory_of(arm: str, batches: str, pairs: int, args: argparse.Namespace) -> int:
-    """Bytes, measured in another process."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--memory", arm, batches, "--pairs", str(pairs)]
+def memory_of(variant: str, batches: str, pairs: int, args: argparse.Namespace) -> int:
+    """The growth of the resident set of a variant in bytes, measured in another process."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--memory", variant, batches, "--pairs", str(pairs)]
     command += ["--layers", str(args.layers), "--overrides", *args.overrides]
     made = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if made.returncode:
@@ -198,23 +201,34 @@ def memory_of(arm: str, batches: str, pairs: int, args: argparse.Namespace) -> i
 
 
 def start(cfg: RunConfig) -> ProcessGroupCollection:
-    """This process alone."""
+    """Process groups of this process alone."""
     process_groups.initialize_distributed(600)
     return process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
 
 
 def profile(ours: Ours, micro_batches: MicroBatches) -> None:
-    """Print where our step's time goes."""
+    """Print where the time of our step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         ours.step(ours.prepare(micro_batches))
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
 
 
 def run(args: argparse.Namespace) -> None:
-    """A block of rows per kind of batch and micro-batch size."""
+    """Print a block of rows per kind of batch and micro-batch size."""
     groups = start(build_config(args.layers, args.pairs[0], args.overrides))
-    print(f"{torch.get_num_threads()} thread(s), {args.layers} layer(s) of tower and decoder, {args.repeats} repeats\n")
-    heads = ["batches", "pairs", "arm", "s / step", "pairs/s", "range", "released / arm", "FLOPs", "reached", "MB"]
+    print(f"{torch.get_num_threads()} thread(s), {args.layers} encoder and decoder layer(s), {args.repeats} repeats\n")
+    heads = [
+        "batches",
+        "pairs",
+        "variant",
+        "s / step",
+        "pairs/s",
+        "range",
+        "released / variant",
+        "FLOPs",
+        "reached",
+        "MB",
+    ]
     print("|", " | ".join(heads), "|\n|---|---:|---" + "|---:" * (len(heads) - 3) + "|", flush=True)
     for batches in args.batches:
         for pairs in args.pairs:
@@ -228,11 +242,11 @@ def run(args: argparse.Namespace) -> None:
                 profile(ours, micro_batches)
                 continue
             steps: dict[str, Step] = {
-                ARMS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
-                ARMS[1]: lambda: ours.step(ours.prepare(micro_batches), "global_batch"),
-                ARMS[2]: lambda: released.step(released.prepare(micro_batches)),
+                VARIANTS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
+                VARIANTS[1]: lambda: ours.step(ours.prepare(micro_batches), "global_batch"),
+                VARIANTS[2]: lambda: released.step(released.prepare(micro_batches)),
             }
-            seconds = time_arms(steps, args.repeats)
+            seconds = time_variants(steps, args.repeats)
             print_rows(batches, cfg, micro_batches, seconds, args)
     process_groups.destroy_distributed()
 
@@ -240,28 +254,28 @@ def run(args: argparse.Namespace) -> None:
 def print_rows(
     batches: str, cfg: RunConfig, micro_batches: MicroBatches, seconds: dict[str, list[float]], args: argparse.Namespace
 ) -> None:
-    """One per arm."""
-    flops, medians = flop_ratios(cfg, micro_batches), {arm: statistics.median(v) for arm, v in seconds.items()}
+    """Print one row per variant."""
+    flops, medians = flop_ratios(cfg, micro_batches), {variant: statistics.median(v) for variant, v in seconds.items()}
     pairs = cfg.train.global_batch_size
-    for arm, taken in medians.items():
-        ratio, wanted = medians["released"] / taken, flops["released"] / flops[arm]
-        spread = f"{pairs / max(seconds[arm]):.3f} to {pairs / min(seconds[arm]):.3f}"
-        cells = [batches, str(cfg.train.micro_batch_size), arm, f"{taken:.2f}", f"{pairs / taken:.3f}", spread]
+    for variant, taken in medians.items():
+        ratio, wanted = medians["released"] / taken, flops["released"] / flops[variant]
+        spread = f"{pairs / max(seconds[variant]):.3f} to {pairs / min(seconds[variant]):.3f}"
+        cells = [batches, str(cfg.train.micro_batch_size), variant, f"{taken:.2f}", f"{pairs / taken:.3f}", spread]
         cells += [f"{ratio:.2f}", f"{wanted:.2f}", f"{100 * ratio / wanted:.0f} %"]
-        size = "-" if args.no_memory else f"{memory_of(arm, batches, cfg.train.micro_batch_size, args) / 1e6:.0f}"
+        size = "-" if args.no_memory else f"{memory_of(variant, batches, cfg.train.micro_batch_size, args) / 1e6:.0f}"
         print("|", " | ".join([*cells, size]), "|", flush=True)
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=1, help="of the tower, and of the decoder (1)")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8], help="of a micro batch (4 and 8)")
+    parser.add_argument("--layers", type=int, default=1, help="layers of the vision encoder and of the decoder (1)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8], help="pairs per micro batch (4 and 8)")
     parser.add_argument("--batches", nargs="+", choices=("mixed", "one kind"), default=["mixed", "one kind"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--profile", action="store_true", help="our operators by their own time, no table")
-    parser.add_argument("--memory", nargs=2, metavar=("ARM", "BATCHES"), help=argparse.SUPPRESS)
+    parser.add_argument("--no-memory", action="store_true", help="measure times only")
+    parser.add_argument("--profile", action="store_true", help="print our operators by their time instead of a table")
+    parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "BATCHES"), help=argparse.SUPPRESS)
     parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value")
     args = parser.parse_args()
     with exit_with_one_line():

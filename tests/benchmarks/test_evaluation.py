@@ -1,4 +1,4 @@
-"""benchmarks/evaluation.py: both arms give the same embeddings, and the table counts what it should."""
+"""benchmarks/evaluation.py: both variants give the same embeddings, and the table counts what it should."""
 
 from argparse import Namespace
 
@@ -28,7 +28,7 @@ def test_table(groups: ProcessGroupCollection, capsys: pytest.CaptureFixture[str
         ["labels", "9", "3"],
         ["captions", "9", "3"],
         ["answers", "9", "3"],
-        ["pictures", "6", "3"],
+        ["images", "6", "3"],
         ["all", "33", "12"],
     ]
     for row in rows:

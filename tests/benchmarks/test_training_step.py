@@ -1,4 +1,4 @@
-"""benchmarks/training_step.py: both arms compute the same, and its FLOPs are those that torch counts."""
+"""benchmarks/training_step.py: both variants compute the same, and its FLOPs are those that torch counts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
