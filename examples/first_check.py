@@ -1,9 +1,9 @@
-"""The first check with the released weights: does LLaVE-0.5B score the released repository's demo as its README says?
+"""The first check with the released weights: does LLaVE-0.5B give the scores in the README of the official repository?
 
     python examples/first_check.py --checkpoint LLaVE-0.5B --image figures/example.jpg
 
---checkpoint is the model's Hugging Face folder, or what tools/convert_hf.py import made of it; --image is the picture
-of the released repository (DeepLearnXMU/LLaVE). Ends with status 0 if both scores are the released ones.
+--checkpoint is the Hugging Face folder of the model, or a checkpoint that tools/convert_hf.py made of it. --image
+is the image in the official LLaVE repository (DeepLearnXMU/LLaVE). The exit status is 0 if both scores agree.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from megatron_llave.training.logger import quiet_dependencies
 
 QUERY = "<image> Represent the given image with the following question: What is in the image"
 RELEASED = {"A cat and a dog": 0.4802, "A cat and a tiger": 0.3413}
-"""Cosines that the released README prints, of a bfloat16 run."""
+"""Cosines that the README of the official repository prints; they are from a bfloat16 run."""
 TOLERANCE = 0.01
 """bfloat16 turned the embeddings of a small model by cosines of 0.9993 to 0.9998 from float32 (tests/golden), which
 moves a score by some thousandths in most directions and by at most 0.04; the two scores are 0.14 apart."""
 
 
 def main() -> None:
-    """Score, compare, print."""
+    """Compute the scores, compare them, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="LLaVE-0.5B: a Hugging Face folder or a checkpoint")
-    parser.add_argument("--image", required=True, help="figures/example.jpg of the released repository")
+    parser.add_argument("--image", required=True, help="figures/example.jpg of the official LLaVE repository")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.precision=bf16")
     args = parser.parse_args()
     with exit_with_one_line():

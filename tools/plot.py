@@ -1,8 +1,8 @@
-"""Draw the curves of one run or of several: loss, learning rate, similarities, overlap, throughput, waits, evaluations.
+"""Draw the curves of one or several runs: loss, learning rate, similarities, overlap, throughput, data wait, scores.
 
 python tools/plot.py runs/a runs/b [--out runs.png] [--along step|pairs|hours]
 
-Also while a run goes on: it reads log.jsonl and evaluations.jsonl in the runs' folders, and nothing else.
+The tool only reads log.jsonl and evaluations.jsonl in the output directories, so it works while a run is training too.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
 
 def main() -> None:
-    """Parse, read, draw."""
+    """Parse the arguments, read the logs, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (train.output)")
-    parser.add_argument("--out", help="the PNG; default: curves.png in the only run's folder, else here")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run (train.output)")
+    parser.add_argument("--out", help="PNG file; default: curves.png in the run, or here if there are several")
     parser.add_argument("--along", choices=("step", "pairs", "hours"), default="step", help="horizontal axis")
     args = parser.parse_args()
     with exit_with_one_line():
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def short_names(runs: list[str]) -> list[str]:
-    """The last parts of the runs' paths, as many as tell them apart.
+    """The last parts of the paths of the runs, as many as are needed to distinguish them.
 
     Raises:
         ConfigError: a run is named twice.
@@ -55,24 +55,25 @@ def short_names(runs: list[str]) -> list[str]:
 
 
 def read_evaluations(path: Path) -> list[tuple[int, float]]:
-    """(step, mean Precision@1 in percent) in the order of the steps; of repeated ones the later counts.
+    """Pairs (step, mean Precision@1 in percent) in the order of the steps.
 
-    NaN where a set has no score: embeddings were not finite.
+    If a step was evaluated more than once, the last evaluation counts. A mean is NaN if one of its sets has no score,
+    because embeddings were not finite.
 
     Raises:
-        DataError: a line other than a half-written last one is no evaluation.
+        DataError: a line is not an evaluation; only the last line may be incomplete.
     """
     if not path.is_file():
         return []
-    found: dict[int, float] = {}
+    means: dict[int, float] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             scores = [math.nan if score is None else score for score in record["precision_at_1"].values()]
-            found[int(record["step"])] = sum(scores) / len(scores)
+            means[int(record["step"])] = sum(scores) / len(scores)
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise DataError(f"{path} line {number} is not an evaluation; delete that line") from error
-    return sorted(found.items())
+    return sorted(means.items())
 
 
 if __name__ == "__main__":
