@@ -152,14 +152,14 @@ def newest_usable(output: str | Path, report: Callable[[str], None]) -> Path | N
     for step in sorted(all_steps(output), reverse=True):
         folder = step_folder(output, step)
         try:
-            require_whole(folder)
+            require_complete(folder)
             return folder
         except CheckpointError as error:
             report(str(error))
     return None
 
 
-def require_whole(folder: Path) -> dict[str, Any]:
+def require_complete(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking that every file is there and has its size.
 
     Raises:

@@ -1,6 +1,7 @@
-"""What happens before the first step: where the run starts from, how many steps it has, and its folder.
+"""Start of a run: which weights or checkpoint it starts from, how many steps it has, and its output directory.
 
-`train` calls these in order. What only one rank looks up is told to all, so that they go the same way.
+`train` calls these functions in order. The first rank looks at the files and tells all others what it found, so that
+all ranks take the same way.
 """
 
 import logging
@@ -31,10 +32,10 @@ Found = TypeVar("Found")
 
 
 def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
-    """`cfg` with the vocabulary and, unless it names one, the tokenizer of the weights it starts from.
+    """Return `cfg` with the vocabulary and, unless it names one, the tokenizer of the weights that the run starts from.
 
     Raises:
-        ConfigError: cfg.model is another model.
+        ConfigError: cfg.model gives other sizes than the weights have.
     """
     tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
     cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
@@ -43,17 +44,17 @@ def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
 
 
 def on_first_rank(look_up: Callable[[], Found]) -> Found:
-    """What `look_up` returns on the first rank, on all of them; its errors are raised there alone."""
-    found = [look_up() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """Return on all ranks what `look_up` returns on the first one; its errors are raised there alone."""
+    result = [look_up() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def with_steps(cfg: RunConfig) -> RunConfig:
-    """`cfg` with train.steps, worked out of train.epochs where it was not given.
+    """Return `cfg` with train.steps, computed from train.epochs if it is not given.
 
     Raises:
-        ConfigError: neither was given.
+        ConfigError: neither of them is given.
         DataError: the data set's index cannot be read.
     """
     if cfg.train.steps:
@@ -65,11 +66,11 @@ def with_steps(cfg: RunConfig) -> RunConfig:
 
 
 def find_checkpoint(cfg: RunConfig) -> Path | None:
-    """The checkpoint that the run goes on from, looked up once for all ranks; None: it begins anew.
+    """Return the checkpoint that the run resumes from, looked up by the first rank, or None for a new run.
 
     Raises:
-        ConfigError: it would begin anew in a folder that has checkpoints.
-        CheckpointError: the one named is not whole.
+        ConfigError: the run is new, but its output directory has checkpoints.
+        CheckpointError: the checkpoint that was named is incomplete.
     """
     return on_first_rank(lambda: _find_checkpoint(cfg))
 
@@ -85,7 +86,7 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
         return None
     if resume != AUTO:
         folder = folders.find(resume)
-        folders.require_whole(folder)
+        folders.require_complete(folder)
         for left in folders.abandon_later(output, folder):
             logger.warning("going back to %s: the later %s is now %s", folder, left.stem, left)
         return folder
@@ -100,13 +101,13 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
 
 
 def resume(state: TrainingState, folder: Path, cfg: RunConfig) -> int:
-    """Load checkpoint `folder` and return the steps that are behind it.
+    """Load checkpoint `folder` and return the number of steps that were done when it was saved.
 
     Raises:
-        CheckpointError: it is of another model, or cannot be loaded.
+        CheckpointError: the checkpoint is of another model, or cannot be loaded.
     """
     changed = folders.require_same_run(folder, cfg)
-    manifest = folders.require_whole(folder)
+    manifest = folders.require_complete(folder)
     if changed and dist.get_rank() == 0:
         logger.warning("since checkpoint %s changed: %s", folder, "; ".join(changed))
     is_same_layout = manifest["layout"] == layout(state.groups, cfg)
@@ -115,10 +116,10 @@ def resume(state: TrainingState, folder: Path, cfg: RunConfig) -> int:
 
 
 def make_folder(cfg: RunConfig, pretrained: Pretrained | None) -> Path:
-    """Write the merged configuration and what checkpoints carry along into the run's folder.
+    """Write the merged configuration and the files that every checkpoint copies into the output directory.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the output directory cannot be written.
     """
     output = Path(cfg.train.output)
     if dist.get_rank() == 0:

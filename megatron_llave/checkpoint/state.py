@@ -1,10 +1,10 @@
-"""What of a run's tensors a checkpoint holds: weights, optimizer, averages, random states; taken apart and put back.
+"""The tensors of a checkpoint: weights, optimizer state, averages and random states, collected for a save and loaded.
 
-Through megatron-core's sharded state dicts, so that what was saved at one layout loads at every other. folders.py
-has the folders, async_writer.py the writing.
+They are megatron-core's sharded state dicts, so that a checkpoint that was saved at one parallel layout loads at every
+other one. folders.py has the folders, async_writer.py writes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +27,19 @@ from megatron_llave.training.optimizer import Trainable
 
 @dataclass
 class TrainingState:
-    """Everything a checkpoint holds of a run that is no file of its own, on this rank."""
+    """Everything that a checkpoint stores as tensors, on this rank."""
 
     chunks: list[Module]
-    """This rank's model chunks, not wrapped."""
+    """This rank's model chunks, without the data-parallel wrapper."""
     trainable: Trainable
     """Optimizer and schedule."""
     average: ExponentialMovingAverage | None
-    """Averaged weights, of a run with loss.reward=ema."""
+    """Averaged weights; None unless loss.reward=ema."""
     groups: ProcessGroupCollection
-    """The layout."""
+    """Process groups of the parallel layout."""
 
     def to_save(self, step: int) -> dict:
-        """The sharded state dict after `step` steps; its tensors are those in use, not copies."""
+        """Return the sharded state dict after `step` steps. Its tensors are the ones in use, not copies."""
         self.trainable.wait_for_weights()
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
@@ -52,15 +52,15 @@ class TrainingState:
         return state | self._random_state()
 
     def load(self, folder: Path, step: int, is_same_layout: bool) -> None:
-        """Go on from checkpoint `folder` after `step` steps.
+        """Resume from checkpoint `folder`.
 
         Args:
-            folder: the checkpoint, of a run with the same model, frozen parts and reward.
-            step: steps it has behind it.
-            is_same_layout: the processes are laid out as they were; else dropout goes on with other random numbers.
+            folder: a checkpoint of a run with the same model, frozen parts and loss.reward.
+            step: steps that were done when it was saved.
+            is_same_layout: whether the parallel layout is the same; if not, dropout draws other random numbers.
 
         Raises:
-            CheckpointError: it is damaged or of another model.
+            CheckpointError: the checkpoint is damaged or of another model.
         """
         with _own_settings(self.trainable.optimizer):
             loaded = self._load_all(folder, is_same_layout)
@@ -72,7 +72,7 @@ class TrainingState:
         self.trainable.schedule.step(increment=step)
 
     def _load_all(self, folder: Path, is_same_layout: bool) -> dict:
-        """The checkpoint's tensors; weights and optimizer are in place then."""
+        """Return the checkpoint's tensors after weights and optimizer state have been put in place."""
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
         optimizer = self.trainable.optimizer
@@ -92,17 +92,17 @@ class TrainingState:
         return loaded
 
     def _is_trained(self) -> bool:
-        """Whether this rank has optimizer state; a pipeline stage that is all frozen has none, nor expects it."""
+        """Whether this rank has optimizer state; a pipeline stage that is completely frozen has none."""
         return any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
 
     def _optimizer_state(self, state: dict, metadata: dict, is_loading: bool) -> dict:
-        # Of several chunks the nested dict: their names are the same.
+        # Several chunks are passed as a nested dictionary, since their parameters have the same names.
         models = {key: state[key] for key in _model_keys(self.chunks)}
         models = models if len(models) > 1 else state["model"]
         return self.trainable.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
 
     def _random_state(self) -> dict:
-        """Random states of this rank, where dropout draws from them."""
+        """Return the random states of this rank; none without dropout, which alone draws from them."""
         config = self.chunks[0].config
         if config.hidden_dropout == 0 and config.attention_dropout == 0:
             return {}
@@ -122,16 +122,16 @@ class TrainingState:
 
 
 def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
-    """Fill the chunks with the weights of checkpoint folder `path`, whatever layout it was saved at.
+    """Fill the chunks with the weights of checkpoint folder `path`, which may have been saved at any parallel layout.
 
     Args:
         path: the checkpoint.
         chunks: this rank's model chunks.
-        groups: the layout of this run.
-        average: take the averaged weights of a run with loss.reward=ema.
+        groups: process groups of this run's parallel layout.
+        average: load the averaged weights of a run with loss.reward=ema.
 
     Raises:
-        CheckpointError: the files are damaged or hold another model, or there are no averaged weights.
+        CheckpointError: the files are damaged, hold another model, or have no averaged weights.
     """
     metadata = state_metadata(groups)
     loaded = _load(path, _model_state(chunks, metadata))
@@ -141,13 +141,13 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
         # Loading takes only shapes from here, and casts the averages to the weights' dtype.
         loaded = _load(path, _average_state(chunks, metadata, {}))
         for key, chunk in zip(_model_keys(chunks), chunks):
-            averages = loaded.get(AVERAGE + key, {})  # a stage may have nothing that is trained
+            averages = loaded.get(AVERAGE + key, {})  # a pipeline stage may be completely frozen
             weights = {name.removeprefix(AVERAGE): value for name, value in averages.items()}
             chunk.load_state_dict(weights, strict=False)  # frozen weights have no average
 
 
 def state_metadata(groups: ProcessGroupCollection) -> dict:
-    """How megatron-core lays optimizer states out: "fully reshardable" loads at any number of data-parallel ranks."""
+    """Return how optimizer states are stored: "fully reshardable" loads at any number of data-parallel ranks."""
     return dict(
         distrib_optim_sharding_type="fully_reshardable",
         singleton_local_shards=False,
@@ -159,7 +159,7 @@ def state_metadata(groups: ProcessGroupCollection) -> dict:
 def _load(path: str | Path, state: dict) -> dict:
     try:
         return dist_checkpointing.load(state, str(path))
-    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
+    except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
         raise unusable(path, error) from error
 
 
@@ -172,7 +172,7 @@ def _model_state(chunks: list[Module], metadata: dict) -> dict:
 
 
 def _average_state(chunks: list[Module], metadata: dict, averages: dict[Parameter, Tensor]) -> dict:
-    """The trained parameters of the chunks under names of their own, with these values in place of theirs."""
+    """Return the sharded state of the trained parameters under averaged names, with these values instead of theirs."""
     states = {}
     for key, chunk in zip(_model_keys(chunks), chunks):
         state = chunk.sharded_state_dict(prefix=AVERAGE, metadata=metadata)
@@ -187,32 +187,32 @@ def _average_state(chunks: list[Module], metadata: dict, averages: dict[Paramete
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The optimizers of a chain that have parameters on this rank."""
+    """Return the optimizers of a chain that have parameters on this rank."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _make_states(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the states that it otherwise makes in its first step; megatron-core loads into them.
+    """Create the states of torch's AdamW, which it creates in its first step, so that megatron-core can load into them.
 
-    It does so itself for the AdamW of Transformer Engine and apex.
+    megatron-core does this itself for the AdamW of Transformer Engine and apex.
     """
     if HAVE_APEX_OR_TE:
         return
-    for one in _distributed(optimizer):
-        for group in one.optimizer.param_groups:
+    for distributed in _distributed(optimizer):
+        for group in distributed.optimizer.param_groups:
             for parameter in group["params"]:
-                if not one.optimizer.state[parameter]:
+                if not distributed.optimizer.state[parameter]:
                     moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-                    one.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+                    distributed.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
 
 
 @contextmanager
 def _own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Learning rates, decay and first steps stay those of this run's configuration while a checkpoint is loaded.
+    """Keep learning rates, weight decay and first steps as configured while a checkpoint is loaded inside.
 
-    megatron-core takes them from the checkpoint and, already when it is asked what it would load, from its own groups
-    of parameters, which it tells apart by wd_mult alone: parts with rates of their own would swap them.
+    megatron-core overwrites them with those of the checkpoint. It does so even while it builds the state dict to load
+    into, where it tells groups of parameters apart by wd_mult alone: parts with different rates would swap them.
     """
     given = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
     yield
@@ -222,31 +222,31 @@ def _own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 @contextmanager
 def _steps_of_torch_adamw(optimizers: list[DistributedOptimizer]) -> Iterator[None]:
-    """Mend what megatron-core's loading does to the step count that torch's AdamW keeps beside each parameter.
+    """Repair how megatron-core loads the step count that torch's AdamW keeps for each parameter.
 
-    It asks the checkpoint for that count, which is not there as a tensor, and then gives all parameters one and the
-    same tensor, which each of them advances: the next update would be off by a quarter of the learning rate.
+    megatron-core asks the checkpoint for that count, which is not stored as a tensor, and then gives all parameters one
+    shared tensor, which each of them increments: the next update would be off by a quarter of the learning rate.
     """
     if HAVE_APEX_OR_TE:
         yield
         return
-    for one in optimizers:
-        one._set_main_param_and_optimizer_states = _keeping_step(one)
+    for optimizer in optimizers:
+        optimizer._set_main_param_and_optimizer_states = _keeping_step(optimizer)
     try:
         yield
     finally:
-        for one in optimizers:
-            del one._set_main_param_and_optimizer_states
-            for state in one.optimizer.state.values():
+        for optimizer in optimizers:
+            del optimizer._set_main_param_and_optimizer_states
+            for state in optimizer.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
 
-def _keeping_step(one: DistributedOptimizer):
-    original = one._set_main_param_and_optimizer_states
+def _keeping_step(optimizer: DistributedOptimizer) -> Callable[[Parameter, dict[str, Tensor]], None]:
+    original = optimizer._set_main_param_and_optimizer_states
 
     def set_states(parameter: Parameter, tensors: dict[str, Tensor]) -> None:
-        group, order = one.model_param_group_index_map[parameter]
-        state = one.optimizer.state[one.optimizer.param_groups[group]["params"][order]]
+        group, order = optimizer.model_param_group_index_map[parameter]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
         original(parameter, {"step": state["step"], **tensors})
 
     return set_states

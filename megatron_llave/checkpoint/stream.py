@@ -1,7 +1,8 @@
-"""A checkpoint's weights one at a time: written, and read, without the whole model in memory. Used by convert/hf.py.
+"""Weights of a checkpoint, written and read one after the other, without the complete model in memory.
 
-The files are those of folders.py (megatron-core's torch_dist format), and load at every layout. megatron-core's own
-writer wants all tensors at once; here torch's distributed checkpoint asks for each when its turn comes.
+Used by convert/hf.py and merge.py. The files are those of folders.py (megatron-core's torch_dist format) and load at
+every parallel layout. megatron-core's own writer needs all tensors at once; here torch's distributed checkpoint asks
+for each tensor when it is written.
 """
 
 import copy
@@ -53,11 +54,11 @@ def write_weights(
     """Write a checkpoint of weights alone, step 0, into an empty folder.
 
     Args:
-        folder: exists and is empty.
-        cfg: what `embedder` was built from; saved too.
-        embedder: of `models.model_without_memory`.
-        groups: of this single process.
-        read: gives the value of a parameter by name, on the CPU; called once for each, in the order of the file.
+        folder: an existing, empty folder.
+        cfg: the configuration that `embedder` was built from; it is saved too.
+        embedder: a model of `models.model_without_memory`.
+        groups: process groups of this single process.
+        read: returns the value of a parameter by name, on the CPU; called once for each, in the order of the file.
 
     Raises:
         OSError: the disk is full, or cannot be written for another reason.
@@ -85,13 +86,13 @@ def write_weights(
 
 
 def _parts(state: dict) -> dict[str, list[ShardedTensor]]:
-    """The tensors that each parameter is saved as, factories applied: one, or the two halves of a gated matrix."""
+    """Return the tensors that each parameter is saved as, factories applied: one, or the halves of a gated matrix."""
     lists = {name: parts if isinstance(parts, list) else [parts] for name, parts in state.items()}
     return {name: parts for name, parts in lists.items() if isinstance(parts[0], ShardedTensor)}
 
 
 class _Values:
-    """Values of parameters, and of halves of them, asked for one after the other; only the last one is kept."""
+    """Values of parameters, or of halves of them, read one after the other; only the last one is kept in memory."""
 
     def __init__(self, places: dict[tuple, tuple[str, int, int]], read: Callable[[str], Tensor]) -> None:
         self.places, self.read = places, read
@@ -106,7 +107,7 @@ class _Values:
 
 
 class _StreamPlanner(torch_checkpoint.DefaultSavePlanner):
-    """Plans megatron-core's sharded tensors and objects as torch's own are, and finds a value when it is written."""
+    """Plans megatron-core's sharded tensors as torch plans its own, and reads a value when it is written."""
 
     def __init__(self, parts: list[ShardedBase], values: _Values) -> None:
         super().__init__(flatten_state_dict=False)
@@ -126,7 +127,7 @@ class _StreamPlanner(torch_checkpoint.DefaultSavePlanner):
 
 
 def _write_item(part: ShardedBase) -> WriteItem:
-    """One part of a tensor (a layer's parameter is part of a tensor over all layers, its first axis), or an object."""
+    """Describe an object, or a part of a tensor: a layer's parameter is a part of a tensor over all layers."""
     if isinstance(part, ShardedObject):
         return WriteItem(MetadataIndex(part.unique_key), WriteItemType.BYTE_IO)
     data = TensorWriteData(_chunk(part), TensorProperties(dtype=part.dtype), torch.Size(part.global_shape))
@@ -139,7 +140,7 @@ def _chunk(part: ShardedTensor) -> ChunkStorageMetadata:
 
 
 class _StreamWriter(torch_checkpoint.FileSystemWriter):
-    """Writes one file; torch's writer keeps every tensor of a file until it is closed."""
+    """Writes one file tensor by tensor; torch's own writer keeps all tensors of a file in memory."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
@@ -161,20 +162,20 @@ def _save(data: Any, stream: BinaryIO) -> None:
     try:
         torch.save(data, stream)
     except RuntimeError as error:
-        # On a full disk torch's zip writer complains about itself when it is closed, and hides what the disk said.
+        # On a full disk torch's zip writer fails again when it is closed, and its error hides that of the disk.
         raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def read_weights(
     folder: Path, embedder: Module, groups: ProcessGroupCollection, average: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter, in the model's order; about one layer at a time is in memory.
+    """Yield name and value of every parameter, in the model's order; about one layer at a time is in memory.
 
     Args:
-        folder: a checkpoint saved at any layout.
-        embedder: of `models.model_without_memory`, of the checkpoint's model.
-        groups: of this single process.
-        average: averaged weights where there are any; frozen parameters have none.
+        folder: a checkpoint that was saved at any parallel layout.
+        embedder: the checkpoint's model from `models.model_without_memory`.
+        groups: process groups of this single process.
+        average: read the averaged weights; frozen parameters have none and are read as they are.
 
     Raises:
         CheckpointError: the files are damaged or hold another model.
@@ -195,20 +196,20 @@ def read_weights(
         try:
             reader = torch_checkpoint.FileSystemReader(folder)
             torch_checkpoint.load({}, storage_reader=reader, planner=_ReadPlanner(requests), no_dist=True)
-        except (Exception, CheckpointException) as error:  # many kinds, all meaning that it cannot be used
+        except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
             raise folders.unusable(folder, error) from error
         for name in list(values):
             yield name, values.pop(name)
 
 
 def _layer_of(name: str) -> str:
-    """What is read together: a layer, or a parameter that is in none."""
-    found = re.match(r".*\.layers\.\d+\.", name)
-    return found[0] if found else name
+    """Return the layer of a parameter, which is read at once, or the name of a parameter that is in no layer."""
+    layer = re.match(r".*\.layers\.\d+\.", name)
+    return layer[0] if layer else name
 
 
 class _ReadPlanner(torch_checkpoint.DefaultLoadPlanner):
-    """Plans the read of some parts of a checkpoint's tensors into memory of ours, wherever they were cut when saved."""
+    """Plans to read parts of a checkpoint's tensors into given memory, however they were cut when they were saved."""
 
     def __init__(self, requests: list[tuple[str, ShardedTensor, Tensor]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

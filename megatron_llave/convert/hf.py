@@ -1,8 +1,8 @@
 """Hugging Face folder -> checkpoint -> Hugging Face folder, tensor by tensor, in one process (tools/convert_hf.py).
 
-A converted checkpoint, and every checkpoint of a run that starts from one, carries in `assets/` what the embedder has
-no use for and an export gives back: config.json and tokenizer, unused.safetensors (the vocabulary projection, the
-tower's last norm), and tensors.json with the dtypes that the tensors came in.
+A converted checkpoint, and every checkpoint of a run that starts from one, has in `assets/` what the embedder does not
+use but an export gives back: config.json and tokenizer, unused.safetensors (the vocabulary projection and the last norm
+of the vision encoder), and tensors.json with the original dtypes of the tensors.
 """
 
 from collections.abc import Iterator
@@ -29,19 +29,19 @@ from megatron_llave.models.hf.weights import HfFormat, require_complete
 
 
 def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollection, preset: str | None = None) -> Path:
-    """Write the weights of an HF folder as a checkpoint that loads at every layout.
+    """Write the weights of an HF folder as a checkpoint that loads at every parallel layout.
 
-    The weights keep their dtype, bf16 or fp32; float16 is widened to fp32, which loses nothing.
+    Weights keep their dtype, bf16 or fp32; float16 becomes fp32, which loses nothing.
 
     Args:
-        source: of any known family and layout, safetensors.
-        out: the checkpoint's folder; must not exist.
-        groups: of this single process.
-        preset: the model the user takes it for; None: whatever config.json says.
+        source: an HF folder of any known family and layout, with safetensors.
+        out: folder of the checkpoint; must not exist.
+        groups: process groups of this single process.
+        preset: the preset whose sizes the model must have; None: any.
 
     Raises:
-        UserError: the folder is no such model, damaged, not whole, or contradicts the preset; or `out` is taken or
-            cannot be written. No half-written checkpoint is left.
+        UserError: the folder is no known model, damaged, incomplete, or contradicts the preset; or `out` exists or
+            cannot be written. No partial checkpoint is left.
     """
     config = read_hf_config(source)
     if preset is not None:
@@ -69,15 +69,15 @@ def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollectio
     return Path(out)
 
 
-def check_preset(found: ModelConfig, preset: str) -> None:
+def check_preset(model: ModelConfig, preset: str) -> None:
     """Refuse a model that is not of the preset's sizes; the vocabulary's size and the tile grids may differ.
 
     Raises:
         ConfigError: names the first key that differs and both values, or a preset that Hugging Face folders of the
             model's family do not have.
     """
-    one_of("preset", preset, family_of(found).hf.presets)
-    require_same_model(config_from_dict({"model": {"preset": preset}}).model, found, "config.json")
+    one_of("preset", preset, family_of(model).hf.presets)
+    require_same_model(config_from_dict({"model": {"preset": preset}}).model, model, "config.json")
 
 
 def export_hf(
@@ -92,20 +92,21 @@ def export_hf(
     """Write a checkpoint as an HF folder.
 
     Args:
-        source: a checkpoint or a run's folder, saved at any layout.
+        source: a checkpoint or output directory, saved at any parallel layout.
         out: the HF folder; must not exist.
-        groups: of this single process.
+        groups: process groups of this single process.
         layout: one of the family's; None: the one that the weights came in, else the family's first.
-        dtype: float32, bfloat16 or float16 for all tensors; None: each as it came, else as in the checkpoint.
-        average: the averaged weights of a run with loss.reward=ema.
-        shard_bytes: largest file of weights, unless one tensor is larger.
+        dtype: float32, bfloat16 or float16 for all tensors; None: the dtype that each tensor was imported with, else
+            that of the checkpoint.
+        average: export the averaged weights of a run with loss.reward=ema.
+        shard_bytes: bytes of the largest file of weights, unless a single tensor is larger.
 
     Returns:
-        Notes on what the folder lacks, such as a processor; none for a whole one.
+        Notes on what the folder lacks, such as a processor; none for a complete one.
 
     Raises:
-        UserError: no checkpoint or a damaged one; `out` is taken or cannot be written; values too large for float16.
-            No half-written folder is left.
+        UserError: the checkpoint is missing or damaged; `out` exists or cannot be written; values are too large for
+            float16. No partial folder is left.
     """
     folder = folders.find(source)
     cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
@@ -137,7 +138,7 @@ def _is_copied_head(assets: Assets, hf: HfFormat) -> bool:
 def _plan_export(
     model: ModelConfig, embedder: torch.nn.Module, assets: Assets, layout: str, dtype: torch.dtype | None
 ) -> Shapes:
-    """Shape and dtype of every tensor by canonical name, in the order of `_export_values`."""
+    """Return shape and dtype of every tensor by canonical name, in the order of `_export_values`."""
     hf = family_of(model).hf
     stored, rules, vocabulary = DTYPES[model.precision], hf.rules(model), model.language.vocab_size
     plan: Shapes = {}
@@ -168,7 +169,7 @@ def _export_values(
     plan: Shapes,
     average: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Canonical name and value of every tensor of the plan, in its order."""
+    """Yield canonical name and value of every tensor of the plan, in its order."""
     hf, written = family_of(model).hf, set()
     rules = hf.rules(model)
     for name, value in read_weights(folder, embedder, groups, average):

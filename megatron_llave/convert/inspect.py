@@ -1,4 +1,4 @@
-"""What a folder of weights is and whether it is whole: `tools/convert_hf.py inspect`."""
+"""Describe a folder of weights and check that it is complete: `tools/convert_hf.py inspect`."""
 
 from pathlib import Path
 
@@ -17,31 +17,32 @@ from megatron_llave.models.hf.mapping import hf_shapes
 
 MILLION = 1_000_000
 OTHER_KEYS = ("optimizer.", folders.AVERAGE)
+"""Prefixes of tensors in a checkpoint that are not weights."""
 
 
 def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
-    """Print what lies in the folder, then a line for every missing, extra or mis-shaped tensor.
+    """Print what the folder holds, then a line for every tensor that is missing, extra or of a wrong shape.
 
     Args:
-        folder: an HF folder, a checkpoint, or a run's folder.
-        groups: of this single process.
+        folder: an HF folder, a checkpoint, or an output directory.
+        groups: process groups of this single process.
 
     Returns:
-        0 when it is whole, else 1.
+        0 if the folder is complete, else 1.
 
     Raises:
-        UserError: it is nothing we know, or its files cannot be read.
+        UserError: the folder has no known format, or its files cannot be read.
     """
-    found = find_pretrained(folder)
-    embedder = model_without_memory(found.cfg.model, groups)
+    pretrained = find_pretrained(folder)
+    embedder = model_without_memory(pretrained.cfg.model, groups)
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}
     num_parameters = sum(parameter.numel() for parameter in embedder.parameters())
-    if found.is_hf:
-        problems = _inspect_hf(found, shapes)
+    if pretrained.is_hf:
+        problems = _inspect_hf(pretrained, shapes)
     else:
-        problems = _inspect_checkpoint(found, embedder, groups)
-    _print_model(found.cfg.model, num_parameters)
-    tokenizer = found.find_tokenizer()
+        problems = _inspect_checkpoint(pretrained, embedder, groups)
+    _print_model(pretrained.cfg.model, num_parameters)
+    tokenizer = pretrained.find_tokenizer()
     print(f"tokenizer: {Path(tokenizer).name if tokenizer else 'none in the folder'}")
     print("\n".join(problems) if problems else "whole: every tensor is there, none is extra, all shapes fit")
     return 1 if problems else 0
@@ -57,35 +58,37 @@ def _print_model(model: ModelConfig, num_parameters: int) -> None:
     print(f"embedder: {num_parameters / MILLION:.1f} M parameters, vocabulary padded as on one process")
 
 
-def _inspect_hf(found: Pretrained, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    weights = open_hf(found.folder)
+def _inspect_hf(pretrained: Pretrained, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    weights = open_hf(pretrained.folder)
     files = sorted({info.file.name for info in weights.files.tensors.values()})
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()})
     num_bytes = sum(info.num_bytes for info in weights.files.tensors.values())
-    print(f"{found.folder}: Hugging Face folder, layout {weights.config.layout}, {', '.join(dtypes)}")
+    print(f"{pretrained.folder}: Hugging Face folder, layout {weights.config.layout}, {', '.join(dtypes)}")
     print(f"weights: {len(weights.names)} tensors, {num_bytes / 1e9:.3f} GB in {', '.join(files)}")
     if weights.unused:
         print(f"kept for export, not used by the embedder: {', '.join(weights.names[name] for name in weights.unused)}")
     return weights.problems(hf_shapes(shapes, weights.format.rules(weights.config.model)))
 
 
-def _inspect_checkpoint(found: Pretrained, embedder: object, groups: ProcessGroupCollection) -> list[str]:
+def _inspect_checkpoint(pretrained: Pretrained, embedder: object, groups: ProcessGroupCollection) -> list[str]:
     try:
-        held = dist_checkpointing.load_tensors_metadata(str(found.folder))
-    except (Exception, CheckpointException) as error:  # many kinds, all meaning that the checkpoint cannot be used
-        raise CheckpointError(f"checkpoint {found.folder} cannot be read: {' '.join(str(error).split())}") from error
+        held = dist_checkpointing.load_tensors_metadata(str(pretrained.folder))
+    except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
+        raise CheckpointError(
+            f"checkpoint {pretrained.folder} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     state = embedder.sharded_state_dict(metadata=state_metadata(groups))
     apply_factories(state)
     parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]
     expected = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
     others = {prefix: [key for key in held if key.startswith(prefix)] for prefix in OTHER_KEYS}
     kinds = [f", {len(keys)} of {prefix.rstrip('.')}" for prefix, keys in others.items() if keys]
-    print(f"{found.folder}: checkpoint, {found.cfg.model.precision}, {len(held)} tensors{''.join(kinds)}")
-    own = {key: tuple(held[key].global_shape) for key in held if not key.startswith(OTHER_KEYS)}
-    problems = [f"missing: {key} {list(expected[key])}" for key in sorted(expected.keys() - own)]
-    for key, shape in sorted(own.items()):
+    print(f"{pretrained.folder}: checkpoint, {pretrained.cfg.model.precision}, {len(held)} tensors{''.join(kinds)}")
+    weights = {key: tuple(held[key].global_shape) for key in held if not key.startswith(OTHER_KEYS)}
+    problems = [f"missing: {key} {list(expected[key])}" for key in sorted(expected.keys() - weights)]
+    for key, shape in sorted(weights.items()):
         if key not in expected:
             problems.append(f"extra: {key} {list(shape)}")
-        elif shape != expected[key] and "word_embeddings" not in key:  # padded for the layout it was saved at
+        elif shape != expected[key] and "word_embeddings" not in key:  # padded for the parallel layout it was saved at
             problems.append(f"wrong shape: {key} {list(shape)}, config.yaml makes it {list(expected[key])}")
     return problems

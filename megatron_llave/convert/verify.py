@@ -1,4 +1,4 @@
-"""The same inputs through a checkpoint and through transformers: `tools/convert_hf.py verify`.
+"""Compare a checkpoint with transformers on the same inputs: `tools/convert_hf.py verify`.
 
 Both get the same token ids and pixels. How visual tokens are unpadded, where newlines go, and everything after is each
 side's own, so a difference is one of the models. The only file that
@@ -32,43 +32,43 @@ except ImportError:
     transformers = None
 
 TOLERANCE = 3e-5
-"""Largest difference between entries of a unit vector in float32; a wrong kind of GELU already makes 1.6e-4."""
+"""Largest allowed difference between entries of a unit vector in float32; even a wrong kind of GELU makes 1.6e-4."""
 INSTRUCTION = "<image>\nRepresent the given image."
 
 
 def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path | None = None) -> int:
-    """Embed a text and a picture through both sides in float32 and print how far apart they are.
+    """Embed a text and an image with both models in float32 and print the differences.
 
     Args:
-        hf: HF folder of either layout; transformers runs it, whatever its layout.
-        checkpoint: a checkpoint or a run's folder (or another HF folder, read by us).
-        text: embedded with the released prompt.
-        image: picture file; None: a generated one that needs a grid of tiles and padding.
+        hf: an HF folder of any layout, which transformers runs.
+        checkpoint: a checkpoint or output directory (or another HF folder, which this package runs).
+        text: a text, which is embedded with the prompt of the released models.
+        image: an image file; None: a generated image that needs a grid of tiles and padding.
 
     Returns:
-        0 when all entries are within TOLERANCE, else 1.
+        0 if all entries are within TOLERANCE, else 1.
 
     Raises:
-        UserError: transformers is missing, or one of the folders or the picture cannot be read.
+        UserError: transformers is missing, or a folder or the image cannot be read.
     """
     if transformers is None:
         raise CheckpointError("verify compares with transformers, which is not installed: pip install transformers")
     weights = open_hf(hf)
-    picture = _generated_picture(weights.config.model.vision.image_size) if image is None else _read(image)
-    sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [picture])}
+    image_file = _generated_image(weights.config.model.vision.image_size) if image is None else _read(image)
+    sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [image_file])}
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["data.prompt=qwen", "model.precision=fp32"]
-        found = find_pretrained(checkpoint).find_tokenizer() or find_pretrained(hf).find_tokenizer()
-        if found is None:
+        tokenizer = find_pretrained(checkpoint).find_tokenizer() or find_pretrained(hf).find_tokenizer()
+        if tokenizer is None:
             print("no tokenizer in either folder: the bytes of the text stand in for token ids")
-        tokenizer = found or _byte_tokenizer(Path(folder) / "tokenizer.json")
+            tokenizer = _byte_tokenizer(Path(folder) / "tokenizer.json")
         model = load_model(checkpoint, overrides=[*overrides, f"data.tokenizer={tokenizer}"])
     ours = embed(model, sides).cpu()
     encoded = [model.encoder.encode(side) for side in sides.values()]
     process_groups.destroy_model_parallel()
     model.chunks.clear()  # the two models are not in memory together
     reference = weights.format.reference_model(transformers, weights)
-    theirs = _embed_with_transformers(reference, weights.format, encoded, decode_image(picture).size)
+    theirs = _embed_with_transformers(reference, weights.format, encoded, decode_image(image_file).size)
     return _print_differences(list(sides), ours, theirs)
 
 
@@ -82,8 +82,8 @@ def _print_differences(names: list[str], ours: Tensor, theirs: Tensor) -> int:
     return 0 if same else 1
 
 
-def _generated_picture(tile: int) -> bytes:
-    """A wide PNG: it needs several tiles where there are grids, and padding that is cut off again."""
+def _generated_image(tile: int) -> bytes:
+    """Return a wide PNG, which needs several tiles if there are grids, and padding that is removed again."""
     height, width = tile * 3 // 4, tile * 7 // 4
     rows, columns = np.mgrid[0:height, 0:width]
     pixels = np.stack([columns * 255 // width, rows * 255 // height, (columns * rows) % 256], axis=-1)
@@ -96,11 +96,11 @@ def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"picture {path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"image {path} cannot be read: {error.strerror}") from error
 
 
 def _byte_tokenizer(path: Path) -> Path:
-    """A tokenizer.json with one id per byte."""
+    """Write a tokenizer.json with one id per byte."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -112,7 +112,7 @@ def _byte_tokenizer(path: Path) -> Path:
 def _embed_with_transformers(
     model: torch.nn.Module, format: HfFormat, encoded: list[EncodedSequence], size: tuple[int, int]
 ) -> Tensor:
-    """Unit vectors [n, h] float32: the last token of the last hidden state, which is after the final norm."""
+    """Return unit vectors [n, h] float32: the last token of the last hidden state, which is after the final norm."""
     rows = []
     for sequence in encoded:
         with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Bytes that a rank of a run needs, by formula and by part; plan.py makes a plan of them.
+"""Memory of a rank in bytes, computed by formula for each part; plan.py makes a plan of it.
 
-Parts are counted at their largest: weights and gradients of a step, the activations of as many micro batches as the
-pipeline schedule has in flight, and the largest temporary beside them. docs/planner.md says what was checked how.
-Shapes: t tokens, h hidden, f inner width of the MLP, n heads, d head dimension; H, F of the tower; p patches, k tiles;
-b pairs of a rank, C columns of the loss.
+Each part counts with its largest size: weights and gradients of a step, the activations of as many micro batches as the
+pipeline schedule has in flight, and the largest temporary tensors. docs/planner.md says how the formulas were checked.
+Shapes: t tokens, h hidden, f inner width of the MLP, n heads, d head dimension; H, F of the vision encoder; p patches,
+k tiles; b pairs of a rank, C columns of the loss.
 """
 
 from collections.abc import Sequence
@@ -20,25 +20,26 @@ from megatron_llave.planning.flops import Work
 from megatron_llave.planning.pair_lengths import SideShape
 
 FLOAT = 4
+"""Bytes of a float32."""
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
-"""Elements, of megatron-core's gradient buffer (param_and_grad_buffer.py)."""
+"""Alignment in elements of parameters in megatron-core's gradient buffer, and of its end (param_and_grad_buffer.py)."""
 PART_OF = {"vision": "vision", "projector": "projector", "embedding": "language", "decoder": "language"}
-"""model.freeze's name of each group of parameters."""
+"""The name in model.freeze for each group of parameters."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one micro batch passes through the model."""
+    """The amount of input of one micro batch."""
 
     work: Work
     sequences: int
     visual_tokens: int
     attended: int
-    """Rows of the local attention, which pads sequences of similar lengths to the longest of them."""
+    """Tokens in the local attention, which pads sequences of similar lengths to the longest of them."""
 
     @staticmethod
     def of(sides: Sequence[SideShape]) -> "MicroBatch":
-        """These sides, packed."""
+        """Return the micro batch of these sides, packed into one row."""
         lengths = [side.tokens for side in sides]
         buckets: dict[int, list[int]] = {}
         for length in lengths:
@@ -50,19 +51,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A share of the model on one rank: all of it, a pipeline stage, or one of a stage's chunks."""
+    """The share of the model on one rank: all of it, a pipeline stage, or one of the chunks of a stage."""
 
     model: ModelConfig
     layout: ParallelConfig
     layers: int
-    """Of the decoder."""
+    """Layers of the decoder."""
     is_first: bool
-    """Has tower, projector and token embedding."""
+    """Whether it has vision encoder, projector and token embedding."""
     is_last: bool
-    """Has the final norm and pools."""
+    """Whether it has the final norm and pools."""
 
     def sizes(self) -> dict[str, list[int]]:
-        """Elements of each parameter on one tensor-parallel rank, by group."""
+        """Return the elements of each parameter on one tensor-parallel rank, by group."""
         language, vision, tp = self.model.language, self.model.vision, self.layout.tensor
         h, f, kv = language.hidden_size, language.ffn_hidden_size, kv_width(self.model)
         layer = [(h + 2 * kv) * h // tp, (h + 2 * kv) // tp, h * h // tp, 2 * f * h // tp, f * h // tp, h, h]
@@ -79,39 +80,39 @@ class Chunk:
         }
 
     def buffer(self, data_parallel: int) -> int:
-        """Elements of the gradient buffer: the trained parameters, each one's begin and the end aligned."""
+        """Return the elements of the gradient buffer: trained parameters with their starts and the end aligned."""
         trained = [s for group, sizes in self.sizes().items() if is_trained(self.model, group) for s in sizes]
         return round_up(sum(round_up(s, PARAMETER_ALIGNMENT) for s in trained), lcm(data_parallel, BUFFER_ALIGNMENT))
 
     def activations(self, batch: MicroBatch, on_gpu: bool) -> int:
-        """Bytes that the backward of one micro batch needs, but for the features of a frozen tower."""
+        """Return the bytes that the backward of a micro batch needs, without features of a frozen vision encoder."""
         model, h, e = self.model, self.model.language.hidden_size, element(self.model)
         kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute)
         if model.kernels == "local":
-            if model.recompute == "full":  # the angles, which every layer is handed
+            if model.recompute == "full":  # the rotary angles, an input of every layer
                 kept += FLOAT * h // model.language.num_heads * batch.work.tokens
-            else:  # where each token lies in the buckets
+            else:  # indices of the tokens in the buckets
                 kept += 8 * (batch.work.tokens + batch.attended)
         if self.is_first and model.dropout:
             kept += batch.work.tokens * h * e
         if self.is_first and not {"vision", "projector"} <= set(model.freeze):
             patches = batch.work.tiles * model.vision.patches_per_side**2
             kept += 2 * patches * h * e // self.layout.tensor + batch.visual_tokens * h * e
-            kept += 0 if "vision" in model.freeze else tower_activations(model, self.layout, batch.work.tiles)
+            kept += 0 if "vision" in model.freeze else vision_encoder_activations(model, self.layout, batch.work.tiles)
         if self.is_last:
             spread = self.layout.tensor if self.layout.sequence else 1
             kept += (norm_activations(model, on_gpu) - h * e) * batch.work.tokens // spread
-            kept += 3 * FLOAT * h * batch.sequences  # pooled, and made of unit length
+            kept += 3 * FLOAT * h * batch.sequences  # pooled and normalised
         return kept
 
 
 def kv_width(model: ModelConfig) -> int:
-    """Width of all key heads, or of all value heads."""
+    """Return the width of all key heads together, which is also that of all value heads."""
     return model.language.hidden_size // model.language.num_heads * model.language.num_kv_heads
 
 
 def element(model: ModelConfig) -> int:
-    """Bytes of a weight or activation."""
+    """Return the bytes of a weight or activation."""
     return DTYPES[model.precision].itemsize
 
 
@@ -121,12 +122,12 @@ def is_trained(model: ModelConfig, group: str) -> bool:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The next multiple."""
+    """Return the smallest multiple that is not less than `number`."""
     return -(-number // multiple) * multiple
 
 
 def norm_activations(model: ModelConfig, on_gpu: bool) -> int:
-    """Bytes per token of a norm: its input, its output, and what torch keeps between where it is not one kernel."""
+    """Return bytes per token of a norm: its input, its output, and what torch keeps between if it is not one kernel."""
     h, e = model.language.hidden_size, element(model)
     between_and_input = h * e if on_gpu or model.kernels == "transformer_engine" else 2 * h * FLOAT
     return between_and_input + h * e + FLOAT
@@ -135,31 +136,31 @@ def norm_activations(model: ModelConfig, on_gpu: bool) -> int:
 def layer_activations(
     model: ModelConfig, layout: ParallelConfig, batch: MicroBatch, on_gpu: bool, recompute: str
 ) -> int:
-    """Bytes that one decoder layer keeps of one micro batch."""
+    """Return the bytes that a decoder layer keeps of a micro batch for the backward."""
     language, e, tp = model.language, element(model), layout.tensor
     h, f, kv, t = language.hidden_size, language.ffn_hidden_size, kv_width(model), batch.work.tokens
     spread = tp if layout.sequence else 1
     if recompute == "full":
         return t * h * e // spread
     fused, is_selective = model.kernels == "transformer_engine", recompute == "selective"
-    # Queries and keys once turned, the one tensor of all three before (the values are a slice of it), the output.
+    # Queries and keys after the rotary embedding, the tensor of all three before it (values are a slice), the output.
     attention = t * e * (h + kv + (h + 2 * kv) + h)
     if not is_selective:
         attention += t * FLOAT * language.num_heads
-        if not fused:  # sequences are copied into buckets and out again
+        if not fused:  # sequences are copied into buckets and back
             attention = t * e * h + batch.attended * (e * (2 * h + 2 * kv) + FLOAT * language.num_heads)
-    # Both halves of the gated MLP, the gate's SiLU, the other half plus megatron-core's offset, and the product.
+    # Both halves of the gated MLP, SiLU of the gate, the other half plus megatron-core's offset, and the product.
     mlp = 0 if is_selective else 5 * f * t * e
     norms = 2 * norm_activations(model, on_gpu) * t
     if fused and is_selective:
         norms -= h * e * t  # the second norm is part of the recomputed MLP
-    turning = 0 if fused else 4 * (h // language.num_heads) * t * e
+    rotary = 0 if fused else 4 * (h // language.num_heads) * t * e
     dropped = 2 * h * t * e if model.dropout else 0
-    return (attention + mlp) // tp + (norms + dropped) // spread + turning
+    return (attention + mlp) // tp + (norms + dropped) // spread + rotary
 
 
-def tower_activations(model: ModelConfig, layout: ParallelConfig, tiles: int) -> int:
-    """Bytes that a trained tower keeps of its tiles."""
+def vision_encoder_activations(model: ModelConfig, layout: ParallelConfig, tiles: int) -> int:
+    """Return the bytes that a trained vision encoder keeps of its tiles for the backward."""
     vision, e, tp = model.vision, element(model), layout.tensor
     H, F, p = vision.hidden_size, vision.ffn_hidden_size, vision.patches_per_side**2
     split = 4 * H + 2 * F  # queries, keys, values and the attention's output; the MLP before and after its GELU
@@ -169,27 +170,30 @@ def tower_activations(model: ModelConfig, layout: ParallelConfig, tiles: int) ->
 
 
 def feature_bytes(model: ModelConfig, tiles: int) -> int:
-    """What the tower makes of tiles."""
+    """Return the bytes of the features of `tiles` tiles."""
     return tiles * model.vision.patches_per_side**2 * model.vision.hidden_size * element(model)
 
 
 def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
-    """A micro batch as it comes: ids, where visual tokens go and come from, pixels."""
+    """Return the bytes of the inputs of a micro batch: ids, indices of visual tokens, pixels."""
     tiles = 3 * model.vision.image_size**2 * batch.work.tiles
     return 8 * batch.work.tokens + 16 * batch.visual_tokens + tiles + 12 * batch.sequences
 
 
 def loss_bytes(rows: int, columns: int, dim: int) -> int:
-    """Embeddings of b pairs, as one tensor too, and their gradients; the targets' gradients, and gathered from other
-    ranks the targets themselves; a chunk of logits. All float32."""
+    """Return the bytes of the loss, all in float32.
+
+    These are embeddings of b pairs, also as one tensor, and their gradients; the gradients of all targets, the targets
+    themselves if they are gathered from other ranks, and a chunk of logits.
+    """
     gathered = columns * dim if columns > rows else 0
     return FLOAT * (6 * rows * dim + columns * dim + gathered + 4 * min(CHUNK, rows) * columns)
 
 
 def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
-    """The largest of what exists for a moment only, beside all the rest."""
+    """Return the bytes of the largest temporary tensors."""
     model, e, tp, work = chunk.model, element(chunk.model), chunk.layout.tensor, batch.work
-    # Gradients in a layer's MLP, or in a norm of several operations; the layer itself where it is computed again.
+    # Gradients in the MLP of a layer, or in a norm of several operations; the layer itself if it is recomputed.
     in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT
     of_layer = [layer_activations(model, chunk.layout, batch, on_gpu, way) for way in ("none", model.recompute)]
     in_layer = of_layer[0] - of_layer[1] + max(2 * model.language.ffn_hidden_size * e // tp, in_norm) * work.tokens
@@ -198,24 +202,24 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     vision, patches = model.vision, work.tiles * model.vision.patches_per_side**2
     inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tp
     at_ends = [
-        patches * (2 * vision.hidden_size + inner) * e,  # in the tower, whose tensors nobody keeps if it is frozen
+        patches * (2 * vision.hidden_size + inner) * e,  # in the vision encoder, which keeps nothing if it is frozen
         work.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
     ]
-    # Before or after the micro batch has anything kept.
+    # They exist while nothing of the micro batch is kept yet, or any more.
     return max(in_layer, max(at_ends) - chunk.activations(batch, on_gpu))
 
 
 def chunk_order(chunks: int, stages: int, micro_batches: int) -> list[int]:
-    """Chunks in the order in which a stage runs their forwards: groups of as many micro batches as there are stages."""
+    """Return the chunks in the order of a stage's forwards: groups of as many micro batches as there are stages."""
     return [k % (stages * chunks) // stages for k in range(micro_batches * chunks)]
 
 
 def bytes_in_flight(kept: list[int], stage: int, stages: int, micro_batches: int) -> int:
-    """The most a stage keeps for backwards to come, from what a micro batch leaves in each of its chunks.
+    """Return the most bytes that a stage keeps for later backwards, given what a micro batch leaves in each chunk.
 
-    1F1B, or interleaved where there are several chunks (megatron-core's schedules.py): after some forwards alone, one
-    forward, one backward.
+    The schedule is 1F1B, or the interleaved one for several chunks (megatron-core's schedules.py): some forwards first,
+    then one forward and one backward in turn.
     """
     chunks, order = len(kept), chunk_order(len(kept), stages, micro_batches)
     alone = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
@@ -230,7 +234,7 @@ def bytes_in_flight(kept: list[int], stage: int, stages: int, micro_batches: int
 
 
 def stage_chunks(model: ModelConfig, layout: ParallelConfig, stage: int) -> list[Chunk]:
-    """What a pipeline stage holds."""
+    """Return the chunks of a pipeline stage."""
     stages, number, first = layout.pipeline, layout.virtual_pipeline, layout.first_stage_layers
     layers = model.language.num_layers // stages
     if first is not None:
@@ -243,30 +247,30 @@ def stage_chunks(model: ModelConfig, layout: ParallelConfig, stage: int) -> list
 
 @dataclass(frozen=True)
 class StepShape:
-    """How a step is cut up."""
+    """How a step is divided over ranks and micro batches."""
 
     data_parallel: int
-    """Ranks that hold the same part of the model, each with its own pairs."""
+    """Number of data-parallel ranks."""
     micro_batches: int
-    """Of each data-parallel rank."""
+    """Micro batches of each data-parallel rank."""
     rows: int
-    """b, a rank's pairs in one loss: those of its step or of a micro batch."""
+    """b, pairs of a rank in one loss: those of a step or of a micro batch."""
     columns: int
     """C, pairs and hard negatives of all ranks in one loss."""
     has_embed_pass: bool
-    """Whether the step goes over its micro batches twice."""
+    """Whether the step runs its micro batches twice (gradient cache)."""
     batch: MicroBatch
-    """The longest."""
+    """The longest micro batch."""
 
 
 def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = True) -> dict[str, int]:
-    """Bytes by part on a rank of a pipeline stage; the last part is the largest of what exists for a moment only.
+    """Return bytes by part on a rank of a pipeline stage; the last part is that of temporary tensors.
 
     Args:
-        cfg: of the run, with its model's sizes.
-        stage: from 0.
-        step: how a step is cut up.
-        on_gpu: False: as torch computes on a CPU, whose norms are several operations.
+        cfg: configuration of the run, with the sizes of its model.
+        stage: number of the pipeline stage, from 0.
+        step: how a step is divided.
+        on_gpu: False for a CPU, where norms of torch are several operations.
     """
     model, e, stages = cfg.model, element(cfg.model), cfg.parallel.pipeline
     chunks = stage_chunks(model, cfg.parallel, stage)
@@ -277,7 +281,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     memory = {
         "weights": (trained + frozen) * e,
         "gradients": trained * FLOAT,
-        # Two moments, and the weights themselves where they are less precise elsewhere.
+        # Two moments, and float32 weights if the model's are less precise.
         "optimizer": trained // step.data_parallel * FLOAT * (2 if e == FLOAT else 3),
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
@@ -287,13 +291,13 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     }
     if model.precision == "fp8":  # FP8 copies of the decoder's matrices, and of their transposes
         memory["weights"] += 2 * sum(sum(c.sizes()["decoder"]) for c in chunks)
-    if cfg.loss.reward == "ema":  # the average, and a copy of it that takes the weights' place for a pass
+    if cfg.loss.reward == "ema":  # the average, and a copy of it in the weights' dtype for one pass
         memory["weights"] += trained * (FLOAT + e)
     return memory
 
 
 def _kept_features(cfg: RunConfig, step: StepShape) -> int:
-    """Bytes of a frozen tower's features, which passes share, and which the projector's backward needs."""
+    """Return the bytes of a frozen vision encoder's features, for later passes and for the projector's backward."""
     model, layout = cfg.model, cfg.parallel
     if "vision" not in model.freeze:
         return 0

@@ -1,6 +1,6 @@
-"""How long pairs are: tokens and tiles of their sides, of a folder of shards or of a mixture like MMEB's.
+"""Lengths of pairs: tokens and tiles of queries and targets, from a folder of shards or for a mixture like MMEB.
 
-What planning knows about data; no picture is decoded and no model runs.
+The planner uses them. No image is decoded and no model runs.
 """
 
 from collections.abc import Iterator
@@ -20,27 +20,26 @@ from megatron_llave.errors import DataError
 from megatron_llave.models import family_of
 
 PAIRS_COUNTED = 20_000
-"""Pairs of a subset that inspect reads: all of a smaller one, of a larger one about as many in evenly spaced shards."""
-
+"""Pairs of a subset that inspect reads: all of a smaller subset, about this many of a larger one."""
 
 CHUNK = 1 << 20
-
+"""Bytes of a file that are read at a time."""
 
 Sizes = list[list[int]]
-"""[width, height] of each image of a side."""
+"""[width, height] of each image of a query or target, pixels."""
 
 
 @dataclass(frozen=True)
 class TokenCounter:
-    """Length of a side as training would pack it, but never cut."""
+    """Counts the tokens of a query or target as training packs it, but without a limit to its length."""
 
     tokenizer: Tokenizer
     model: ModelConfig
     template: str
-    """qwen or plain."""
+    """Prompt template: qwen or plain."""
 
     def __call__(self, text: str, sizes: Sizes) -> int:
-        """Tokens, visual ones counted.
+        """Return the number of tokens, visual ones included.
 
         Raises:
             DataError: more placeholders than images.
@@ -49,7 +48,7 @@ class TokenCounter:
 
 
 def sample_shards(subset: Subset) -> list[Shard]:
-    """All shards of a small subset; of a large one evenly spaced ones, always the same."""
+    """Return all shards of a small subset, or evenly spaced ones of a large subset; always the same ones."""
     shards = subset.shards
     wanted = max(1, -(-len(shards) * PAIRS_COUNTED // max(subset.pairs, 1)))
     if wanted >= len(shards):
@@ -58,7 +57,7 @@ def sample_shards(subset: Subset) -> list[Shard]:
 
 
 def read_descriptions(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The JSON of each sample, without reading images, and what to call the sample in a message."""
+    """Yield the JSON of each sample, without reading images, and the name of the sample for messages."""
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -71,7 +70,7 @@ def read_descriptions(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 PAIRS_READ = 1000
-"""Of each subset."""
+"""Pairs of each subset that planning reads."""
 PHOTO, SQUARE = (640, 480), (512, 512)
 MMEB_LIKE = [
     (403, (PHOTO, 45), (None, 29)),
@@ -79,45 +78,45 @@ MMEB_LIKE = [
     (76, (PHOTO, 45), (PHOTO, 30)),
     (16, (SQUARE, 34), (SQUARE, 28)),
 ]
-"""Pairs in thousands, then of query and target the picture and the tokens of text and template: the 20 training subsets
-as benchmarks/length_mixes.yaml estimates them, put together by where the pictures are."""
+"""Pairs in thousands; then for query and target the size of the image and the tokens of text and template. These are
+the 20 training subsets of MMEB as benchmarks/length_mixes.yaml estimates them, grouped by where the images are."""
 
 
 @dataclass(frozen=True)
 class SideShape:
-    """One half of a pair."""
+    """Lengths of a query or target."""
 
     tokens: int
-    """Visual ones counted."""
+    """Tokens, visual ones included."""
     visual_tokens: int = 0
     tiles: int = 0
 
 
 Shape = tuple[SideShape, SideShape]
-"""Query and target."""
+"""Lengths of query and target."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Pairs that batches are made of: a subset."""
+    """A kind of pairs that a batch is made of: those of a subset."""
 
     share: float
-    """Of the batches, relative to the others."""
+    """Share of the batches, relative to those of other kinds."""
     pairs: list[Shape]
 
 
 def mmeb_like(model: ModelConfig, max_length: int) -> list[Kind]:
-    """MMEB_LIKE with this model's tiles."""
+    """Return MMEB_LIKE with the tiles of this model."""
 
-    def shape(picture: tuple[int, int] | None, text: int) -> SideShape:
-        visual, tiles = family_of(model).image_lengths(*picture, model) if picture else (0, 0)
+    def shape(image: tuple[int, int] | None, text: int) -> SideShape:
+        visual, tiles = family_of(model).image_lengths(*image, model) if image else (0, 0)
         return SideShape(min(text + visual, max_length), visual, tiles)
 
     return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
 
 
 def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
-    """The subsets that a run would draw from a folder of shards; of each the first pairs of evenly spaced shards.
+    """Return the kinds of pairs that a run draws from a folder of shards: the first pairs of evenly spaced shards.
 
     Raises:
         ConfigError: the mixture cannot be drawn from the folder.
@@ -129,7 +128,8 @@ def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
     for name, source in build_mixture(cfg, index).sources.items():
         shards = sample_shards(index.subsets[name])
         per_shard = -(-PAIRS_READ // len(shards))
-        described = (one for shard in shards for one in islice(read_descriptions(folder / shard.file), per_shard))
+        files = [folder / shard.file for shard in shards]
+        described = chain.from_iterable(islice(read_descriptions(file), per_shard) for file in files)
         pairs = list(_shapes(described, counter, cfg.data.max_length))
         if not pairs:
             raise DataError(f"{folder}: no pair of subset {name} can be used")
@@ -138,7 +138,7 @@ def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
 
 
 def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCounter, max_length: int) -> Iterator[Shape]:
-    """Of the pairs that training would not leave out."""
+    """Yield the lengths of the pairs that training does not leave out."""
     for pair, where in described:
         try:
             query, target = (_side_shape(pair[side], counter, max_length) for side in ("query", "target"))
@@ -151,13 +151,13 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
     image_lengths = family_of(counter.model).image_lengths
-    pictures = [image_lengths(*size, counter.model) for size in side["sizes"]]
+    images = [image_lengths(*size, counter.model) for size in side["sizes"]]
     tokens = min(counter(side["text"], side["sizes"]), max_length)
-    return SideShape(tokens, sum(visual for visual, _ in pictures), sum(tiles for _, tiles in pictures))
+    return SideShape(tokens, sum(visual for visual, _ in images), sum(tiles for _, tiles in images))
 
 
 def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:
-    """The sides of the longest micro batch of `pairs` that one kind can give; hard negatives are like targets."""
+    """Return the sides of the longest micro batch of `pairs` pairs of one kind; hard negatives count like targets."""
     candidates = []
     for kind in kinds:
         sides = [[query, *[target] * (1 + hard_negatives)] for query, target in kind.pairs]

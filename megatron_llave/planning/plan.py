@@ -1,6 +1,6 @@
-"""A run planned before it is started: memory, FLOPs, bytes moved, pipeline bubble, and a layout that fits.
+"""Plan of a run before it starts: memory, FLOPs, communicated bytes, pipeline bubble, and a parallel layout that fits.
 
-Formulas alone (flops.py, memory_plan.py); tools/plan.py shows them.
+Everything is computed by the formulas of flops.py and memory.py; tools/plan.py prints it.
 """
 
 from collections.abc import Iterator
@@ -16,74 +16,74 @@ from megatron_llave.planning.memory import FLOAT, Chunk, MicroBatch, StepShape, 
 from megatron_llave.planning.pair_lengths import Kind, longest_batch
 
 NODE = 8
-"""Devices with fast links between them: tensor parallel does not go beyond."""
+"""Devices of a node, which fast links connect; tensor parallelism stays within a node."""
 SMALL_PART = 0.1
-"""Of the card, kept free for the CUDA context, NCCL's buffers and fragmentation."""
+"""Share of a device's memory that is kept free for the CUDA context, NCCL buffers and fragmentation."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A pipeline stage; its ranks are alike."""
+    """Plan of a pipeline stage, the same for all of its ranks."""
 
     layers: int
-    """Of the decoder."""
+    """Layers of the decoder."""
     memory: dict[str, int]
-    """Bytes by part, on each rank."""
+    """Bytes by part on each rank."""
     flops: float
-    """Of a step, all ranks of the stage together, extra ones too."""
+    """FLOPs of a step of all ranks of the stage together, extra ones included."""
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Return the bytes of all parts."""
         return sum(self.memory.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a number of ranks."""
+    """Plan of a run on a number of ranks."""
 
     cfg: RunConfig
     step: StepShape
     stages: list[StagePlan]
     model_flops: int
-    """Of a step, all ranks together."""
+    """FLOPs of a step of all ranks together."""
     extra_flops: int
-    """What the way of computing adds, the loss with it."""
+    """FLOPs that the way of computing adds, those of the loss included."""
     gather_bytes: int
-    """Received per rank and step by the loss."""
+    """Bytes that the loss receives per rank and step."""
     reduction_bytes: int
-    """Received per rank and step to sum gradients and to gather weights, where most is."""
+    """Bytes that a rank of the largest stage receives per step, to reduce gradients and to gather weights."""
 
     @property
     def worst(self) -> StagePlan:
-        """The stage that needs most memory."""
+        """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
     def bubble(self) -> float:
-        """Share of a pass over the pipeline in which a stage waits, were all stages equal."""
+        """Return the share of a step in which a stage waits for others, if all stages were equally fast."""
         waits, layout = len(self.stages) - 1, self.cfg.parallel
         return waits / (self.step.micro_batches * layout.virtual_pipeline + waits)
 
     @property
     def balance(self) -> float:
-        """Mean over largest FLOPs of the stages: 1 where none waits for a slower one."""
+        """Return the mean of the stages' FLOPs over the largest: 1 if no stage waits for a slower one."""
         flops = [stage.flops for stage in self.stages]
         return sum(flops) / len(flops) / max(flops)
 
     def fits(self, memory: float) -> bool:
-        """Whether every rank has room in so many bytes, less SMALL_PART."""
+        """Whether every rank fits into `memory` bytes, of which SMALL_PART stay free."""
         return self.worst.total <= memory * (1 - SMALL_PART)
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
-    """Of the whole model, by group; the vocabulary padded as on one process."""
+    """Return the parameters of the complete model by group, the vocabulary padded as on one process."""
     whole = Chunk(model, ParallelConfig(), model.language.num_layers, True, True)
     return {group: sum(sizes) for group, sizes in whole.sizes().items()}
 
 
 def mean_work(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> Work:
-    """What a number of pairs takes on average; hard negatives are like targets."""
+    """Return the average input of a number of pairs; hard negatives count like targets."""
     total = sum(kind.share for kind in kinds)
     tokens = squares = tiles = 0.0
     for kind in kinds:
@@ -100,19 +100,19 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     """Plan a run: memory for the longest micro batch, FLOPs for the mean one.
 
     Args:
-        cfg: of the run, with its model's sizes.
-        ranks: processes, one per device.
-        kinds: the pairs.
-        on_gpu: see memory_plan.stage_memory.
+        cfg: configuration of the run, with the sizes of its model.
+        ranks: number of processes, one per device.
+        kinds: the kinds of pairs.
+        on_gpu: see memory.stage_memory.
 
     Raises:
-        ConfigError: the model's sizes are not given, or layout or batch cannot work on these ranks.
+        ConfigError: the model's sizes are not given, or parallel layout or batch do not fit these ranks.
     """
     require(has_sizes(cfg.model), f"checkpoint.init={cfg.checkpoint.init} has the model's sizes: name model.preset too")
     step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds)
     work = mean_work(kinds, cfg.train.global_batch_size, cfg.data.hard_negatives)
     has_reward = cfg.loss.reward == "ema"
-    losses = cfg.train.global_batch_size // step.rows  # of all ranks
+    losses = cfg.train.global_batch_size // step.rows  # summed over all ranks
     dims = cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]
     stages = range(cfg.parallel.pipeline)
     trained = [sum(c.buffer(step.data_parallel) for c in stage_chunks(cfg.model, cfg.parallel, s)) for s in stages]
@@ -130,10 +130,10 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
 
 
 def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepShape:
-    """How a step is cut up.
+    """Return how a step is divided.
 
     Raises:
-        ConfigError: the batch cannot be split.
+        ConfigError: the batch cannot be divided.
     """
     validate_batch(cfg, data_parallel)
     share = cfg.train.global_batch_size // data_parallel
@@ -146,20 +146,20 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
 
 
 def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu: bool) -> StagePlan:
-    """`work`: of the step. A stage has its share of the decoder's FLOPs, the first one tower and projector too."""
+    """Plan a stage, given the input of a step. The first stage has vision encoder and projector too."""
 
     def flops(part: Work) -> int:
         return step_flops(cfg.model, part) + extra_flops(cfg.model, part, step.has_embed_pass, cfg.loss.reward == "ema")
 
     layers = sum(chunk.layers for chunk in stage_chunks(cfg.model, cfg.parallel, stage))
-    own = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers
+    total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers
     if stage == 0:
-        own += flops(Work(0, 0, work.tiles))
-    return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), own)
+        total += flops(Work(0, 0, work.tiles))
+    return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), total)
 
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
-    """Bytes that a rank receives in one loss over b pairs of each of N ranks (study/communication/model.py)."""
+    """Return the bytes that a rank receives in one loss over `rows` pairs of each of N ranks."""
     hard, total = rows * cfg.data.hard_negatives, 0
     for dim in cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]:
         total += 8 * (rows + hard) * dim + 20 * rows + 16
@@ -169,10 +169,10 @@ def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
 
 
 def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tuple[Plan, list[str]] | None:
-    """The first other configuration that fits into `memory` bytes per rank, and the overrides that make it.
+    """Return the first other configuration that fits into `memory` bytes per rank, and the overrides that make it.
 
-    Layouts are tried in the order of how often they split the model, the configuration's own first; within a layout the
-    fewest FLOPs win, then the largest micro batch. None: nothing fits.
+    Parallel layouts are tried in the order of the number of parts they split the model into, that of the configuration
+    first. Among the plans of a layout the fewest FLOPs win, then the largest micro batch. None: nothing fits.
     """
     for layout in _layouts(cfg.parallel, ranks):
         plans = []
@@ -182,7 +182,7 @@ def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tu
             try:
                 plans.append(make_plan(other, ranks, kinds))
             except ConfigError:
-                continue  # the layout cannot be had, or the batch not be split so
+                continue  # the layout is impossible, or the batch cannot be divided
         fitting = [plan for plan in plans if plan.fits(memory)]
         if fitting:
             best = min(fitting, key=lambda plan: (plan.extra_flops, -plan.cfg.train.micro_batch_size))
@@ -190,16 +190,16 @@ def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tu
     return None
 
 
-def _layouts(own: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
-    """The own one, then those that split the model into more parts, each into as many as its forerunner or twice."""
-    yield own
-    parts = own.tensor * own.pipeline
+def _layouts(given: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
+    """Yield the given layout, then others with as many parts of the model, twice as many, and so on."""
+    yield given
+    parts = given.tensor * given.pipeline
     while parts <= ranks:
         for tensor in (1, 2, 4, NODE)[::-1]:
-            if parts % tensor == 0 and (tensor, parts // tensor) != (own.tensor, own.pipeline):
+            if parts % tensor == 0 and (tensor, parts // tensor) != (given.tensor, given.pipeline):
                 pipeline = parts // tensor
                 yield replace(
-                    own,
+                    given,
                     tensor=tensor,
                     pipeline=pipeline,
                     sequence=tensor > 1,
@@ -210,7 +210,7 @@ def _layouts(own: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
 
 
 def _settings(cfg: RunConfig) -> Iterator[tuple[int, str]]:
-    """Micro-batch sizes from the configuration's own down, each with every way to recompute from its own up."""
+    """Yield micro-batch sizes from the configured one downwards, each with all stronger values of model.recompute."""
     size = cfg.train.micro_batch_size or cfg.train.global_batch_size
     while size >= 1:
         for recompute in RECOMPUTE[RECOMPUTE.index(cfg.model.recompute) :]:
@@ -219,12 +219,12 @@ def _settings(cfg: RunConfig) -> Iterator[tuple[int, str]]:
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
-    """Overrides `section.key=value` that make the one of the other; of the keys that find_fit changes."""
-    found = []
+    """Return the overrides `section.key=value` that turn `before` into `after`, for the keys that find_fit changes."""
+    overrides = []
     for section in ("parallel", "model", "train"):
-        own, other = vars(getattr(before, section)), vars(getattr(after, section))
-        found += [f"{section}.{key}={_spelled(other[key])}" for key in own if own[key] != other[key]]
-    return found
+        old, new = vars(getattr(before, section)), vars(getattr(after, section))
+        overrides += [f"{section}.{key}={_spelled(new[key])}" for key in old if old[key] != new[key]]
+    return overrides
 
 
 def _spelled(value: object) -> str:

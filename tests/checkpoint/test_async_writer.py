@@ -85,7 +85,7 @@ def test_newest_is_current_and_the_older_ones_go(groups, tmp_path: Path) -> None
     assert names(tmp_path) == {"latest", "step-0000002", "step-0000004", "step-0000005"}
     folder = folders.find(tmp_path / "run")
     assert folder.name == "step-0000005" and run[1].last == folder
-    manifest = folders.require_whole(folder)
+    manifest = folders.require_complete(folder)
     assert manifest["step"] == 5
     assert manifest["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "chunks": 1}
     assert {"config.yaml", "data.json", "metadata.json", ".metadata"} <= set(manifest["files"])
@@ -261,4 +261,4 @@ def test_other_format_is_refused(saved) -> None:
     file = folder / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 9}))
     with pytest.raises(CheckpointError, match="'megatron_llave checkpoint' version 9, this code reads version 1"):
-        folders.require_whole(folder)
+        folders.require_complete(folder)

@@ -1,7 +1,7 @@
-"""Random weights that are the same model at every layout: each parameter's generator is seeded by its global name.
+"""Random initial weights, the same at every parallel layout: each parameter's generator is seeded by its global name.
 
-megatron-core's own initialisation slices a gated MLP's matrix plainly and starts every pipeline stage from one random
-state, so that equal seeds give different models at different layouts.
+megatron-core's own initialisation cuts the matrix of a gated MLP without regard to its two halves, and starts every
+pipeline stage from the same random state, so that equal seeds give different models at different layouts.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ GATED = "mlp.linear_fc1.weight"
 
 
 def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
-    """Parameters of one pipeline chunk under their names in the whole model (layers counted over all stages)."""
+    """Yield the parameters of a pipeline chunk under their names in the complete model (layers counted over stages)."""
     layers = chunk.language.decoder.layers
     offset = layers[0].layer_number - 1 if len(layers) else 0
     prefix = "language.decoder.layers."
@@ -42,7 +42,7 @@ def initialize_parameters(chunks: list[Module], tensor_group: dist.ProcessGroup,
 
 
 def full_shape(parameter: Parameter, tensor: int) -> list[int]:
-    """Shape of the parameter before it was split over `tensor` ranks."""
+    """Return the shape of the parameter before it was split over `tensor` tensor-parallel ranks."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= tensor
@@ -50,7 +50,7 @@ def full_shape(parameter: Parameter, tensor: int) -> list[int]:
 
 
 def tensor_parallel_part(full: Tensor, parameter: Parameter, name: str, rank: int, tensor: int) -> Tensor:
-    """The part of a full parameter that tensor-parallel `rank` of `tensor` holds."""
+    """Return the part of a full parameter that tensor-parallel rank `rank` of `tensor` holds."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     if name.startswith("language.") and name.endswith(GATED):

@@ -1,7 +1,7 @@
-"""Which kernels compute a run: torch's own, Transformer Engine's, apex's; found on the machine, said at the start.
+"""The kernels that compute a run: those of torch, Transformer Engine or apex. A run logs them when it starts.
 
-megatron-core picks the optimizer's by itself (megatron/core/optimizer/__init__.py): Transformer Engine's fused AdamW,
-else apex's, else torch's.
+megatron-core chooses those of the optimizer itself (megatron/core/optimizer/__init__.py): the fused AdamW of
+Transformer Engine, else of apex, else torch's.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -12,13 +12,13 @@ import torch
 from megatron_llave.config.model import ModelConfig
 
 APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
-"""apex's extension that megatron-core's own linear layers use."""
+"""The extension of apex that megatron-core's own linear layers use."""
 
 
 def fuses_weight_gradients(kernels: str) -> bool:
-    """Whether a backward adds weight gradients straight to the float32 buffer.
+    """Whether the backward pass adds weight gradients directly to the float32 buffer.
 
-    Transformer Engine's layers can; torch's can with apex's extension, on a GPU.
+    Transformer Engine's layers do so; torch's do with the extension of apex, on a GPU.
     """
     if kernels == "transformer_engine":
         return True
@@ -26,11 +26,11 @@ def fuses_weight_gradients(kernels: str) -> bool:
 
 
 def describe_kernels(model: ModelConfig, optimizer: str) -> str:
-    """One line for the log: device, layers, precision, weight gradients, optimizer; and what is wrong with them.
+    """Return a line for the log: device, layers, precision, weight gradients, optimizer, and what to improve.
 
     Args:
-        model: of the run.
-        optimizer: whose code updates the weights, such as "FusedAdam of apex".
+        model: the `model` section of the run.
+        optimizer: the code that updates the weights, such as "FusedAdam of apex".
     """
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -51,7 +51,7 @@ def describe_kernels(model: ModelConfig, optimizer: str) -> str:
 def _has_apex_optimizers() -> bool:
     try:
         return find_spec("apex.optimizers") is not None
-    except ImportError:  # looking for a part loads the whole, and the web framework of that name wants other packages
+    except ImportError:  # find_spec imports the package, and the web framework of that name needs further packages
         return False
 
 

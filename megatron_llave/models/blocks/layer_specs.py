@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: torch's own ("local"), or Transformer Engine's.
+"""The modules of a transformer layer: torch's own (model.kernels=local) or those of Transformer Engine.
 
 Shapes: s sequence, t packed tokens, b batch, h hidden, n heads, d head dimension; megatron-core order [s, b, h].
 """
@@ -56,13 +56,14 @@ class LayerNorm(torch.nn.Module):
 
 
 @dataclass
-class PackedLayout(PackedSeqParams):
-    """megatron-core's packed-sequence record, with what the local attention needs, worked out once per batch."""
+class BucketedSeqParams(PackedSeqParams):
+    """megatron-core's record of packed sequences, with what the local attention needs; made once per micro batch."""
 
     bucket_rows: list[Tensor] = field(default_factory=list)
-    """Per bucket of similar lengths [sequences, longest] int64: positions in the packed row, the last one repeated."""
+    """For each bucket of similar lengths [sequences, longest] int64: positions in the packed row. A shorter sequence
+    repeats its last position."""
     from_buckets: Tensor | None = None
-    """[t] int64: where each packed token stands in the concatenation of the flattened buckets."""
+    """[t] int64: index of each packed token in the concatenation of the flattened buckets."""
     positions: Tensor | None = None
     """[t] int64 position of each token in its own sequence."""
 
@@ -72,15 +73,15 @@ def length_bucket(length: int) -> int:
     return (length - 1).bit_length()
 
 
-def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLayout:
-    """Describe a packed row to the attention of the chosen kernels.
+def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> BucketedSeqParams:
+    """Describe a packed row for the attention of the chosen kernels.
 
     Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the
-    same powers of two: few large calls in place of one per sequence, at most four times the attention arithmetic.
+    same powers of two: a few large calls instead of one per sequence, with at most four times the attention arithmetic.
     """
     if kernels == "transformer_engine":
         ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
-        return PackedLayout(qkv_format="thd", max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen, **ends)
+        return BucketedSeqParams(qkv_format="thd", max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen, **ends)
     lengths = cu_seqlens.diff().tolist()
     starts = cu_seqlens[:-1].tolist()
     buckets: dict[int, list[int]] = {}
@@ -101,11 +102,13 @@ def packed_layout(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> PackedLa
     first = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths_on_device)
     positions = torch.arange(sum(lengths), device=device) - first
     rows = [row.to(device) for row in rows]
-    return PackedLayout(qkv_format="sbhd", bucket_rows=rows, from_buckets=from_buckets.to(device), positions=positions)
+    return BucketedSeqParams(
+        qkv_format="sbhd", bucket_rows=rows, from_buckets=from_buckets.to(device), positions=positions
+    )
 
 
 class LocalAttention(MegatronModule):
-    """Core attention on torch's scaled_dot_product_attention: equal sequences (the tower's tiles) or one packed row."""
+    """Core attention on torch's scaled_dot_product_attention, for sequences of equal length or a packed row."""
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class LocalAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedLayout | None = None,
+        packed_seq_params: BucketedSeqParams | None = None,
     ) -> Tensor:
         """query [s, b, n, d], key and value [s, b, groups, d] -> [s, b, n * d]; packed: s = t, b = 1."""
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
@@ -155,15 +158,15 @@ class LocalAttention(MegatronModule):
         return output.transpose(1, 2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        """Nothing to save."""
+        """Return nothing, since there are no parameters."""
         return {}
 
 
 def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
-    """One pre-norm transformer layer: megatron-core's own, with the norms and the attention of this file if local.
+    """Return megatron-core's spec of a pre-norm layer; local layers get the norms and the attention of this file.
 
-    `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own of that kind. Checkpoints of both kernels have the
-    same keys (Transformer Engine's).
+    `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own norm of that kind into the next layer. Checkpoints
+    of both kernels have the same keys (those of Transformer Engine).
     """
     if kernels == "transformer_engine":
         transformer_engine()
@@ -177,10 +180,10 @@ def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
 
 
 def transformer_engine() -> Any:
-    """megatron-core's wrappers of Transformer Engine.
+    """Return megatron-core's wrappers of Transformer Engine.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: Transformer Engine is not installed.
     """
     try:
         import transformer_engine  # noqa: F401  (megatron-core's wrappers exist without it, as broken stubs)
@@ -194,7 +197,7 @@ def transformer_engine() -> Any:
 
 
 def mlp_submodules(kernels: str) -> MLPSubmodules:
-    """Linear layers of an MLP that has no norm of its own before it, such as the projector."""
+    """Return the linear layers of an MLP without a norm before it, such as the projector."""
     if kernels == "transformer_engine":
         te = transformer_engine()
         return MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
@@ -202,5 +205,5 @@ def mlp_submodules(kernels: str) -> MLPSubmodules:
 
 
 def final_norm(kernels: str, norm: type) -> type:
-    """The norm after the last layer."""
+    """Return the norm after the last layer."""
     return transformer_engine().TENorm if kernels == "transformer_engine" else norm

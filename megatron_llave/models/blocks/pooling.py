@@ -1,4 +1,4 @@
-"""From the decoder's hidden states to embeddings: last token, float32, unit length."""
+"""Pooling: the last token's hidden state becomes the embedding, in float32 and of unit length."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""Qwen2 decoder up to its final norm, no vocabulary projection: this chunk's share of the pipeline.
+"""Qwen2 decoder up to its final norm, without the vocabulary projection; one chunk of the pipeline.
 
-Built on MegatronModule and not on GPTModel, which would allocate the vocabulary projection and fail to save without it.
+It is a MegatronModule and not a GPTModel, which would allocate the vocabulary projection and fail to save without it.
 """
 
 from typing import Any
@@ -21,21 +21,21 @@ from torch import Tensor
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.models.blocks.layer_specs import PackedLayout, RMSNorm, final_norm, layer_spec
-from megatron_llave.models.blocks.settings import DTYPES, shared_settings
+from megatron_llave.models.blocks.layer_specs import BucketedSeqParams, RMSNorm, final_norm, layer_spec
+from megatron_llave.models.blocks.settings import DTYPES, common_config
 
 VOCAB_MULTIPLE = 128
 """Rows of the token embedding are padded to a multiple of this times the tensor-parallel size, as Megatron-LM does."""
 
 
 def padded_vocab_size(language: LanguageConfig, tensor: int) -> int:
-    """Rows of the token embedding over all tensor-parallel ranks."""
+    """Return the rows of the token embedding over all tensor-parallel ranks, padding included."""
     multiple = VOCAB_MULTIPLE * tensor
     return -(-language.vocab_size // multiple) * multiple
 
 
 def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Qwen2's layers (HF Qwen2Model: q/k/v biases, no others, gated SiLU) and the pipeline's rules."""
+    """Return the configuration of Qwen2's layers (HF Qwen2Model: only q/k/v biases, gated SiLU) and of the pipeline."""
     language, interleaved = model.language, parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -56,15 +56,16 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) ->
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         pipeline_dtype=DTYPES[model.precision],
-        # Packed rows differ in length between micro batches; megatron-core ties that to a mixture-of-experts setting.
+        # Packed rows of different micro batches differ in length, which megatron-core allows only with this
+        # mixture-of-experts setting.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # megatron-core computes wrong gradients without a word if two interleaved stages use batched sends.
+        # megatron-core silently computes wrong gradients if two interleaved stages use batched sends.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # gloo keeps a tensor until it is sent, not its storage: freeing the storage early sends rubbish.
+        # gloo keeps a tensor until it is sent, but not its storage: if that is freed early, rubbish is sent.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        **{**shared_settings(model), "hidden_dropout": model.dropout},
+        **{**common_config(model), "hidden_dropout": model.dropout},
         **_recompute_settings(model),
         **_fp8_settings(model),
     )
@@ -79,14 +80,14 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def _fp8_settings(model: ModelConfig) -> dict[str, Any]:
-    """The decoder's alone: tower and projector stay in bfloat16. Weights and master weights too."""
+    """Return settings of the decoder alone: vision encoder and projector stay in bfloat16, and so do all weights."""
     if model.precision != "fp8":
         return {}
     return {"fp8": "hybrid", "fp8_recipe": model.fp8_recipe}  # e4m3 forward, e5m2 gradients
 
 
-class RotaryPositions(torch.nn.Module):
-    """Rotary angles of every packed token (HF Qwen2RotaryEmbedding), in the form megatron-core's attention takes."""
+class RotaryEmbedding(torch.nn.Module):
+    """Rotary angles of every packed token (HF Qwen2RotaryEmbedding), in the form that megatron-core takes."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class LanguageModel(MegatronModule):
                 scatter_to_sequence_parallel=False,
                 tp_group=groups.tp,
             )
-        self.rotary = RotaryPositions(config.kv_channels, model.language.rope_theta)
+        self.rotary = RotaryEmbedding(config.kv_channels, model.language.rope_theta)
         num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=groups.pp.rank())
         layers = [layer_spec(model.kernels, RMSNorm, AttnMaskType.causal)] * num_layers
         self.decoder = TransformerBlock(
@@ -136,18 +137,18 @@ class LanguageModel(MegatronModule):
             vp_stage=chunk,
         )
 
-    def forward(self, hidden: Tensor | None, layout: PackedLayout) -> Tensor:
-        """hidden [t, 1, h] on the first chunk, None on others (the schedule hands it over) -> [t, 1, h].
+    def forward(self, hidden: Tensor | None, packed: BucketedSeqParams) -> Tensor:
+        """hidden [t, 1, h] on the first chunk, None on others (the schedule sets it) -> [t, 1, h].
 
         With sequence parallel the output holds this tensor-parallel rank's t / tp tokens.
         """
-        # Transformer Engine counts positions itself, from cu_seqlens.
-        positions = layout.positions
+        # Transformer Engine counts the positions of each sequence itself, from cu_seqlens.
+        positions = packed.positions
         if positions is None:
-            positions = torch.arange(layout.max_seqlen_q, device=layout.cu_seqlens_q.device)
+            positions = torch.arange(packed.max_seqlen_q, device=packed.cu_seqlens_q.device)
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self.rotary(positions),
-            packed_seq_params=layout,
+            packed_seq_params=packed,
         )

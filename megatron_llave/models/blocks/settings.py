@@ -1,4 +1,4 @@
-"""The megatron-core settings that tower, projector and decoder have in common."""
+"""The TransformerConfig settings that vision encoder, projector and decoder have in common."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.models.blocks.kernels import fuses_weight_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of parameters and activations, by model.precision."""
+"""Dtype of parameters and activations, by model.precision."""
 
 
 def _leave_unfilled(weight: Tensor) -> Tensor:
     return weight
 
 
-def shared_settings(model: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of TransformerConfig: precision, kernels that exist on this machine, no dropout."""
+def common_config(model: ModelConfig) -> dict[str, Any]:
+    """Return keyword arguments of TransformerConfig: precision, kernels that exist on this machine, no dropout."""
     fused = model.kernels == "transformer_engine"
     return dict(
         params_dtype=DTYPES[model.precision],
         bf16=DTYPES[model.precision] == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights are filled by initialization.py or a checkpoint; built on the CPU everywhere, then moved.
+        # Weights are filled by initialization.py or from a checkpoint, so modules are built on the CPU and then moved.
         # megatron-core marks parameters as split over tensor-parallel ranks only while it initialises them.
         use_cpu_initialization=True,
         init_method=_leave_unfilled,

@@ -1,4 +1,7 @@
-"""SigLIP vision tower: uint8 tiles in, patch features of the last layer out (no post-layernorm, as released)."""
+"""SigLIP vision encoder: from uint8 tiles to the patch features of the last layer, without the post-layernorm.
+
+The official LLaVE repository leaves the post-layernorm out as well.
+"""
 
 from functools import partial
 
@@ -16,11 +19,11 @@ from torch import Tensor
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models.blocks.layer_specs import LayerNorm, layer_spec
-from megatron_llave.models.blocks.settings import shared_settings
+from megatron_llave.models.blocks.settings import common_config
 
 
 def vision_transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """SigLIP's layers for megatron-core: layer norm, biases everywhere, tanh GELU (HF SiglipVisionModel)."""
+    """Return the configuration of SigLIP's layers: layer norm, biases everywhere, tanh GELU (HF SiglipVisionModel)."""
     vision = model.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
@@ -33,12 +36,12 @@ def vision_transformer_config(model: ModelConfig, parallel: ParallelConfig) -> T
         add_bias_linear=True,
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor,
-        **shared_settings(model),
+        **common_config(model),
     )
 
 
-class VisionTower(MegatronModule):
-    """megatron-core's CLIPViTModel in its SigLIP form, on tiles as the data pipeline cuts them."""
+class VisionEncoder(MegatronModule):
+    """megatron-core's CLIPViTModel in its SigLIP form, applied to the tiles that the data pipeline cuts."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, groups: ProcessGroupCollection) -> None:
         config = vision_transformer_config(model, parallel)
@@ -59,7 +62,7 @@ class VisionTower(MegatronModule):
         )
 
     def forward(self, tiles: Tensor, blank: Tensor | None = None) -> Tensor:
-        """tiles [k, 3, size, size] uint8 -> features [k, p, h]; those marked in blank [k] bool count as zeros."""
+        """tiles [k, 3, size, size] uint8 -> features [k, p, h]; pixels of tiles marked in blank [k] bool are zeros."""
         pixels = normalise(tiles[:, :, : self.seen_pixels, : self.seen_pixels])
         if blank is not None:
             pixels = pixels.masked_fill(blank[:, None, None, None], 0)
@@ -67,5 +70,5 @@ class VisionTower(MegatronModule):
 
 
 def normalise(tiles: Tensor) -> Tensor:
-    """uint8 pixels to [-1, 1] float32, bit for bit as the released SigLipImageProcessor (1/255 in float64)."""
+    """Map uint8 pixels to [-1, 1] float32, bitwise equal to SigLipImageProcessor of LLaVE (1/255 is a float64)."""
     return ((tiles.double() * (1 / 255)).to(torch.float32) - 0.5) / 0.5

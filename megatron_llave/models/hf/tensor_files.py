@@ -1,6 +1,6 @@
-"""The safetensors of a Hugging Face folder: read one tensor at a time, written in a stream, sharded with an index.
+"""The safetensors files of a Hugging Face folder, read and written one tensor at a time; large ones in several files.
 
-Neither way holds more than one tensor in memory. What a tensor is called and means is a model family's affair.
+Not more than one tensor is in memory. The families say what the tensors are called and mean.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron_llave.files import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-"""Largest file that is written, unless one tensor alone is larger; transformers' long-time default."""
+"""Bytes of the largest file that is written, unless a single tensor is larger; long the default of transformers."""
 
 DTYPE_CODES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -32,7 +32,7 @@ CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says about one tensor."""
+    """What the header of a safetensors file says about a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -40,18 +40,18 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its values."""
+        """Return the bytes of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class TensorFiles:
-    """All tensors of a folder by name; the files' headers are read at once, values when asked for."""
+    """All tensors of a folder by name. Headers of the files are read at once, values when they are asked for."""
 
     def __init__(self, folder: str | Path) -> None:
         """Find the files and read their headers.
 
         Raises:
-            CheckpointError: there are none, one is missing, damaged or truncated, or they are pickled.
+            CheckpointError: there are no files, one is missing, damaged or truncated, or they are pickled.
         """
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
@@ -70,16 +70,16 @@ class TensorFiles:
                     self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), DTYPE_CODES[code])
 
     def read(self, name: str) -> Tensor:
-        """The tensor's values on the CPU, in the file's dtype.
+        """Read a tensor to the CPU, in the dtype of the file.
 
-        The file is mapped for this tensor alone: a mapping kept open would count as memory of this process.
+        The file is mapped for this tensor alone, since a mapping that stays open counts as memory of this process.
         """
         with _opened(self.tensors[name].file) as handle:
             return handle.get_tensor(name)
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
-    """Each file with the names the index expects in it; without an index one file, whatever it holds."""
+    """Return each file with the names that the index expects in it; without an index, one file with no such names."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
     if (folder / INDEX).is_file():
@@ -123,7 +123,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _some(names: list[str]) -> str:
-    """The first names of many, for a message of one line."""
+    """Return the first of many names, for a message of one line."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(islice(names, 3)) + more
 
@@ -135,14 +135,14 @@ def write_tensor_files(
     shard_bytes: int = SHARD_BYTES,
     single: str = SINGLE,
 ) -> None:
-    """Write tensors in a stream, one file or several with an index (transformers' names).
+    """Write tensors one after the other into one file, or into several with an index, named as by transformers.
 
     Args:
-        folder: exists, and holds no weights yet.
+        folder: an existing folder without weights.
         shapes: shape and dtype of every tensor, in the order in which `values` yields them.
-        values: name and CPU tensor, cast here to the dtype promised.
-        shard_bytes: a file ends before the tensor that would make it larger.
-        single: name of the file when there is only one.
+        values: names and CPU tensors, which are cast to the dtype in `shapes`.
+        shard_bytes: bytes of a file, which ends before the tensor that would make it larger.
+        single: name of the file if there is only one.
 
     Raises:
         OSError: the disk is full, or cannot be written for another reason.
@@ -186,7 +186,7 @@ def _plan(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], shard_bytes: i
 
 
 def _header(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
-    """A safetensors header: its length in 8 bytes, then JSON padded with spaces so that the values are aligned."""
+    """Return a safetensors header: its length in 8 bytes, then JSON, padded with spaces to align the values."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for name, (shape, dtype) in shapes.items():

@@ -1,13 +1,13 @@
-"""Encoded image -> uint8 tiles and the order in which their features enter the sequence (anyres), as the released code.
+"""Anyres, as in the official repository: from an image to uint8 tiles, and the order of their features in the sequence.
 
-Pure functions; packing.py calls them. The number of visual tokens follows from width and height alone. A grid is
-(columns, rows) of square tiles; an image gets the whole picture squashed into one base tile, then the tiles of the grid
-that suits its size, row by row. With no grids to choose from there is only the base tile.
+The number of visual tokens depends on width and height alone. A grid is (columns, rows) of square tiles; an image
+becomes one base tile, into which it is squashed, and the tiles of the grid that suits its size, row by row. Without
+grids there is only the base tile.
 Shapes: k tiles, p patches per tile, v visual tokens, u of them blended.
 
-Where an image keeps more than 1.21 * `max_tiles` tiles' worth of patches (10.89 for the released anyres_max_9), the
-projected features of its grid are shrunk by bilinear interpolation: such a visual token is a weighted sum of four rows.
-The grids LLaVE is trained with end at 2x2, so there it never happens.
+If an image keeps the patches of more than 1.21 * `max_tiles` tiles (10.89 for anyres_max_9 of the released models), the
+projected features of its grid are reduced by bilinear interpolation: such a visual token is a weighted sum of four
+rows. The grids that LLaVE is trained with are at most 2x2, so that this never happens there.
 """
 
 import functools
@@ -23,11 +23,14 @@ Grids = tuple[tuple[int, int], ...]
 
 
 LARGEST_SHRINKAGE_IGNORED = 1.1
-"""A feature map is interpolated only if both its sides would shrink by more than this factor, as released."""
+"""A feature map is interpolated only if both its sides would shrink by more than this factor (official repository)."""
 
 
 def select_grid(width: int, height: int, grids: Grids, tile: int) -> tuple[int, int]:
-    """The (columns, rows) that keeps most of the picture's own pixels; on ties less padding, then the earlier one."""
+    """Return the (columns, rows) that keeps most pixels of the image.
+
+    Among equals it is the one with the least padding, and then the first in `grids`.
+    """
     best, best_kept, best_wasted = grids[0], -1, 0
     for columns, rows in grids:
         scale = min(columns * tile / width, rows * tile / height)
@@ -39,7 +42,7 @@ def select_grid(width: int, height: int, grids: Grids, tile: int) -> tuple[int, 
 
 
 def cut_tiles(image: Image.Image, grids: Grids, tile_size: int) -> np.ndarray:
-    """RGB picture -> uint8 [k, 3, tile_size, tile_size]: base tile (aspect not kept), then the grid's, row by row."""
+    """RGB image -> uint8 [k, 3, tile_size, tile_size]: the base tile (squashed), then those of the grid, row by row."""
     base = _pixels(_resize(image, tile_size, tile_size))  # [H, W, 3]
     if not grids:
         return np.ascontiguousarray(base.transpose(2, 0, 1))[None]  # [1, 3, H, W]
@@ -53,7 +56,7 @@ def cut_tiles(image: Image.Image, grids: Grids, tile_size: int) -> np.ndarray:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [height, width, 3]; twice as fast as np.asarray for small pictures."""
+    """Return uint8 [height, width, 3]; twice as fast as np.asarray for small images."""
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
@@ -62,7 +65,7 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _resize_and_pad(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture as large as fits with its aspect kept, centred on black."""
+    """Return the image, its aspect kept, as large as fits and centred on black."""
     size, corner = place(*image.size, width, height)
     if size == (width, height):
         return _resize(image, width, height)
@@ -72,7 +75,7 @@ def _resize_and_pad(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def place(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) of a picture as large as the canvas allows with its aspect kept, and its top left corner."""
+    """Return (width, height) of an image as large as the canvas allows, its aspect kept, and its top left corner."""
     scale_x, scale_y = canvas_width / width, canvas_height / height
     if scale_x < scale_y:
         size = canvas_width, min(math.ceil(height * scale_x), canvas_height)
@@ -82,32 +85,32 @@ def place(width: int, height: int, canvas_width: int, canvas_height: int) -> tup
 
 
 class FeatureMap(NamedTuple):
-    """Sizes of the feature map of an image's grid, in patches; the base tile is not in it."""
+    """Sizes of the feature map of an image's grid, in patches, without the base tile."""
 
     columns: int
     """Tiles side by side."""
     rows: int
     """Tiles on top of each other."""
     skip_x: int
-    """Patch columns on the left, and as many on the right, that hold only padding."""
+    """Columns of patches on the left that hold only padding; there are as many on the right."""
     skip_y: int
-    """Patch rows at the top, and as many at the bottom, that hold only padding."""
+    """Rows of patches at the top that hold only padding; there are as many at the bottom."""
     unpadded: tuple[int, int]
     """(height, width) without the padding."""
     final: tuple[int, int]
-    """(height, width) once interpolated; the same as `unpadded` where that is not needed."""
+    """(height, width) after interpolation; equal to `unpadded` if that is not needed."""
 
 
 def feature_map(
     width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
 ) -> FeatureMap:
-    """Grid choice, spatial unpad and anyres_max of the released code, from an image's size (grids not empty).
+    """Return the result of grid choice, spatial unpad and anyres_max for an image's size; `grids` is not empty.
 
-    `max_tiles`: tiles' worth of patches that the map is shrunk to where it is much larger; None: never.
+    A much larger map is reduced to the patches of `max_tiles` tiles; None: never.
     """
     columns, rows = select_grid(width, height, grids, tile_size)
     full_width, full_height = columns * patches_per_side, rows * patches_per_side
-    # In float64 and truncated like the released unpad_image: rounding instead changes the count for some sizes.
+    # In float64 and truncated like unpad_image of the official repository; rounding changes the count for some sizes.
     skip_x = skip_y = 0
     if width / height > full_width / full_height:
         skip_y = (full_height - int(height * (full_width / width))) // 2
@@ -125,11 +128,11 @@ def feature_map(
 def visual_layout(
     width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
 ) -> VisualLayout:
-    """The layout of an image of this size; its arrays are read-only.
+    """Return the layout of an image of this size; its arrays are read-only.
 
-    The base tile's patches come first, without newlines; then the patches of the whole grid, row by row across tile
-    borders, without the rows or columns that are padding only (spatial unpad), each row ending in NEWLINE.
-    Without grids: the one tile, then one NEWLINE. `max_tiles`: see feature_map.
+    The patches of the base tile come first, without newlines; then the patches of the complete grid, row by row across
+    tile borders, without rows or columns of padding alone (spatial unpad), each row ending in NEWLINE.
+    Without grids: the base tile, then one NEWLINE. `max_tiles`: see feature_map.
     """
     side = patches_per_side
     base = np.arange(side * side, dtype=np.int64)  # [p]
@@ -155,10 +158,10 @@ def visual_layout(
 
 @functools.lru_cache(maxsize=64)
 def video_layout(num_frames: int, patches_per_side: int, newline: str) -> VisualLayout:
-    """The layout of a video, a tile for each frame; its arrays are read-only.
+    """Return the layout of a video with one tile per frame; its arrays are read-only.
 
-    The features of a frame, s x s of them, are shrunk to ceil(s / 2) x ceil(s / 2) by bilinear interpolation, as the
-    released get_2dPool does with stride 2; frame by frame, row by row, with NEWLINE as `newline` says.
+    The s x s features of a frame are reduced to ceil(s / 2) x ceil(s / 2) by bilinear interpolation, as get_2dPool of
+    the official repository does with stride 2; frame by frame, row by row, with NEWLINE where `newline` says.
     """
     side = patches_per_side
     pooled = -(-side // 2)
@@ -180,7 +183,7 @@ def video_layout(num_frames: int, patches_per_side: int, newline: str) -> Visual
 def num_visual_tokens(
     width: int, height: int, grids: Grids, tile_size: int, patches_per_side: int, max_tiles: int | None
 ) -> int:
-    """Length of `visual_layout`, from the same sizes."""
+    """Return the length of `visual_layout` for the same arguments."""
     if not grids:
         return patches_per_side**2 + 1
     rows, columns = feature_map(width, height, grids, tile_size, patches_per_side, max_tiles).final
@@ -188,7 +191,7 @@ def num_visual_tokens(
 
 
 def _bilinear(patches: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The map [h, w] shrunk to [height, width]: which four patches each one is blended from and their weights.
+    """Reduce a map [h, w] to [height, width]: the four patches that each new one is blended from, and their weights.
 
     torch's interpolate with mode bilinear, align_corners False, no antialias. int64 and float32 [height * width, 4].
     """
@@ -200,12 +203,13 @@ def _bilinear(patches: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
 
 
 def _between(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each new place the old one before it, int64 [new_size], and the share of the one after, float32.
+    """Return for each new position the old one before it, int64 [new_size], and the weight of the one after, float32.
 
-    new_size is so much smaller than size that the place after always exists.
+    new_size is so much smaller than size that the position after always exists.
     """
     scale = np.float32(size) / np.float32(new_size)
-    # torch's float32, whose compilers fuse product and difference: rounded once. Twice, weights are off by up to 3e-5.
+    # torch computes in float32 with product and difference fused, so that it rounds once; rounding twice makes weights
+    # wrong by up to 3e-5.
     position = (np.float64(scale) * (np.arange(new_size) + 0.5) - 0.5).astype(np.float32)
     before = position.astype(np.int64)
     return before, position - before.astype(np.float32)

@@ -1,6 +1,7 @@
-"""The whole LLaVE model: tower -> projector -> visual tokens among the text -> decoder -> last token -> unit vector.
+"""The LLaVE model: vision encoder -> projector -> visual tokens among the text -> decoder -> last token -> embedding.
 
-One LlaveEmbedder is one chunk of the pipeline. The first has tower, projector and token embedding, the last pools.
+A LlaveEmbedder is one chunk of the pipeline. The first chunk has vision encoder, projector and token embedding; the
+last one pools.
 """
 
 from contextlib import nullcontext
@@ -16,15 +17,15 @@ from torch import Tensor
 from megatron_llave.batch import PackedSequences
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.models.blocks.layer_specs import packed_layout
+from megatron_llave.models.blocks.layer_specs import packed_seq_params
 from megatron_llave.models.blocks.pooling import last_token_pool
 from megatron_llave.models.blocks.qwen2 import LanguageModel
-from megatron_llave.models.blocks.siglip import VisionTower
+from megatron_llave.models.blocks.siglip import VisionEncoder
 from megatron_llave.models.llava_onevision.projector import build_projector
 
 
 class LlaveEmbedder(MegatronModule):
-    """PackedSequences in; embeddings [n, h] float32 of unit length out of the last chunk, hidden states of others."""
+    """Maps PackedSequences to embeddings [n, h] float32 of unit length; chunks but the last return hidden states."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class LlaveEmbedder(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         if is_first:
-            self.vision = VisionTower(model, parallel, groups)
+            self.vision = VisionEncoder(model, parallel, groups)
             self.projector = build_projector(model, parallel, groups)
             self.image_newline = torch.nn.Parameter(
                 torch.empty(model.language.hidden_size, dtype=language.config.params_dtype)
@@ -62,12 +63,12 @@ class LlaveEmbedder(MegatronModule):
                 self.image_newline.requires_grad_(False)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous pipeline stage's hidden states from the schedule."""
+        """Take the hidden states of the previous pipeline stage; the schedule calls this."""
         self.language.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, sequences: PackedSequences) -> Tensor:
-        """Embed the packed sequences; every pipeline stage gets the same ones and uses what it needs."""
-        layout = packed_layout(sequences.cu_seqlens, sequences.max_seqlen, self.kernels)
+        """Embed the packed sequences. Every pipeline stage gets the same ones and uses what it needs of them."""
+        layout = packed_seq_params(sequences.cu_seqlens, sequences.max_seqlen, self.kernels)
         hidden = None
         if self.pre_process:
             hidden = self.splice(sequences, self.visual_tokens(sequences))  # [t, 1, h]
@@ -84,11 +85,11 @@ class LlaveEmbedder(MegatronModule):
         return last_token_pool(hidden, sequences.last_token)
 
     def visual_tokens(self, sequences: PackedSequences) -> Tensor | None:
-        """Projected patch features and newlines in packed order, [v, h]; without images None, or no rows [0, h].
+        """Return projected patch features and newlines in packed order, [v, h]; without images None, or [0, h].
 
-        The base tile and the unpadded grid with a newline per row (spatial_unpad of the released code) are one gather
-        from the features of all tiles; the data pipeline worked out its index from the image sizes. Rows of a feature
-        map that is interpolated (anyres_max of the released code) are blended first, and gathered with the others.
+        The base tile and the unpadded grid with a newline after each row (spatial_unpad of the official repository) are
+        gathered at once from the features of all tiles; the data pipeline computed the index from the image sizes. Rows
+        of an interpolated feature map (anyres_max of the official repository) are blended first and then gathered too.
         """
         if len(sequences.visual_source) == 0:
             return self._no_visual_tokens() if self.overlap and torch.is_grad_enabled() else None
@@ -106,19 +107,19 @@ class LlaveEmbedder(MegatronModule):
         return torch.cat(rows).index_select(0, sequences.visual_source)  # [k * p + 1 + u, h] -> [v, h]
 
     def _no_visual_tokens(self) -> Tensor | None:
-        """[0, h] through whose graph tower, projector and newline get gradients of zero.
+        """Return [0, h] through whose graph vision encoder, projector and newline get gradients of zero.
 
-        Gradients that are summed as soon as they are there are summed in the order of the backward. It must be the same
-        on all data-parallel ranks: on those whose micro batch has pictures and those whose has none.
+        With parallel.overlap, gradients are reduced in the order in which the backward pass computes them. That order
+        must be the same on data-parallel ranks whose micro batch has images and on those whose micro batch has none.
         """
         parts = (self.vision, self.projector)
         unused = [self.image_newline, *(parameter for part in parts for parameter in part.parameters())]
-        # One node each, made in the order of the forward: autograd goes through them in the reverse one.
+        # One graph node per parameter, in the order of the forward pass, which autograd goes through in reverse.
         rows = [NoRows.apply(p, self.config.hidden_size) for p in unused if p.requires_grad]
         return torch.cat(rows) if rows else None
 
     def splice(self, sequences: PackedSequences, visual: Tensor | None) -> Tensor:
-        """Token embeddings with the visual tokens at their positions, [t, 1, h]."""
+        """Return token embeddings with the visual tokens at their positions, [t, 1, h]."""
         hidden = self.language.embedding(input_ids=sequences.tokens[None], position_ids=None)  # [t, 1, h]
         if visual is None:
             return hidden
@@ -127,7 +128,7 @@ class LlaveEmbedder(MegatronModule):
 
 
 class NoRows(torch.autograd.Function):
-    """Of any parameter no rows, [0, width], and for it a gradient of zero."""
+    """Returns an empty tensor [0, width] for any parameter, and a gradient of zeros for the parameter."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, width: int) -> Tensor:
@@ -142,9 +143,9 @@ class NoRows(torch.autograd.Function):
 
 
 def blend(features: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of four rows of features [k * p, h] each, [u, h]; summed in at least float32.
+    """Return weighted sums [u, h] of four rows of features [k * p, h] each; summed in at least float32.
 
-    source [u, 4] int64 and weights [u, 4] float32. Corner by corner, so that autograd keeps no [u, 4, h].
+    source [u, 4] int64 and weights [u, 4] float32. One corner at a time, so that autograd does not keep [u, 4, h].
     """
     corners = (features.index_select(0, rows) * share[:, None] for rows, share in zip(source.T, weights.T))
     return sum(corners).to(features.dtype)

@@ -1,11 +1,12 @@
 """config.json of Hugging Face folders <-> ModelConfig, in two layouts.
 
-llava_onevision is what transformers reads and writes; llava_qwen is that of LLaVA-NeXT and of the released LLaVE
-checkpoints, read by their own code. What a file does not say has the value that its layout's own code would take, and
-what we cannot run is refused. hf_weights.py reads the weights beside this file, hf_files.py the rest of the folder.
+transformers reads and writes llava_onevision; llava_qwen is the layout of LLaVA-NeXT and of the released LLaVE
+checkpoints. A missing key has the value that the code of the layout gives it, and values that we cannot run are
+refused. hf_weights.py has the names of the weights, hf_files.py the other files of the folder.
 
 Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py and configuration_siglip.py (4.4x to
-5.x); the released llava_arch.py, mm_utils.py, siglip_encoder.py and multimodal_projector/builder.py.
+5.x); llava_arch.py, mm_utils.py, siglip_encoder.py and multimodal_projector/builder.py of the
+official LLaVE repository.
 """
 
 import ast
@@ -71,10 +72,10 @@ def _read_onevision(top: Section) -> HfConfig:
     vision = VisionConfig(**SIGLIP_SO400M) if section is None else _read_vision(section)
     layers = vision.num_layers
     selected = top.values.get("vision_feature_layer", -1)
-    right = f"one layer of the tower's {layers}: {-layers} to -1, or 1 to {layers}"
+    right = f"one layer of the vision encoder's {layers}: {-layers} to -1, or 1 to {layers}"
     if not isinstance(selected, int) or isinstance(selected, bool):
         raise top.refuse("vision_feature_layer", right)
-    # The states to choose from are the embedded patches, then each layer's output.
+    # The states to choose from are the embedded patches, and then the output of each layer.
     vision.num_layers = selected if selected >= 0 else layers + 1 + selected
     if not 1 <= vision.num_layers <= layers:
         raise top.refuse("vision_feature_layer", right)
@@ -88,7 +89,7 @@ def _read_onevision(top: Section) -> HfConfig:
         image_grids=[[columns, rows] for rows, columns in _grids(top, pinpoints, tile)],
         anyres_max_tiles=_max_tiles(top, "vision_aspect_ratio", "anyres_max_9"),
     )
-    # Transformers 4.x ties by the decoder's own key and writes false above it; 5.x ties where either says so.
+    # transformers 4.x ties weights by the key of the decoder and writes false above it; 5.x ties if either key is true.
     tied = bool(top.values.get("tie_word_embeddings")) or bool(text.values.get("tie_word_embeddings"))
     return _says("llava_onevision", model, top, tied, layers)
 
@@ -139,7 +140,7 @@ def _read_language(section: Section) -> LanguageConfig:
 
 
 def _rope_theta(section: Section) -> float:
-    """Base of the rotary embedding: rope_parameters of transformers 5.x before rope_theta of 4.x, as 5.x reads them."""
+    """Return the base of the rotary embedding; as transformers 5.x does, from rope_parameters before rope_theta."""
     theta = section.number("rope_theta", DEFAULT_ROPE_THETA)
     for key in ("rope_parameters", "rope_scaling"):
         inner = section.inner(key)
@@ -151,16 +152,16 @@ def _rope_theta(section: Section) -> float:
 
 
 def _max_tiles(top: Section, key: str, default: str) -> int:
-    """The N of anyres_max_N."""
-    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(top.values.get(key, default)))
-    if found is None:
+    """Return the N of anyres_max_N."""
+    match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(top.values.get(key, default)))
+    if match is None:
         others = " or ".join(["anyres_max_N"] if key == "vision_aspect_ratio" else ["anyres_max_N", "anyres", "square"])
         raise top.refuse(key, f"{others}, with a number N of at least 1")
-    return int(found[1])
+    return int(match[1])
 
 
 def _written_pinpoints(top: Section, tile: int) -> Any:
-    """The pinpoints of llava_qwen, pixels; a string is a range like "(1x1),...,(2x2)" in tiles, or a written list."""
+    """Return the pinpoints of llava_qwen, pixels; a string is a range "(1x1),...,(2x2)" in tiles, or a written list."""
     written = top.values.get("image_grid_pinpoints")
     if not isinstance(written, str):
         return written
@@ -169,7 +170,7 @@ def _written_pinpoints(top: Section, tile: int) -> Any:
         if not ends:
             raise top.refuse("image_grid_pinpoints", 'a list of pairs, or a range like "(1x1),...,(2x2)"')
         (left, upper), (right, lower) = ([int(end) for end in pair] for pair in (ends[0], ends[-1]))
-        # As in the released code: every grid of the rectangle, whatever stands between its ends, widths outermost.
+        # As in the official repository: every grid of the rectangle, whatever is between its ends, widths outermost.
         return [[i * tile, j * tile] for i in range(left, right + 1) for j in range(upper, lower + 1)]
     try:
         return ast.literal_eval(written)
@@ -178,7 +179,7 @@ def _written_pinpoints(top: Section, tile: int) -> Any:
 
 
 def _grids(top: Section, pinpoints: Any, tile: int) -> list[list[int]]:
-    """Pixels -> tiles. The pairs keep their order, in the list and within, so ties fall as in the layout's own code."""
+    """Convert pixels to tiles. The order of the pairs, and within them, stays, since it decides between equals."""
     is_list = isinstance(pinpoints, list | tuple) and len(pinpoints) > 0
     pairs = [list(pair) if isinstance(pair, list | tuple) else [] for pair in pinpoints] if is_list else [[]]
     for pair in pairs:
@@ -190,23 +191,23 @@ def _grids(top: Section, pinpoints: Any, tile: int) -> list[list[int]]:
 def build_config_json(
     model: ModelConfig, layout: str, tied: bool, dtype: str | None, source: HfConfig | None = None
 ) -> dict:
-    """The config.json of a folder with this model's weights.
+    """Return the config.json of a folder with this model's weights.
 
-    Of a source of the same layout every key stays, but those that no longer say what the model is: the tower keeps its
-    layers, those that are not run too. rope_theta is added where only transformers 5.x would find it. Of a source of
-    the other layout the token ids, the context length and the like are taken over; without a source they are Qwen2's,
-    and in both cases the tower has only the layers that are run.
+    With a source of the same layout, all keys stay except those that no longer describe the model; the vision encoder
+    keeps all its layers, also those that are not run. rope_theta is added where only transformers 5.x would find it.
+    With a source of the other layout, token ids, context length and the like are copied; without a source they are
+    those of Qwen2. In both of these cases the vision encoder has only the layers that are run.
 
     Args:
-        model: sizes and grids; in llava_onevision there must be grids, and anyres_max_tiles=None becomes a number so
-            high that it never has an effect.
+        model: sizes and grids. llava_onevision needs grids, and anyres_max_tiles=None becomes a number so high that it
+            has no effect.
         layout: llava_onevision or llava_qwen.
-        tied: the embedding is the vocabulary projection too, so the weights hold it once.
-        dtype: type of the weights, float32, bfloat16 or float16; None: the source's, if it says one.
-        source: what the weights were imported from.
+        tied: whether the embedding is the vocabulary projection too, so that the weights hold it once.
+        dtype: type of the weights, float32, bfloat16 or float16; None: that of the source, if it has one.
+        source: the config.json that the weights were imported with.
 
     Raises:
-        ConfigError: the layout cannot say it, or the source is another model.
+        ConfigError: the layout cannot describe the model, or the source is of another model.
     """
     one_of("layout", layout, LAYOUTS)
     require(dtype in (None, *DTYPES), f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -227,7 +228,7 @@ def build_config_json(
 
 
 def _updated(model: ModelConfig, tied: bool, dtype: str | None, source: HfConfig) -> dict:
-    """The source's file, changed only where it says something else than is asked for."""
+    """Return the source's config.json with only those keys changed that do not describe the model."""
     made, was = copy.deepcopy(source.raw), source.model
     is_onevision = source.layout == "llava_onevision"
     if is_onevision and made.get("text_config") is None:
@@ -251,7 +252,7 @@ def _updated(model: ModelConfig, tied: bool, dtype: str | None, source: HfConfig
 
 
 def _image_tokens(raw: dict, model: ModelConfig) -> tuple[int, int]:
-    """Ids of <image> and <video>: the source's, else Qwen2's, else the last two, since each needs an embedding row."""
+    """Return the ids of <image> and <video>: the source's, else Qwen2's, else the last two that have embedding rows."""
     rows = model.language.vocab_size
     for image, video in (map(raw.get, IMAGE_TOKENS), IMAGE_TOKENS.values()):
         if all(isinstance(token, int) and 0 <= token < rows for token in (image, video)):
@@ -260,7 +261,7 @@ def _image_tokens(raw: dict, model: ModelConfig) -> tuple[int, int]:
 
 
 def _image_keys(model: ModelConfig, layout: str) -> dict:
-    """The keys that say how a picture is cut, in pixels and in each layout's order of the two sides."""
+    """Return the keys that say how an image is cut, in pixels and in the layout's order of width and height."""
     tile, most = model.vision.image_size, model.anyres_max_tiles
     if layout == "llava_onevision":
         pinpoints = [[rows * tile, columns * tile] for columns, rows in model.image_grids]
@@ -273,7 +274,7 @@ def _image_keys(model: ModelConfig, layout: str) -> dict:
 
 
 def _language_section(model: ModelConfig, tied: bool, source: HfConfig | None) -> dict:
-    """The keys of Qwen2Config, both the 4.x and the 5.x way of giving rope_theta."""
+    """Return the keys of Qwen2Config, with rope_theta as in transformers 4.x and as in 5.x."""
     raw = {} if source is None else source.raw
     given = raw if source is None or source.layout == "llava_qwen" else raw.get("text_config") or {}
     rows, language = model.language.vocab_size, asdict(model.language)
@@ -321,8 +322,8 @@ def _onevision_config(model: ModelConfig, tied: bool, raw: dict, language: dict)
 
 
 def _qwen_config(model: ModelConfig, raw: dict, language: dict) -> dict:
-    """The keys of the released configurations. alpha and logit_scale are read by the released training code alone."""
-    is_released_tower = model.vision == VisionConfig(**SIGLIP_SO400M)
+    """Return the keys of the released configurations. Only the official training code reads alpha and logit_scale."""
+    is_released_encoder = model.vision == VisionConfig(**SIGLIP_SO400M)
     image, _ = _image_tokens(raw, model)
     return {
         "architectures": ["LlavaQwenForCausalLM"],
@@ -332,8 +333,8 @@ def _qwen_config(model: ModelConfig, raw: dict, language: dict) -> dict:
         **QWEN_UNUSED,
         "image_token_index": image,
         "mm_hidden_size": model.vision.hidden_size,
-        "mm_vision_tower": f"google/{SIGLIP_NAME}" if is_released_tower else "siglip",
+        "mm_vision_tower": f"google/{SIGLIP_NAME}" if is_released_encoder else "siglip",
         "tokenizer_model_max_length": language["max_position_embeddings"],
         **_image_keys(model, "llava_qwen"),
-        **({} if is_released_tower else {QWEN_VISION_SECTION: _vision_section(model.vision)}),
+        **({} if is_released_encoder else {QWEN_VISION_SECTION: _vision_section(model.vision)}),
     }

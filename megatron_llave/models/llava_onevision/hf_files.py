@@ -1,10 +1,10 @@
 """The files beside the weights in a Hugging Face folder: config.json, tokenizer, processor, model card.
 
-hf_config.py makes the config.json that is written here; convert/hf.py calls this at the end of an export, and at an
-import to keep what a later export gives back. Nothing here reads or writes a tensor.
+hf_config.py makes the config.json that is written here. An export writes these files last; an import keeps those that a
+later export gives back. Tensors are not read or written here.
 
 Sources of the formats: transformers' processing_llava_onevision.py, image_processing_llava_onevision.py and
-tokenization_qwen2.py; what llava-hf's folders hold.
+tokenization_qwen2.py; the folders of llava-hf.
 """
 
 import json
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.data.tokenizer import TOKENIZERS
+from megatron_llave.data.tokenizer import END_TOKENS, TOKENIZERS
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
 from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_SYSTEM, QWEN_TAIL
@@ -32,8 +32,8 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATES = ("chat_template.json", "chat_template.jinja")
 SIDE_FILES = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json", "video_preprocessor_config.json")
-"""What is worth keeping of a folder beside config.json and weights. The image processor's files are made anew, so that
-they always say what config.json says."""
+"""Files of a folder that are kept beside config.json. The files of the image processor are written anew, so that they
+always agree with config.json."""
 
 # How Qwen2's tokenizer cuts text before the byte pairs are joined.
 QWEN_SPLIT = (
@@ -61,9 +61,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-CARD_TEXT = """A LLaVE model: a SigLIP vision tower, a two-layer projector, and a Qwen2 decoder of {layers} layers.
-Text, an image, or both go in; one vector of {size} numbers and length 1 comes out. Things that belong together lie
-close: compare two vectors by their dot product."""
+CARD_TEXT = """A LLaVE model: a SigLIP vision encoder, a two-layer projector, and a Qwen2 decoder of {layers} layers.
+It maps a text, an image, or both to one L2-normalised embedding of {size} numbers. Compare embeddings by their dot
+product, which is the cosine similarity; matching items have a high one."""
 CARD_EMBED = """Needs torch, torchvision, pillow, and transformers, 4.52 or newer (tested with 5.23)."""
 CARD_CODE = """import torch
 from PIL import Image
@@ -107,7 +107,7 @@ BASE_OWNERS = r"(llava-hf|lmms-lab|BAAI|zhibinlan)/[\w.-]+"  # an `_name_or_path
 
 
 def keep_side_files(source: str | Path, out: str | Path) -> None:
-    """Copy config.json and those of SIDE_FILES that exist; make tokenizer.json where only its parts are there.
+    """Copy config.json and the SIDE_FILES that exist; make tokenizer.json if only its parts are there.
 
     Raises:
         CheckpointError: the parts of the tokenizer are damaged.
@@ -125,18 +125,18 @@ def write_side_files(
 ) -> list[str]:
     """Write all files of an exported folder but the weights.
 
-    llava_onevision gets a processor if there is a tokenizer.json, or the parts of one: <image> and <video> become
-    special tokens with the ids that config.json gives them. Else the folder has no processor, and its card says so.
+    llava_onevision gets a processor if there is a tokenizer.json or its parts: <image> and <video> become special
+    tokens with the ids that config.json gives them. Otherwise the folder has no processor, and its card says so.
 
     Args:
         out: an existing folder.
         layout: llava_onevision or llava_qwen.
-        config: what config.json is to hold.
-        source: folder with the tokenizer, and maybe others of SIDE_FILES; None: there is none.
-        training_config: the run's configuration in YAML for the card; None: the weights were converted, not trained.
+        config: content of config.json.
+        source: folder with the tokenizer and maybe others of SIDE_FILES; None: there is no such folder.
+        training_config: the run's configuration in YAML, for the card; None: the weights were not trained by a run.
 
     Returns:
-        What the folder lacks, a sentence each; the card says the same.
+        A sentence for each thing that the folder lacks; the card says the same.
 
     Raises:
         CheckpointError: a file of the source is damaged, or its tokenizer and config.json contradict each other.
@@ -151,7 +151,7 @@ def write_side_files(
         generation = {key: language[key] for key in keys if language.get(key) is not None}
         write_json(out / "generation_config.json", generation)
     notes = []
-    for name in CHAT_TEMPLATES:  # a processor's knows <image>, a tokenizer's does not; each layout has one of them
+    for name in CHAT_TEMPLATES:  # a processor's template has <image>, a tokenizer's has not; a layout has one of them
         if (out / name).is_file() and ("<image>" in (out / name).read_text("utf-8")) != (layout == "llava_onevision"):
             (out / name).unlink()
     if layout == "llava_qwen":
@@ -193,7 +193,7 @@ def room_for_image_tokens(model: ModelConfig, layout: str, folder: Path | None) 
 
 
 def make_tokenizer_json(folder: str | Path) -> str:
-    """tokenizer.json of a folder that has only vocab.json and merges.txt: Qwen2's byte-level BPE.
+    """Return the tokenizer.json (Qwen2's byte-level BPE) of a folder that has only vocab.json and merges.txt.
 
     Its special tokens come from added_tokens_decoder in tokenizer_config.json, and from added_tokens.json.
 
@@ -221,7 +221,7 @@ def make_tokenizer_json(folder: str | Path) -> str:
 
 
 def _listed_tokens(file: Path) -> list[dict]:
-    """The added tokens that tokenizer_config.json or added_tokens.json lists."""
+    """Return the added tokens that tokenizer_config.json or added_tokens.json lists."""
     values = read_json(file, error=CheckpointError)
     try:
         if file.name == "added_tokens.json":
@@ -234,9 +234,9 @@ def _listed_tokens(file: Path) -> list[dict]:
 
 
 def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
-    """Add special tokens to the content of a tokenizer.json; False if all were there already.
+    """Add special tokens to the content of a tokenizer.json; return False if all of them were there already.
 
-    `file` is where the other tokens stand and `says` where these do, for the message if an id is not to be had.
+    `file` has the other tokens and `says` is the file that lists these, for the message if an id is taken.
     """
     present = {token["content"] for token in spec["added_tokens"]}
     ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -250,8 +250,8 @@ def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
         if owners.setdefault(wanted, content) != content:
             raise CheckpointError(f"{file}: {right}, but that is '{owners[wanted]}'")
     for token in new:
-        # The library counts added tokens on from the vocabulary's size, so that behind a gap only the vocabulary itself
-        # can give the id.
+        # The library numbers added tokens from the vocabulary's size on, so that after a gap the id can only be given
+        # in the vocabulary.
         if token["id"] != len(ids) or max(ids.values(), default=-1) + 1 != len(ids):
             spec["model"]["vocab"][token["content"]] = token["id"]
         ids[token["content"]] = token["id"]
@@ -281,14 +281,14 @@ def _add_image_tokens(out: Path, config: dict) -> None:
 
 
 def _tokenizer_config(known: set[str]) -> dict:
-    """For a tokenizer.json that came alone: loaded as it is, with the special tokens it has."""
-    found = [token for token in ("<|im_end|>", "<|endoftext|>", "</s>", "<eos>") if token in known]
-    end = {"eos_token": found[0], "pad_token": found[-1]} if found else {}
+    """Return a tokenizer_config.json for a tokenizer.json without one, with the special tokens that it has."""
+    ends = [token for token in END_TOKENS if token in known]
+    end = {"eos_token": ends[0], "pad_token": ends[-1]} if ends else {}
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **end}
 
 
 def _write_processor(out: Path, config: dict) -> None:
-    """What AutoProcessor reads beside the tokenizer."""
+    """Write the files that AutoProcessor reads beside the tokenizer."""
     vision = config["vision_config"]
     tile, patch = vision["image_size"], vision["patch_size"]
     image_processor = {
@@ -321,7 +321,7 @@ def _write_processor(out: Path, config: dict) -> None:
 
 
 def _model_card(layout: str, config: dict, training_config: str | None, notes: list[str], base: str | None) -> str:
-    """README.md: the header that the hub reads, what the model is, how to embed, how it was trained."""
+    """Return README.md: the header for the hub, what the model is, how to embed with it, and how it was trained."""
     language = config.get("text_config") or config
     header = ["library_name: transformers"] if layout == "llava_onevision" else []
     header += ["pipeline_tag: feature-extraction"]
@@ -349,7 +349,7 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
 
 
 def _base_model(source: str | Path | None) -> str | None:
-    """Name on the hub of the model that the source's config.json says it came from."""
+    """Return the hub name of the model that the source was made from, according to its config.json."""
     file = None if source is None else Path(source) / "config.json"
     name = read_json(file, error=CheckpointError).get("_name_or_path") if file is not None and file.is_file() else None
     return name if re.fullmatch(BASE_OWNERS, str(name)) else None

@@ -1,17 +1,17 @@
-"""What a Hugging Face config.json may say: the keys of each layout, what a missing one means, which values we run.
+"""Keys of a Hugging Face config.json in each layout: what a missing key means, and which values we can run.
 
-hf_config.py makes a ModelConfig of them. A missing key has the value that the layout's own code takes.
+hf_config.py makes a ModelConfig of them. A missing key has the value that the code of the layout gives it.
 
 Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py and configuration_siglip.py (4.4x to
-5.x); the released llava_arch.py and multimodal_projector/builder.py.
+5.x); llava_arch.py and multimodal_projector/builder.py of the official LLaVE repository.
 """
 
-# Our field -> their key, and what Qwen2Config and SiglipVisionConfig take where it is missing.
+# Our field -> the key in config.json, and the value that Qwen2Config and SiglipVisionConfig give a missing key.
 LANGUAGE_KEYS = {
     "hidden_size": ("hidden_size", 4096),
     "num_layers": ("num_hidden_layers", 32),
     "num_heads": ("num_attention_heads", 32),
-    "num_kv_heads": ("num_key_value_heads", 32),  # null: as many as query heads
+    "num_kv_heads": ("num_key_value_heads", 32),  # null means as many as query heads
     "ffn_hidden_size": ("intermediate_size", 22016),
     "vocab_size": ("vocab_size", 151936),
     "norm_epsilon": ("rms_norm_eps", 1e-6),
@@ -26,7 +26,7 @@ VISION_KEYS = {
 }
 DEFAULT_ROPE_THETA = 10000.0
 
-# Key -> (value where it is missing, the one value that we run).
+# Key -> (value of a missing key, the only value that we run).
 LANGUAGE_FIXED = {"hidden_act": ("silu", "silu")}
 VISION_FIXED = {
     "model_type": ("siglip_vision_model", "siglip_vision_model"),
@@ -46,8 +46,8 @@ QWEN_FIXED = {
     "mm_use_im_start_end": (False, False),
 }
 
-# What the released configurations hold beside, none of which bears on a picture's or a text's embedding: video, the
-# tokenizer's side, training. The tower is named among the tuned parts so that loaders take it from the weights.
+# Further keys of the released configurations, about video, the tokenizer and training, which do not affect embeddings
+# of texts and images. The vision encoder is named among the tuned parts so that loaders take it from the weights.
 QWEN_UNUSED = {
     "add_faster_video": False,
     "alpha": 9.0,
@@ -72,7 +72,7 @@ QWEN_UNUSED = {
 }
 
 QWEN_VISION_SECTION = "vision_config"
-"""A llava_qwen file names its vision encoder; sizes of another one than the released stand under this key."""
+"""A llava_qwen file names its vision encoder; if that is not the released one, its sizes are under this key."""
 
 # Ids of <image> and <video>: the first two that Qwen2's tokenizer leaves free.
 IMAGE_TOKENS = {"image_token_index": 151646, "video_token_index": 151647}

@@ -1,4 +1,4 @@
-"""Text and images of an input -> token ids and tiles."""
+"""The processor of LLaVA-OneVision: turns the text and the images of an input into token ids and tiles."""
 
 import sys
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from megatron_llave.models.llava_onevision.prompt import encode_prompt
 
 @dataclass(frozen=True)
 class LlavaOnevisionProcessor:
-    """Everything that turns a Side into an EncodedSequence; holds no state."""
+    """Turns a Side into an EncodedSequence; it keeps no state between inputs."""
 
     tokenizer: Tokenizer
     template: str
-    """qwen or plain."""
+    """Prompt template: qwen or plain."""
     max_length: int
-    """Longest sequence in tokens, visual tokens counted."""
+    """Longest sequence in tokens, visual tokens included."""
     grids: anyres.Grids
     """Anyres grids (columns, rows); empty: one squashed tile."""
     tile_size: int
@@ -36,57 +36,57 @@ class LlavaOnevisionProcessor:
     patch_size: int
     """Side of a patch, pixels."""
     anyres_max_tiles: int | None = 9
-    """Tiles' worth of patches that a much larger feature map is interpolated to; None: every patch is kept."""
+    """Number of tiles to whose patches a much larger feature map is interpolated; None: every patch is kept."""
     image_token_without_image: str = "blank"
     """What the qwen template does with placeholders in a text without any image: blank or remove."""
     max_image_pixels: int = MAX_PIXELS
-    """Larger pictures are refused before they are decoded."""
+    """Images with more pixels are refused before they are decoded."""
     too_long: str = "cut"
-    """A text beyond max_length: cut, or skip (an error)."""
+    """What happens to a text that exceeds max_length: cut, or skip (which raises a DataError)."""
     video_newline: str = "one_token"
     """Where image_newline stands among a video's tokens: one of config.schema.VIDEO_NEWLINES."""
 
     @property
     def tile_shape(self) -> TileShape:
-        """Pixels and patches of the tiles this encoder makes."""
+        """Return pixels and patches of the tiles that `encode` makes."""
         return TileShape(self.tile_size, (self.tile_size // self.patch_size) ** 2)
 
     def encode(self, side: Side) -> EncodedSequence:
-        """Tokenize, decode, cut tiles.
+        """Tokenize the text, decode the images and cut them into tiles.
 
-        A `qwen` placeholder in a text without any image stands for a blank tile, of zeros after normalisation, as in
-        the released code; or it is removed (prompts.remove_placeholders).
+        With template `qwen`, a placeholder in a text without any image becomes a blank tile, which is zero after
+        normalisation, as in the official repository; or it is removed (data.placeholders.remove_placeholders).
 
         Raises:
             BadImageError: an image cannot be read.
-            DataError: the images alone exceed max_length, or the text does and `too_long` is skip; or there are more
+            DataError: the images alone exceed max_length, the text does and `too_long` is skip, or there are more
                 placeholders than images.
         """
         if side.frames is not None:
             return self._encode_video(side.text, side.frames)
-        text, pictures = side.text, [decode_image(data, self.max_image_pixels) for data in side.images]
-        layouts = [self._layout(*picture.size, self.grids) for picture in pictures]
+        text, images = side.text, [decode_image(data, self.max_image_pixels) for data in side.images]
+        layouts = [self._layout(*image.size, self.grids) for image in images]
         num_blank = 0
-        if self.template == "qwen" and not pictures:
+        if self.template == "qwen" and not images:
             if self.image_token_without_image == "remove":
                 text = remove_placeholders(text)
             num_blank = count_placeholders(text)
             layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
         visual_tokens = sum(map(len, layouts))
         tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
-        tiles = [anyres.cut_tiles(picture, self.grids, self.tile_size) for picture in pictures]
+        tiles = [anyres.cut_tiles(image, self.grids, self.tile_size) for image in images]
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
         return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
 
     def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
-        """One squashed tile a frame; the video is one image to the prompt."""
+        """Encode a video: each frame is one squashed tile, and the prompt has one image for all of them."""
         cut = [anyres.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
         layout = anyres.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
         tokens, is_cut = self._tokens(text, 1, len(layout))
         return EncodedSequence(tokens, [np.concatenate(cut)], [layout], is_cut=is_cut)
 
     def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
-        """Ids of the prompt, and whether its text was cut."""
+        """Return the ids of the prompt, and whether its text was cut."""
         encode = partial(encode_prompt, text, num_images, self.tokenizer, self.template)
         tokens = encode(self.max_length, visual_tokens)
         may_be_cut = len(tokens) - num_images + visual_tokens == self.max_length
@@ -101,7 +101,7 @@ class LlavaOnevisionProcessor:
 
 
 def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevisionProcessor:
-    """The encoder of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
+    """Return the processor of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
 
     Raises:
         DataError: the tokenizer is missing or damaged.

@@ -1,4 +1,7 @@
-"""Two-layer MLP from the tower's width to the decoder's (released mlp2x_gelu: Linear, GELU, Linear, with biases)."""
+"""The projector: a two-layer MLP from the vision encoder's width to the decoder's.
+
+It is mlp2x_gelu of the official repository: Linear, GELU, Linear, with biases.
+"""
 
 import torch.nn.functional as F
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -8,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models.blocks.layer_specs import mlp_submodules
-from megatron_llave.models.blocks.settings import shared_settings
+from megatron_llave.models.blocks.settings import common_config
 
 
 def build_projector(
@@ -25,7 +28,7 @@ def build_projector(
         activation_func=F.gelu,
         add_bias_linear=True,
         tensor_model_parallel_size=parallel.tensor,
-        **shared_settings(model),
+        **common_config(model),
     )
     return MultimodalProjector(
         config, mlp_submodules(model.kernels), "mlp", model.vision.hidden_size, tp_group=groups.tp

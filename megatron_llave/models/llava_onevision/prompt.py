@@ -1,7 +1,7 @@
-"""Text and number of images -> token ids, with one IMAGE id where each image's visual tokens go.
+"""Prompts: from a text and its number of images to token ids, with one IMAGE id for all visual tokens of an image.
 
-Two templates: `qwen`, the released one, in which the pooled last token is the newline after the final <|im_end|>, and
-`plain` for small models trained from scratch. Pure functions; packing.py expands IMAGE.
+There are two templates: `qwen` of the released models, in which the pooled last token is the newline after the final
+<|im_end|>, and `plain` for small models that are trained from scratch. packing.py expands IMAGE.
 """
 
 from megatron_llave.data.packing import IMAGE
@@ -16,10 +16,10 @@ QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 
 def user_content(text: str, num_images: int) -> str:
-    """The user turn of the released code: placeholders spelled <image>, a single one moved to the front.
+    """Return the user turn as the official repository writes it: placeholders are <image>, a single one comes first.
 
-    An image without a placeholder gets one at the front. After a placeholder that is already first the text stays as
-    it is; when one is moved, the rest loses its surrounding white space.
+    An image without a placeholder gets one at the front. If the only placeholder is already first, the text after it
+    stays as it is; if it is moved, the remaining text loses its surrounding white space.
 
     Raises:
         DataError: the text has more placeholders than there are images.
@@ -34,18 +34,18 @@ def user_content(text: str, num_images: int) -> str:
 
 
 def qwen_prompt(content: str) -> str:
-    """The released chat template around a user turn; the assistant's turn is one newline."""
+    """Return the chat template of the released models around a user turn; the assistant's turn is one newline."""
     return QWEN_HEAD + content + QWEN_TAIL
 
 
 def encode_prompt(
     text: str, num_images: int, tokenizer: Tokenizer, template: str, max_length: int, visual_tokens: int
 ) -> list[int]:
-    """Token ids of one sequence, with IMAGE once per image.
+    """Return the token ids of one sequence, with IMAGE once per image.
 
-    `visual_tokens` is what all IMAGEs together expand to. When the expanded sequence is longer than `max_length`, the
-    user's text is cut from its right; images and the template's tail stay. (The released code cuts the expanded
-    sequence itself from the right: the tail goes first, so that the token pooled is one of the text or of an image.)
+    `visual_tokens` is the number of tokens that all IMAGEs together expand to. If the expanded sequence is longer than
+    `max_length`, the user's text is cut at its end; images and the end of the template stay. (The official repository
+    cuts the expanded sequence at its end, so that the pooled token is then one of the text or of an image.)
 
     Raises:
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.
@@ -75,7 +75,7 @@ def encode_prompt(
 
 
 def _keep_text(ids: list[int], room: int) -> list[int]:
-    """Every IMAGE, and the first `room` of the other ids."""
+    """Return every IMAGE, and the first `room` of the other ids."""
     kept = []
     for token in ids:
         if token == IMAGE:
