@@ -21,8 +21,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 GUIDES = [page for page in PAGES if "results/2" not in page.as_posix()]
 FOLDERS = ("megatron_llave", "tools", "examples", "benchmarks", "docs", "tests")
 SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
-# Where the names of studies stand.
-FURTHER_SOURCES = {"study": ["megatron_llave/study/arms.py"]}
+# Modules of the package that hold names of commands and options of a tool.
+FURTHER_SOURCES = {"study": "study/arms.py", "evaluate": "evaluation/benchmarks/*.py"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 each_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -92,7 +92,7 @@ def has_key(key: str) -> bool:
 @cache
 def strings_of(tool: str) -> tuple[set[str], bool]:
     """All strings in the source of a tool, and whether its first argument is the name of a command."""
-    sources = [ROOT / "tools" / f"{tool}.py", *(ROOT / path for path in FURTHER_SOURCES.get(tool, []))]
+    sources = [ROOT / "tools" / f"{tool}.py", *(ROOT / "megatron_llave").glob(FURTHER_SOURCES.get(tool, "-"))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return strings, len(sources) > 1 or "add_subparsers" in sources[0].read_text()
