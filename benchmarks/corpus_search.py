@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding.cache import EmbeddingCache
-from megatron_llave.embedding.inputs import FileInput, FileInputs
+from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.evaluation.benchmarks.corpus import StoredRows
 from megatron_llave.evaluation.ranking import search
 
@@ -34,7 +34,7 @@ def unit_rows(count: int, width: int, seed: int) -> np.ndarray:
 
 def make_store(folder: Path, rows: int, width: int) -> EmbeddingCache:
     """The corpus on disk, which the first rank writes."""
-    store = EmbeddingCache(folder, FileInputs("corpus", [FileInput("x")] * rows, "."))
+    store = EmbeddingCache(folder, Inputs("corpus", [Input("x")] * rows, "."))
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
         for part in range(store.num_parts):

@@ -7,25 +7,25 @@ import numpy as np
 import torch
 
 from megatron_llave.batch import Side
-from megatron_llave.embedding.inputs import FileInputs
+from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.evaluation.benchmarks.mmeb import choose_sets, read_task
-from megatron_llave.evaluation.task import RankingTask
+from megatron_llave.evaluation.task import Task
 
 GOLDEN = Path(__file__).parent / "golden" / "mmeb" / "eval"
 NAMES = ["CIRR", "ImageNet-1K", "MSCOCO_t2i", "RefCOCO-Matching"]
 IDENTITY = {"weights": "golden"}
 
 
-def golden_tasks() -> list[RankingTask]:
+def golden_tasks() -> list[Task]:
     return [read_task(GOLDEN, GOLDEN, name) for name in choose_sets(GOLDEN, None)]
 
 
-def golden_rows(inputs: FileInputs) -> torch.Tensor:
+def golden_rows(inputs: Inputs) -> torch.Tensor:
     """[inputs, 16] of inputs of a golden set."""
     with np.load(GOLDEN / inputs.name / "embeddings.npz") as file:
         sides = [(file[f"{side}_text"], file[f"{side}_img_path"], file[f"{side}_emb"]) for side in ("qry", "tgt")]
     rows = {(str(t), str(i)): row for texts, images, found in sides for t, i, row in zip(texts, images, found)}
-    return torch.from_numpy(np.stack([rows[one.text, "".join(one.images)] for one in inputs.inputs]))
+    return torch.from_numpy(np.stack([rows[one.text, "".join(one.images)] for one in inputs.entries]))
 
 
 class GoldenEmbedder:
@@ -39,7 +39,7 @@ class GoldenEmbedder:
         for number, part in enumerate(parts):
             if number == self.stop_after:
                 raise KeyboardInterrupt
-            assert isinstance(part, FileInputs)
+            assert isinstance(part, Inputs)
             self.asked += part
             yield golden_rows(part) if self.is_writer else None
 

@@ -53,7 +53,15 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
     reports = []
     for world, layout in [(1, []), (2, ["parallel.pipeline=2"])]:
         out = tmp_path / str(len(reports))
-        arguments = ["--checkpoint", str(runs["tensor2_pipeline2"]), "--data", str(openmoji_data), "--out", str(out)]
+        arguments = [
+            "prepared",
+            "--checkpoint",
+            str(runs["tensor2_pipeline2"]),
+            "--data",
+            str(openmoji_data),
+            "--out",
+            str(out),
+        ]
         run_ranks(world, EVALUATE, *arguments, *layout)
         reports.append(json.loads((out / "report.json").read_text()))
         assert {file.name for file in out.iterdir()} >= {"report.md", "loss.png", "similarities.png", "montage.png"}
@@ -123,7 +131,15 @@ def test_negatives_of_the_own_micro_batch_are_gathered_from_nobody(openmoji_data
 
 
 def test_averaged_weights_that_are_not_there_are_named(runs: dict[str, Path], openmoji_data: Path) -> None:
-    command = [sys.executable, str(EVALUATE), "--checkpoint", str(runs["one"]), "--data", str(openmoji_data)]
+    command = [
+        sys.executable,
+        str(EVALUATE),
+        "prepared",
+        "--checkpoint",
+        str(runs["one"]),
+        "--data",
+        str(openmoji_data),
+    ]
     done = subprocess.run([*command, "--average"], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "has no averaged weights: its run had loss.reward=self, not ema" in done.stderr
@@ -224,7 +240,15 @@ def test_step_without_a_single_readable_pair_goes_on(openmoji_data: Path, tmp_pa
 
 def test_missing_data_and_missing_checkpoint_are_named(tmp_path: Path, openmoji_data: Path) -> None:
     assert str(tmp_path / "nowhere") in fails_with(f"data.path={tmp_path / 'nowhere'}")
-    command = [sys.executable, str(EVALUATE), "--checkpoint", str(tmp_path / "none"), "--data", str(openmoji_data)]
+    command = [
+        sys.executable,
+        str(EVALUATE),
+        "prepared",
+        "--checkpoint",
+        str(tmp_path / "none"),
+        "--data",
+        str(openmoji_data),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2
     assert f"error: {tmp_path / 'none'}" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
-"""Many inputs whose pictures and videos lie in files: what an evaluation embeds, part by part.
+"""Inputs that an evaluation or tools/embed.py embeds part by part; images and videos are read only when asked for.
 
-Made by the readers of benchmarks and of the user's own retrieval data; cache.py keeps their embeddings.
+The readers of benchmarks (evaluation/benchmarks/) and of JSONL files (jsonl.py) make them; cache.py keeps their
+embeddings.
 """
 
 import hashlib
@@ -14,146 +15,155 @@ from megatron_llave.batch import Side
 from megatron_llave.data.video import read_frames
 from megatron_llave.errors import DataError
 
-PICTURE_COST, VIDEO_COST, CHARACTERS = 8, 64, 400
-"""What an input counts when inputs are cut into parts: a picture, a video, and 1 for every so many characters."""
+IMAGE_COST, VIDEO_COST, CHARACTERS = 8, 64, 400
+"""Weights that cut inputs into parts of like size: an image, a video, and 1 for every so many characters of text."""
 STAT_THREADS = 16
-"""Files that are looked for at a time; each takes a network file system a millisecond."""
+"""Files that are looked for at a time; each look takes a network file system about a millisecond."""
 
 
 @dataclass(frozen=True)
-class FileInput:
-    """A text, pictures, a video, or a text with either."""
+class Input:
+    """A text, images, a video, or a text with either."""
 
     text: str
-    images: tuple[str, ...] = ()
-    """Files as the data set names them, relative to its image folder."""
+    images: tuple[str | bytes, ...] = ()
+    """File names relative to the data set's image folder, or the bytes of encoded images."""
     video: str = ""
-    """A video file, likewise; it is then all there is besides the text."""
+    """A video file, relative to the same folder. An input with a video has no images."""
     id: str = field(default="", compare=False)
-    """What the user calls it, for messages; "" where it has no name."""
+    """The user's name for the input, for messages; "" where it has none."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Pictures and video."""
-        return (*self.images, *filter(None, [self.video]))
+        """Names of the image files and of the video file."""
+        return (*(image for image in self.images if isinstance(image, str)), *filter(None, [self.video]))
 
     @property
     def cost(self) -> int:
-        """Of embedding it, roughly, in texts of CHARACTERS."""
-        return 1 + len(self.text) // CHARACTERS + PICTURE_COST * len(self.images) + VIDEO_COST * bool(self.video)
+        """Rough cost of embedding this input; a text of up to CHARACTERS costs 1."""
+        return 1 + len(self.text) // CHARACTERS + IMAGE_COST * len(self.images) + VIDEO_COST * bool(self.video)
 
 
-class FileInputs(Mapping[str, Side]):
-    """Inputs in their order, by keys that tell them from those of other data sets; files are read when asked for."""
+class Inputs(Mapping[str, Side]):
+    """A data set's inputs in their order; each key begins with the data set's name and the input's number."""
 
     def __init__(
-        self, name: str, inputs: Sequence[FileInput], image_folder: str | Path, first: int = 0, hint: str = ""
+        self,
+        name: str,
+        entries: Sequence[Input],
+        image_folder: str | Path,
+        first: int = 0,
+        hint: str = "",
+        separator: str = " ",
     ) -> None:
-        """Inputs of data set `name`.
+        """Hold the inputs; no file is read yet.
 
         Args:
-            name: for keys and messages.
-            inputs: in their order.
-            image_folder: that their files are relative to.
-            first: index of the first of them in the data set.
-            hint: ends the message about a missing file: where files should be.
+            name: of the data set, for keys and messages.
+            entries: the inputs in their order.
+            image_folder: folder that file names are relative to.
+            first: number of the first entry in the data set, for a part of it.
+            hint: end of the message about a missing file; says where files should be.
+            separator: stands between name and number in a key.
         """
-        self.name, self.inputs, self.image_folder = name, inputs, Path(image_folder)
-        self.first, self.hint = first, hint
+        self.name, self.entries, self.image_folder = name, entries, Path(image_folder)
+        self.first, self.hint, self.separator = first, hint, separator
 
     def key(self, index: int) -> str:
-        """Of the data set's input `index`: name, index, and its picture or its text."""
-        one = self.inputs[index - self.first]
-        return f"{self.name} {index} {one.video or ' '.join(one.images) or one.text[:40]}"
+        """Key of the data set's input `index`: name, number, and the input's files or the beginning of its text."""
+        item = self.entries[index - self.first]
+        return f"{self.name}{self.separator}{index} {' '.join(item.files) or item.text[:40]}"
 
     def index(self, key: str) -> int:
-        """The input that `key` names.
+        """Number of the input that `key` names.
 
         Raises:
-            KeyError: it is none of these.
+            KeyError: no input has this key.
         """
-        name, _, rest = key.removeprefix(self.name).partition(" ")
-        number = rest.partition(" ")[0]
-        if name or not key.startswith(self.name) or not number.isdigit():
+        start = self.name + self.separator
+        number = key.removeprefix(start).partition(" ")[0]
+        if not key.startswith(start) or not number.isdigit():
             raise KeyError(key)
         index = int(number)
-        if not self.first <= index < self.first + len(self.inputs):
+        if not self.first <= index < self.first + len(self):
             raise KeyError(key)
         return index
 
     def __getitem__(self, key: str) -> Side:
-        """An input with its pictures.
+        """The input of a key, its images and video read.
 
         Raises:
-            DataError: a picture or video cannot be read; names the data set and the file.
+            DataError: a file cannot be read; the message names the data set and the file.
         """
-        one = self.inputs[self.index(key) - self.first]
+        item = self.entries[self.index(key) - self.first]
         try:
-            if one.video:
-                return Side(one.text, [], read_frames(self.image_folder / one.video))
-            return Side.read(one.text, *(self.image_folder / image for image in one.images))
+            if item.video:
+                return Side(item.text, [], read_frames(self.image_folder / item.video))
+            if not item.files:
+                return Side(item.text, list(item.images))
+            return Side.read(item.text, *(self.image_folder / image for image in item.images))
         except DataError as error:
-            raise DataError(f"data set {self.name}{_called(one)}: {error}") from error
+            raise DataError(f"data set {self.name}{_with_id(item)}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        """Keys."""
-        return map(self.key, range(self.first, self.first + len(self.inputs)))
+        """Keys in the order of the inputs."""
+        return map(self.key, range(self.first, self.first + len(self)))
 
     def __len__(self) -> int:
-        """How many."""
-        return len(self.inputs)
+        """Number of inputs."""
+        return len(self.entries)
 
-    def part(self, indices: range) -> "FileInputs":
-        """Those of the data set's inputs."""
-        chosen = self.inputs[indices.start - self.first : indices.stop - self.first]
-        return FileInputs(self.name, chosen, self.image_folder, indices.start, self.hint)
+    def part(self, indices: range) -> "Inputs":
+        """The inputs whose numbers lie in `indices`."""
+        chosen = self.entries[indices.start - self.first : indices.stop - self.first]
+        return Inputs(self.name, chosen, self.image_folder, indices.start, self.hint, self.separator)
 
     @property
     def digest(self) -> str:
-        """Of the inputs: what embeddings of them belong to."""
+        """SHA-256 of texts and file names in their order; embeddings belong to inputs with this digest."""
         digest = hashlib.sha256()
-        for one in self.inputs:
-            digest.update(repr((one.text, one.images, one.video)).encode())
+        for item in self.entries:
+            digest.update(repr((item.text, item.images, item.video)).encode())
         return digest.hexdigest()
 
     def cut(self, cost: int) -> list[int]:
-        """Bounds [parts + 1] of inputs that cost about `cost` together; the same for every number of ranks."""
+        """Bounds [parts + 1] of parts that cost about `cost` each; they do not depend on the number of ranks."""
         bounds, spent = [0], 0
-        for index, one in enumerate(self.inputs):
-            if index > bounds[-1] and spent + one.cost > cost:
+        for index, item in enumerate(self.entries):
+            if index > bounds[-1] and spent + item.cost > cost:
                 bounds.append(index)
                 spent = 0
-            spent += one.cost
-        return [*bounds, len(self.inputs)]
+            spent += item.cost
+        return [*bounds, len(self)]
 
     def file_states(self) -> dict[str, str]:
-        """Size and time of the last change of each different file, as they are now; "" for one that is not there."""
-        files = list(dict.fromkeys(file for one in self.inputs for file in one.files))
+        """Size and modification time of each different file as it is now; "" for a file that does not exist."""
+        files = list(dict.fromkeys(file for item in self.entries for file in item.files))
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             return dict(zip(files, pool.map(self._state, files)))
 
     def _state(self, file: str) -> str:
         try:
-            found = (self.image_folder / file).stat()
+            status = (self.image_folder / file).stat()
         except OSError:
             return ""
-        return f"{found.st_size} {found.st_mtime_ns}" if stat.S_ISREG(found.st_mode) else ""
+        return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
 
     def require_files(self) -> dict[str, str]:
-        """Check that pictures and videos are there, before hours of work and not after; their states.
+        """Check that all files exist, before hours of work and not after; returns `file_states`.
 
         Raises:
-            DataError: names the first that is not, and how many there are.
+            DataError: names the first missing file, and says how many are missing.
         """
         states = self.file_states()
         missing = [file for file, state in states.items() if not state]
         if missing:
-            [first, *_] = (one for one in self.inputs if missing[0] in one.files)
-            where = f"data set {self.name}{_called(first)}: {self.image_folder / missing[0]}"
+            item = next(item for item in self.entries if missing[0] in item.files)
+            where = f"data set {self.name}{_with_id(item)}: {self.image_folder / missing[0]}"
             count = f"{len(missing)} of {len(states)} files looked for are missing"
             raise DataError(f"{where} does not exist, {count}{self.hint and '; '}{self.hint}")
         return states
 
 
-def _called(one: FileInput) -> str:
-    return f", input {one.id!r}" if one.id else ""
+def _with_id(item: Input) -> str:
+    return f", input {item.id!r}" if item.id else ""

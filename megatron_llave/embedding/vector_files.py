@@ -1,8 +1,4 @@
-"""Many inputs from a JSONL file, their embeddings into .npy or Parquet, a part at a time: tools/embed.py.
-
-A line is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, pictures, or both; files are relative to the
-JSONL's folder, the id defaults to the line's number.
-"""
+"""Writes embeddings to a .npy or Parquet file, part by part, for tools/embed.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,16 +18,16 @@ Write = Callable[[list[str], Tensor], None]
 
 @contextmanager
 def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
-    """A file of embeddings that is there whole or not at all.
+    """Open a file of embeddings for writing; it takes its name when it is complete.
 
-    .npy: float32 [num_rows, width]. Parquet: columns id (string) and embedding (fixed-size list of float32), a row
-    group for each part, `model` in the schema's metadata.
+    .npy: float32 [num_rows, width]. Parquet: columns id (string) and embedding (fixed-size list of float32), one
+    row group per part, `model` in the schema's metadata.
 
     Yields:
         write(ids, embeddings [n, width]) for each part in turn.
 
     Raises:
-        DataError: the suffix is unknown, or the file cannot be written (a full disk); nothing is left of it then.
+        DataError: the suffix is unknown, or the file cannot be written (full disk); no part of it remains then.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -48,7 +44,7 @@ def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> I
 
 @contextmanager
 def _open_npy(path: Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
-    # Written in order and not through a memory map, which dies of a full disk without an error.
+    # Written in order, not through a memory map: on a full disk a memory map ends the process without an error.
     with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, width)}
         np.lib.format.write_array_header_1_0(file, header)

@@ -1,168 +1,217 @@
-"""Evaluation: every input embedded once, spread over the data-parallel ranks, then each set's candidates ranked.
+"""Evaluates a model on tasks: embeds the inputs that are missing, scores each task, keeps results in a folder if asked.
 
-Used by tools/evaluate.py and by training.
+Used by tools/evaluate.py and by training. A folder holds embeddings/<inputs>/ (embedding/cache.py), <set>_result.json,
+and <set>_pred.txt and <set>_score.json as the official MMEB evaluation writes them. After a stop, the same call embeds
+only the parts that are missing and reads the results of finished sets.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.batch import Side
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.embedding.cache import PART_COST
-from megatron_llave.embedding.embedder import LoadedModel, embed, require_finite
-from megatron_llave.embedding.inputs import FileInputs
-from megatron_llave.errors import ConfigError, NotFiniteError
-from megatron_llave.evaluation.benchmarks.mmeb import choose_sets, read_task
-from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, is_prepared, read_evaluation
-from megatron_llave.evaluation.ranking import alignment, hub_share, precision_at_1, rank_candidates, uniformity
+from megatron_llave.distributed.process_groups import device
+from megatron_llave.embedding.cache import (
+    EmbeddingCache,
+    EmbedParts,
+    Identity,
+    Progress,
+    embed_missing,
+    require_same_model,
+)
+from megatron_llave.embedding.embedder import LoadedModel, embed_parts
+from megatron_llave.errors import DataError, NotFiniteError
+from megatron_llave.evaluation.benchmarks import mmeb, prepared
 from megatron_llave.evaluation.scoring import score_task
-from megatron_llave.evaluation.task import RankingTask, SetResult
-from megatron_llave.loss.similarities import overlap_coefficient
+from megatron_llave.evaluation.task import SetResult, Task
+from megatron_llave.files import VERSION, read_json, write_json, write_text
 from megatron_llave.models import build_processor
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "megatron_llave ranking result"
+
 Scores = dict[str, float]
 """Set -> Precision@1 in percent; NaN where embeddings are not finite."""
 
-TOP_K = 5
-"""Candidates per query that a result keeps."""
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The results of a call of evaluate_tasks, and how much of them was there before."""
+
+    results: list[SetResult]
+    num_finished: int
+    """Number of sets that were finished before."""
+    num_inputs: int
+    """Number of inputs of the other sets."""
+    num_embedded: int
+    """Number of inputs embedded by this call, over all ranks."""
 
 
-def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
-    """Precision@1 of every set, its similarities and the best candidates; the same result on every rank.
+def evaluate_tasks(
+    embed_parts: EmbedParts,
+    tasks: Sequence[Task],
+    out: str | Path | None,
+    identity: Identity,
+    replicas: dist.ProcessGroup,
+    ties: str,
+    progress: Progress = lambda what, done, total: None,
+) -> Evaluated:
+    """Embed and score every task that is not finished; all ranks get the same results.
+
+    Args:
+        embed_parts: embeds with this rank's replica of the model.
+        tasks: with different names; inputs with the same name are the same inputs.
+        out: folder for embeddings and results, shared by all ranks; None: nothing is kept.
+        identity: of the model; only the first rank's is used, and only with a folder.
+        replicas: data-parallel group that the embedding is dealt to; all ranks share the scoring.
+        ties: tie rule, see scoring.TIES.
+        progress: called with (what, done, total) after each part of this rank, then after each set.
 
     Raises:
-        DataError: an input cannot be read, or its embedding is not finite.
+        DataError: an image is missing or damaged, `out` has another model's embeddings, or the disk is full.
+        NotFiniteError: an embedding is not finite.
     """
-    embeddings = embed(model, inputs)  # [inputs, d]
-    require_finite(embeddings, inputs)
-    row = {key: index for index, key in enumerate(inputs)}
-    return [score(one, embeddings, row, model.groups.dp) for one in sets]
+    out = None if out is None else Path(out)
+    finished = _finished(tasks, out, identity, ties)
+    caches = {task.inputs.name: _cache(out, task) for task, result in zip(tasks, finished) if result is None}
+    num_embedded = embed_missing(embed_parts, list(caches.values()), identity, replicas, progress)
+    results = []
+    for number, (task, result) in enumerate(zip(tasks, finished)):
+        progress("scoring", number, len(tasks))
+        if result is None:
+            cache = caches[task.inputs.name]
+            result = score_task(task, cache.rows, ties, dist.group.WORLD)
+            if out is not None and dist.get_rank() == 0:
+                origin = {"model": identity, "task": task.digest, "files": cache.claimed_files, "ties": ties}
+                _write(result, task, out, origin)
+        results.append(result)
+    progress("scoring", len(tasks), len(tasks))
+    dist.barrier()  # whichever rank returns first finds everything written
+    num_inputs = sum(len(cache.inputs) for cache in caches.values())
+    return Evaluated(results, sum(result is not None for result in finished), num_inputs, num_embedded)
 
 
 def build_evaluation(
     cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection, progress: Callable[[str], None]
 ) -> Callable[[], Scores]:
-    """A function that evaluates the model that is being trained, as it is, on the sets in evaluate.path.
+    """Build a function that evaluates the model in training, as it is, on the sets in evaluate.path.
 
-    It tells `progress` of every row that it embeds. Of a model whose embeddings are not finite it gives NaN for every
-    set, with a warning: whether such a run goes on is for its steps to decide (train.max_bad_steps), not for a
-    measurement.
+    Ties count as wrong in sets of a prepared folder, and as right in those of MMEB. If an embedding is not finite, the
+    function warns and returns NaN for every set: train.max_bad_steps decides whether such a run continues.
+
+    Args:
+        cfg: evaluate.path, evaluate.images and evaluate.sets choose the sets.
+        chunks: the model in training.
+        groups: its process groups.
+        progress: called with what is being done, for each input that is read and each row that is embedded.
 
     Raises:
-        DataError: the sets, or a picture of theirs, cannot be read.
+        ConfigError: evaluate.sets names an unknown set.
+        DataError: the sets cannot be read, or one of their images is missing.
     """
     folder, names = Path(cfg.evaluate.path or cfg.data.path), cfg.evaluate.sets
-    model = LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups, progress)
-    if is_prepared(folder):
-        inputs, sets = read_evaluation(folder)
-        sets = choose(sets, names, folder)
-        used = {key: inputs[key] for one in sets for key in (*one.queries, *one.candidates)}
-        evaluate_all, names = partial(evaluate, model, used, sets), [one.name for one in sets]
+    if prepared.is_prepared(folder):
+        tasks, ties = prepared.read_tasks(folder, names), prepared.BENCHMARK.ties
     else:
-        images = cfg.evaluate.images or folder
-        tasks = [read_task(folder, images, name) for name in choose_sets(folder, names, "evaluate.sets")]
-        for task in tasks:
-            task.inputs.require_files()
-        evaluate_all, names = partial(evaluate_in_memory, model, tasks), [task.name for task in tasks]
+        images, ties = cfg.evaluate.images or folder, mmeb.BENCHMARK.ties
+        tasks = [mmeb.read_task(folder, images, name) for name in mmeb.choose_sets(folder, names, "evaluate.sets")]
+    for task in tasks:
+        task.inputs.require_files()
+    embedder = partial(embed_parts, LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups, progress))
+
+    def scores() -> Scores:
+        results = []
+        for _, alike in groupby(tasks, key=lambda task: id(task.inputs)):  # bounds the embeddings held at a time
+            results += evaluate_tasks(embedder, list(alike), None, {}, groups.dp, ties).results
+        return {result.name: result.precision_at_1 for result in results}
 
     def run() -> Scores:
         for chunk in chunks:
             chunk.eval()
         try:
-            scores = {result.name: result.precision_at_1 for result in evaluate_all()}
-        except NotFiniteError as error:  # met by all ranks alike: each has all embeddings
+            return scores()
+        except NotFiniteError as error:  # raised on all ranks alike, since embeddings in memory are gathered
             if dist.get_rank() == 0:
                 logger.warning("no evaluation: %s", error)
-            scores = dict.fromkeys(names, math.nan)
-        for chunk in chunks:
-            chunk.train()
-        return scores
+            return {task.name: math.nan for task in tasks}
+        finally:
+            for chunk in chunks:
+                chunk.train()
 
     return run
 
 
-def choose(sets: list[EvaluationSet], names: list[str], folder: Path) -> list[EvaluationSet]:
-    """The sets that are named, or all.
+def _finished(tasks: Sequence[Task], out: Path | None, identity: Identity, ties: str) -> list[SetResult | None]:
+    """Results that are in `out` already, as the first rank reads them.
 
     Raises:
-        ConfigError: one is not there.
+        DataError: a result is of another model.
     """
-    found = {one.name: one for one in sets}
-    for name in names:
-        if name not in found:
-            raise ConfigError(f"evaluate.sets: {name!r} is none of the sets in {folder}: {', '.join(found)}")
-    return [found[name] for name in names] or sets
-
-
-def evaluate_in_memory(model: LoadedModel, tasks: list[RankingTask]) -> list[SetResult]:
-    """Score ranking tasks without keeping anything on disk; the same result on every rank.
-
-    Raises:
-        DataError: an input cannot be read, or its embedding is not finite.
-    """
-    results = []
-    for task in tasks:
-        bounds = task.inputs.cut(PART_COST * model.groups.dp.size())  # so much is decoded at a time
-        parts = [task.inputs.part(range(*pair)) for pair in pairwise(bounds)]
-        embeddings = np.concatenate([_embed_part(model, part) for part in parts])  # [inputs, d]
-        results.append(score_task(task, embeddings.__getitem__, "first", dist.group.WORLD))
+    results = [None] * len(tasks)
+    if out is None:
+        return results
+    if dist.get_rank() == 0:
+        results = [_read(task, out, identity, ties) for task in tasks]
+    # All ranks take what the first one has read: on a network file system the others might see something else.
+    dist.broadcast_object_list(results, 0, device=device())
     return results
 
 
-def _embed_part(model: LoadedModel, part: FileInputs) -> np.ndarray:
-    embeddings = embed(model, part)  # [inputs of the part, d]
-    require_finite(embeddings, part)
-    return embeddings.cpu().numpy()
+def _read(task: Task, out: Path, identity: Identity, ties: str) -> SetResult | None:
+    """The finished result, if it is of this task with its files as they are now.
 
-
-def score(one: EvaluationSet, embeddings: Tensor, row: dict[str, int], group: dist.ProcessGroup) -> SetResult:
-    """Rank one set, its candidates spread over the ranks of `group`.
-
-    Args:
-        one: the set.
-        embeddings: [inputs, d], the same on every rank.
-        row: input key -> row of `embeddings`.
-        group: ranks that share the ranking.
+    Raises:
+        DataError: the result is of another model.
     """
-    queries = embeddings[[row[key] for key in one.queries]]
-    all_candidates = embeddings[[row[key] for key in one.candidates]]
-    share = torch.arange(len(one.candidates)).tensor_split(group.size())[group.rank()]
-    candidates = all_candidates[share.to(embeddings.device)]
-    positives = torch.tensor(one.positives, device=embeddings.device)
-    first = int(share[0]) if len(share) else 0
-    k = min(TOP_K, len(one.candidates))
-    ranking = rank_candidates(queries, candidates, positives, k=k, offset=first, group=group)
-    spread = uniformity(all_candidates)
-    return SetResult(
-        name=one.name,
-        meta_task=one.meta_task,
-        split=one.split,
-        precision_at_1=precision_at_1(ranking, positives),
-        chance=one.chance,
-        num_queries=len(one.queries),
-        num_candidates=len(one.candidates),
-        overlap=overlap_coefficient(ranking.positive, ranking.hardest_negative),
-        alignment=alignment(ranking.positive),
-        uniformity=spread if math.isfinite(spread) else None,
-        hub_share=hub_share(ranking.top[:, 0]),
-        num_ties=int((ranking.positive == ranking.hardest_negative).sum()),
-        positive=ranking.positive.tolist(),
-        hardest_negative=ranking.hardest_negative.tolist(),
-        top=ranking.top.tolist(),
-        positives=one.positives,
-        queries=one.queries,
-        candidates=one.candidates,
-    )
+    path = out / f"{task.name}_result.json"
+    if not path.is_file() or not _score_file(out, task).is_file():
+        return None
+    try:
+        recorded = read_json(path, FORMAT, "")
+        model, origin = recorded["model"], (recorded["task"], recorded["files"], recorded["ties"])
+        result = SetResult(**recorded["result"])
+        result.hardest_negative = [-math.inf if x is None else x for x in result.hardest_negative]
+        per_query = (result.positive, result.hardest_negative, result.top, result.positives, result.queries)
+        is_complete = all(len(values) == result.num_queries for values in per_query)
+    except (DataError, KeyError, TypeError):
+        return None  # damaged: it is made again from the embeddings
+    require_same_model(path, model, identity)
+    is_same = origin == (task.digest, _cache(out, task).digest_of_files(), ties)
+    return result if is_complete and is_same else None
+
+
+def _write(result: SetResult, task: Task, out: Path, origin: dict[str, Any]) -> None:
+    """Write the result, and the official evaluation's two files; the score comes last and marks a finished set."""
+    best = [result.candidates[row[0]] for row in result.top]
+    predicted = [task.inputs.entries[task.inputs.index(key)] for key in best]
+    try:
+        _score_file(out, task).unlink(missing_ok=True)
+        hardest = [x if math.isfinite(x) else None for x in result.hardest_negative]  # JSON has no infinity
+        values = {**asdict(result), "hardest_negative": hardest}
+        write_json(out / f"{task.name}_result.json", {"format": FORMAT, "version": VERSION, **origin, "result": values})
+        lines = (f"{(item.text, ''.join(item.files))}\n" for item in predicted)
+        write_text(out / f"{task.name}_pred.txt", "".join(lines))
+        correct = round(result.precision_at_1 * result.num_queries / 100)
+        score = {"acc": correct / result.num_queries, "num_correct": correct, "num_pred": result.num_queries}
+        write_text(_score_file(out, task), json.dumps(score, indent=4))  # byte for byte as the official evaluation
+    except OSError as error:
+        raise DataError(f"{out}: results of {task.name} cannot be written: {error.strerror}") from error
+
+
+def _cache(out: Path | None, task: Task) -> EmbeddingCache:
+    return EmbeddingCache(None if out is None else out / "embeddings" / task.inputs.name, task.inputs)
+
+
+def _score_file(out: Path, task: Task) -> Path:
+    return out / f"{task.name}_score.json"

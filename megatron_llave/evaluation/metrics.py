@@ -1,7 +1,7 @@
-"""Retrieval with relevance judgements: Precision@1, Recall@k, MRR and nDCG@k of a ranking. Pure functions.
+"""Scores of retrieval with relevance judgements (Precision@1, Recall@k, MRR, nDCG@k) and of ranks. Pure functions.
 
-As trec_eval computes them: gains are the grades themselves, the discount is log2(1 + rank), a query without a relevant
-candidate is left out, and a candidate without a judgement is not relevant.
+They are computed as by trec_eval: the gain is the grade itself, the discount is log2(1 + rank), a query without a
+relevant candidate is left out, and a candidate without a judgement is not relevant.
 """
 
 import math
@@ -15,21 +15,21 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.evaluation.ranking import similarities
 
 Judgements = Mapping[str, Mapping[str, int]]
-"""Query id -> candidate id -> grade; relevant where it is above 0."""
+"""Query id -> candidate id -> grade; a candidate is relevant if its grade is above 0."""
 
 
 def score_ranking(
     ranking: Mapping[str, Sequence[str]], judgements: Judgements, depths: Sequence[int]
 ) -> dict[str, float]:
-    """Means over the judged queries, in percent.
+    """Mean scores over the judged queries, in percent.
 
     Args:
-        ranking: query id -> candidate ids, best first, at least max(depths) of them where there are so many.
-        judgements: of these queries.
-        depths: k of recall@k and ndcg@k; the largest one also bounds the rank that MRR sees.
+        ranking: query id -> candidate ids, best first; at least max(depths), or all there are.
+        judgements: grades of the queries' candidates.
+        depths: values of k for recall@k and ndcg@k; MRR looks as deep as the largest.
 
     Returns:
-        precision@1, recall@k and ndcg@k for each k, mrr.
+        The scores precision@1, mrr, and recall@k and ndcg@k for each k.
 
     Raises:
         ValueError: no query has a relevant candidate.
@@ -45,11 +45,11 @@ def _score_query(ranked: Sequence[str], grades: Mapping[str, int], depths: Seque
     gains = [max(0, grades.get(candidate, 0)) for candidate in ranked[: max(depths)]]
     ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
     first = next((rank for rank, gain in enumerate(gains, start=1) if gain > 0), math.inf)
-    found = {"precision@1": float(first == 1), "mrr": 1 / first}
+    scores = {"precision@1": float(first == 1), "mrr": 1 / first}
     for k in depths:
-        found[f"recall@{k}"] = sum(gain > 0 for gain in gains[:k]) / len(ideal)
-        found[f"ndcg@{k}"] = _discounted(gains[:k]) / _discounted(ideal[:k])
-    return found
+        scores[f"recall@{k}"] = sum(gain > 0 for gain in gains[:k]) / len(ideal)
+        scores[f"ndcg@{k}"] = _discounted(gains[:k]) / _discounted(ideal[:k])
+    return scores
 
 
 def _discounted(gains: Sequence[int]) -> float:
@@ -57,31 +57,32 @@ def _discounted(gains: Sequence[int]) -> float:
 
 
 def parse_depths(given: Sequence[str | int]) -> list[int]:
-    """The k of recall and nDCG.
+    """Convert the values of k for recall@k and nDCG@k.
 
     Raises:
-        ConfigError: one is no number of at least 1, or there is none.
+        ConfigError: a value is not a number of at least 1, or there is no value.
     """
     try:
-        depths = [int(one) for one in given]
+        depths = [int(value) for value in given]
     except ValueError:
         depths = []
     if not depths or min(depths) < 1:
-        raise ConfigError(f"--k {' '.join(map(str, given))} must be numbers of at least 1")
+        raise ConfigError(f"--k {','.join(map(str, given))} must be numbers of at least 1")
     return depths
 
 
 DEPTHS = (1, 5, 10)
+"""Values of k for the recall of summarise_ranks."""
 
 
 def ranks_of_right(queries: Tensor, candidates: Tensor, is_right: Tensor, chunk: int = 1024) -> Tensor:
-    """Rank, from 1, of each query's best right candidate, [q] int64; equal candidates stand in index order.
+    """Rank, from 1, of each query's best right candidate, [q] int64; equal similarities are ranked in index order.
 
     Args:
         queries: [q, d] of unit length.
         candidates: [c, d] of unit length.
-        is_right: [q, c] bool, with a right one in each row.
-        chunk: queries whose similarities are held at a time.
+        is_right: [q, c] bool, with at least one right candidate in each row.
+        chunk: number of queries whose similarities are held at a time.
     """
     ranks = []
     for start in range(0, len(queries), chunk):
@@ -95,5 +96,5 @@ def ranks_of_right(queries: Tensor, candidates: Tensor, is_right: Tensor, chunk:
 
 def summarise_ranks(ranks: Tensor) -> dict[str, float]:
     """Recall@k in percent for each of DEPTHS, and the median rank."""
-    found = {f"recall@{k}": 100.0 * int((ranks <= k).sum()) / len(ranks) for k in DEPTHS}
-    return {**found, "median_rank": float(np.median(ranks.numpy()))}
+    recalls = {f"recall@{k}": 100.0 * int((ranks <= k).sum()) / len(ranks) for k in DEPTHS}
+    return {**recalls, "median_rank": float(np.median(ranks.numpy()))}

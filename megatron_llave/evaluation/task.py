@@ -1,7 +1,6 @@
-"""A ranking task: queries with candidates of their own, the first of them right.
+"""The records of an evaluation: a task to be scored, and the result of scoring it.
 
-Read from a benchmark by a source (evaluation/benchmarks/mmeb.py), embedded into a store and scored by
-scoring.py.
+A benchmark (evaluation/benchmarks/) reads its files into tasks, evaluate.py embeds their inputs, scoring.py ranks.
 """
 
 import hashlib
@@ -11,36 +10,48 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_llave.embedding.inputs import FileInput, FileInputs
+from megatron_llave.embedding.inputs import Input, Inputs
 
 
 @dataclass(frozen=True)
-class RankingTask:
-    """One data set of a benchmark: q queries, n candidates over all of them."""
+class Task:
+    """Queries, the candidates that each is ranked against, and which candidate is right.
+
+    Each query has candidates of its own, or all queries share one array of them. Tasks may share their inputs, which
+    are then embedded once.
+    """
 
     name: str
     meta_task: str
     """classification, vqa, retrieval or grounding."""
     split: str
-    """ind or ood."""
-    inputs: FileInputs
-    """Each once, those that cost alike side by side."""
+    """ind (in distribution), ood (out of it) or seen (trained on)."""
+    inputs: Inputs
+    """Each different input once."""
     queries: np.ndarray
-    """[q] int64, into `inputs`."""
+    """[q] int64, numbers of inputs."""
     candidates: np.ndarray
-    """[n] int64, into `inputs`: those of the first query in their order, the right one first, then the next query's."""
-    bounds: np.ndarray
-    """[q + 1] int64: those of query i are candidates[bounds[i] : bounds[i + 1]]."""
+    """[n] int64, numbers of inputs: the shared ones, or those of the first query, then those of the second, ..."""
+    right: np.ndarray
+    """[q] int64, number of the input that is each query's right candidate."""
+    bounds: np.ndarray | None = None
+    """[q + 1] int64: query i has the candidates[bounds[i] : bounds[i + 1]], the right one first. None: shared."""
 
     def candidates_of(self, query: int) -> np.ndarray:
-        """[c] int64, into `inputs`."""
-        return self.candidates[self.bounds[query] : self.bounds[query + 1]]
+        """Candidates of a query, [c] int64, numbers of inputs."""
+        return self.candidates if self.bounds is None else self.candidates[self.bounds[query] : self.bounds[query + 1]]
+
+    @property
+    def chance(self) -> float:
+        """Expected Precision@1 of guessing, in percent."""
+        counts = len(self.candidates) if self.bounds is None else np.diff(self.bounds)
+        return float(np.mean(100.0 / counts))
 
     @property
     def digest(self) -> str:
-        """Of inputs, queries and candidates with their order: what a score belongs to."""
+        """SHA-256 of the inputs, and of the order of queries and candidates; a result belongs to one digest."""
         digest = hashlib.sha256(self.inputs.digest.encode())
-        for indices in (self.queries, self.candidates, self.bounds):
+        for indices in (self.queries, self.candidates, self.right if self.bounds is None else self.bounds):
             digest.update(f"{len(indices)} ".encode() + indices.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -49,39 +60,50 @@ def build_task(
     name: str,
     meta_task: str,
     split: str,
-    rows: Sequence[tuple[FileInput, list[FileInput]]],
+    rows: Sequence[tuple[Input, list[Input]]],
     image_folder: str | Path,
     hint: str = "",
-) -> RankingTask:
-    """Collect the unique inputs of rows (query, its candidates with the right one first); `hint`: see FileInputs."""
-    unique = {one for query, candidates in rows for one in (query, *candidates)}
-    inputs = sorted(unique, key=lambda one: (one.cost, len(one.text), one.text, one.images))
-    place = {one: index for index, one in enumerate(inputs)}
-    counts = [len(candidates) for _, candidates in rows]
-    return RankingTask(
+) -> Task:
+    """Build a task of queries with candidates of their own.
+
+    Args:
+        name: of the data set.
+        meta_task: see Task.
+        split: see Task.
+        rows: each query with its candidates, the right one first.
+        image_folder: folder that the inputs' files are relative to.
+        hint: end of the message about a missing file (Inputs).
+    """
+    unique = {item for query, candidates in rows for item in (query, *candidates)}
+    entries = sorted(unique, key=lambda item: (item.cost, len(item.text), item.text, item.images))
+    number_of = {item: number for number, item in enumerate(entries)}
+    bounds = np.cumsum([0, *(len(candidates) for _, candidates in rows)], dtype=np.int64)
+    candidates = np.array([number_of[item] for _, candidates in rows for item in candidates], np.int64)
+    return Task(
         name=name,
         meta_task=meta_task,
         split=split,
-        inputs=FileInputs(name, inputs, image_folder, hint=hint),
-        queries=np.array([place[query] for query, _ in rows], np.int64),
-        candidates=np.array([place[one] for _, candidates in rows for one in candidates], np.int64),
-        bounds=np.cumsum([0, *counts], dtype=np.int64),
+        inputs=Inputs(name, entries, image_folder, hint=hint),
+        queries=np.array([number_of[query] for query, _ in rows], np.int64),
+        candidates=candidates,
+        right=candidates[bounds[:-1]],
+        bounds=bounds,
     )
 
 
 @dataclass
 class SetResult:
-    """One evaluation set, scored."""
+    """The scores of one task, and the best candidates of each query."""
 
     name: str
     meta_task: str
     """classification, vqa, retrieval or grounding."""
     split: str
-    """ind, ood or seen; a seen set is a test of memory and is left out of every mean."""
+    """ind, ood or seen; a seen set tests memory and is left out of every mean."""
     precision_at_1: float
-    """Percent."""
+    """Percentage of queries whose best candidate is the right one."""
     chance: float
-    """Precision@1 of guessing, percent."""
+    """Expected Precision@1 of guessing, in percent."""
     num_queries: int
     num_candidates: int
     overlap: float
@@ -89,20 +111,20 @@ class SetResult:
     alignment: float
     """Mean squared distance of queries and their right candidates."""
     uniformity: float | None
-    """Log of the mean of exp(-2 squared distance) between candidates; None: there is only one."""
+    """Log of the mean of exp(-2 squared distance) between candidates; None if there is only one candidate."""
     hub_share: float
-    """Queries that the most frequent best candidate wins, percent."""
+    """Percentage of queries won by the most frequent best candidate."""
     num_ties: int
-    """Queries in which another candidate is as similar as the right one, and none more."""
+    """Queries in which the most similar wrong candidate is exactly as similar as the right one."""
     positive: list[float]
-    """Per query, similarity of its right candidate."""
+    """Similarity of each query and its right candidate."""
     hardest_negative: list[float]
-    """Per query, largest similarity of another candidate."""
+    """Similarity of each query and its most similar wrong candidate; -inf where it has none."""
     top: list[list[int]]
-    """Per query, the best candidates, best first: indices into `candidates`, negative ones stand for nothing."""
+    """Each query's best candidates, best first, as indices into `candidates`; -1 where there are no more."""
     positives: list[int]
-    """Per query, index of its right candidate."""
+    """Each query's right candidate, as an index into `candidates`."""
     queries: list[str]
-    """Input keys."""
+    """Keys of the queries' inputs."""
     candidates: list[str]
-    """Input keys."""
+    """Keys of the inputs of all candidates that `top` and `positives` name."""

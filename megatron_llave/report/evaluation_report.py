@@ -1,9 +1,10 @@
-"""What an evaluation found, as numbers, tables and pictures, made of its results and the records of the run's log.
+"""Writes the report of an evaluation: figures in tables and plots, from its results and the records of the run's log.
 
-Called by the tools after an evaluation. Files: report.html with everything in it, report.json, report.md, and the
-pictures scores.png, similarities.png, montage.png, mistakes.png, loss.png.
+The files are report.html, which has everything in it, report.json, report.md, scores.png, similarities.png,
+montage.png, mistakes.png and, with records, loss.png.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
+from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import SetResult
 from megatron_llave.files import write_json, write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts
@@ -28,23 +30,26 @@ COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", 
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
 DIAGNOSTICS = ("data set", "positive", "hardest negative", "overlap", "alignment", "uniformity", "hub (%)", "ties")
 NOTE = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
+NUMBER = re.compile(r"\**-?[0-9.]*(e[+-]?[0-9]+)?\**")
+"""A cell with a number, in bold or not; also an empty one, and a dash."""
 PAPER_NOTE = (
-    "Means of Precision@1 in percent beside those of arXiv 2503.04812 for the model of these sizes; comparable where "
-    "all data sets of a mean were evaluated."
+    "Means of Precision@1 in percent beside those published for the model of these sizes; comparable where all data "
+    "sets of a mean were evaluated."
 )
 DIAGNOSTICS_NOTE = (
-    "Mean cosine of the right candidate and of the hardest other one, and how far the two samples overlap (0 to 1). "
-    "Alignment: mean squared distance of queries and right candidates, 0 is best. Uniformity: log of the mean of "
-    "exp(-2 squared distance) between candidates, lower is more spread. Hub: queries that the most frequent winner "
-    "wins. Ties: queries in which another candidate is exactly as similar as the right one."
+    "Mean cosine of the right candidate and of the most similar wrong one, and how far the two samples overlap (0 to "
+    "1). Alignment: mean squared distance of queries and right candidates, 0 is best. Uniformity: log of the mean of "
+    "exp(-2 squared distance) between candidates, lower is more evenly spread. Hub: percentage of queries won by the "
+    "most frequent best candidate. Ties: queries in which the most similar wrong candidate is exactly as similar as "
+    "the right one."
 )
 
 
 def summarise(results: list[SetResult]) -> dict[str, Any]:
-    """Means of Precision@1 in percent over the held-out sets, every set counting the same; None where there is none.
+    """Means of Precision@1 in percent over the held-out sets, every set counting the same.
 
     Returns:
-        meta_tasks: {meta-task: mean}, and the means over the sets of split ind and ood and over both (held_out).
+        {"meta_tasks": {meta-task: mean}, "ind": mean, "ood": mean, "held_out": mean over both}; None where no set is.
     """
     held_out = [result for result in results if result.split != "seen"]
     meta_tasks = dict.fromkeys(result.meta_task for result in held_out)
@@ -61,51 +66,53 @@ def _mean(results: list[SetResult]) -> float | None:
 
 
 def write_numbers(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
-    """Write `extra`, the means and every set's numbers; of the lists over queries only two histograms."""
-    short = []
-    for one in results:
-        numbers = {key: value for key, value in asdict(one).items() if key not in LONG_LISTS}
+    """Write `extra`, the means and each set's metrics as JSON; lists over queries are summarised as histograms."""
+    sets = []
+    for result in results:
+        metrics = {key: value for key, value in asdict(result).items() if key not in LONG_LISTS}
         for name in ("positive", "hardest_negative"):
-            numbers[f"{name}_histogram"] = cosine_counts(torch.tensor(getattr(one, name), dtype=torch.float64))
-        short.append(numbers)
-    write_json(path, {**extra, "means": summarise(results), "sets": short})
+            metrics[f"{name}_histogram"] = cosine_counts(torch.tensor(getattr(result, name), dtype=torch.float64))
+        sets.append(metrics)
+    write_json(path, {**extra, "means": summarise(results), "sets": sets})
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
+    """A row of COLUMNS per set."""
     rows = []
-    for one in results:
-        counts = (str(one.num_queries), str(one.num_candidates))
-        rows.append((one.name, one.meta_task, one.split, *counts, f"{one.chance:.3g}", f"{one.precision_at_1:.1f}"))
+    for result in results:
+        counts = (str(result.num_queries), str(result.num_candidates))
+        scores = (f"{result.chance:.3g}", f"{result.precision_at_1:.1f}")
+        rows.append((result.name, result.meta_task, result.split, *counts, *scores))
     return rows
 
 
 def _mean_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
+    """A row of COLUMNS per mean over held-out sets."""
     means = summarise(results)
     named = [(f"mean {task}", mean) for task, mean in means["meta_tasks"].items()]
     named += [("mean IND", means["ind"]), ("mean OOD", means["ood"]), ("mean of all held-out sets", means["held_out"])]
     return [(name, "", "", "", "", "", f"{mean:.1f}") for name, mean in named if mean is not None]
 
 
-def scores_section(results: list[SetResult]) -> Section:
-    """Return the table with one row per set, then the means in bold; chance and Precision@1 are in percent."""
-    rows, means = _set_rows(results), _mean_rows(results)
-    return Section("Scores", NOTE, COLUMNS, [*rows, *means], frozenset(range(len(rows), len(rows) + len(means))))
+def scores_section(results: list[SetResult], ties: str) -> Section:
+    """Return the table with one row per set, then the means; chance and Precision@1 are in percent.
+
+    `ties` is the tie rule, a key of TIES.
+    """
+    return Section("Scores", f"{NOTE} Ties: {ties}. {TIES[ties]}", COLUMNS, _set_rows(results), _mean_rows(results))
 
 
-def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns of numbers are aligned to the right."""
-    numbers = [all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], means: Sequence[Sequence[str]] = ()) -> str:
+    """A Markdown table with `means` as bold rows at its end; columns of numbers are aligned to the right."""
+    rows = [*rows, *([f"**{cell}**" if cell else "" for cell in row] for row in means)]
+    numbers = [all(NUMBER.fullmatch(row[index]) for row in rows) for index in range(len(columns))]
     lines = [columns, ["---:" if is_number else "---" for is_number in numbers], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in lines)
 
 
-def _is_number(cell: str) -> bool:
-    return cell.strip("*") in ("", "-") or cell.strip("*").replace(".", "").replace("-", "").replace("e", "").isdigit()
-
-
-def print_table(results: list[SetResult]) -> None:
-    """Print the sets and the means to the terminal."""
-    table = Table(title="Precision@1 (%)")
+def print_table(results: list[SetResult], ties: str) -> None:
+    """Print the sets and the means to the terminal, with the tie rule (a key of TIES) in the title."""
+    table = Table(title=f"Precision@1 (%), ties: {ties}")
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index < 3 else "right")
     for row in _set_rows(results):
@@ -120,7 +127,7 @@ def print_table(results: list[SetResult]) -> None:
 
 
 def plot_similarities(results: list[SetResult], path: str | Path) -> None:
-    """One histogram panel per set, positives against hardest negatives, as a PNG; the overlap is that of its bins."""
+    """Draw a panel per set with the histograms of positives and hardest negatives as PNG; the bins give the overlap."""
     across = min(4, max(1, len(results)))
     down = max(1, -(-len(results) // across))
     figure = Figure(figsize=(0.8 + 3.3 * across, 0.9 + 2.7 * down), layout="constrained")
@@ -144,18 +151,20 @@ def plot_similarities(results: list[SetResult], path: str | Path) -> None:
 
 
 def plot_scores(results: list[SetResult], path: str | Path) -> None:
-    """Precision@1 of every set as a bar, chance as a line across it, grouped by meta-task, as a PNG."""
-    ordered = sorted(results, key=lambda one: list(dict.fromkeys(r.meta_task for r in results)).index(one.meta_task))
+    """Draw Precision@1 of each set as a bar with a mark at chance, grouped by meta-task, as PNG."""
+    meta_tasks = list(dict.fromkeys(result.meta_task for result in results))
+    ordered = sorted(results, key=lambda result: meta_tasks.index(result.meta_task))
     figure = Figure(figsize=(9, 1.4 + 0.27 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(ordered))
-    colours = [{"ind": BLUE, "ood": ORANGE}.get(one.split, GREY) for one in ordered]
-    axes.barh(places, [one.precision_at_1 for one in ordered], color=colours, height=0.7)
-    chances = [one.chance for one in ordered]
+    colours = [{"ind": BLUE, "ood": ORANGE}.get(result.split, GREY) for result in ordered]
+    scores = [result.precision_at_1 for result in ordered]
+    axes.barh(places, scores, color=colours, height=0.7)
+    chances = [result.chance for result in ordered]
     axes.plot(chances, places, "|", color=GREEN, markersize=9, markeredgewidth=2, label="chance")
-    for place, one in zip(places, ordered):
-        axes.text(one.precision_at_1 + 0.8, place, f"{one.precision_at_1:.1f}", va="center", fontsize=8, color=GREY)
-    axes.set_yticks(places, [f"{one.name}  ({one.meta_task})" for one in ordered], fontsize=8)
+    for place, score in zip(places, scores):
+        axes.text(score + 0.8, place, f"{score:.1f}", va="center", fontsize=8, color=GREY)
+    axes.set_yticks(places, [f"{result.name}  ({result.meta_task})" for result in ordered], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     label_axes(axes, "Precision@1: blue in distribution, orange out of it, grey seen in training", "", "percent")
@@ -165,56 +174,58 @@ def plot_scores(results: list[SetResult], path: str | Path) -> None:
 
 
 def example_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set: int = 3, k: int = 5) -> list[Panel]:
-    """Some queries of each set, evenly spread over it, with their k best candidates."""
-    chosen = {one.name: range(0) for one in results}
-    for one in results:
-        count = min(per_set, len(one.queries))
-        chosen[one.name] = [number * len(one.queries) // count for number in range(count)]
-    return [_panel(one, inputs, chosen[one.name], k) for one in results]
+    """Panels with some queries of each set, evenly spread over it, and their k best candidates."""
+    panels = []
+    for result in results:
+        count = min(per_set, len(result.queries))
+        chosen = [number * len(result.queries) // count for number in range(count)]
+        panels.append(_panel(result, inputs, chosen, k))
+    return panels
 
 
 def mistake_panels(results: list[SetResult], inputs: Mapping[str, Side], per_set: int = 3, k: int = 5) -> list[Panel]:
-    """Of each set with mistakes the worst ones: the queries whose best candidate is furthest ahead of the right one.
+    """Panels with the worst mistakes of each set: the queries whose best candidate is furthest ahead of the right one.
 
-    The last of the k candidates is the right one.
+    A set without mistakes has no panel. The last of the k candidates is the right one.
     """
     panels = []
-    for one in results:
-        margins = np.subtract(one.hardest_negative, one.positive)
+    for result in results:
+        margins = np.subtract(result.hardest_negative, result.positive)
         worst = [number for number in np.argsort(-margins, kind="stable")[:per_set].tolist() if margins[number] > 0]
         if worst:
-            panels.append(_panel(one, inputs, worst, k, with_right=True))
+            panels.append(_panel(result, inputs, worst, k, with_right=True))
     return panels
 
 
 def _panel(
-    one: SetResult, inputs: Mapping[str, Side], queries: Iterable[int], k: int, with_right: bool = False
+    result: SetResult, inputs: Mapping[str, Side], queries: Iterable[int], k: int, with_right: bool = False
 ) -> Panel:
     shown = k - 1 if with_right else k
-    score = f"Precision@1 {one.precision_at_1:.1f} % (chance {one.chance:.3g} %)"
+    score = f"Precision@1 {result.precision_at_1:.1f} % (chance {result.chance:.3g} %)"
     rows = []
     for query in queries:
-        best = (one.top[query] + [-1] * shown)[:shown] + [one.positives[query]] * with_right
-        sides = [(inputs[one.candidates[i]], i == one.positives[query]) if i >= 0 else None for i in best]
-        rows.append(Row(inputs[one.queries[query]], sides))
+        right = result.positives[query]
+        best = (result.top[query] + [-1] * shown)[:shown] + [right] * with_right
+        candidates = [(inputs[result.candidates[index]], index == right) if index >= 0 else None for index in best]
+        rows.append(Row(inputs[result.queries[query]], candidates))
     headings = (*map(str, range(1, shown + 1)), *["right"] * with_right)
-    return Panel(one.name, f"{one.meta_task}, {one.split}, {score}", rows, headings)
+    return Panel(result.name, f"{result.meta_task}, {result.split}, {score}", rows, headings)
 
 
 def diagnostic_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
     """A row of DIAGNOSTICS per set."""
     rows = []
-    for one in results:
-        samples = (one.positive, one.hardest_negative)
+    for result in results:
+        samples = (result.positive, result.hardest_negative)
         means = [np.mean([x for x in sample if np.isfinite(x)] or [np.nan]) for sample in samples]
-        spread = "-" if one.uniformity is None else f"{one.uniformity:.2f}"
-        numbers = [*(f"{mean:.3f}" for mean in means), f"{one.overlap:.2f}", f"{one.alignment:.3f}", spread]
-        rows.append((one.name, *numbers, f"{one.hub_share:.1f}", str(one.num_ties)))
+        spread = "-" if result.uniformity is None else f"{result.uniformity:.2f}"
+        figures = [*(f"{mean:.3f}" for mean in means), f"{result.overlap:.2f}", f"{result.alignment:.3f}", spread]
+        rows.append((result.name, *figures, f"{result.hub_share:.1f}", str(result.num_ties)))
     return rows
 
 
 def paper_rows(results: list[SetResult], paper: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """(mean, ours, the paper's) of each mean that the paper reports; "-" where no set of its kind was evaluated."""
+    """(name, ours, the paper's) for each published mean; "-" where no set of its kind was evaluated."""
     means = summarise(results)
     ours = {**means["meta_tasks"], "ind": means["ind"], "ood": means["ood"], "overall": means["held_out"]}
     shown = {name: ours.get(name) for name in paper}
@@ -223,21 +234,23 @@ def paper_rows(results: list[SetResult], paper: Mapping[str, float]) -> list[tup
 
 def write_report(
     results: list[SetResult],
+    ties: str,
     records: list[dict[str, Any]],
     inputs: Mapping[str, Side],
     directory: str | Path,
     paper: Mapping[str, float] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all files of the report into `directory`, each replacing an old one whole.
+    """Write all files of the report into `directory`; each replaces an old one when it is complete.
 
     Args:
-        results: of the sets, in the order of the tables.
-        records: of the run's log; without any there is no loss.png.
-        inputs: by the keys that the results name; read only for the pictures.
-        directory: made when missing.
-        paper: published means to compare with (paper_results.py).
-        extra: goes into report.json.
+        results: the sets' results, in the order of the tables.
+        ties: the tie rule that they were scored with, a key of TIES; stated in each of the files.
+        records: records of the run's log; without any there is no loss.png.
+        inputs: the inputs by the keys in the results; only those shown in figures are read.
+        directory: folder of the report, made if missing.
+        paper: published means to compare with.
+        extra: further entries of report.json.
 
     Raises:
         DataError: a file cannot be written: the disk is full, or a folder has its name.
@@ -245,7 +258,7 @@ def write_report(
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_files(results, records, inputs, directory, paper or {}, extra or {})
+        _write_files(results, ties, records, inputs, directory, paper or {}, extra or {})
     except OSError as error:
         file = error.filename2 or error.filename or directory
         raise DataError(f"report: {file} cannot be written: {error.strerror or error}") from error
@@ -253,6 +266,7 @@ def write_report(
 
 def _write_files(
     results: list[SetResult],
+    ties: str,
     records: list[dict[str, Any]],
     inputs: Mapping[str, Side],
     directory: Path,
@@ -269,8 +283,9 @@ def _write_files(
     draw_montage(example_panels(results, inputs), directory / "montage.png")
     draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
     steps = {"steps": records[-1]["step"]} if records else {}
-    write_numbers(results, directory / "report.json", {**steps, **extra, **({"paper": paper} if paper else {})})
-    tables = [scores_section(results)]
+    head = {**steps, "ties": ties, **extra, **({"paper": paper} if paper else {})}
+    write_numbers(results, directory / "report.json", head)
+    tables = [scores_section(results, ties)]
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
@@ -283,7 +298,5 @@ def _write_files(
 
 def markdown(section: Section) -> str:
     """Return a section of the report in Markdown: its title, what it is about, and its table."""
-    rows = list(section.rows)
-    for number in section.bold:
-        rows[number] = tuple(f"**{cell}**" if cell else "" for cell in rows[number])
-    return f"\n## {section.title}\n\n{section.about}\n\n{markdown_rows(section.columns, rows)}"
+    table = markdown_rows(section.columns, section.rows, section.means)
+    return f"\n## {section.title}\n\n{section.about}\n\n{table}"

@@ -1,12 +1,12 @@
-"""One self-contained HTML page of tables and pictures: nothing is fetched, everything is inside.
+"""One self-contained HTML page of tables and figures, which fetches nothing; for evaluation_report.py.
 
-Written by evaluation_report.py. Sections fold; tables can be scrolled sideways on a small screen.
+Sections fold, and wide tables scroll sideways on a small screen.
 """
 
 import base64
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 STYLE = """
@@ -22,20 +22,20 @@ img { max-width: 100%; height: auto; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it means, a table, pictures; what is empty is left out."""
+    """A heading with an explanation, a table and figures; empty ones are left out."""
 
     title: str
     about: str = ""
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    bold: frozenset[int] = field(default_factory=frozenset)
-    """Numbers of the rows that are means."""
+    means: Sequence[Sequence[str]] = ()
+    """Rows below the others, in bold."""
     pictures: Sequence[Path] = ()
-    """PNG files, put into the page."""
+    """PNG files, embedded into the page."""
 
 
 def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
-    """The page's text."""
+    """The HTML text of a page with these sections."""
     body = "".join(map(_section, sections))
     name = html.escape(title)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
@@ -48,8 +48,8 @@ def _section(section: Section) -> str:
     parts = [f"<p>{html.escape(section.about)}</p>"] if section.about else []
     if section.rows:
         parts.append(f'<div class="wide"><table><tr>{_cells("th", section.columns)}</tr>')
-        for number, row in enumerate(section.rows):
-            parts.append(f"<tr{' class=mean' if number in section.bold else ''}>{_cells('td', row)}</tr>\n")
+        parts += [f"<tr>{_cells('td', row)}</tr>\n" for row in section.rows]
+        parts += [f"<tr class=mean>{_cells('td', row)}</tr>\n" for row in section.means]
         parts.append("</table></div>")
     for picture in section.pictures:
         data = base64.b64encode(picture.read_bytes()).decode()

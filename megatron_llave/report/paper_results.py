@@ -1,20 +1,7 @@
-"""What LLaVE's paper reports for the published models. Nothing but numbers.
+"""Ablations of the LLaVE paper, for the study's write-ups. Nothing but numbers.
 
-Precision@1 on MMEB in percent, as on its leaderboard: arXiv 2503.04812, table 1. None: not reported.
+Mean Precision@1 on MMEB in percent; evaluation/benchmarks/mmeb.py has the means of the published models.
 """
-
-MMEB = {
-    "0.5b": {"classification": 57.4, "vqa": 50.3, "retrieval": 59.8, "grounding": 82.9, "overall": 59.1},
-    "2b": {
-        **{"classification": 62.1, "vqa": 60.2, "retrieval": 65.2, "grounding": 84.9, "overall": 65.2},
-        **{"ind": 69.4, "ood": 59.8},
-    },
-    "7b": {
-        **{"classification": 65.7, "vqa": 65.4, "retrieval": 70.9, "grounding": 91.9, "overall": 70.3},
-        **{"ind": 75.0, "ood": 64.4},
-    },
-}
-"""By preset: meta-task, ind, ood or overall -> mean over its data sets."""
 
 ABLATIONS = {
     "negatives": {
@@ -31,10 +18,10 @@ ABLATIONS = {
         "projector frozen": {"in distribution": 60.3, "out of distribution": 57.0, "all held out": 58.8},
     },
 }
-"""Study -> arm -> means over MMEB of the 2B model: table 3."""
+"""Study -> variant -> means over MMEB of the 2B model (arXiv 2503.04812, table 3)."""
 ABLATION_NOTES = {
-    "negatives": "There with alpha 0 and a frozen tower; 4 pairs per device, 32 gathered.",
-    "hardness": "There with a frozen tower and 32 pairs gathered.",
+    "negatives": "There with alpha 0 and a frozen vision encoder; 4 pairs per device, 32 gathered.",
+    "hardness": "There with a frozen vision encoder and 32 pairs gathered.",
     "freezing": "There with alpha 0 and negatives of the own device alone.",
 }
-"""Study -> what else those runs had."""
+"""Study -> the other settings of those runs."""

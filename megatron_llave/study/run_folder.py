@@ -92,11 +92,12 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
         require_trained(folder)
     data = cfg.evaluate.path or cfg.data.path
     given = ["--checkpoint", str(checkpoint), "--data", data, "--out", str(folder / EVALUATION)]
-    if not is_prepared(Path(data)):
-        given = ["mmeb", *given, "--images", cfg.evaluate.images or data]
-        given += ["--subsets", *cfg.evaluate.sets] if cfg.evaluate.sets else []
+    command = "prepared" if is_prepared(Path(data)) else "mmeb"
+    if command == "mmeb":
+        given += ["--images", cfg.evaluate.images or data]
+        given += ["--subsets", ",".join(cfg.evaluate.sets)] if cfg.evaluate.sets else []
     layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
-    yield [*torchrun, str(TOOLS / "evaluate.py"), *given, *layout]
+    yield [*torchrun, str(TOOLS / "evaluate.py"), command, *given, *layout]
 
 
 def require_trained(folder: Path) -> None:

@@ -1,15 +1,18 @@
 """Embedding through a checkpoint's model: order, packing limits, inputs that cannot be read, and scores."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.embedding.embedder import LoadedModel, embed
+from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
-from megatron_llave.evaluation.evaluate import evaluate
+from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
+from megatron_llave.evaluation.evaluate import evaluate_tasks
+from megatron_llave.evaluation.task import SetResult
 from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
@@ -29,6 +32,11 @@ def model(groups) -> LoadedModel:
     cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}, "evaluate": {"tokens_per_batch": 20}})
     chunks = build_model(cfg.model, ParallelConfig(), groups, torch.device("cpu"), seed=0)
     return LoadedModel(cfg, chunks, LlavaOnevisionProcessor(Letters(), "plain", 4096, (), 56, 14), groups)
+
+
+def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
+    embedder = partial(embed_parts, model)
+    return evaluate_tasks(embedder, build_tasks(inputs, sets), None, {}, model.groups.dp, "strict").results
 
 
 def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:
@@ -51,7 +59,8 @@ def test_scores_find_each_input_itself(model: LoadedModel) -> None:
     wrong = EvaluationSet("wrong", "retrieval", "ood", queries=keys, candidates=keys, positives=[1, 2, 3, 0])
     results = evaluate(model, inputs, [right, wrong])
     assert [result.precision_at_1 for result in results] == [100, 0]
-    assert results[0].top[0][0] == 3 and results[0].positive == pytest.approx([1.0] * 4)
+    assert results[0].candidates[results[0].top[0][0]] == results[0].queries[0] == "prepared 0 one"
+    assert results[0].positive == pytest.approx([1.0] * 4)
 
 
 def test_embeddings_that_are_not_finite_are_not_scored(model: LoadedModel) -> None:
@@ -60,5 +69,5 @@ def test_embeddings_that_are_not_finite_are_not_scored(model: LoadedModel) -> No
     weight = next(p for name, p in model.chunks[0].named_parameters() if "word_embeddings" in name)
     with torch.no_grad():
         weight[ord("d")] = float("nan")
-    with pytest.raises(DataError, match="input d has no finite embedding .1 of 3 inputs"):
+    with pytest.raises(DataError, match="input prepared 2 d has no finite embedding .1 of 3 inputs"):
         evaluate(model, inputs, [one])

@@ -27,8 +27,8 @@ def test_parts_keep_order_ids_and_pictures(tmp_path: Path) -> None:
     path = write(tmp_path, {"text": "one"}, {"image": "a.png", "id": "x"}, two, {"text": "f\u00fcnf"}, {"text": "five"})
     assert count_lines(path) == 5
     parts = list(read_parts(path, 2))
-    assert [part.ids for part in parts] == [["1", "x"], ["7", "4"], ["5"]]
-    assert [list(part) for part in parts][1] == [f"{path}:3", f"{path}:4"]
+    assert [[line.id for line in part.entries] for part in parts] == [["1", "x"], ["7", "4"], ["5"]]
+    assert [list(part) for part in parts][1] == [f"{path}:3 a.png sub/b.png", f"{path}:4 f\u00fcnf"]
     side = parts[1][f"{path}:3"]
     assert side.text == "three" and side.images == [b"A", b"B"]
     assert parts[0][f"{path}:2"].images == [b"A"] and parts[1][f"{path}:4"].text == "f\u00fcnf"
@@ -45,7 +45,7 @@ def test_parts_keep_order_ids_and_pictures(tmp_path: Path) -> None:
         ({"text": 3}, "2: text must be a string, not 3"),
         ({"image": [3]}, "2: image must be a file name or a list of them"),
         ({"text": ""}, "2: neither text nor image"),
-        ({"image": "nothing.png"}, "2: picture .*nothing.png does not exist"),
+        ({"image": "nothing.png"}, "2: image .*nothing.png does not exist"),
     ],
 )
 def test_wrong_line_is_named(tmp_path: Path, line: object, message: str) -> None:

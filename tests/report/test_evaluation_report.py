@@ -14,6 +14,7 @@ from PIL import Image, ImageFont
 
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
+from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import SetResult
 from megatron_llave.loss.similarities import overlap_coefficient
 from megatron_llave.report import evaluation_report, montage, plots
@@ -104,7 +105,7 @@ def test_means_are_per_set_and_leave_out_the_seen_ones():
 
 def markdown_table(results):
     """The scores as report.md has them, without the title and the note above them."""
-    return evaluation_report.markdown(evaluation_report.scores_section(results)).rpartition("\n\n")[2]
+    return evaluation_report.markdown(evaluation_report.scores_section(results, "first")).rpartition("\n\n")[2]
 
 
 def test_markdown_table():
@@ -127,11 +128,11 @@ def test_markdown_table():
 
 def test_terminal_table_is_not_cut_in_a_log_file(capsys):
     name = "a_rather_long_name_of_a_set[1]"
-    evaluation_report.print_table([set_result(name, precision=12.34), *MIXED])
+    evaluation_report.print_table([set_result(name, precision=12.34), *MIXED], "strict")
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if name in line)
     assert "12.3" in row and "retrieval" in row
-    assert "mean of all held-out sets" in out
+    assert "mean of all held-out sets" in out and "ties: strict" in out
 
 
 def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
@@ -171,7 +172,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(DataError, match=f"report: {tmp_path}/{name} cannot be written: Is a directory"):
-        evaluation_report.write_report(MIXED, [], INPUTS, tmp_path)
+        evaluation_report.write_report(MIXED, "first", [], INPUTS, tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -187,7 +188,7 @@ def test_the_drawn_histogram_has_the_bins_of_the_overlap(tmp_path, monkeypatch):
 
 
 def test_report_writes_all_files(tmp_path):
-    evaluation_report.write_report(MIXED, log_records(), INPUTS, tmp_path / "new" / "report")
+    evaluation_report.write_report(MIXED, "first", log_records(), INPUTS, tmp_path / "new" / "report")
     pictures = {"scores.png", "loss.png", "similarities.png", "montage.png", "mistakes.png"}
     names = {"report.json", "report.md", "report.html", *pictures}
     assert {path.name for path in (tmp_path / "new" / "report").iterdir()} == names
@@ -201,7 +202,7 @@ def test_report_writes_all_files(tmp_path):
 
 
 def test_report_without_records_speaks_of_no_training(tmp_path):
-    evaluation_report.write_report(MIXED[:1], [], INPUTS, tmp_path)
+    evaluation_report.write_report(MIXED[:1], "strict", [], INPUTS, tmp_path)
     pictures = {"scores.png", "similarities.png", "montage.png", "mistakes.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", *pictures}
     assert "loss.png" not in (tmp_path / "report.md").read_text()
@@ -235,7 +236,7 @@ class Page(HTMLParser):
 def test_html_report_holds_everything_and_fetches_nothing(tmp_path):
     named = [set_result('<b>&"', "vqa", "ind", 12.5, num_ties=7), *MIXED]
     paper = {"classification": 57.4, "grounding": 82.9, "overall": 59.1}
-    evaluation_report.write_report(named, log_records(), INPUTS, tmp_path, paper, {"ties": "first"})
+    evaluation_report.write_report(named, "first", log_records(), INPUTS, tmp_path, paper, {"work": 3})
     page = Page((tmp_path / "report.html").read_text())
     assert page.links == []
     assert ['<b>&"', "vqa", "ind", "2", "3", "33.3", "12.5"] in page.rows
@@ -245,8 +246,10 @@ def test_html_report_holds_everything_and_fetches_nothing(tmp_path):
     files = ("scores.png", "similarities.png", "montage.png", "mistakes.png", "loss.png")
     assert page.pictures == [(tmp_path / name).read_bytes() for name in files]
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written["ties"] == "first" and written["paper"] == paper
+    assert (written["ties"], written["work"], written["paper"]) == ("first", 3, paper)
     assert "| grounding | - | 82.9 |" in (tmp_path / "report.md").read_text()
+    for name in ("report.html", "report.md"):
+        assert f"Ties: first. {TIES['first']}" in (tmp_path / name).read_text()
 
 
 def test_worst_mistakes_come_first_and_right_queries_never():

@@ -1,1 +1,7 @@
-"""Readers of benchmarks."""
+"""The benchmarks of tools/evaluate.py, one file each; importing this package registers them."""
+
+from megatron_llave.evaluation.benchmark import register_benchmark
+from megatron_llave.evaluation.benchmarks import corpus, mmeb, prepared, video
+
+for _module in (prepared, mmeb, corpus, video):
+    register_benchmark(_module.BENCHMARK)

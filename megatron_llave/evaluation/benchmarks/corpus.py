@@ -1,10 +1,11 @@
-"""Retrieval on the user's own data: queries, a corpus, relevance judgements -> scores and a ranking in TREC's format.
+"""Retrieval on the user's own queries, corpus and relevance judgements; writes scores and a ranking in TREC's format.
 
-Used by tools/evaluate.py retrieval. Queries and corpus are JSONL files as tools/embed.py takes; judgements are TREC's
-qrels (query, 0, candidate, grade) or BEIR's table (query, candidate, grade, with a first line of names). The corpus is
-embedded once into a folder and searched exactly, block by block from the disk, spread over all ranks.
+Queries and corpus are JSONL files as tools/embed.py takes them. Judgements are TREC's qrels (query, 0, candidate,
+grade) or BEIR's table (query, candidate, grade, with a first line of names). The corpus is embedded once into a folder
+and searched exactly, block by block from disk, spread over all ranks.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding.cache import EmbeddingCache, EmbedParts, Identity, Progress, embed_missing
-from megatron_llave.embedding.inputs import FileInput, FileInputs
+from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import read_lines
 from megatron_llave.errors import DataError
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, comma_list
 from megatron_llave.evaluation.metrics import parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
 from megatron_llave.files import atomic_write, write_json
@@ -30,69 +32,66 @@ RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
 
 @dataclass(frozen=True)
 class Collection:
-    """The lines of a JSONL file: inputs, and the id of each."""
+    """The inputs of a JSONL file, and their ids in the same order."""
 
-    inputs: FileInputs
+    inputs: Inputs
     ids: list[str]
 
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """What is searched for, in what, and what should be found."""
+    """Queries, the corpus that is searched, and the relevance judgements."""
 
     queries: Collection
     corpus: Collection
     judgements: dict[str, dict[str, int]]
+    """Query id -> candidate id -> grade."""
 
 
 class StoredRows:
-    """Rows [first, last) of a store, read from the disk slice by slice."""
+    """Rows [first, last) of a cache, read from disk slice by slice."""
 
-    def __init__(self, store: EmbeddingCache, first: int, last: int) -> None:
-        self.store, self.first, self.last = store, first, last
+    def __init__(self, cache: EmbeddingCache, first: int, last: int) -> None:
+        self.cache, self.first, self.last = cache, first, last
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.last - self.first
 
     def __getitem__(self, index: slice) -> Tensor:
-        """[n, d] float32."""
-        return torch.from_numpy(self.store.rows(np.arange(self.first, self.last)[index]))
+        """The rows of a slice, [n, d] float32."""
+        return torch.from_numpy(self.cache.rows(np.arange(self.first, self.last)[index]))
 
 
 def read_retrieval(queries: str | Path, corpus: str | Path, judgements: str | Path) -> RetrievalData:
     """Read and check the three files.
 
     Raises:
-        DataError: names file and line: malformed, an id twice or with white space, or one that does not exist.
+        DataError: a line is malformed, an id is not unique, has white space or is unknown; names file and line.
     """
-    found = [read_collection(path, name) for path, name in ((queries, "queries"), (corpus, "corpus"))]
-    return RetrievalData(*found, read_judgements(judgements, *found))
+    collections = read_collection(queries, "queries"), read_collection(corpus, "corpus")
+    return RetrievalData(*collections, read_judgements(judgements, *collections))
 
 
 def read_collection(path: str | Path, name: str) -> Collection:
-    """The inputs of a JSONL file; see read_retrieval."""
-    path, inputs, ids = Path(path), [], {}
+    """Read the inputs of a JSONL file under the name `name`; raises as read_retrieval does."""
+    path, entries, ids = Path(path), [], {}
     for number, line in enumerate(read_lines(path), start=1):
         if line.id in ids:
             raise DataError(f"{path}:{number}: id {line.id!r} is that of line {ids[line.id]} too; ids must be unique")
         if not line.id or len(line.id.split()) != 1:
             raise DataError(f"{path}:{number}: id {line.id!r} must be without white space, as judgements have it")
         ids[line.id] = number
-        inputs.append(FileInput(line.text, tuple(_relative(image, path.parent) for image in line.images), id=line.id))
-    if not inputs:
+        entries.append(line)
+    if not entries:
         raise DataError(f"{path} has no lines")
-    return Collection(FileInputs(name, inputs, path.parent, hint=f"they start from the folder of {path}"), list(ids))
-
-
-def _relative(image: Path, folder: Path) -> str:
-    return str(image.relative_to(folder) if image.is_relative_to(folder) else image)
+    return Collection(Inputs(name, entries, path.parent, hint=f"they start from the folder of {path}"), list(ids))
 
 
 def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -> dict[str, dict[str, int]]:
-    """Query id -> candidate id -> grade; see read_retrieval."""
+    """Read query id -> candidate id -> grade; raises as read_retrieval does."""
     known = [(set(queries.ids), "query"), (set(corpus.ids), "candidate")]
-    found: dict[str, dict[str, int]] = {}
+    judgements: dict[str, dict[str, int]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at rarer characters too
     except (OSError, UnicodeDecodeError) as error:
@@ -105,19 +104,19 @@ def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -
             right = "QUERY 0 CANDIDATE GRADE nor QUERY CANDIDATE GRADE with a whole number as grade"
             raise DataError(f"{path}:{number}: {line!r:.60} is neither {right}")
         query, candidate, grade = fields[0], fields[-2], int(fields[-1])
-        for one, (ids, what) in zip((query, candidate), known):
-            if one not in ids:
-                raise DataError(f"{path}:{number}: no {what} has the id {one!r}")
-        before = found.setdefault(query, {}).setdefault(candidate, grade)
+        for given, (ids, what) in zip((query, candidate), known):
+            if given not in ids:
+                raise DataError(f"{path}:{number}: no {what} has the id {given!r}")
+        before = judgements.setdefault(query, {}).setdefault(candidate, grade)
         if before != grade:
             raise DataError(f"{path}:{number}: {query!r} and {candidate!r} have grade {grade} here and {before} before")
-    if not any(grade > 0 for grades in found.values() for grade in grades.values()):
+    if not any(grade > 0 for grades in judgements.values() for grade in grades.values()):
         raise DataError(f"{path} has no candidate with a grade above 0")
-    return found
+    return judgements
 
 
 def _is_name(field: str) -> bool:
-    """Of a column, and no grade, not even one that is written wrong, such as 1.0 or nan."""
+    """Whether a field names a column; a malformed grade such as 1.0 or nan does not."""
     try:
         float(field)
     except ValueError:
@@ -134,31 +133,37 @@ def evaluate_retrieval(
     depths: Sequence[int],
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
-    """Embed what is not there yet, search, score; the first rank writes scores.json and ranking.trec into `out`.
+    """Embed the missing inputs, search and score; the first rank writes scores.json and ranking.trec into `out`.
+
+    Equal similarities are ranked in the order of the corpus.
 
     Args:
-        embed_parts: of this rank's replica.
+        embed_parts: embeds with this rank's replica of the model.
         data: see read_retrieval.
         out: folder for embeddings and results, shared by all ranks.
-        identity: of the model; only the first rank's counts.
-        replicas: data-parallel ranks that the embedding is dealt to; all ranks search.
-        depths: k of recall and nDCG; max(depths) candidates per query are written.
-        progress: told of each part.
+        identity: of the model; only the first rank's is used.
+        replicas: data-parallel group that the embedding is dealt to; all ranks search.
+        depths: values of k for recall@k and nDCG@k; max(depths) candidates per query are written.
+        progress: called after each part of this rank.
 
     Returns:
-        See relevance.score_ranking; the same on all ranks.
+        The scores of metrics.score_ranking; the same on all ranks.
+
+    Raises:
+        ConfigError: a depth is below 1.
+        DataError: see embed_missing, or the results cannot be written.
     """
     depths, out = parse_depths(depths), Path(out)
-    stores = [
+    caches = [
         EmbeddingCache(out / "embeddings" / collection.inputs.name, collection.inputs)
         for collection in (data.queries, data.corpus)
     ]
-    embed_missing(embed_parts, stores, identity, replicas, progress)
-    queries = torch.from_numpy(stores[0].rows(np.arange(len(data.queries.ids)))).to(device())
+    embed_missing(embed_parts, caches, identity, replicas, progress)
+    queries = torch.from_numpy(caches[0].rows(np.arange(len(data.queries.ids)))).to(device())
     world = dist.group.WORLD
     bounds = [len(data.corpus.ids) * rank // world.size() for rank in range(world.size() + 1)]
     first, last = bounds[world.rank()], bounds[world.rank() + 1]
-    places, similarities = search(queries, StoredRows(stores[1], first, last), max(depths), first, world)
+    places, similarities = search(queries, StoredRows(caches[1], first, last), max(depths), first, world)
     ranking = {
         query: [data.corpus.ids[place] for place in row if place >= 0]
         for query, row in zip(data.queries.ids, places.tolist())
@@ -179,3 +184,30 @@ def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[flo
         write_json(out / SCORES_FILE, scores)
     except OSError as error:
         raise DataError(f"{out}: the ranking cannot be written: {error.strerror}") from error
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--queries", required=True, help="JSONL of {id, text, image}, as tools/embed.py takes")
+    parser.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
+    parser.add_argument("--judgements", required=True, help="TREC qrels (query 0 candidate grade) or BEIR's table")
+    parser.add_argument("--k", type=comma_list, default="1,5,10", help="depths of recall@k and ndcg@k; default: 1,5,10")
+
+
+def _read_evaluation(args: argparse.Namespace) -> Evaluate:
+    depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
+
+    def evaluate(
+        embed_parts: EmbedParts, out: str, identity: Identity, replicas: dist.ProcessGroup, progress: Progress
+    ) -> list[str]:
+        scores = evaluate_retrieval(embed_parts, data, out, identity, replicas, depths, progress)
+        return [*(f"{name:>14} {score:6.2f} %" for name, score in scores.items()), f"scores and ranking: {out}"]
+
+    return evaluate
+
+
+BENCHMARK = Benchmark(
+    name="retrieval",
+    about="your own queries, corpus and relevance judgements",
+    add_options=_add_options,
+    read_evaluation=_read_evaluation,
+)

@@ -1,20 +1,24 @@
-"""MMEB-eval, the 36 test sets of the MMEB benchmark: their Parquet rows -> ranking tasks.
+"""MMEB-eval, the 36 test sets of the MMEB benchmark, read from their Parquet files into tasks.
 
-Reads what the released code reads: qry_text, qry_img_path and the lists tgt_text, tgt_img_path, whose first entry is
-the right one. The texts hold their instructions already. Names, meta-tasks and splits: arXiv 2410.05160, table 2; the
-20 sets in distribution are those that have a training subset.
+The columns are those that the official MMEB evaluation reads: qry_text, qry_img_path and the lists tgt_text and
+tgt_img_path, whose first entry is the right one. The texts include their instructions. Names, meta-tasks and splits are
+those of arXiv 2410.05160, table 2; the 20 sets in distribution are those with a training subset.
 """
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_llave.embedding.inputs import FileInput
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.evaluation.task import RankingTask, build_task
+from megatron_llave.evaluation.benchmark import Benchmark, comma_list
+from megatron_llave.evaluation.task import Task, build_task
 
 META_TASKS = {
     ("classification", "ind"): ("ImageNet-1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"),
@@ -29,19 +33,37 @@ META_TASKS = {
     ("grounding", "ind"): ("MSCOCO",),
     ("grounding", "ood"): ("RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing"),
 }
-SETS = {name: place for place, names in META_TASKS.items() for name in names}
-"""The 36 data sets -> (meta-task, split), spelled as the test data spells them."""
+SETS = {name: kind for kind, names in META_TASKS.items() for name in names}
+"""The 36 data sets, spelled as in the test data, with (meta-task, split)."""
+
+PUBLISHED = {
+    "0.5b": {"classification": 57.4, "vqa": 50.3, "retrieval": 59.8, "grounding": 82.9, "overall": 59.1},
+    "2b": {
+        **{"classification": 62.1, "vqa": 60.2, "retrieval": 65.2, "grounding": 84.9, "overall": 65.2},
+        **{"ind": 69.4, "ood": 59.8},
+    },
+    "7b": {
+        **{"classification": 65.7, "vqa": 65.4, "retrieval": 70.9, "grounding": 91.9, "overall": 70.3},
+        **{"ind": 75.0, "ood": 64.4},
+    },
+}
+"""Mean Precision@1 in percent of the published LLaVE models, by preset (arXiv 2503.04812, table 1)."""
 
 FILES_HINT = "the paths must start from the folder that --images names, or evaluate.images while training"
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
 def choose_sets(source: str | Path, subsets: Sequence[str] | None, asked_by: str = "--subsets") -> list[str]:
-    """The data sets asked for, or all that the folder holds, in the order of the paper; `asked_by` names the option.
+    """The data sets asked for, or all that the folder holds, in the order of the paper.
+
+    Args:
+        source: folder of MMEB-eval.
+        subsets: names of data sets; None or empty: all there are.
+        asked_by: name of the option that gave them, for messages.
 
     Raises:
-        ConfigError: one is none of MMEB's.
-        DataError: the folder holds none.
+        ConfigError: a name is not that of an MMEB data set.
+        DataError: the folder holds none of the data sets.
     """
     for name in subsets or ():
         if name not in SETS:
@@ -54,12 +76,12 @@ def choose_sets(source: str | Path, subsets: Sequence[str] | None, asked_by: str
     return chosen
 
 
-def read_task(source: str | Path, image_folder: str | Path, name: str) -> RankingTask:
-    """One data set.
+def read_task(source: str | Path, image_folder: str | Path, name: str) -> Task:
+    """Read one data set.
 
     Args:
-        source: holds `<name>/test-00000-of-00001.parquet`, in one part or more.
-        image_folder: what the image paths are relative to.
+        source: folder with `<name>/test-00000-of-00001.parquet`, in one part or more.
+        image_folder: folder that the image paths are relative to.
         name: one of SETS.
 
     Raises:
@@ -75,10 +97,10 @@ def read_task(source: str | Path, image_folder: str | Path, name: str) -> Rankin
     return build_task(name, *SETS[name], rows, image_folder, FILES_HINT)
 
 
-def _candidates(row: dict[str, Any], where: str) -> list[FileInput]:
+def _candidates(row: dict[str, Any], where: str) -> list[Input]:
     texts, images = row["tgt_text"], row["tgt_img_path"]
     if isinstance(texts, str) and isinstance(images, list):
-        texts = [texts] * len(images)  # one text that goes with each picture
+        texts = [texts] * len(images)  # one text that goes with each image
     if not isinstance(texts, list) or not isinstance(images, list):
         raise DataError(f"{where}: tgt_text and tgt_img_path must be lists, not {texts!r:.40} and {images!r:.40}")
     if len(texts) != len(images):
@@ -88,22 +110,22 @@ def _candidates(row: dict[str, Any], where: str) -> list[FileInput]:
     return [_input(text, image, where, f"tgt[{index}]") for index, (text, image) in enumerate(zip(texts, images))]
 
 
-def _input(text: Any, image: Any, where: str, part: str) -> FileInput:
+def _input(text: Any, image: Any, where: str, part: str) -> Input:
     text, image = text or "", image or ""
     if not isinstance(text, str) or not isinstance(image, str):
         raise DataError(f"{where}: {part} must be a text and an image path, not {text!r:.40} and {image!r:.40}")
     if not text and not image:
         right = "; it should be the right candidate" if part == "tgt[0]" else ""
-        raise DataError(f"{where}: {part} has neither text nor picture{right}")
-    return FileInput(text, (image,) if image else ())
+        raise DataError(f"{where}: {part} has neither text nor image{right}")
+    return Input(text, (image,) if image else ())
 
 
 def _read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     parts = sorted(folder.glob("test-*-of-*.parquet"))
     wanted = [f"test-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     if not parts or [part.name for part in parts] != wanted:
-        found = ", ".join(part.name for part in parts) or "none"
-        raise DataError(f"{folder} must hold test-00000-of-00001.parquet, or all parts (found: {found})")
+        names = ", ".join(part.name for part in parts) or "none"
+        raise DataError(f"{folder} must hold test-00000-of-00001.parquet, or all parts (found: {names})")
     for part in parts:
         try:
             with pq.ParquetFile(part) as file:
@@ -117,3 +139,35 @@ def _read_rows(folder: Path) -> Iterator[dict[str, Any]]:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{part} cannot be read ({' '.join(str(error).split())}); download it again") from error
+
+
+def published_means(cfg: RunConfig) -> Mapping[str, float] | None:
+    """The means of PUBLISHED for the model whose language model has these sizes."""
+    sizes = cfg.model.language.hidden_size, cfg.model.language.num_layers
+    for name, means in PUBLISHED.items():
+        if sizes == (PRESETS[name]["language"]["hidden_size"], PRESETS[name]["language"]["num_layers"]):
+            return means
+    return None
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder with <data set>/test-00000-of-00001.parquet")
+    parser.add_argument("--images", help="folder that the image paths are relative to; default: that of --data")
+    parser.add_argument(
+        "--subsets", type=comma_list, metavar="SET,...", help=f"some of {', '.join(SETS)}; default: all"
+    )
+
+
+def _read_tasks(args: argparse.Namespace) -> list[Task]:
+    names = choose_sets(args.data, args.subsets)
+    return [read_task(args.data, args.images or args.data, name) for name in names]
+
+
+BENCHMARK = Benchmark(
+    name="mmeb",
+    about="the 36 data sets of MMEB, scored as the official evaluation does",
+    add_options=_add_options,
+    read_tasks=_read_tasks,
+    ties="first",
+    published=published_means,
+)

@@ -1,20 +1,26 @@
-"""Evaluation sets on disk: each unique input once, in WebDataset tars, and the sets that refer to inputs by key.
+"""Evaluation sets of a folder that tools/prepare_data.py made, written and read; all queries of a set share candidates.
 
-Written by the sources next to the training shards, read by the evaluator. Folder `eval/` of a data folder:
-`inputs-000000.tar` (samples `KEY.json`, `KEY.0.png`) and `sets.json`.
+The folder's `eval/` holds each different input once in WebDataset tars, `inputs-000000.tar` ... (samples `KEY.json`,
+`KEY.0.png`), and `sets.json`, whose sets refer to the inputs by key.
 """
 
+import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_llave.batch import Side
 from megatron_llave.data.index import META_TASKS, Shard, check_size, parse_shard
 from megatron_llave.data.shards import pack_side, read_samples, to_json_bytes, unpack_json, unpack_side, write_samples
-from megatron_llave.errors import DataError
+from megatron_llave.embedding.inputs import Input, Inputs
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmark import Benchmark
+from megatron_llave.evaluation.task import Task
 from megatron_llave.files import VERSION, read_json, write_json
 
 FORMAT = "megatron_llave evaluation"
@@ -26,29 +32,24 @@ INPUTS_PER_SHARD = 5000
 
 @dataclass
 class EvaluationSet:
-    """Queries, the candidates all of them are ranked against, and which candidate is right."""
+    """A set as sets.json describes it: queries, the candidates that all of them share, and which candidate is right."""
 
     name: str
     """Unique among the sets of one folder."""
     meta_task: str
-    """One of META_TASKS."""
+    """A key of META_TASKS."""
     split: str
-    """ind (task trained, items held out), ood (task or domain never trained) or seen (training items: memory)."""
+    """ind (the task was trained, these items were not), ood (task or domain not trained) or seen (items trained on)."""
     queries: list[str]
-    """Input keys."""
+    """Keys of inputs."""
     candidates: list[str]
-    """Input keys."""
+    """Keys of inputs."""
     positives: list[int]
-    """Index into `candidates` of each query's right answer."""
-
-    @property
-    def chance(self) -> float:
-        """Precision@1 of guessing, in percent."""
-        return 100.0 / len(self.candidates)
+    """Each query's right candidate, as an index into `candidates`."""
 
 
 def input_key(side: Side) -> str:
-    """Key of an input: a hash of its text and image bytes, the same in every run."""
+    """Key of an input: a hash of its text and of the bytes of its images."""
     digest = hashlib.sha256(side.text.encode())
     for image in side.images:
         digest.update(b"\0" + hashlib.sha256(image).digest())
@@ -59,7 +60,7 @@ def write_evaluation(directory: str | Path, inputs: dict[str, Side], sets: list[
     """Write `inputs` (by their `input_key`) and `sets` into the folder `eval` of `directory`; sets.json comes last.
 
     Raises:
-        DataError: a set that `read_evaluation` would refuse.
+        DataError: `read_evaluation` would refuse one of the sets.
     """
     folder = Path(directory) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,13 +81,13 @@ def write_evaluation(directory: str | Path, inputs: dict[str, Side], sets: list[
         "format": FORMAT,
         "version": VERSION,
         "inputs": [asdict(shard) for shard in shards],
-        "sets": [asdict(one) for one in sets],
+        "sets": [asdict(described) for described in sets],
     }
     write_json(path, value)
 
 
 def is_prepared(directory: str | Path) -> bool:
-    """Whether it looks like a folder that `read_evaluation` reads, and not like MMEB-eval."""
+    """Whether a folder looks like one that `read_evaluation` reads, and not like MMEB-eval."""
     return (Path(directory) / FOLDER).is_dir() or not any(Path(directory).glob("*/test-*.parquet"))
 
 
@@ -103,7 +104,7 @@ def read_evaluation(directory: str | Path) -> tuple[dict[str, Side], list[Evalua
     value = read_json(path, FORMAT, "the folder is unfinished: run tools/prepare_data.py")
     try:
         shards = [parse_shard(shard) for shard in value["inputs"]]
-        sets = [_parse_set(one) for one in value["sets"]]
+        sets = [_parse_set(described) for described in value["sets"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
     inputs: dict[str, Side] = {}
@@ -117,6 +118,37 @@ def read_evaluation(directory: str | Path) -> tuple[dict[str, Side], list[Evalua
     return inputs, sets
 
 
+def build_tasks(inputs: dict[str, Side], sets: Sequence[EvaluationSet], folder: str | Path = "") -> list[Task]:
+    """The sets as tasks, which share the inputs that any of them uses; `folder` is where they come from."""
+    keys = list(dict.fromkeys(key for chosen in sets for key in (*chosen.queries, *chosen.candidates)))
+    number_of = {key: number for number, key in enumerate(keys)}
+    entries = [Input(inputs[key].text, tuple(inputs[key].images), id=key) for key in keys]
+    shared = Inputs("prepared", entries, folder)
+    tasks = []
+    for chosen in sets:
+        queries, candidates = (
+            np.array([number_of[key] for key in names], np.int64) for names in (chosen.queries, chosen.candidates)
+        )
+        right = candidates[chosen.positives]
+        tasks.append(Task(chosen.name, chosen.meta_task, chosen.split, shared, queries, candidates, right))
+    return tasks
+
+
+def read_tasks(directory: str | Path, names: Sequence[str] = ()) -> list[Task]:
+    """Read the sets of a prepared folder as tasks: those in `names`, or all.
+
+    Raises:
+        ConfigError: the folder has no set of one of these names.
+        DataError: see `read_evaluation`.
+    """
+    inputs, sets = read_evaluation(directory)
+    by_name = {chosen.name: chosen for chosen in sets}
+    for name in names:
+        if name not in by_name:
+            raise ConfigError(f"evaluate.sets: {name!r} is none of the sets in {directory}: {', '.join(by_name)}")
+    return build_tasks(inputs, [by_name[name] for name in names] or sets, directory)
+
+
 def _parse_set(value: dict[str, Any]) -> EvaluationSet:
     lists = {field: list(value[field]) for field in ("queries", "candidates", "positives")}
     if not all(isinstance(positive, int) for positive in lists["positives"]):
@@ -127,23 +159,39 @@ def _parse_set(value: dict[str, Any]) -> EvaluationSet:
 def _check_sets(path: Path, inputs: dict[str, Side], sets: list[EvaluationSet]) -> None:
     if not sets:
         raise DataError(f"{path} holds no evaluation set")
-    names = [one.name for one in sets]
-    for one in sets:
-        where = f"{path}: set {one.name!r}"
-        if names.count(one.name) > 1:
+    names = [described.name for described in sets]
+    for described in sets:
+        where = f"{path}: set {described.name!r}"
+        if names.count(described.name) > 1:
             raise DataError(f"{where} comes twice; names must be unique")
-        if one.meta_task not in META_TASKS or one.split not in SPLITS:
+        if described.meta_task not in META_TASKS or described.split not in SPLITS:
             allowed = f"one of {', '.join(META_TASKS)} and one of {', '.join(SPLITS)}"
-            raise DataError(f"{where} has meta_task {one.meta_task!r} and split {one.split!r}; right is {allowed}")
-        if not one.queries or not one.candidates:
-            counts = f"{len(one.queries)} queries and {len(one.candidates)} candidates"
+            raise DataError(
+                f"{where} has meta_task {described.meta_task!r} and split {described.split!r}; right is {allowed}"
+            )
+        if not described.queries or not described.candidates:
+            counts = f"{len(described.queries)} queries and {len(described.candidates)} candidates"
             raise DataError(f"{where} has {counts}; none may be 0")
-        if len(one.positives) != len(one.queries):
-            raise DataError(f"{where} has {len(one.queries)} queries but {len(one.positives)} positives")
-        for key in chain(one.queries, one.candidates):
+        if len(described.positives) != len(described.queries):
+            raise DataError(f"{where} has {len(described.queries)} queries but {len(described.positives)} positives")
+        for key in chain(described.queries, described.candidates):
             if key not in inputs:
                 raise DataError(f"{where} names input {key!r}, which is in no inputs tar; make the folder again")
-        for number, positive in enumerate(one.positives):
-            if not 0 <= positive < len(one.candidates):
-                limit = f"candidates go from 0 to {len(one.candidates) - 1}"
+        for number, positive in enumerate(described.positives):
+            if not 0 <= positive < len(described.candidates):
+                limit = f"candidates go from 0 to {len(described.candidates) - 1}"
                 raise DataError(f"{where}: positive {positive} of query {number} is out of range; {limit}")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder that tools/prepare_data.py made, with its eval/")
+
+
+BENCHMARK = Benchmark(
+    name="prepared",
+    about="sets of a folder that tools/prepare_data.py made",
+    add_options=_add_options,
+    read_tasks=lambda args: read_tasks(args.data),
+    is_kept=False,
+    overrides=lambda args: [f"data.path={args.data}"],
+)

@@ -1,14 +1,16 @@
 """Zero-shot text-video retrieval: Recall@1, 5, 10 and the median rank, from texts to videos and back.
 
-Used by tools/evaluate.py video. Prompts and frames are the released code's (golden notes; data/video.py). A caption's
-right answer is its video; a video's is any of its captions.
+Prompts and frames are those of the official LLaVE code (data/video.py). The right answer of a caption is its video;
+that of a video is any of its captions. Equal similarities are ranked in the order of the annotations.
 """
 
+import argparse
 import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +19,45 @@ import torch
 import torch.distributed as dist
 
 from megatron_llave.embedding.cache import EmbeddingCache, EmbedParts, Identity, Progress, embed_missing
-from megatron_llave.embedding.inputs import FileInput, FileInputs
+from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate
 from megatron_llave.evaluation.metrics import ranks_of_right, summarise_ranks
 from megatron_llave.files import write_json
 
 FORMATS = {".jsonl": "manifest", ".csv": "msrvtt-csv", ".json": "msrvtt-json", ".txt": "msvd"}
-
-
+"""Suffix of an annotation file -> its format."""
 SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov")
+TEXT_PROMPT = "Find me an video that matches the given caption: {}"
+VIDEO_PROMPT = "<image>\nRepresent the given video."
+SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
 class CaptionedVideo:
-    """One video of a benchmark."""
+    """A video and the texts that describe it."""
 
     id: str
     file: str
-    """Relative to the folder of the videos."""
+    """File name, relative to the folder of the videos."""
     captions: list[str]
-    """At least one."""
+    """One or more texts."""
 
 
 def read_videos(
     path: str | Path, folder: str | Path, file_format: str | None = None, chosen: str | Path | None = None
 ) -> list[CaptionedVideo]:
-    """The videos of an annotation file, in its order.
+    """Read the videos of an annotation file, in its order.
 
     Args:
-        path: the annotations.
-        folder: of the video files; those that an annotation names by id alone are looked for there.
-        file_format: one of FORMATS' values; None: by the file's suffix.
-        chosen: file with the id of a video in each line; None: all.
+        path: the annotation file.
+        folder: folder of the video files; videos that the annotations name by id alone are looked for there.
+        file_format: a value of FORMATS; None: by the file's suffix.
+        chosen: file with the id of one video per line; None: all videos.
 
     Raises:
-        ConfigError: the format is none of these.
-        DataError: names file and line: unreadable, malformed, a video without caption or file, an id twice.
+        ConfigError: the format is unknown.
+        DataError: a file is unreadable or malformed, a video has no caption, or an id is not unique; names the line.
     """
     path = Path(path)
     file_format = file_format or FORMATS.get(path.suffix)
@@ -61,8 +66,8 @@ def read_videos(
         raise ConfigError(f"{path}: annotations end in {', '.join(FORMATS)}; or give --format {names}")
     wanted = None if chosen is None else set(_read(Path(chosen)).split())
     readers = {"manifest": _manifest, "msrvtt-csv": _msrvtt_csv, "msrvtt-json": _msrvtt_json, "msvd": _msvd}
-    videos = [one for one in readers[file_format](path, Path(folder)) if wanted is None or one.id in wanted]
-    missing = sorted((wanted or set()) - {one.id for one in videos})
+    videos = [video for video in readers[file_format](path, Path(folder)) if wanted is None or video.id in wanted]
+    missing = sorted((wanted or set()) - {video.id for video in videos})
     if missing:
         raise DataError(f"{chosen} names video {missing[0]!r}, which has no caption in {path} ({len(missing)} such)")
     if not videos:
@@ -71,20 +76,21 @@ def read_videos(
 
 
 def _manifest(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
-    found: dict[str, CaptionedVideo] = {}
+    videos: dict[str, CaptionedVideo] = {}
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-            one = CaptionedVideo(str(value["id"]), value["video"], value["captions"])
+            video = CaptionedVideo(str(value["id"]), value["video"], value["captions"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{where}: must be {{"id": ..., "video": FILE, "captions": [...]}} ({error})') from error
-        if not _is_text(one.file) or not isinstance(one.captions, list) or not all(map(_is_text, one.captions or [""])):
+        captions = video.captions
+        if not _is_text(video.file) or not isinstance(captions, list) or not all(map(_is_text, captions or [""])):
             raise DataError(f"{where}: video must be a file name, captions a list of at least one text, none empty")
-        if one.id in found:
-            raise DataError(f"{where}: id {one.id!r} comes twice")
-        found[one.id] = one
-    return found.values()
+        if video.id in videos:
+            raise DataError(f"{where}: id {video.id!r} comes twice")
+        videos[video.id] = video
+    return videos.values()
 
 
 def _msrvtt_csv(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
@@ -101,14 +107,14 @@ def _msrvtt_csv(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
 def _msrvtt_json(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
     try:
         value: dict[str, Any] = json.loads(_read(path))
-        splits = {one["video_id"]: one.get("split", "test") for one in value["videos"]}
-        found = [(one["video_id"], one["caption"]) for one in value["sentences"]]
-        wanted = [splits.get(video) == "test" for video, _ in found]
+        splits = {video["video_id"]: video.get("split", "test") for video in value["videos"]}
+        sentences = [(sentence["video_id"], sentence["caption"]) for sentence in value["sentences"]]
+        is_test = [splits.get(video) == "test" for video, _ in sentences]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         right = "videos (video_id, split) and sentences (video_id, caption)"
         raise DataError(f"{path} must hold {right}: {error}") from error
-    numbered = enumerate(zip(found, wanted))
-    return _collect(((f"{path}: sentence {number}", *one) for number, (one, is_test) in numbered if is_test), folder)
+    numbered = compress(enumerate(sentences), is_test)
+    return _collect(((f"{path}: sentence {number}", *sentence) for number, sentence in numbered), folder)
 
 
 def _msvd(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
@@ -117,19 +123,19 @@ def _msvd(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
 
 
 def _collect(captions: Iterable[tuple[str, Any, Any]], folder: Path) -> Iterable[CaptionedVideo]:
-    """Captions by video, from (where, video, caption); the video's file is the one in `folder` with the id as its name.
+    """Group (where, video id, caption) by video; a video's file is the one in `folder` that is named after its id.
 
     Raises:
-        DataError: a video or a caption is no text, or empty.
+        DataError: an id or a caption is not a text, or is empty.
     """
-    found: dict[str, list[str]] = {}
+    captions_of: dict[str, list[str]] = {}
     for where, video, caption in captions:
         if not _is_text(video):
             raise DataError(f"{where}: video {video!r} must be the id of a video")
         if not _is_text(caption):
             raise DataError(f"{where}: video {video!r} has {caption!r} for a caption, which must be a text")
-        found.setdefault(video, []).append(caption.strip())
-    return [CaptionedVideo(video, _file_of(video, folder), texts) for video, texts in found.items()]
+        captions_of.setdefault(video, []).append(caption.strip())
+    return [CaptionedVideo(video, _file_of(video, folder), texts) for video, texts in captions_of.items()]
 
 
 def _is_text(value: Any) -> bool:
@@ -137,12 +143,12 @@ def _is_text(value: Any) -> bool:
 
 
 def _file_of(video: str, folder: Path) -> str:
-    found = [video + suffix for suffix in SUFFIXES if (folder / (video + suffix)).is_file()]
-    return found[0] if found else video + SUFFIXES[0]  # which is then said to be missing
+    files = (video + suffix for suffix in SUFFIXES)
+    return next((file for file in files if (folder / file).is_file()), video + SUFFIXES[0])  # later said to be missing
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines that are not blank; str.splitlines would cut captions at rarer characters too."""
+    """Numbers and texts of the lines that are not blank; str.splitlines would also split at rarer characters."""
     return ((number, line) for number, line in enumerate(_read(path).split("\n"), start=1) if line.strip())
 
 
@@ -151,11 +157,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # as spreadsheets save it
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-TEXT_PROMPT = "Find me an video that matches the given caption: {}"
-VIDEO_PROMPT = "<image>\nRepresent the given video."
-SCORES_FILE = "scores.json"
 
 
 def evaluate_videos(
@@ -167,31 +168,31 @@ def evaluate_videos(
     replicas: dist.ProcessGroup,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, dict[str, float]]:
-    """Embed what is not there yet and score; the first rank writes scores.json into `out`.
+    """Embed the missing inputs and score; the first rank writes scores.json into `out`.
 
     Args:
-        embed_parts: of this rank's replica.
-        videos: with their captions.
-        folder: that the videos' files lie in.
+        embed_parts: embeds with this rank's replica of the model.
+        videos: the videos with their captions.
+        folder: folder of the video files.
         out: folder for embeddings and scores, shared by all ranks.
-        identity: of the model; only the first rank's counts.
-        replicas: data-parallel ranks that the embedding is dealt to.
-        progress: told of each part.
+        identity: of the model; only the first rank's is used.
+        replicas: data-parallel group that the embedding is dealt to.
+        progress: called after each part of this rank.
+
+    Returns:
+        For text_to_video and video_to_text, recall@k in percent and median_rank; the same on all ranks.
 
     Raises:
         DataError: see embed_missing, or the scores cannot be written.
-
-    Returns:
-        text_to_video and video_to_text: recall@k in percent, median_rank; the same on all ranks.
     """
     out = Path(out)
     captions = [(caption, number) for number, video in enumerate(videos) for caption in video.captions]
-    texts = FileInputs("captions", [FileInput(TEXT_PROMPT.format(caption)) for caption, _ in captions], folder)
-    inputs = [FileInput(VIDEO_PROMPT, video=video.file, id=video.id) for video in videos]
-    clips = FileInputs("videos", inputs, folder, hint="--videos names the folder that they are looked for in")
-    stores = [EmbeddingCache(out / "embeddings" / inputs.name, inputs) for inputs in (texts, clips)]
-    embed_missing(embed_parts, stores, identity, replicas, progress)
-    text, video = (torch.from_numpy(store.rows(np.arange(store.bounds[-1]))) for store in stores)
+    texts = Inputs("captions", [Input(TEXT_PROMPT.format(caption)) for caption, _ in captions], folder)
+    entries = [Input(VIDEO_PROMPT, video=video.file, id=video.id) for video in videos]
+    clips = Inputs("videos", entries, folder, hint="--videos names the folder that they are looked for in")
+    caches = [EmbeddingCache(out / "embeddings" / inputs.name, inputs) for inputs in (texts, clips)]
+    embed_missing(embed_parts, caches, identity, replicas, progress)
+    text, video = (torch.from_numpy(cache.rows(np.arange(len(cache.inputs)))) for cache in caches)
     belongs = torch.tensor([number for _, number in captions])[:, None] == torch.arange(len(videos))  # [texts, videos]
     both = {"text_to_video": (text, video, belongs), "video_to_text": (video, text, belongs.T)}
     scores = {name: summarise_ranks(ranks_of_right(*sides)) for name, sides in both.items()}
@@ -202,3 +203,38 @@ def evaluate_videos(
             raise DataError(f"{out / SCORES_FILE} cannot be written: {error.strerror}") from error
     dist.barrier()
     return scores
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", required=True, help="annotations: your own .jsonl, or as MSR-VTT and MSVD come")
+    parser.add_argument("--videos", help="folder of the video files; default: that of --manifest")
+    parser.add_argument("--format", choices=FORMATS.values(), help="format of --manifest; default: by its suffix")
+    parser.add_argument("--list", help="file with the ids of the videos to take, such as MSVD's test_list.txt")
+
+
+def _read_evaluation(args: argparse.Namespace) -> Evaluate:
+    folder = args.videos or Path(args.manifest).parent
+    videos = read_videos(args.manifest, folder, args.format, args.list)
+
+    def evaluate(
+        embed_parts: EmbedParts, out: str, identity: Identity, replicas: dist.ProcessGroup, progress: Progress
+    ) -> list[str]:
+        scores = evaluate_videos(embed_parts, videos, folder, out, identity, replicas, progress)
+        lines = []
+        for direction, values in scores.items():
+            figures = "  ".join(f"{name} {value:.1f}" for name, value in values.items())
+            lines.append(f"{direction.replace('_', ' ')}: {figures}")
+        num_captions = sum(len(video.captions) for video in videos)
+        return [*lines, f"{len(videos)} videos, {num_captions} captions; scores: {out}"]
+
+    return evaluate
+
+
+BENCHMARK = Benchmark(
+    name="video",
+    about="zero-shot text-video retrieval: MSR-VTT, MSVD, or your own",
+    add_options=_add_options,
+    read_evaluation=_read_evaluation,
+    # 32 frames are up to 6720 tokens: the official evaluation of videos raises the limit too.
+    overrides=lambda args: ["data.max_length=8192"],
+)

@@ -104,7 +104,7 @@ def test_byte_order_marks_and_rare_line_ends_are_text(tmp_path):
     paths[0].write_text(queries, encoding="utf-8-sig")
     paths[2].write_text("query-id\tcorpus-id\tscore\r\nq0\tc0\t1\r\n\r\nq0\tc0\t1\r\n", encoding="utf-8-sig")
     data = read_retrieval(*paths)
-    assert data.queries.ids == ["q0", "q1"] and data.queries.inputs.inputs[0].text == "two\u2028lines"
+    assert data.queries.ids == ["q0", "q1"] and data.queries.inputs.entries[0].text == "two\u2028lines"
     assert data.judgements == {"q0": {"c0": 1}}
     paths[2].write_text("q0 0 c0 1\n", encoding="utf-8-sig")
     assert read_retrieval(*paths).judgements == {"q0": {"c0": 1}}
@@ -129,7 +129,7 @@ def test_pictures_outside_the_folder_and_missing_ones(groups, tmp_path):
 
 
 def test_depths_below_one_are_refused(groups, tmp_path):
-    with pytest.raises(ConfigError, match="--k 0 5 must be numbers of at least 1"):
+    with pytest.raises(ConfigError, match="--k 0,5 must be numbers of at least 1"):
         evaluate_retrieval(embedder, read_retrieval(*write_files(tmp_path)), tmp_path, IDENTITY, groups.dp, [0, 5])
 
 

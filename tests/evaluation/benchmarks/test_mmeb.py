@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_llave.embedding.inputs import FileInput
+from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.mmeb import SETS, choose_sets, read_task
 from megatron_llave.evaluation.task import build_task
@@ -24,8 +24,8 @@ def write(folder: Path, name: str, rows: list[dict], part: str = "test-00000-of-
     pq.write_table(pa.Table.from_pylist(rows), folder / name / f"{part}.parquet")
 
 
-def file_input(text: str, image: str) -> FileInput:
-    return FileInput(text, (image,) if image else ())
+def file_input(text: str, image: str) -> Input:
+    return Input(text, (image,) if image else ())
 
 
 def test_the_table_is_that_of_the_benchmark():
@@ -40,8 +40,8 @@ def test_the_table_is_that_of_the_benchmark():
 def test_golden_rows_come_back(name):
     task = read_task(GOLDEN / "eval", GOLDEN / "eval", name)
     rows = pq.read_table(GOLDEN / "eval" / name / "test-00000-of-00001.parquet").to_pylist()
-    inputs = task.inputs.inputs
-    assert len(task.queries) == len(rows) == 8 and len(set(task.inputs.inputs)) == len(task.inputs)
+    inputs = task.inputs.entries
+    assert len(task.queries) == len(rows) == 8 and len(set(task.inputs.entries)) == len(task.inputs)
     counts = json.loads((GOLDEN / "expected.json").read_text())[name]
     assert len(np.unique(task.queries)) == counts["n_unique_queries"]
     assert len(np.unique(task.candidates)) == counts["n_unique_targets"]
@@ -63,12 +63,12 @@ def test_parts_in_several_files_and_one_text_for_many_pictures(tmp_path):
     write(tmp_path, "NIGHTS", [ROW | {"qry_text": "first"}], "test-00000-of-00002")
     write(tmp_path, "NIGHTS", [ROW | {"qry_text": "second"}], "test-00001-of-00002")
     task = read_task(tmp_path, tmp_path, "NIGHTS")
-    assert [task.inputs.inputs[index].text for index in task.queries] == ["first", "second"]
+    assert [task.inputs.entries[index].text for index in task.queries] == ["first", "second"]
     write(tmp_path, "CIRR", [ROW | {"tgt_text": "same", "tgt_img_path": ["1.png", "2.png"]}])
     task = read_task(tmp_path, tmp_path, "CIRR")
-    assert [task.inputs.inputs[index] for index in task.candidates_of(0)] == [
-        FileInput("same", ("1.png",)),
-        FileInput("same", ("2.png",)),
+    assert [task.inputs.entries[index] for index in task.candidates_of(0)] == [
+        Input("same", ("1.png",)),
+        Input("same", ("2.png",)),
     ]
 
 
@@ -76,9 +76,9 @@ def test_parts_in_several_files_and_one_text_for_many_pictures(tmp_path):
     ("row", "message"),
     [
         (ROW | {"tgt_text": [], "tgt_img_path": []}, "row 1 has no candidate; the first entry of tgt_text must be"),
-        (ROW | {"tgt_text": ["", "b"]}, r"row 1: tgt\[0\] has neither text nor picture; it should be the right candid"),
+        (ROW | {"tgt_text": ["", "b"]}, r"row 1: tgt\[0\] has neither text nor image; it should be the right candid"),
         (ROW | {"tgt_img_path": [""]}, "row 1: 2 entries in tgt_text, but 1 in tgt_img_path"),
-        (ROW | {"qry_text": ""}, "row 1: qry has neither text nor picture"),
+        (ROW | {"qry_text": ""}, "row 1: qry has neither text nor image"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -118,12 +118,12 @@ def test_a_damaged_picture_is_named(tmp_path):
 
 
 def test_parts_cover_all_inputs_and_cost_alike():
-    texts = [FileInput("x" * length) for length in range(0, 4000, 10)]
-    rows = [(texts[0], texts), (FileInput("q", ("i.png",)), [FileInput("", ("j.png",))])]
+    texts = [Input("x" * length) for length in range(0, 4000, 10)]
+    rows = [(texts[0], texts), (Input("q", ("i.png",)), [Input("", ("j.png",))])]
     task = build_task("a", "vqa", "ind", rows, ".")
     bounds = task.inputs.cut(40)
     assert bounds[0] == 0 and bounds[-1] == len(task.inputs) and bounds == sorted(set(bounds))
-    costs = [sum(one.cost for one in task.inputs.inputs[a:b]) for a, b in zip(bounds, bounds[1:])]
-    assert all(cost <= 40 for cost in costs) and min(costs[:-1]) > 40 - max(one.cost for one in task.inputs.inputs)
-    inputs = task.inputs.inputs
+    costs = [sum(one.cost for one in task.inputs.entries[a:b]) for a, b in zip(bounds, bounds[1:])]
+    assert all(cost <= 40 for cost in costs) and min(costs[:-1]) > 40 - max(one.cost for one in task.inputs.entries)
+    inputs = task.inputs.entries
     assert [one.cost for one in inputs] == sorted(one.cost for one in inputs)

@@ -9,7 +9,13 @@ from PIL import Image
 
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, input_key, read_evaluation, write_evaluation
+from megatron_llave.evaluation.benchmarks.prepared import (
+    EvaluationSet,
+    input_key,
+    read_evaluation,
+    read_tasks,
+    write_evaluation,
+)
 
 
 def picture(colour):
@@ -39,8 +45,11 @@ def test_round_trip(tmp_path):
     inputs, sets = example()
     write_evaluation(tmp_path, inputs, sets)
     assert read_evaluation(tmp_path) == (inputs, sets)
-    assert sets[0].chance == 50.0
-    assert sets[1].chance == pytest.approx(33.333, abs=1e-3)
+    tasks = read_tasks(tmp_path)
+    assert [task.chance for task in tasks] == [50.0, pytest.approx(33.333, abs=1e-3)]
+    assert tasks[0].inputs is tasks[1].inputs and list(tasks[0].inputs.values()) == list(inputs.values())
+    assert [task.name for task in read_tasks(tmp_path, ["again"])] == ["again"]
+    assert len(read_tasks(tmp_path, ["again"])[0].inputs) == 3
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path):

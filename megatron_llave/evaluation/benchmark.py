@@ -1,0 +1,67 @@
+"""The registry of benchmarks: each one is a command of tools/evaluate.py.
+
+A benchmark that ranks with Precision@1 yields tasks, which are embedded, scored and reported alike. One with other
+scores brings a function of its own.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.embedding.cache import EmbedParts, Identity, Progress
+from megatron_llave.evaluation.task import Task
+
+Evaluate = Callable[[EmbedParts, str, Identity, dist.ProcessGroup, Progress], list[str]]
+"""Embeds and scores; takes (embed_parts, folder of --out, identity, replicas, progress), returns lines to print."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A command of tools/evaluate.py. Of `read_tasks` and `read_evaluation` it has exactly one.
+
+    Both take the parsed command line, and read and check the data before the model is loaded.
+    """
+
+    name: str
+    """Name of the command."""
+    about: str
+    """One line for --help."""
+    add_options: Callable[[argparse.ArgumentParser], None]
+    """Adds the options that name the data; --checkpoint, --average, --out, --ties and overrides are there already."""
+    read_tasks: Callable[[argparse.Namespace], list[Task]] | None = None
+    """For a benchmark that ranks with Precision@1."""
+    read_evaluation: Callable[[argparse.Namespace], Evaluate] | None = None
+    """For a benchmark with other scores."""
+    ties: str = "strict"
+    """Default tie rule, a key of scoring.TIES; only with `read_tasks`."""
+    is_kept: bool = True
+    """Whether embeddings and results stay in --out, which must then be given and lets the same command resume."""
+    overrides: Callable[[argparse.Namespace], list[str]] = lambda args: []
+    """Configuration that the benchmark needs, as section.key=value; the user's overrides win over it."""
+    published: Callable[[RunConfig], Mapping[str, float] | None] = lambda cfg: None
+    """Published means for a model of this configuration, to show beside the results; None where there are none."""
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+"""The registered benchmarks by name."""
+
+
+def register_benchmark(benchmark: Benchmark) -> None:
+    """Make a benchmark a command of tools/evaluate.py.
+
+    Raises:
+        ValueError: its name is taken, or it has both or neither of `read_tasks` and `read_evaluation`.
+    """
+    if benchmark.name in BENCHMARKS:
+        raise ValueError(f"benchmark {benchmark.name!r} is registered already")
+    if (benchmark.read_tasks is None) == (benchmark.read_evaluation is None):
+        raise ValueError(f"benchmark {benchmark.name!r} must have either read_tasks or read_evaluation")
+    BENCHMARKS[benchmark.name] = benchmark
+
+
+def comma_list(text: str) -> list[str]:
+    """Values of an option that takes several, separated by commas."""
+    return [value for value in text.split(",") if value]
