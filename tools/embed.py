@@ -1,10 +1,10 @@
-"""Embed texts and pictures with a checkpoint, or a whole JSONL file of them.
+"""Embed texts and images with a checkpoint, or all inputs of a JSONL file.
 
 python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg      (a JSON line for each)
 torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
 
-CKPT is a checkpoint, a run's folder or a Hugging Face folder. A line of the JSONL is
-{"text": ..., "image": FILE or [FILES], "id": ...}, files relative to its folder. docs/python.md has the rest.
+CKPT is a checkpoint, a run's output directory or a Hugging Face folder. A line of the JSONL is
+{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/python.md.
 """
 
 import argparse
@@ -26,15 +26,17 @@ from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
 PART = 4096
-"""Inputs of a JSONL that are embedded together."""
+"""Number of inputs of a JSONL file that are embedded together."""
 
 
 def main() -> None:
-    """Load at the layout asked for and embed; the first rank prints or writes."""
+    """Load the model at the parallel layout asked for and embed; the first rank prints or writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, a run's folder, or a Hugging Face folder")
-    parser.add_argument("--text", action="append", default=[], help="a text to embed; may be given again")
-    parser.add_argument("--image", action="append", default=[], help="a picture to embed; may be given again")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
+    )
+    parser.add_argument("--text", action="append", default=[], help="a text to embed; may be repeated")
+    parser.add_argument("--image", action="append", default=[], help="an image to embed; may be repeated")
     parser.add_argument("--instruction", default=INSTRUCTION, help="text that goes with each --image")
     parser.add_argument("--jsonl", help="file of inputs, instead of --text and --image; needs --out")
     parser.add_argument("--out", help="file to write, .npy or .parquet")
@@ -55,16 +57,16 @@ def main() -> None:
 
 
 def embedded_file(model: LoadedModel, path: str, num_rows: int) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Ids and embeddings of a JSONL, part by part."""
+    """Ids and embeddings of a JSONL file, part by part."""
     parts = read_parts(path, PART)
     if dist.get_rank() == 0:
         parts = track(parts, "embedding", total=-(-num_rows // PART))
     for part in parts:
-        yield part.ids, embed(model, part)
+        yield [line.id for line in part.entries], embed(model, part)
 
 
 def embedded_arguments(model: LoadedModel, args: argparse.Namespace) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The command line's inputs as one part: the texts, then the pictures."""
+    """The command line's inputs as one part: the texts, then the images."""
     names = [*args.text, *args.image]
     sides = [Side(text, []) for text in args.text] + [Side.read(args.instruction, image) for image in args.image]
     yield names, embed(model, {f"{index} ({name})": side for index, (name, side) in enumerate(zip(names, sides), 1)})
@@ -73,7 +75,7 @@ def embedded_arguments(model: LoadedModel, args: argparse.Namespace) -> Iterator
 def write_parts(
     parts: Iterator[tuple[list[str], torch.Tensor]], out: str | None, num_rows: int, model: LoadedModel, source: str
 ) -> None:
-    """Write or print what the parts hold; every rank goes through them, the first one does it."""
+    """Write or print the embeddings on the first rank; all ranks iterate over the parts, since they embed them."""
     is_writer = dist.get_rank() == 0
     width = model.cfg.model.language.hidden_size
     with embedding_file(out, num_rows, width, source) if out and is_writer else nullcontext() as write:

@@ -1,4 +1,4 @@
-"""Embedding of inputs with a trained model, in memory or into files."""
+"""Embeds inputs with a trained model, in memory or into files."""
 
 from megatron_llave.embedding.embedder import LoadedModel, embed, load_model
 

@@ -1,4 +1,4 @@
-"""A checkpoint as an embedder: texts and pictures in, unit vectors out, spread over the data-parallel ranks.
+"""Loads a checkpoint and embeds texts and images as unit vectors, spread over the data-parallel ranks.
 
 model = load_model("CHECKPOINT or HF_DIR")
 vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
@@ -33,98 +33,95 @@ from megatron_llave.models import build_model, build_processor
 
 @dataclass
 class LoadedModel:
-    """A checkpoint ready to embed, at the layout of this run."""
+    """A model ready to embed, at the parallel layout of this process group."""
 
     cfg: RunConfig
     chunks: list[Module]
     encoder: Processor
     groups: ProcessGroupCollection
     progress: Callable[[str], None] = lambda doing: None
-    """Told of each input that is read and each row that is embedded."""
+    """Called with what is being done, for each input that is read and each row that is embedded."""
     source: Pretrained | None = None
-    """What was loaded; None where the model is being trained."""
+    """The weights that were loaded; None for a model in training."""
     average: bool = False
-    """Whether it was the averaged weights."""
+    """Whether the averaged weights were loaded."""
 
     def identity(self) -> dict[str, str]:
-        """What the embeddings depend on (Pretrained.identity); the first rank's, empty on the others.
+        """What the embeddings depend on (Pretrained.identity), on the first rank; empty on the others.
 
         Raises:
-            CheckpointError: what was loaded cannot be read any more.
+            CheckpointError: the loaded weights cannot be read any more.
         """
         assert self.source is not None
         return self.source.identity(self.cfg, self.average) if dist.get_rank() == 0 else {}
 
     @property
     def pad_to_multiple(self) -> int:
-        """Tokens that a packed row's length must be a multiple of."""
+        """The length of a packed row, in tokens, must be a multiple of this number."""
         return row_multiple(self.cfg)
 
     def embed(self, inputs: Sequence[str | Side]) -> Tensor:
-        """Texts, and texts with pictures -> [n, d] float32 of unit length, in their order, on every rank.
+        """Embed texts, and texts with images, as [n, d] float32 of unit length in their order, on every rank.
 
         Raises:
-            DataError: an input cannot be read; the message has its index.
+            DataError: an input cannot be read; the message names its index.
         """
         sides = [Side(item, []) if isinstance(item, str) else item for item in inputs]
         return embed(self, {str(index): side for index, side in enumerate(sides)})
 
 
-def load_model(
-    path: str | Path, data: str | Path | None = None, overrides: Sequence[str] = (), average: bool = False
-) -> LoadedModel:
+def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = False) -> LoadedModel:
     """Build the model that a folder holds and load its weights.
 
-    The layout of its training is not taken over: every process is a data-parallel rank unless `overrides`
+    The parallel layout of its training is not used: every process is a data-parallel rank unless `overrides`
     (parallel.tensor=2, ...) say otherwise.
 
     Args:
-        path: a checkpoint, a run's folder, or a Hugging Face folder of either layout.
-        data: where to look for a tokenizer when the weights came without one.
-        overrides: `section.key=value`, winning over the checkpoint's configuration.
-        average: the averaged weights of a run with loss.reward=ema.
+        path: a checkpoint, a run's output directory, or a Hugging Face folder in either format.
+        overrides: `section.key=value`, which win over the checkpoint's configuration.
+        average: whether to load the averaged weights of a run with loss.reward=ema.
 
     Raises:
-        UserError: no checkpoint, no averaged weights in it, an unknown override, or a layout that cannot work.
+        UserError: there is no checkpoint, or no averaged weights in it; an override or the parallel layout is invalid.
     """
     cpu_emulation.enable()
-    found = find_pretrained(path)
-    process_groups.initialize_distributed(_configure(found, data, overrides).parallel.timeout_seconds)
-    # A run that is still going on may have saved between two ranks' looks at it: the first rank's checkpoint is meant.
-    folder = [found.folder]
+    pretrained = find_pretrained(path)
+    process_groups.initialize_distributed(_configure(pretrained, overrides).parallel.timeout_seconds)
+    # A running training may save while the ranks look for its checkpoint: all ranks load the first rank's.
+    folder = [pretrained.folder]
     dist.broadcast_object_list(folder, 0, device=process_groups.device())
-    found = find_pretrained(folder[0])
-    cfg = _configure(found, data, overrides)
+    pretrained = find_pretrained(folder[0])
+    cfg = _configure(pretrained, overrides)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=None)
-    found.load(chunks, groups, average)
+    pretrained.load(chunks, groups, average)
     for chunk in chunks:
         chunk.eval()
     encoder = build_processor(cfg.data, cfg.model)
-    return LoadedModel(cfg, chunks, encoder, groups, source=found, average=average)
+    return LoadedModel(cfg, chunks, encoder, groups, source=pretrained, average=average)
 
 
-def _configure(found: Pretrained, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of these weights with what the caller wants otherwise; arguments of load_model."""
-    cfg = replace(found.cfg, data=replace(found.cfg.data, tokenizer=found.find_tokenizer() or found.cfg.data.tokenizer))
-    given = [] if data is None else [f"data.path={data}"]
-    cfg = override_config(cfg, [*given, *overrides])
+def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of these weights with the caller's changes; the arguments are those of load_model."""
+    cfg = pretrained.cfg
+    tokenizer = pretrained.find_tokenizer() or cfg.data.tokenizer
+    cfg = override_config(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)), overrides)
     if not cfg.data.tokenizer and not cfg.data.path:
         raise DataError(
-            f"{found.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (of vocab.json and merges.txt "
-            "tools/convert_hf.py import makes one)"
+            f"{pretrained.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (tools/convert_hf.py "
+            "import makes one of vocab.json and merges.txt)"
         )
     return cfg
 
 
 def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
-    """Embed inputs in order, spread over the data-parallel ranks: [n, d] float32 on every rank.
+    """Embed inputs as [n, d] float32 in their order on every rank, the work spread over the data-parallel ranks.
 
-    A rank asks the mapping only for the inputs it embeds.
+    A rank reads from the mapping only the inputs that it embeds.
 
     Raises:
-        DataError: an input cannot be read; the message has its key.
+        DataError: an input cannot be read; the message names its key.
     """
     groups = model.groups
     encoded = [_encode(model, key, sides) for key in islice(sides, groups.dp.rank(), None, groups.dp.size())]
@@ -139,17 +136,17 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
 
 
 def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iterator[Tensor | None]:
-    """Embed parts of inputs, one after the other, by this replica alone; threads read and decode a part ahead.
+    """Embed parts of inputs one after the other on this replica alone; threads read and decode one part ahead.
 
     Args:
-        model: its data-parallel ranks may have different parts, and different numbers of them.
-        parts: the same on all ranks of a replica.
+        model: the model; its data-parallel ranks may have different parts, and different numbers of them.
+        parts: the parts, the same on all ranks of a replica.
 
     Yields:
-        [inputs of the part, d] float32 in their order; None on all ranks of the replica but one.
+        [inputs of the part, d] float32 in their order, on one rank of the replica; None on its other ranks.
 
     Raises:
-        DataError: an input cannot be read; the message has its key.
+        DataError: an input cannot be read; the message names its key.
     """
     groups = model.groups
     has_result = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
@@ -167,8 +164,8 @@ def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iter
 
 
 def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
-    """[n, d] float32 of this replica's inputs in their order; zeros but on the last pipeline stage."""
-    # Sequences of like length share a row, which keeps the attention's buckets full.
+    """Embed this replica's inputs as [n, d] float32 in their order; zeros except on the last pipeline stage."""
+    # Sequences of similar length share a row, so that attention pads them little.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
     outputs = forward_only(model, list(packed_rows([encoded[index] for index in order], model)))
     rows = torch.zeros(len(encoded), model.cfg.model.language.hidden_size, device=process_groups.device())
@@ -178,10 +175,10 @@ def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
 
 
 def require_finite(embeddings: Tensor, keys: Iterable[str]) -> None:
-    """Check embeddings [n, d] of the inputs `keys`: similarities to NaN would rank as if they were scores.
+    """Check that the embeddings [n, d] of the inputs `keys` are finite: a ranking would hide NaN.
 
     Raises:
-        NotFiniteError: names the first input whose embedding is not finite, and how many there are.
+        NotFiniteError: names the first input whose embedding is not finite, and says how many there are.
     """
     is_bad = ~embeddings.isfinite().all(dim=1)  # [n]
     num_bad = int(is_bad.sum())
@@ -201,7 +198,7 @@ def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedS
 
 
 def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[PackedSequences]:
-    """Rows of about `evaluate.tokens_per_batch` tokens; a longer sequence is a row of its own."""
+    """Pack sequences into rows of at most `evaluate.tokens_per_batch` tokens; a longer one gets a row of its own."""
     row: list[EncodedSequence] = []
     num_tokens = 0
     for sequence in encoded:
@@ -214,9 +211,9 @@ def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[
 
 
 def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor]:
-    """Embeddings [n, d] of each row through megatron-core's schedule; on the last pipeline stage, else empty."""
+    """Run rows through megatron-core's schedule: embeddings [n, d] of each on the last pipeline stage, else empty."""
     stages, num_chunks = model.groups.pp.size(), len(model.chunks)
-    missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule wants whole rounds
+    missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule needs a multiple of the stages
     empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
     padded = rows + [empty] * missing
     forward_step = partial(_forward_step, progress=model.progress)

@@ -1,1 +1,1 @@
-"""Tables, figures and pages made of results."""
+"""Reports of results: tables, figures, pages."""

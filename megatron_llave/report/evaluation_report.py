@@ -1,4 +1,4 @@
-"""Writes the report of an evaluation: figures in tables and plots, from its results and the records of the run's log.
+"""Writes the report of an evaluation: tables and figures, from its results and the records of the run's log.
 
 The files are report.html, which has everything in it, report.json, report.md, scores.png, similarities.png,
 montage.png, mistakes.png and, with records, loss.png.
@@ -219,8 +219,8 @@ def diagnostic_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
         samples = (result.positive, result.hardest_negative)
         means = [np.mean([x for x in sample if np.isfinite(x)] or [np.nan]) for sample in samples]
         spread = "-" if result.uniformity is None else f"{result.uniformity:.2f}"
-        figures = [*(f"{mean:.3f}" for mean in means), f"{result.overlap:.2f}", f"{result.alignment:.3f}", spread]
-        rows.append((result.name, *figures, f"{result.hub_share:.1f}", str(result.num_ties)))
+        metrics = [*(f"{mean:.3f}" for mean in means), f"{result.overlap:.2f}", f"{result.alignment:.3f}", spread]
+        rows.append((result.name, *metrics, f"{result.hub_share:.1f}", str(result.num_ties)))
     return rows
 
 
@@ -273,11 +273,11 @@ def _write_files(
     paper: Mapping[str, float],
     extra: Mapping[str, Any],
 ) -> None:
-    pictures = {"Precision@1": "scores.png", "Similarities": "similarities.png", "Examples": "montage.png"}
-    pictures["Worst mistakes"] = "mistakes.png"
+    figures = {"Precision@1": "scores.png", "Similarities": "similarities.png", "Examples": "montage.png"}
+    figures["Worst mistakes"] = "mistakes.png"
     if records:
         plot_loss(records, directory / "loss.png")
-        pictures["Training"] = "loss.png"
+        figures["Training"] = "loss.png"
     plot_scores(results, directory / "scores.png")
     plot_similarities(results, directory / "similarities.png")
     draw_montage(example_panels(results, inputs), directory / "montage.png")
@@ -289,9 +289,9 @@ def _write_files(
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
-    drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in pictures.items())
+    drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in figures.items())
     write_text(directory / "report.md", "# Evaluation\n" + "".join(map(markdown, tables)) + drawn)
-    shown = [Section(title, pictures=[directory / file]) for title, file in pictures.items()]
+    shown = [Section(title, figures=[directory / file]) for title, file in figures.items()]
     page = html_page("Evaluation", f"{len(results)} evaluation sets.", [*tables, *shown])
     write_text(directory / "report.html", page)
 

@@ -30,7 +30,7 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     means: Sequence[Sequence[str]] = ()
     """Rows below the others, in bold."""
-    pictures: Sequence[Path] = ()
+    figures: Sequence[Path] = ()
     """PNG files, embedded into the page."""
 
 
@@ -51,8 +51,8 @@ def _section(section: Section) -> str:
         parts += [f"<tr>{_cells('td', row)}</tr>\n" for row in section.rows]
         parts += [f"<tr class=mean>{_cells('td', row)}</tr>\n" for row in section.means]
         parts.append("</table></div>")
-    for picture in section.pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
+    for figure in section.figures:
+        data = base64.b64encode(figure.read_bytes()).decode()
         parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">\n')
     return f"<details open><summary>{html.escape(section.title)}</summary>{''.join(parts)}</details>\n"
 

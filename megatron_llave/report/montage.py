@@ -1,6 +1,6 @@
-"""Queries beside their best candidates, as one PNG: a panel per evaluation set.
+"""Draws queries beside their best candidates as one PNG, with a panel per evaluation set.
 
-Drawn by evaluation_report.py, which chooses the queries.
+evaluation_report.py chooses the queries.
 """
 
 import io
@@ -15,33 +15,33 @@ from megatron_llave.batch import Side
 from megatron_llave.files import atomic_write
 from megatron_llave.report.plots import GREEN, GREY, INK, PALE, RED, WHITE
 
-# In pixels.
+# Sizes in pixels.
 MARGIN, GAP, CELL, QUERY_WIDTH, FRAME, LEGEND_HEIGHT, TITLE_HEIGHT = 28, 12, 116, 320, 5, 44, 64
 COLUMNS = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """A query and candidates for it, the best one first."""
+    """A query and its candidates, the best one first."""
 
     query: Side
     candidates: list[tuple[Side, bool] | None]
-    """Under the panel's headings, each with whether it is the right one; None: an empty place."""
+    """One per heading of the panel: (candidate, whether it is the right one), or None for an empty place."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set."""
+    """The queries of one evaluation set."""
 
     title: str
     about: str
     rows: list[Row]
     headings: tuple[str, ...]
-    """Above the candidates."""
+    """Headings above the columns of candidates."""
 
 
 def draw_montage(panels: Sequence[Panel], path: str | Path) -> None:
-    """Panels in COLUMNS columns.
+    """Draw the panels in COLUMNS columns.
 
     A green frame marks the right candidate, a red one a best candidate that is wrong.
     """
@@ -53,7 +53,7 @@ def draw_montage(panels: Sequence[Panel], path: str | Path) -> None:
     canvas = Image.new("RGB", size, WHITE)
     _draw_legend(ImageDraw.Draw(canvas))
     for index, panel in enumerate(panels):
-        # Down the first column, then the second: the order of the table.
+        # In the order of the table, down the first column, then down the second.
         column, row = divmod(index, down)
         corner = (MARGIN + column * (panel_width + 2 * MARGIN), LEGEND_HEIGHT + row * panel_height)
         _draw_panel(canvas, corner, panel)
@@ -70,7 +70,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw) -> None:
 
 
 def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel) -> None:
-    """Title, then a row per query."""
+    """Draw the title, then a row per query."""
     draw = ImageDraw.Draw(canvas)
     left, top = corner
     title = _font(18, bold=True)
@@ -80,8 +80,8 @@ def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel) -> N
     draw.text((left, top + 50), "query", GREY, _font(13), anchor="lm")
     for rank, heading in enumerate(panel.headings):
         draw.text((first + rank * (CELL + GAP) + CELL // 2, top + 50), heading, GREY, _font(13), anchor="mm")
-    # What all candidates say ("Represent the given image.") tells none of them apart.
-    is_told_apart = len({one[0].text for row in panel.rows for one in row.candidates if one}) > 1
+    # A text that all candidates have ("Represent the given image.") is left out.
+    has_texts = len({shown[0].text for row in panel.rows for shown in row.candidates if shown}) > 1
     for number, row in enumerate(panel.rows):
         y = top + TITLE_HEIGHT + number * (CELL + GAP)
         _draw_side(canvas, row.query, (left, y, left + QUERY_WIDTH, y + CELL))
@@ -91,13 +91,13 @@ def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel) -> N
             side, is_right = candidate
             x = first + rank * (CELL + GAP)
             box = (x, y, x + CELL, y + CELL)
-            _draw_side(canvas, side, box, with_text=is_told_apart)
+            _draw_side(canvas, side, box, with_text=has_texts)
             if is_right or rank == 0:
                 draw.rectangle(box, outline=GREEN if is_right else RED, width=FRAME)
 
 
 def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], with_text: bool = True) -> None:
-    """The picture and the text of an input: beside each other in a wide box, one above the other in a square one."""
+    """Draw the image and the text of an input side by side in a wide box, one above the other in a square box."""
     text = side.text if with_text or not side.images else ""
     text += f" (+{len(side.images) - 1} images)" if len(side.images) > 1 else ""
     draw = ImageDraw.Draw(canvas)
@@ -107,33 +107,33 @@ def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], 
     if side.images:
         height = bottom - top if is_wide or not text else (bottom - top) * 3 // 5
         width = (right - left) // 2 if is_wide and text else right - left
-        picture = _picture(side.images[0], (width, height))
-        x = left if is_wide else (left + right - picture.width) // 2
-        canvas.paste(picture, (x, top + (height - picture.height) // 2))
-        left, top = (left + picture.width, top) if is_wide else (left, top + height)
+        image = _scaled(side.images[0], (width, height))
+        x = left if is_wide else (left + right - image.width) // 2
+        canvas.paste(image, (x, top + (height - image.height) // 2))
+        left, top = (left + image.width, top) if is_wide else (left, top + height)
     if text:
         size = 15 if is_wide else 13
         _draw_text(draw, text, (left + 4, top + 2, right - 2, bottom), size)
 
 
-def _picture(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
-    """Decoded, on white, as large as fits into `limit`; small pictures are enlarged."""
-    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
-    flat = Image.new("RGBA", picture.size, WHITE)
-    flat.alpha_composite(picture)
+def _scaled(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
+    """The decoded image on white, scaled up or down to fit into `limit`."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    flat = Image.new("RGBA", image.size, WHITE)
+    flat.alpha_composite(image)
     scale = min(limit[0] / flat.width, limit[1] / flat.height)
     size = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
     return flat.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font, which is there on every machine."""
+    """The font that comes with matplotlib, which every machine has."""
     wanted = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
     return ImageFont.truetype(font_manager.findfont(wanted), size)
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], size: int) -> None:
-    """Text wrapped into the box, in its vertical middle; what does not fit ends in dots."""
+    """Draw wrapped text in the vertical middle of the box; text that does not fit ends in dots."""
     font, spacing = _font(size), size + 4
     lines = wrap_text(text, font, box[2] - box[0])
     room = max(1, (box[3] - box[1]) // spacing)
@@ -149,7 +149,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, i
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, broken between words, or within a word that is too long for a line."""
+    """Break text into lines of at most `width` pixels, between words, or within a word that is too long for a line."""
     lines: list[str] = []
     line = ""
     for word in text.split():

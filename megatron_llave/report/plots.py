@@ -1,6 +1,6 @@
-"""Curves of runs, from the records of their logs, as PNG files.
+"""Draws curves of runs from the records of their logs as PNG files.
 
-report.py draws one run beside its evaluation, tools/plot.py several runs together.
+evaluation_report.py draws one run beside its evaluation, tools/plot.py several runs together.
 """
 
 import math
@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from megatron_llave.files import atomic_write
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart too.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 GREEN, RED, BLUE, ORANGE = "#009E73", "#D55E00", "#0072B2", "#E69F00"
 INK, GREY, PALE, WHITE = "#222222", "#767676", "#F1F1F1", "#FFFFFF"
-# Tol's "muted" palette, for the subsets.
+# Tol's "muted" palette, for subsets and runs.
 SUBSET_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#44AA99", "#882255", "#DDCC77")
 LINE_STYLES = ("-", "--", ":")
 
@@ -32,11 +32,11 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
     ("throughput", "pairs per second", lambda record: record["pairs"] / record["seconds"]),
     ("wait for data", "share of the step (%)", lambda record: 100 * record["data_seconds"] / record["seconds"]),
 ]
-"""Title, vertical axis and value of each panel of plot_runs but its last, of a step's record."""
+"""Title, vertical axis, and value of a step's record, for each panel of plot_runs except the last."""
 
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
-    """Loss by subset, learning rate, temperature and alpha, and similarities over the steps, as a PNG."""
+    """Draw loss by subset, learning rate, temperature, alpha, and similarities over the steps, as a PNG."""
     figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1.35, 1))
     steps = np.array([record["step"] for record in records], dtype=float)
@@ -47,7 +47,7 @@ def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
     for index, subset in enumerate(sorted(set(subsets))):
         colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
         style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
-        chosen = np.array([one == subset for one in subsets])
+        chosen = np.array([name == subset for name in subsets])
         _dots_and_mean(loss, steps[chosen], column["loss"][chosen], colour, subset, style)
     if records:
         figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
@@ -84,13 +84,13 @@ def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
 def plot_runs(
     runs: dict[str, list[dict[str, Any]]], evaluations: dict[str, list[tuple[int, float]]], path: str | Path, along: str
 ) -> None:
-    """Several runs over each other, a panel per quantity, as a PNG: faint values, and their running mean.
+    """Draw several runs over each other as a PNG, a panel per quantity: faint values and their running mean.
 
     Args:
-        runs: records of each run's log, by the name it gets in the legend.
-        evaluations: of each run, (step, mean Precision@1 in percent) of its evaluations while training, if it has any.
-        path: of the PNG.
-        along: what the horizontal axis counts: step, pairs or hours.
+        runs: records of each run's log, by the run's name in the legend.
+        evaluations: (step, mean Precision@1 in percent) of the evaluations during training, by the run's name.
+        path: file to write.
+        along: quantity of the horizontal axis: step, pairs or hours.
     """
     figure = Figure(figsize=(15, 11), layout="constrained")
     axes = figure.subplots(3, 3)
@@ -98,17 +98,17 @@ def plot_runs(
         colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
         style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
         places = _places(records, along)
-        for one, (title, _, value) in zip(axes.flat, PANELS):
+        for panel, (title, _, value) in zip(axes.flat, PANELS):
             values = np.array([_number(value, record) for record in records], dtype=float)
             if title == "learning rate":  # has no noise
-                one.plot(places, values, color=colour, linestyle=style, linewidth=2)
+                panel.plot(places, values, color=colour, linestyle=style, linewidth=2)
             else:
-                _dots_and_mean(one, places, values, colour, name, style)
+                _dots_and_mean(panel, places, values, colour, name, style)
         where = {record["step"]: place for record, place in zip(records, places)}
         points = [(where[step], score) for step, score in evaluations.get(name, []) if step in where]
         axes.flat[-1].plot(*zip(*points or [(np.nan, np.nan)]), color=colour, linestyle=style, marker="o", markersize=4)
-    for one, (title, quantity, _) in zip(axes.flat, PANELS):
-        label_axes(one, title, quantity, along)
+    for panel, (title, quantity, _) in zip(axes.flat, PANELS):
+        label_axes(panel, title, quantity, along)
     label_axes(axes.flat[-1], "evaluation while training", "mean Precision@1 (%)", along)
     axes.flat[-1].set_visible(any(evaluations.values()))
     if runs:
@@ -118,7 +118,7 @@ def plot_runs(
 
 
 def _places(records: list[dict[str, Any]], along: str) -> np.ndarray:
-    """[steps] float: where each record stands on the horizontal axis."""
+    """Position of each record on the horizontal axis, [steps] float."""
     if along == "step":
         return _column(records, "step")
     if along == "pairs":
@@ -128,7 +128,7 @@ def _places(records: list[dict[str, Any]], along: str) -> np.ndarray:
 
 
 def _number(value: Callable[[dict[str, Any]], float], record: dict[str, Any]) -> float:
-    """NaN where the record lacks what is asked for, or it was not finite."""
+    """The value of a record; NaN where the record lacks it, or it was not finite."""
     try:
         return value(record)
     except (KeyError, TypeError):
@@ -136,12 +136,12 @@ def _number(value: Callable[[dict[str, Any]], float], record: dict[str, Any]) ->
 
 
 def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
-    """[steps] float; NaN where the number is missing."""
+    """The values of one key of the records, [steps] float; NaN where a record lacks it."""
     return np.array([record.get(name) for record in records], dtype=float)
 
 
 def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, style: str) -> None:
-    """Faint dots, and over them the mean of each value and its neighbours, about a twentieth of all."""
+    """Draw faint dots, and over them the mean of each value and its neighbours, about a twentieth of all values."""
     valid = np.isfinite(values)
     steps, values = steps[valid], values[valid]
     axes.scatter(steps, values, s=7, color=colour, alpha=0.3, linewidths=0)
@@ -153,7 +153,7 @@ def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: st
 
 
 def label_axes(axes: Axes, title: str, quantity: str, along: str = "step") -> None:
-    """Title and axes in the project's style."""
+    """Label axes and title in the project's style."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel(along)
     axes.set_ylabel(quantity)
@@ -164,6 +164,6 @@ def label_axes(axes: Axes, title: str, quantity: str, along: str = "step") -> No
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Write the figure; a reader sees the old file or the new one."""
+    """Write the figure as PNG; a reader sees the old file or the complete new one."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=FIGURE_DPI, facecolor=WHITE)
