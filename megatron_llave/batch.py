@@ -1,4 +1,4 @@
-"""The records that cross data -> model -> loss.
+"""The records that data, model and loss hand to each other.
 
 Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, u blended rows,
 b pairs, m hard negatives.
@@ -18,120 +18,121 @@ from megatron_llave.errors import DataError
 
 @dataclass
 class Side:
-    """One half of a pair, or one input of an evaluation: text, pictures, or both."""
+    """One input of the model: a query, a target or a hard negative, with text, images, or both."""
 
     text: str
     images: list[bytes]
-    """Encoded image files (PNG, JPEG, ...), byte for byte as stored in the shard."""
+    """The bytes of encoded image files (PNG, JPEG, ...), as stored in the shard."""
     frames: np.ndarray | None = None
-    """[frames, height, width, 3] uint8 RGB, of a video, which then is all there is besides the text."""
+    """[frames, height, width, 3] uint8 RGB, the frames of a video; an input with a video has no images."""
 
     @staticmethod
     def read(text: str, *images: str | Path) -> "Side":
-        """A text with the picture files that go with it.
+        """Return the input of a text and the image files that go with it.
 
         Raises:
-            DataError: names a file that cannot be read.
+            DataError: an image file cannot be read; the message names it.
         """
         try:
             return Side(text, [Path(image).read_bytes() for image in images])
         except OSError as error:
-            raise DataError(f"picture {error.filename} cannot be read: {error.strerror}") from error
+            raise DataError(f"image {error.filename} cannot be read: {error.strerror}") from error
 
 
 @dataclass
 class Pair:
-    """A query and its target as they come out of a shard, not yet decoded."""
+    """A query, its target and its hard negatives as they are read from a shard, not decoded yet."""
 
     key: str
-    """Shard key: unique in its subset, named in error messages."""
+    """The key in the shard, which is unique in the subset and named in error messages."""
     subset: str
     query: Side
     target: Side
     query_id: str
     """Two queries with equal ids are the same query."""
     target_id: str
-    """Two targets with equal ids are the same target: not a negative when `loss.mask_same_target` is on."""
+    """Two targets with equal ids are the same target, so no negatives of each other with `loss.mask_same_target`."""
     hard_negatives: list[Side] = field(default_factory=list)
-    """Further targets, wrong for this query and nobody's positive."""
+    """Further targets that are wrong for this query. They are not the positive of any query."""
     hard_negative_ids: list[str] = field(default_factory=list)
-    """One per hard negative; equal to a target_id where they are the same thing."""
+    """One id per hard negative; it equals a target_id when both are the same target."""
 
 
 @dataclass
 class PackedSequences:
-    """n sequences laid end to end in one row of t tokens, padded only at its end."""
+    """n sequences end to end in one row of t tokens, with padding only at the end of the row."""
 
     tokens: Tensor
-    """[t] int64 token ids; 0 where a visual token or padding stands."""
+    """[t] int64 token ids; 0 at visual tokens and at padding."""
     cu_seqlens: Tensor
-    """[n + 1] int32 boundaries of the sequences; one entry more when the row ends in padding."""
+    """[n + 1] int32 boundaries of the sequences; with padding there is one entry more."""
     max_seqlen: int
-    """Length in tokens of the longest sequence, padding counted as one."""
+    """Length of the longest sequence in tokens; the padding counts as a sequence."""
     num_sequences: int
-    """n, without the padding."""
+    """n, not counting the padding."""
     num_tokens: int
-    """t, without the padding."""
+    """t, not counting the padding."""
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
     visual_source: Tensor
     """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline,
     row k * p + 1 + j is blended row j."""
     visual_position: Tensor
-    """[v] int64: where visual token i stands in the packed row."""
+    """[v] int64: the position of visual token i in the packed row."""
     blank: Tensor | None = None
-    """[k] bool: tiles whose normalised pixels are zeros, which no uint8 level gives; None: there are none."""
+    """[k] bool: the tiles whose normalised pixels are zeros, which no uint8 value gives; None: no tile is."""
     blend_source: Tensor | None = None
-    """[u, 4] int64: rows of the tiles' features that a blended row is the weighted sum of (an interpolated feature
-    map is made of such rows); None: there are none."""
+    """[u, 4] int64: the rows of the tiles' features that each blended row is the weighted sum of; an interpolated
+    feature map consists of blended rows. None: there are no blended rows."""
     blend_weights: Tensor | None = None
-    """[u, 4] float32 weights, with blend_source."""
+    """[u, 4] float32 weights of the rows in blend_source."""
     features: Tensor | None = None
-    """[k, p, vision hidden] what a frozen tower made of the tiles in the first pass over them, kept for the second."""
+    """[k, p, vision hidden] output of a frozen vision encoder in the first forward pass, kept for the second."""
 
     @property
     def last_token(self) -> Tensor:
-        """[n] int64 position of each sequence's last token, the one that is pooled."""
+        """Return the position of each sequence's last token, which is the pooled one, [n] int64."""
         return self.cu_seqlens[1 : self.num_sequences + 1].long() - 1
 
     def to(self, device: torch.device | str) -> "PackedSequences":
-        """The same batch with every tensor on `device`."""
+        """Return the batch with all its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
 
 
 @dataclass
 class PairBatch:
-    """A micro batch: b queries, then their b targets, then m hard negatives, packed into one row."""
+    """A micro batch: b queries, their b targets and m hard negatives, packed into one row in this order."""
 
     sequences: PackedSequences
-    """2 * b + m sequences; b may be 0 when every pair of the micro batch was unreadable."""
+    """2 * b + m sequences; b is 0 when no pair of the micro batch could be read."""
     query_ids: Tensor
     """[b] int64 hash of each query_id."""
     target_ids: Tensor
     """[b] int64 hash of each target_id."""
     hard_negative_ids: Tensor
-    """[m] int64 hash of each hard negative's id; pairs may have different numbers of them, or none."""
+    """[m] int64 hash of each hard negative's id; the number of hard negatives differs from pair to pair."""
     subset: str
     keys: list[str]
-    """b shard keys."""
+    """The keys of the b pairs in their shards."""
     num_skipped: int = 0
-    """Pairs left out because they could not be read; over the micro batches of a step they sum up to all of them."""
+    """Number of pairs that were dropped as unreadable. Only the sum over the micro batches of a step has a meaning,
+    because pairs are distributed over the micro batches after they are read."""
     num_cut: int = 0
-    """Sequences whose text was cut to data.max_length."""
+    """Number of sequences whose text was cut to data.max_length."""
 
     @property
     def num_pairs(self) -> int:
-        """b."""
+        """Return b, the number of pairs."""
         return len(self.keys)
 
     @property
     def num_hard_negatives(self) -> int:
-        """m."""
+        """Return m, the number of hard negatives."""
         return len(self.hard_negative_ids)
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        """The same batch with every tensor on `device`."""
+        """Return the batch with all its tensors on `device`."""
         return replace(
             self,
             sequences=self.sequences.to(device),
@@ -143,12 +144,12 @@ class PairBatch:
 
 @dataclass
 class StepBatches:
-    """What one data-parallel rank gets for an optimizer step."""
+    """The data of an optimizer step on one data-parallel rank."""
 
     batches: list[PairBatch]
-    """Its micro batches."""
+    """The micro batches in the order in which they are run."""
     position: dict[str, Any]
-    """Where the data stands after the step (data/pipeline.py), to be saved with the model."""
+    """The position in the data after the step (data/pipeline.py), which is saved with the model."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Errors a user can mend: each message is one line that names the culprit and says what would be right."""
+"""Errors that a user can fix: each message is one line that names what is wrong and says what would be right."""
 
 import math
 import os
@@ -12,37 +12,37 @@ SECONDS_FOR_FIRST_RANK = 10
 
 
 class UserError(ValueError):
-    """Base of the errors whose message is written for the person who started the run."""
+    """Base class of the errors whose message is written for the person who started the run."""
 
 
 class ConfigError(UserError):
-    """A configuration key, value or combination that cannot work, parallel layouts included."""
+    """A key, value or combination in the configuration cannot work; this includes the parallel layout."""
 
 
 class DataError(UserError):
-    """A missing, damaged or malformed file among the data: shards, index, tokenizer, evaluation sets."""
+    """A data file is missing, damaged or malformed: a shard, an index, a tokenizer or an evaluation set."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete or of another model."""
+    """A checkpoint is missing, incomplete or of another model."""
 
 
 class DivergedError(UserError):
-    """A run whose losses or gradients are not finite any more."""
+    """The losses or gradients of a run are no longer finite."""
 
 
 class NotFiniteError(DataError):
-    """An input whose embedding is not finite: such a model, or such an input, has no score."""
+    """The embedding of an input is not finite, so that it has no score."""
 
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """Wrap an entry point: a UserError ends the process with status 2 and its one line, without a traceback."""
+    """Wrap an entry point so that a UserError ends the process with status 2 and one line, without a traceback."""
     try:
         yield
     except UserError as error:
-        # Most errors meet all ranks alike: torchrun ends the others when the first of a node has failed, before they
-        # say the same. What only another rank has met is said a little later.
+        # Most errors occur on all ranks alike. torchrun ends the other ranks of a node when the first one has failed,
+        # so a short wait keeps them from repeating the message. An error of another rank alone is printed after it.
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -50,13 +50,13 @@ def exit_with_one_line() -> Iterator[None]:
 
 
 def require(ok: bool, message: str) -> None:
-    """Raise ConfigError(message) unless `ok`."""
+    """Raise ConfigError(message) unless `ok` is true."""
     if not ok:
         raise ConfigError(message)
 
 
 def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> None:
-    """Raise a ConfigError unless each of the section's named values is None or a number of at least `lowest`."""
+    """Raise a ConfigError unless each named value of the section is None or a finite number of at least `lowest`."""
     for name in names:
         value = getattr(section, name)
         ok = value is None or (math.isfinite(value) and value >= lowest)
@@ -64,5 +64,5 @@ def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> 
 
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise a ConfigError that names the key unless its value is among the allowed ones."""
+    """Raise a ConfigError that names the key unless its value is one of the allowed ones."""
     require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")

@@ -1,7 +1,6 @@
-"""What a folder of shards holds, and whether it is what was written: `prepare_data.py inspect` and `verify`.
+"""Says what a finished folder of shards holds (`prepare_data.py inspect`) and whether it is intact (`verify`).
 
-For the folders of every source, once they are finished. inspect reads the JSON of the samples and decodes no image;
-verify reads every byte.
+inspect reads the JSON of the samples and decodes no image; verify reads every byte.
 """
 
 import hashlib
@@ -28,36 +27,37 @@ from megatron_llave.prepare.shard_jobs import Progress
 
 @dataclass
 class SubsetCounts:
-    """What inspect found in one subset."""
+    """The counts of inspect for one subset."""
 
     subset: Subset
-    """As the index has it."""
+    """The index's entry for the subset."""
     counted: int = 0
-    """Pairs that were read; the numbers below are theirs."""
+    """Number of pairs that were read; the other counts are of these pairs."""
     query: Counter[str] = field(default_factory=Counter)
-    """Sides that are `text`, `image` or `both`."""
+    """Number of queries that are `text`, `image` or `both`."""
     target: Counter[str] = field(default_factory=Counter)
+    """Number of targets that are `text`, `image` or `both`."""
     with_hard_negatives: int = 0
 
 
 @dataclass
 class Inspection:
-    """What inspect found in a folder."""
+    """The result of inspect for a folder."""
 
     subsets: dict[str, SubsetCounts]
     lengths: dict[str, dict[str, Counter[int]]]
-    """What was measured (`tokens`, or `characters` and `pixels`) -> query, target or hard negative -> how many sides
-    (of pixels, the longer side of an image: how many images) have which length."""
+    """The measure (`tokens`, or `characters` and `pixels`) -> query, target or hard negative -> number of inputs by
+    length. For pixels the length is the longer edge of an image, and images are counted."""
     not_encodable: int = 0
-    """Sides that training could not make tokens of, and would leave out."""
+    """Number of inputs that training could not encode and would drop."""
 
 
 def token_counter(tokenizer: str | Path, preset: str) -> TokenCounter:
-    """The lengths that a run of this preset would see, with the prompt template that it is trained with.
+    """Return a counter of tokens for a run of this preset with the prompt template that it is trained with.
 
     Raises:
-        ConfigError: no such preset.
-        DataError: no such tokenizer.
+        ConfigError: the preset does not exist.
+        DataError: the tokenizer cannot be read.
     """
     model = config_from_dict({"model": {"preset": preset}}).model
     return TokenCounter(load_tokenizer(tokenizer), model, "plain" if preset == "tiny" else "qwen")
@@ -73,34 +73,34 @@ def inspect(
 
     Args:
         directory: a finished folder of shards.
-        tokenizer: its file; with `preset` lengths are counted in tokens.
+        tokenizer: file of the tokenizer; with it and `preset`, lengths are counted in tokens.
         preset: the model whose tile grids apply.
-        progress: told after each shard.
+        progress: called after each shard.
 
     Raises:
-        ConfigError: only one of tokenizer and preset, or an unknown preset.
-        DataError: the folder is not finished or damaged.
+        ConfigError: only one of tokenizer and preset is given, or the preset is unknown.
+        DataError: the folder is not finished, or is damaged.
     """
     if (tokenizer is None) != (preset is None):
         raise ConfigError("token lengths need both --tokenizer and --preset, other lengths neither")
     count_tokens = token_counter(tokenizer, preset) if tokenizer is not None and preset is not None else None
     directory = Path(directory)
-    found = Inspection({name: SubsetCounts(subset) for name, subset in read_index(directory).subsets.items()}, {})
-    chosen = [(counts, shard) for counts in found.subsets.values() for shard in sample_shards(counts.subset)]
+    result = Inspection({name: SubsetCounts(subset) for name, subset in read_index(directory).subsets.items()}, {})
+    chosen = [(counts, shard) for counts in result.subsets.values() for shard in sample_shards(counts.subset)]
     for done, (counts, shard) in enumerate(chosen, start=1):
         for described, where in read_descriptions(directory / shard.file):
             try:
-                _count(described, counts, found, count_tokens)
+                _count(described, counts, result, count_tokens)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise DataError(f"{where}: its .json member is malformed; the command verify says more") from error
         progress("shards", done, len(chosen))
-    return found
+    return result
 
 
 def _count(
     described: dict[str, Any],
     counts: SubsetCounts,
-    found: Inspection,
+    result: Inspection,
     count_tokens: Callable[[str, Sizes], int] | None,
 ) -> None:
     negatives = described.get("hard_negatives", [])
@@ -112,29 +112,29 @@ def _count(
     sides += [("hard negative", side) for side in negatives]
     for kind, side in sides:
         if count_tokens is None:
-            _add(found, "characters", kind, len(side["text"]))
+            _add(result, "characters", kind, len(side["text"]))
             for size in side["sizes"]:
-                _add(found, "pixels", kind, max(size))
+                _add(result, "pixels", kind, max(size))
             continue
         try:
-            _add(found, "tokens", kind, count_tokens(side["text"], side["sizes"]))
+            _add(result, "tokens", kind, count_tokens(side["text"], side["sizes"]))
         except DataError:
-            found.not_encodable += 1
+            result.not_encodable += 1
 
 
 def _modality(text: str, sizes: Sizes) -> str:
-    """A placeholder alone is no text."""
+    """Return text, image or both; a placeholder alone is not a text."""
     if not sizes:
         return "text"
     return "both" if remove_placeholders(text).strip() else "image"
 
 
-def _add(found: Inspection, measure: str, kind: str, length: int) -> None:
-    found.lengths.setdefault(measure, {}).setdefault(kind, Counter())[length] += 1
+def _add(result: Inspection, measure: str, kind: str, length: int) -> None:
+    result.lengths.setdefault(measure, {}).setdefault(kind, Counter())[length] += 1
 
 
 def histogram(lengths: dict[str, Counter[int]]) -> list[tuple[int, int, dict[str, int]]]:
-    """Lengths in ranges that double: (first, last, number by kind), from the first range in use to the last."""
+    """Return (first length, last length, number by kind) for ranges that double, from the first to the last in use."""
     ranges = {kind: Counter() for kind in lengths}
     for kind, counter in lengths.items():
         for length, number in counter.items():
@@ -147,13 +147,13 @@ def histogram(lengths: dict[str, Counter[int]]) -> list[tuple[int, int, dict[str
 
 
 def verify(directory: str | Path, progress: Progress = lambda what, done, total: None) -> Iterator[str]:
-    """A line for every problem, with the file and, where it has one, the key of the sample.
+    """Yield one line for every problem, with the file and, if there is one, the key of the sample.
 
-    Checked are each shard's presence, size, sha256 and number of pairs, and of each sample that it is complete and of
-    its subset, its images' CRC-32s where it has them, and that their headers give the sizes in its JSON.
+    Each shard must exist and have the size, the sha256 and the number of pairs that the index says. Each sample must be
+    complete and of its subset, and its images must have the CRC-32s (which old shards lack) and sizes in its JSON.
 
     Raises:
-        DataError: the folder has no index that can be read.
+        DataError: the folder has no readable index.
     """
     directory = Path(directory)
     index = read_index(directory, check_shards=False)
@@ -177,8 +177,7 @@ def _shard_problems(directory: Path, subset: str, shard: Shard) -> Iterator[str]
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
             if digest.hexdigest() != shard.sha256:
-                found = digest.hexdigest()
-                yield f"shard {path}: its sha256 is {found}, the index says {shard.sha256}; {AGAIN}"
+                yield f"shard {path}: its sha256 is {digest.hexdigest()}, the index says {shard.sha256}; {AGAIN}"
             file.seek(0)
             samples = find_samples(file, path)
             if len(samples) != shard.pairs:
@@ -213,16 +212,16 @@ def _sample_problems(sample: dict[str, Any], subset: str, path: Path) -> Iterato
         for name, size in zip(side["images"], _sizes_of(side)):
             try:
                 with Image.open(io.BytesIO(sample[name])) as header:
-                    found = list(header.size)
+                    actual = list(header.size)
             except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
                 yield f"{where}: member {name} is no readable image ({' '.join(str(error).split())}); {AGAIN}"
                 continue
-            if found != size:
-                yield f"{where}: member {name} is of size {found}, its JSON says {size}; {AGAIN}"
+            if actual != size:
+                yield f"{where}: member {name} is of size {actual}, its JSON says {size}; {AGAIN}"
 
 
 def _sizes_of(side: dict[str, Any]) -> list[Any]:
-    """As many as there are images; None where the JSON has none."""
+    """Return one size per image; None for images whose size the JSON lacks."""
     sizes = side.get("sizes")
     sizes = sizes if isinstance(sizes, list) else []
     return sizes + [None] * (len(side["images"]) - len(sizes))

@@ -1,7 +1,7 @@
-"""A user's own pairs, one JSON object per line with the paths of their images -> shards. docs/data.md has the schema.
+"""Makes shards of a user's own pairs in JSONL files; docs/data.md has the schema of a line.
 
-A source of the data pipeline, run once by tools/prepare_data.py. A first pass checks every line, so that a wrong schema
-stops at once and not after hours; a second one makes the shards.
+tools/prepare_data.py runs this once. A first pass checks every line, so that a wrong line is reported at once and not
+after hours. A second pass makes the shards.
 """
 
 import json
@@ -32,24 +32,24 @@ from megatron_llave.prepare.shard_jobs import (
 PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives")
 SIDE_KEYS = ("text", "images", "id")
 LONGEST_SUBSET = 60
-"""Characters of a subset's name, so that the keys made of it fit in a tar."""
+"""The largest number of characters in the name of a subset; the keys made from it must fit into a tar file."""
 
 
 @dataclass(frozen=True)
 class PairLine:
-    """One line, its values checked."""
+    """A line whose values are checked."""
 
     place: str
-    """FILE:LINE."""
+    """FILE:LINE, for messages."""
     subset: str
     id: str | None
     folder: Path
-    """What relative image paths start from."""
+    """The folder that relative image paths start from."""
     sides: list[tuple[str, list[str], str | None]]
-    """Text, image paths and id of query, target and hard negatives."""
+    """Text, image paths and id of the query, the target and the hard negatives, in this order."""
 
     def to_row(self, number: int, common: str) -> SourceRow:
-        """The pair as number `number` of its subset; ids tell files apart by their path from folder `common`."""
+        """Return pair number `number` of its subset; ids contain image paths relative to folder `common`."""
         start = os.path.relpath(self.folder, common)
         query, target, *negatives = (
             SourceSide(text, tuple(images), name or make_id(text, [_path_for_id(start, image) for image in images]))
@@ -64,7 +64,7 @@ def _path_for_id(start: str, image: str) -> str:
 
 
 def default_key(subset: str, number: int) -> str:
-    """Key of a pair that has no id of its own."""
+    """Return the key of a pair whose line has no id."""
     return f"{subset}-{number:08d}"
 
 
@@ -80,17 +80,17 @@ def prepare(
     """Make shards, index and report of JSONL files.
 
     Args:
-        files: read in this order.
-        directory: made when missing.
-        meta_task: of all their subsets.
-        workers: processes; 1 works in this one.
-        max_pixels: images of more are skipped.
+        files: the files, which are read in this order.
+        directory: output directory; it is made when missing.
+        meta_task: the meta-task of all subsets in the files.
+        workers: number of worker processes; 1: no worker processes.
+        max_pixels: images with more pixels are skipped.
         overwrite: replace a finished folder.
-        progress: told after each shard.
+        progress: called after each shard.
 
     Raises:
-        ConfigError: an argument out of range.
-        DataError: names FILE:LINE of what is not of the schema; or what `write_shards` raises.
+        ConfigError: an argument is out of range.
+        DataError: a line does not follow the schema, and the message has its FILE:LINE; or `write_shards` fails.
     """
     check_arguments(workers, max_pixels)
     one_of("--meta-task", meta_task, META_TASKS)
@@ -108,7 +108,7 @@ def prepare(
 
 
 def _make_jobs(paths: list[Path], directory: str | Path, max_pixels: int) -> Iterator[ShardJob]:
-    """A job whenever a subset has enough lines for a shard, so that mixed subsets need no sorting."""
+    """Yield a job whenever a subset has enough lines for a shard, so that mixed subsets need no sorting."""
     common = os.path.commonpath([path.parent.absolute() for path in paths])
     waiting: dict[str, list[SourceRow]] = {}
     seen: Counter[str] = Counter()
@@ -128,10 +128,10 @@ def _make_jobs(paths: list[Path], directory: str | Path, max_pixels: int) -> Ite
 
 
 def check_lines(paths: Sequence[Path]) -> Counter[str]:
-    """Pairs per subset, every line checked.
+    """Check every line and return the number of pairs in each subset.
 
     Raises:
-        DataError: names FILE:LINE of what is not of the schema, or of an id that comes twice in a subset.
+        DataError: a line does not follow the schema, or an id occurs twice in a subset; the message has FILE:LINE.
     """
     sizes: Counter[str] = Counter()
     ids: set[tuple[str, str]] = set()
@@ -167,10 +167,10 @@ def _read_all(paths: Sequence[Path]) -> Iterator[PairLine]:
 
 
 def parse_line(text: bytes, path: Path, number: int) -> PairLine:
-    """One line of a file.
+    """Check one line of a file and return its values.
 
     Raises:
-        DataError: names FILE:LINE, and the key that is not of the schema.
+        DataError: the line does not follow the schema; the message has FILE:LINE and the wrong key.
     """
     place = f"{path}:{number}"
     try:

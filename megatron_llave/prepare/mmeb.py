@@ -1,7 +1,7 @@
-"""MMEB-train, the training half of the MMEB benchmark: its Parquet or JSON rows and its image folder -> shards.
+"""Makes shards of MMEB-train, the training half of the MMEB benchmark: Parquet or JSON rows and an image folder.
 
-A source of the data pipeline, run once by tools/prepare_data.py. Reads what the released code reads: the columns qry,
-qry_image_path, pos_text, pos_image_path, in the order of the file, and the hard negatives beside them that it ignores.
+tools/prepare_data.py runs this once. It reads the columns that the official LLaVE repository reads (qry,
+qry_image_path, pos_text, pos_image_path) in the order of the file, and also the hard negatives, which that ignores.
 """
 
 import json
@@ -36,7 +36,7 @@ SUBSETS = {
     **dict.fromkeys(("MSCOCO_t2i", "MSCOCO_i2t", "NIGHTS", "WebQA"), "retrieval"),
     "MSCOCO": "grounding",
 }
-"""The 20 training subsets and their meta-tasks, spelled as the training data spells them (ImageNet_1K)."""
+"""The meta-task of each of the 20 training subsets, with the spelling of the training data (ImageNet_1K)."""
 
 SPLITS = ("original", "diverse_instruction")
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -47,13 +47,13 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one subset, as files."""
+    """The files that hold the rows of one subset."""
 
     subset: str
     files: list[Path]
-    """Parquet parts in order, or one JSON file."""
+    """The Parquet files in order, or one JSON file."""
     num_rows: int
-    """That are taken."""
+    """Number of rows that are taken."""
 
 
 def prepare(
@@ -70,19 +70,19 @@ def prepare(
     """Make shards, index and report of MMEB-train.
 
     Args:
-        source: holds `<subset>/<split>-00000-of-00001.parquet` (or `<subset>.json`), and what the image paths name.
-        directory: made when missing.
-        split: original, or diverse_instruction.
-        subsets: those to take, in this order; None: all that are there, by name.
-        limit: rows to take of each subset, the first ones, before any is skipped; None: all.
-        workers: processes; 1 works in this one.
-        max_pixels: images of more are skipped.
+        source: folder with `<subset>/<split>-00000-of-00001.parquet` (or `<subset>.json`) and the images.
+        directory: output directory; it is made when missing.
+        split: original or diverse_instruction.
+        subsets: the subsets to take, in this order; None: all that the source has, sorted by name.
+        limit: number of rows to take from the beginning of each subset, skipped rows included; None: all.
+        workers: number of worker processes; 1: no worker processes.
+        max_pixels: images with more pixels are skipped.
         overwrite: replace a finished folder.
-        progress: told after each shard.
+        progress: called after each shard.
 
     Raises:
-        ConfigError: an argument out of range, or an unknown subset.
-        DataError: the source is incomplete or malformed, or what `write_shards` raises.
+        ConfigError: an argument is out of range, or a subset is unknown.
+        DataError: the source is incomplete or malformed, or `write_shards` fails.
     """
     check_arguments(workers, max_pixels)
     if split not in SPLITS:
@@ -102,7 +102,7 @@ def prepare(
 
 
 def _chosen(source: Path, subsets: Sequence[str] | None) -> list[str]:
-    """The subsets asked for, or all that the source has."""
+    """Return the subsets that were asked for, or all that the source has."""
     if not source.is_dir():
         raise DataError(f"--source {source} is not a folder; it must be that of MMEB-train")
     if subsets is None:
@@ -120,16 +120,17 @@ def _chosen(source: Path, subsets: Sequence[str] | None) -> list[str]:
 
 
 def find_table(source: Path, subset: str, split: str, limit: int | None) -> Table:
-    """The files that hold a split of a subset, Parquet before JSON, which has the split `original` only.
+    """Return the files of a split of a subset: Parquet, or else JSON, which has the split `original` only.
 
     Raises:
-        DataError: there are none, a part is missing, a file cannot be read or lacks a column.
+        DataError: there are no files, one of several Parquet files is missing, or a file cannot be read or lacks a
+            column.
     """
-    found = {path: match for path in (source / subset).glob("*.parquet") if (match := _PART.fullmatch(path.name))}
-    parts = {match[2]: path for path, match in found.items() if match[1] == split}
+    matches = {path: match for path in (source / subset).glob("*.parquet") if (match := _PART.fullmatch(path.name))}
+    parts = {match[2]: path for path, match in matches.items() if match[1] == split}
     record_file = source / f"{subset}.json"
     if parts:
-        totals = {match[3] for match in found.values() if match[1] == split}
+        totals = {match[3] for match in matches.values() if match[1] == split}
         wanted = [f"{number:05d}" for number in range(int(max(totals)))]
         if len(totals) > 1 or sorted(parts) != wanted:
             message = f"has parts {', '.join(sorted(parts))} of {' and '.join(sorted(totals))} of split {split}"
@@ -140,7 +141,7 @@ def find_table(source: Path, subset: str, split: str, limit: int | None) -> Tabl
         files = [record_file]
         num_rows = len(_load_records(record_file))
     else:
-        others = ", ".join(sorted({match[1] for match in found.values()})) or "none"
+        others = ", ".join(sorted({match[1] for match in matches.values()})) or "none"
         raise DataError(
             f"{source / subset} has no {split}-00000-of-00001.parquet (splits there: {others}), nor is there a "
             f"{record_file.name} for split original; choose with --split and --subsets"
@@ -149,10 +150,10 @@ def find_table(source: Path, subset: str, split: str, limit: int | None) -> Tabl
 
 
 def read_rows(table: Table, source: Path) -> Iterator[SourceRow]:
-    """The rows that are taken, in order; only a thousand are in memory at a time where they come from Parquet.
+    """Yield the rows that are taken, in order; of Parquet files only a thousand rows are in memory at a time.
 
     Raises:
-        DataError: a file is damaged, or a value is no string.
+        DataError: a file is damaged, or a value is not a string.
     """
     values = chain.from_iterable(map(_read_values, table.files))
     for number, row in enumerate(islice(values, table.num_rows)):

@@ -1,8 +1,8 @@
-"""Pairs whose pictures are files -> shards: what the sources mmeb and jsonl of tools/prepare_data.py share.
+"""Makes shards of pairs whose images are files, for the sources mmeb and jsonl of tools/prepare_data.py.
 
-A source yields its rows; here they are cut into jobs, each of which reads the pictures of PAIRS_PER_SHARD rows and
-writes one shard. A finished shard leaves a sidecar `SHARD.tar.done`, by which a run that was killed goes on; the report
-of what was left out and `index.json` come last, and the sidecars go.
+A source yields rows. They are cut into jobs here, each of which reads the images of PAIRS_PER_SHARD rows and writes one
+shard. Each finished shard has a sidecar file `SHARD.tar.done`, so that the same command can resume after it was killed.
+When all shards are finished, the report of what was dropped and `index.json` are written, and the sidecars are removed.
 """
 
 import errno
@@ -32,13 +32,13 @@ from megatron_llave.files import atomic_write, read_json, write_json
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
 PAIRS_PER_SHARD = 1000
-"""Rows of the source that make one shard; it holds fewer pairs where some were skipped."""
+"""Number of rows that make one shard. The shard holds fewer pairs if some rows were skipped."""
 REPORT_FILE = "report.jsonl"
-AGAIN = "the same command again goes on with the shards that are finished"
+AGAIN = "the same command resumes after the shards that are finished"
 JOBS_PER_WORKER = 4
-"""Jobs handed out ahead, so that workers never wait and rows of millions of pairs are never all in memory."""
+"""Number of jobs that are submitted ahead, so that workers never wait and not all rows are in memory at once."""
 SIDECAR_VERSION = 1
-"""Part of every fingerprint: to be raised when shards are made in another way."""
+"""A part of every fingerprint. It must be raised when the way of making shards changes."""
 
 MISSING = "missing image"
 CORRUPT = "corrupt image"
@@ -48,36 +48,36 @@ IS_URL = "image is a URL"
 EMPTY = "empty side"
 BAD_TEXT = "text is not Unicode"
 HARD_NEGATIVE = "hard negative left out: "
-"""Before the reason, where the pair itself is kept."""
+"""Prefix of the reason when only a hard negative is dropped and the pair itself is kept."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, steps done, steps in all."""
+"""Called with what is being done, the number of steps done, and the number of all steps."""
 
 
 @dataclass(frozen=True)
 class SourceSide:
-    """One half of a pair as its source tells it."""
+    """A query, target or hard negative as the source describes it."""
 
     text: str
     images: tuple[str, ...]
-    """Paths as they are written in the source."""
+    """Image paths as they are written in the source."""
     id: str
-    """Equal for equal things."""
+    """Equal ids mean equal queries or equal targets."""
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One pair as its source tells it."""
+    """A pair as the source describes it."""
 
     key: str
-    """Shard key."""
+    """The key of the pair in its shard."""
     row: int | str
-    """Where it stands in the source, for the report."""
+    """The position of the row in the source, for the report."""
     folder: str
-    """What its image paths are relative to."""
+    """The folder that its image paths are relative to."""
     query: SourceSide
     target: SourceSide
     hard_negatives: tuple[SourceSide, ...] = ()
@@ -90,37 +90,37 @@ class ShardJob:
     directory: str
     subset: str
     number: int
-    """Of the shard."""
+    """Number of the shard in its subset."""
     rows: tuple[SourceRow, ...]
     is_confined: bool
-    """Image paths must stay inside the rows' folder."""
+    """Whether image paths must stay inside the folder of the rows."""
     max_pixels: int
 
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """What became of a ShardJob."""
+    """The result of a ShardJob."""
 
     subset: str
     file: str
-    """The shard's name."""
+    """File name of the shard."""
     shard: Shard | None
-    """None when every row was skipped."""
+    """The index's entry for the shard; None if every row was skipped."""
     skipped: list[dict[str, Any]]
-    """Lines of the report: subset, row, reason, detail."""
+    """Lines of the report, each with subset, row, reason and detail."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a source made."""
+    """The result of preparing a source."""
 
     index: Index
     skipped: dict[str, Counter[str]]
-    """By subset: how often each reason to leave something out came up."""
+    """For each subset, how often something was dropped for each reason."""
 
 
 class _LeftOutError(DataError):
-    """A side that cannot be used."""
+    """A query, target or hard negative cannot be used."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -128,13 +128,13 @@ class _LeftOutError(DataError):
 
 
 def check_arguments(workers: int, max_pixels: int) -> None:
-    """Raise a ConfigError for what no run can work with."""
+    """Raise a ConfigError unless both arguments are at least 1."""
     if workers < 1 or max_pixels < 1:
         raise ConfigError(f"--workers {workers} and --max-pixels {max_pixels} must both be at least 1")
 
 
 def make_id(text: str, images: Iterable[str]) -> str:
-    """An id that is equal exactly when text and image paths are: a readable beginning, then 64 bits of hash."""
+    """Return an id that depends on text and image paths alone: a readable beginning, then a hash of 64 bits."""
     images = list(images)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(images[0]).stem if images else text)[:24].strip("-")
     digest = hashlib.blake2b(json.dumps([text, images]).encode(), digest_size=8).hexdigest()
@@ -144,11 +144,11 @@ def make_id(text: str, images: Iterable[str]) -> str:
 def cut_into_jobs(
     directory: str | Path, subset: str, rows: Iterable[SourceRow], is_confined: bool, max_pixels: int
 ) -> Iterator[ShardJob]:
-    """The rows of one subset, PAIRS_PER_SHARD at a time."""
+    """Yield jobs of PAIRS_PER_SHARD rows each from the rows of one subset."""
     stream = iter(rows)
     number = 0
-    while part := tuple(islice(stream, PAIRS_PER_SHARD)):
-        yield ShardJob(str(directory), subset, number, part, is_confined, max_pixels)
+    while rows_of_shard := tuple(islice(stream, PAIRS_PER_SHARD)):
+        yield ShardJob(str(directory), subset, number, rows_of_shard, is_confined, max_pixels)
         number += 1
 
 
@@ -161,21 +161,21 @@ def write_shards(
     overwrite: bool,
     progress: Progress,
 ) -> Prepared:
-    """Do all jobs, then write report and index. The bytes do not depend on `workers`, nor on interruptions.
+    """Do all jobs, then write report and index. The written bytes depend on neither `workers` nor interruptions.
 
     Args:
-        jobs: those of a subset in order.
-        num_jobs: how many there are.
-        directory: made when missing.
-        meta_tasks: of every subset, in the order of the index.
-        workers: processes; 1 works in this one.
+        jobs: the jobs; those of one subset are in order.
+        num_jobs: number of jobs.
+        directory: output directory; it is made when missing.
+        meta_tasks: the meta-task of each subset, in the order of the index.
+        workers: number of worker processes; 1: no worker processes.
         overwrite: replace a finished folder.
-        progress: told after each shard.
+        progress: called after each shard.
 
     Raises:
-        DataError: the folder is finished already, or another process is writing into it; nothing is left of a subset; a
-            file cannot be read or written; or a worker was killed. But for the first two, the same call again goes on
-            with the shards that are finished.
+        DataError: the folder is finished already, or another process is writing into it; no pair of a subset can be
+            used; a file cannot be read or written; or a worker was killed. Except in the first two cases the same call
+            resumes after the shards that are finished.
     """
     directory = Path(directory)
     try:
@@ -221,23 +221,23 @@ def _collect(
 
 
 def _finish(directory: Path, files: set[str], index: Index) -> None:
-    """The index; before it goes what a run with other arguments left, after it the sidecars."""
+    """Remove what runs with other arguments have left, write the index, and remove the sidecars."""
     sidecars = list(directory.glob("*.tar.done"))
     for sidecar in sidecars:
         if sidecar.stem not in files:
             sidecar.with_suffix("").unlink(missing_ok=True)
-    for partial in directory.glob("*.tar.partial"):
-        partial.unlink()
+    for left_behind in directory.glob(".*.partial"):
+        left_behind.unlink()
     write_index(directory, index)
     for sidecar in sidecars:
         sidecar.unlink()
 
 
 def write_one_shard(job: ShardJob) -> FinishedShard:
-    """Read the pictures of a job's rows, write its shard and then its sidecar; nothing if both are there already.
+    """Read the images of a job's rows and write its shard, then its sidecar, unless both exist already.
 
     Raises:
-        DataError: a file cannot be written, or storage fails while an image is read.
+        DataError: a file cannot be written, or the storage fails while an image is read.
     """
     path = Path(job.directory) / f"{job.subset}-{job.number:06d}.tar"
     sidecar = path.with_name(f"{path.name}.done")
@@ -256,22 +256,22 @@ def write_one_shard(job: ShardJob) -> FinishedShard:
             shard = None
             path.unlink(missing_ok=True)
         result = {"shard": asdict(shard) if shard else None, "skipped": skipped}
-        write_json(sidecar, {"fingerprint": fingerprint, **result})
+        write_json(sidecar, {"fingerprint": fingerprint, **result}, only_writer=True)
     except OSError as error:
         raise _unwritable(path, error) from error
     return FinishedShard(job.subset, path.name, shard, skipped)
 
 
 def _fingerprint(job: ShardJob) -> str:
-    """Hash of all that the shard depends on; an image by its size and time of change."""
+    """Return a hash of everything that the shard depends on; images count with their size and modification time."""
     arguments = SIDECAR_VERSION, PAIRS_PER_SHARD, job.subset, job.number, job.is_confined, job.max_pixels
     digest = hashlib.sha256(repr((arguments, job.rows)).encode(errors="backslashreplace"))
     for row in job.rows:
         for side in (row.query, row.target, *row.hard_negatives):
             for image in side.images:
                 try:
-                    found = os.stat(_locate(image, row.folder, job.is_confined))
-                    state = f"{found.st_size} {found.st_mtime_ns}"
+                    status = os.stat(_locate(image, row.folder, job.is_confined))
+                    state = f"{status.st_size} {status.st_mtime_ns}"
                 except (OSError, ValueError):
                     state = "unusable"
                 digest.update(state.encode() + b"\n")
@@ -279,7 +279,7 @@ def _fingerprint(job: ShardJob) -> str:
 
 
 def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedShard | None:
-    """What an earlier run made of the same job, if its shard is still there."""
+    """Return the result of the same job in an earlier run, or None if there is none or its shard is gone."""
     try:
         value = read_json(sidecar)
         if value["fingerprint"] != fingerprint:
@@ -293,7 +293,7 @@ def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedSha
 
 
 def _read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
-    """The pairs that can be used; for the others a line is added to `skipped`."""
+    """Yield the pairs that can be used; for each other pair a line is added to `skipped`."""
     for row in job.rows:
 
         def leave_out(error: _LeftOutError, prefix: str = "") -> None:
@@ -330,7 +330,7 @@ def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> Si
 
 
 def _locate(image: str, folder: str, is_confined: bool) -> Path:
-    """The file that an image path of the source names."""
+    """Return the file that an image path of the source names."""
     if _URL.match(image):
         raise _LeftOutError(IS_URL, f"{image[:200]!r}: download it first")
     try:
@@ -346,7 +346,7 @@ def _locate(image: str, folder: str, is_confined: bool) -> Path:
 
 
 def _read_image(path: Path, max_pixels: int) -> bytes:
-    """The file's bytes, of which it is certain that training can decode them."""
+    """Return the bytes of an image file after checking that training can decode them."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _LeftOutError(MISSING, f"{str(path)!r} is not a file")
@@ -354,16 +354,16 @@ def _read_image(path: Path, max_pixels: int) -> bytes:
     except OSError as error:
         if error.errno in _NO_FILE:
             raise _LeftOutError(MISSING, f"{str(path)!r}: {error.strerror}") from error
-        # Storage that fails is not the image's fault: to skip it would lose pairs that are there.
+        # The storage has failed, not the image: skipping it would lose pairs that are intact.
         raise DataError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about what is checked here
+        warnings.simplefilter("ignore")  # Pillow warns about what is checked here
         _check_image(data, path, max_pixels)
     return data
 
 
 def _check_image(data: bytes, path: Path, max_pixels: int) -> None:
-    """Decode the whole picture as training will: of a truncated JPEG the header says nothing, nor does verify()."""
+    """Decode the complete image as training will; a truncated JPEG passes a look at its header and verify()."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size

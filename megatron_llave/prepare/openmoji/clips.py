@@ -1,7 +1,7 @@
-"""Short real video files of OpenMoji pictures that move, with captions: text-video retrieval without a download.
+"""Makes short video files of moving OpenMoji images with captions, for text-video retrieval without a download.
 
-A source run by tools/prepare_data.py clips; needs the extras `demo` and `video`. The emoji are those that the embedded
-benchmark holds out of training, so a model trained on its pictures meets new ones here, and motion for the first time.
+`tools/prepare_data.py clips` runs this; it needs the extras `demo` and `video`. The emoji are those that the bundled
+data hold out of training, so a model trained on the bundled images sees new emoji here, and motion for the first time.
 """
 
 import json
@@ -19,17 +19,17 @@ from megatron_llave.prepare.openmoji.catalogue import build_catalogue
 
 MANIFEST = "manifest.jsonl"
 CANVAS, FRAMES, FRAMES_PER_SECOND = 112, 36, 12
-"""Pixels of a side, and three seconds."""
+"""Size of the frames in pixels, number of frames, and frame rate: a clip has three seconds."""
 BACKGROUNDS = {"white": (255, 255, 255), "yellow": (255, 236, 150), "blue": (150, 200, 255), "green": (170, 230, 170)}
 MOTIONS = ("moves to the right", "moves to the left", "rises", "falls", "grows", "shrinks", "turns around")
 
 
 def make_clips(directory: str | Path, count: int = 60, overwrite: bool = False) -> int:
-    """Write `count` clips and their manifest; returns how many.
+    """Write `count` clips, or as many as there are held-out emoji, and their manifest; return their number.
 
     Raises:
-        ConfigError: a count below 1, or PyAV is not installed.
-        DataError: the demo's packages are missing, the folder is a finished one, or the disk is full.
+        ConfigError: the count is below 1, or PyAV is not installed.
+        DataError: the packages of the demo are missing, the folder is already finished, or the disk is full.
     """
     if count < 1:
         raise ConfigError(f"--count {count} must be at least 1")
@@ -38,7 +38,7 @@ def make_clips(directory: str | Path, count: int = 60, overwrite: bool = False) 
     if (directory / MANIFEST).is_file() and not overwrite:
         raise DataError(f"{directory} already holds finished videos; choose another or pass --overwrite")
     catalogue = build_catalogue(CANVAS // 2)
-    held_out = [i for i, one in enumerate(catalogue.emoji) if one.split in ("base", "ood") and one.tone is None]
+    held_out = [i for i, e in enumerate(catalogue.emoji) if e.split in ("base", "ood") and e.tone is None]
     chosen = sorted(Random("clips").sample(held_out, min(count, len(held_out))))
     lines = []
     try:
@@ -59,7 +59,7 @@ def make_clips(directory: str | Path, count: int = 60, overwrite: bool = False) 
 
 
 def draw(picture: Image.Image, colour: tuple[int, int, int], motion: str, time: float) -> np.ndarray:
-    """[CANVAS, CANVAS, 3] uint8: the picture on its ground at `time`, from 0 to 1 of its motion."""
+    """Draw a picture on a background at `time` (0 to 1) of its motion; return [CANVAS, CANVAS, 3] uint8."""
     turned = picture.rotate(360 * time) if motion == "turns around" else picture
     scale = {"grows": 0.4 + 0.8 * time, "shrinks": 1.2 - 0.8 * time}.get(motion, 1.0)
     side = max(1, round(picture.width * scale))
@@ -72,7 +72,7 @@ def draw(picture: Image.Image, colour: tuple[int, int, int], motion: str, time: 
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """An MPEG-4 file of frames [height, width, 3] uint8."""
+    """Write an MPEG-4 file from frames [height, width, 3] uint8."""
     av = require_av()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND)

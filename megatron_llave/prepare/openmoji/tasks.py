@@ -1,7 +1,7 @@
-"""The tasks of the openmoji source: how one emoji becomes a query and a target.
+"""The tasks of the openmoji source: how a query and a target are made from an emoji.
 
-Second step of the openmoji source (prepare.py), shared by training pairs and evaluation sets. Every random choice is
-drawn from the generator that is passed in, so that an example is a pure function of (task, emoji, generator).
+This is the second step of the openmoji source (prepare.py), which training pairs and evaluation sets share. All random
+choices come from the generator that is passed in, so an example is a pure function of (task, emoji, generator).
 """
 
 import io
@@ -27,54 +27,54 @@ INSTRUCTIONS = {
     "name_to_image": "Find the emoji: {}",
     "composed": "Find the same emoji with {}.",
     "vqa": "Which emoji is at the {}?",
-    # The position, not the name: a name would give the target away without a look at the picture.
+    # The query has the position and not the name, which would tell the target without a look at the image.
     "grounding": "Select the part of the image at the {}.",
     "image_to_image": "Find the same emoji.",
     "tone": "Identify the skin tone of the emoji.",
     "grounding_by_name": "Select the part of the image with {}.",
 }
 
-# Light augmentation: stronger ones, or stronger colours, cost a small model most of its accuracy.
+# The augmentation is light: a stronger one, or stronger colours, cost a small model most of its accuracy.
 SMALLEST_SIZE = 0.9
 DARKEST_BACKGROUND = 225
 LARGEST_ROTATION = 4.0
-"""Degrees."""
+"""The largest rotation in degrees."""
 SMALLEST_CELL = 0.93
-# Near white: a coloured canvas could be matched by its colour instead of by what is on it.
+# Canvases are nearly white, because a coloured one could be matched by its colour instead of its content.
 DARKEST_CANVAS = 235
 
 
 @dataclass
 class Example:
-    """A query, its target, and what they are about."""
+    """A query and its target, with their ids and hard negatives."""
 
     query: Side
     target: Side
     query_id: str
-    """Code of the emoji, the name, or both where the query is composed; not the augmentation."""
+    """Code of the emoji, its name, or code and tone for a composed query; the augmentation does not count."""
     target_id: str
-    """Code of an emoji, or the text."""
+    """Code of the emoji, or the text."""
     hard_negatives: list[Side] = field(default_factory=list)
-    """Wrong targets that look or sound like the right one."""
+    """Wrong targets that look or sound like the right target."""
     hard_negative_ids: list[str] = field(default_factory=list)
-    """As `target_id`."""
+    """One id per hard negative, made like `target_id`."""
 
 
 class World:
-    """The emoji by the roles they play, and the ways to draw them."""
+    """The emoji grouped by their roles in the tasks, and the ways to draw them."""
 
     def __init__(self, catalogue: Catalogue, image_size: int) -> None:
-        """`image_size` is the side of every picture in pixels."""
+        """Prepare the emoji for drawing; `image_size` is the width and height of every image in pixels."""
         self.emoji = catalogue.emoji
         self.size = image_size
-        # Premultiplied alpha: resizing and rotating need it, and would convert back and forth each time.
+        # Resizing and rotating need premultiplied alpha, and would otherwise convert to it each time.
         self.pictures = [Image.fromarray(pixels).convert("RGBa") for pixels in catalogue.pixels]
         self.clean_pngs: dict[int, bytes] = {}
         self.cells: dict[tuple[int, int], Image.Image] = {}
 
     @cached_property
     def by_split(self) -> dict[str, list[int]]:
-        """Split -> emoji, in catalogue order."""
+        """The emoji of each split, in the order of the catalogue."""
         return _group((e.split, i) for i, e in enumerate(self.emoji))
 
     @cached_property
@@ -84,67 +84,67 @@ class World:
 
     @cached_property
     def named(self) -> list[int]:
-        """Training emoji whose names are learned; the other ones are seen only with their group and subgroup."""
+        """Training emoji whose names are trained; the others are trained with their group and subgroup only."""
         scene = set(self.scene)
         return [i for i in self.by_split["train"] if i in scene or self.emoji[i].group == "People & Body"]
 
     @cached_property
     def by_base(self) -> dict[str, list[int]]:
-        """Code without tone -> all its tones."""
+        """The emoji of each code without tone, in all their tones."""
         return _group((e.base, i) for i, e in enumerate(self.emoji))
 
     @cached_property
     def tones(self) -> dict[str, list[int]]:
-        """Code without tone -> its emoji, for those that come in all five tones and none."""
+        """Like `by_base`, for the emoji that exist in all five tones and without a tone."""
         return {base: members for base, members in self.by_base.items() if len(members) == len(TONES) + 1}
 
     @cached_property
     def train_subgroups(self) -> dict[str, list[int]]:
-        """Subgroup -> its training emoji."""
+        """The training emoji of each subgroup."""
         return _group((self.emoji[i].subgroup, i) for i in self.by_split["train"])
 
     @cached_property
     def scene_subgroups(self) -> dict[str, list[int]]:
-        """Subgroup -> its scene emoji."""
+        """The scene emoji of each subgroup."""
         return _group((self.emoji[i].subgroup, i) for i in self.scene)
 
     @cached_property
     def group_names(self) -> list[str]:
-        """All groups, sorted."""
+        """The names of all groups, sorted."""
         return sorted({e.group for e in self.emoji})
 
     @cached_property
     def subgroup_names(self) -> list[str]:
-        """All subgroups that are not out of distribution, as texts, sorted."""
+        """The texts of all subgroups that are not out of distribution, sorted."""
         return [subgroup_text(name) for name in sorted({e.subgroup for e in self.emoji if e.split != "ood"})]
 
     def clean(self, index: int) -> bytes:
-        """PNG of an emoji on white, as large as the picture."""
+        """Return a PNG of an emoji on white that fills the image."""
         if index not in self.clean_pngs:
-            self.clean_pngs[index] = self._paste_one(index, self.size, (0, 0), (255, 255, 255), 0.0)
+            self.clean_pngs[index] = self._draw_emoji(index, self.size, (0, 0), (255, 255, 255), 0.0)
         return self.clean_pngs[index]
 
     def augmented(self, index: int, rng: Random) -> bytes:
-        """PNG of an emoji a little smaller, shifted, rotated, on a light background."""
+        """Return a PNG of an emoji that is slightly smaller, shifted and rotated, on a light background."""
         size = int(self.size * rng.uniform(SMALLEST_SIZE, 1.0))
         room = self.size - size
         background = _light_colour(rng, DARKEST_BACKGROUND)
-        place = (rng.randint(0, room), rng.randint(0, room))
-        return self._paste_one(index, size, place, background, rng.uniform(-LARGEST_ROTATION, LARGEST_ROTATION))
+        corner = (rng.randint(0, room), rng.randint(0, room))
+        return self._draw_emoji(index, size, corner, background, rng.uniform(-LARGEST_ROTATION, LARGEST_ROTATION))
 
-    def _paste_one(
-        self, index: int, size: int, place: tuple[int, int], background: tuple[int, int, int], rotation: float
+    def _draw_emoji(
+        self, index: int, size: int, corner: tuple[int, int], background: tuple[int, int, int], rotation: float
     ) -> bytes:
         picture = _resized(self.pictures[index], size)
         if rotation:
             picture = picture.rotate(rotation, Image.Resampling.BILINEAR)
         picture = picture.convert("RGBA")
         canvas = Image.new("RGB", (self.size, self.size), background)
-        canvas.paste(picture, place, picture)
+        canvas.paste(picture, corner, picture)
         return _png(canvas)
 
     def canvas(self, cells: list[int | None], rng: Random) -> bytes:
-        """PNG of up to four emoji at half size, in the order of POSITIONS."""
+        """Return a PNG of up to four emoji at half size, in the order of POSITIONS."""
         half = self.size // 2
         canvas = Image.new("RGB", (self.size, self.size), _light_colour(rng, DARKEST_CANVAS))
         for position, index in enumerate(cells):
@@ -184,12 +184,12 @@ def _png(image: Image.Image) -> bytes:
 
 
 def subgroup_text(subgroup: str) -> str:
-    """`animal-bird` as words."""
+    """Return the name of a subgroup, such as `animal-bird`, as words."""
     return subgroup.replace("-", " ")
 
 
 def make_example(world: World, task: str, index: int, rng: Random) -> Example:
-    """One example of a task (a key of INSTRUCTIONS) whose answer is emoji `index`."""
+    """Make an example of a task (a key of INSTRUCTIONS) whose answer is emoji `index`."""
     if task in ("vqa", "grounding", "grounding_by_name"):
         return _on_canvas(world, task, index, rng)
     emoji = world.emoji[index]
@@ -209,9 +209,9 @@ def make_example(world: World, task: str, index: int, rng: Random) -> Example:
 
 
 def add_hard_negatives(world: World, task: str, index: int, example: Example, count: int, rng: Random) -> None:
-    """Give the example up to `count` wrong targets: other training emoji of its base, then of its subgroup.
+    """Add up to `count` wrong targets to the example: training emoji of its base, then of its subgroup.
 
-    For tasks that are answered by one emoji; a group's or subgroup's name has no near miss.
+    Tasks whose answer is a group or subgroup get none, since these names have no near misses.
     """
     if count == 0 or task in ("group", "subgroup"):
         return
@@ -232,7 +232,7 @@ def add_hard_negatives(world: World, task: str, index: int, example: Example, co
 
 
 def answer_text(world: World, task: str, index: int) -> str:
-    """The target of a task that is answered by a text."""
+    """Return the target of a task whose answer is a text."""
     emoji = world.emoji[index]
     if task == "group":
         return emoji.group
@@ -244,14 +244,14 @@ def answer_text(world: World, task: str, index: int) -> str:
 
 
 def _sources(world: World, target: int) -> list[int]:
-    """Other tones of the target's base that a query may show: training ones, or of the target's own unseen family."""
+    """Return the other tones of the target that a query may show: training emoji, or those of its held-out family."""
     split = world.emoji[target].split
     allowed = {"train", split} - {"combo"}
     return [i for i in world.tones[world.emoji[target].base] if i != target and world.emoji[i].split in allowed]
 
 
 def _on_canvas(world: World, task: str, index: int, rng: Random) -> Example:
-    """One to three other emoji beside the answer; half of the time one of them is of the answer's subgroup."""
+    """Make an example with one to three other emoji beside the answer, in half of the cases one of its subgroup."""
     emoji = world.emoji[index]
     others = [i for i in rng.sample(world.scene, 4) if i != index][:3]
     siblings = [i for i in world.scene_subgroups[emoji.subgroup] if i != index]
@@ -271,7 +271,7 @@ def _on_canvas(world: World, task: str, index: int, rng: Random) -> Example:
 
 
 def spread(items: list[int], count: int, rng: Random) -> list[int]:
-    """`count` draws in which every item comes equally often (up to one) and never twice in a row."""
+    """Return `count` draws in which all items are equally frequent, to one draw, and none comes twice in a row."""
     drawn: list[int] = []
     while len(drawn) < count:
         order = rng.sample(items, len(items))
@@ -282,7 +282,7 @@ def spread(items: list[int], count: int, rng: Random) -> list[int]:
 
 
 def spread_over_classes(classes: dict[str, list[int]], count: int, rng: Random) -> list[int]:
-    """`count` draws in which every class comes equally often (up to one), and within it every item."""
+    """Return `count` draws in which all classes are equally frequent, to one draw, and so are the items of a class."""
     names = list(classes)
     order = spread(list(range(len(names))), count, rng)
     members = {c: iter(spread(classes[name], order.count(c), rng)) for c, name in enumerate(names)}
@@ -290,7 +290,7 @@ def spread_over_classes(classes: dict[str, list[int]], count: int, rng: Random) 
 
 
 def training_answers(world: World, task: str, count: int, rng: Random) -> list[int]:
-    """The emoji that `count` training pairs of a task are about, in shuffled order; all of split train."""
+    """Return the emoji that `count` training pairs of a task are about, all of split train, in shuffled order."""
     if task in ("group", "subgroup"):
         return spread_over_classes(world.train_subgroups, count, rng)
     if task in ("vqa", "grounding"):
