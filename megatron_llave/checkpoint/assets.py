@@ -96,6 +96,6 @@ def read_assets(folder: Path) -> Assets:
         dtypes = {name: DTYPE_CODES[code] for name, code in codes.items()}
         with safe_open(assets / UNUSED_FILE, framework="pt") as handle:
             unused = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-    except Exception as error:  # safetensors and json raise their own kinds; all mean that an export cannot be whole
+    except Exception as error:  # safetensors and json raise their own types; each means that an export is incomplete
         raise CheckpointError(f"{assets} is damaged: {' '.join(str(error).split())}") from error
     return Assets(assets, read_hf_config(assets), dtypes, {name: (unused[name], dtypes[name]) for name in unused})

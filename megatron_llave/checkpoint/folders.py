@@ -209,7 +209,7 @@ def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
     if saved.loss.reward != cfg.loss.reward:
         changed.append(f"loss.reward was {saved.loss.reward}, is {cfg.loss.reward}")
     if changed:
-        hint = "go on with the same model, or start a new run from its weights with checkpoint.init"
+        hint = "resume with the same model, or start a new run from its weights with checkpoint.init"
         raise CheckpointError(f"checkpoint {folder} is of another model: {'; '.join(changed)}; {hint}")
     sections = ("loss", "optimizer", "train")
     return [

@@ -81,7 +81,7 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
         resume = AUTO  # torchrun has started this run again, which may have got beyond what it began with
     if resume is None:
         steps = folders.all_steps(output)
-        hint = "--resume auto goes on with it; for a new run choose another train.output"
+        hint = "--resume auto resumes it; for a new run choose another train.output"
         require(not steps, f"train.output={output} has a checkpoint after {max(steps, default=0)} steps: {hint}")
         return None
     if resume != AUTO:
@@ -94,7 +94,7 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
     steps = folders.all_steps(output)
     require(folder is not None or not steps, f"train.output={output}: none of its {len(steps)} checkpoints is usable")
     if folder:
-        logger.info("going on from %s", folder)
+        logger.info("resuming from %s", folder)
     else:
         logger.info("no checkpoint in %s: a new run", output)
     return folder

@@ -44,7 +44,7 @@ def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
     _print_model(pretrained.cfg.model, num_parameters)
     tokenizer = pretrained.find_tokenizer()
     print(f"tokenizer: {Path(tokenizer).name if tokenizer else 'none in the folder'}")
-    print("\n".join(problems) if problems else "whole: every tensor is there, none is extra, all shapes fit")
+    print("\n".join(problems) if problems else "complete: every tensor is there, none is extra, all shapes fit")
     return 1 if problems else 0
 
 

@@ -1,8 +1,7 @@
 """Compare a checkpoint with transformers on the same inputs: `tools/convert_hf.py verify`.
 
-Both get the same token ids and pixels. How visual tokens are unpadded, where newlines go, and everything after is each
-side's own, so a difference is one of the models. The only file that
-imports transformers.
+Both models get the same token ids and pixels. Each removes padding, places newlines and computes everything after that
+by itself, so that a difference is a difference of the models. No other file of the package imports transformers.
 """
 
 import io

@@ -46,7 +46,7 @@ for built_in in (llava_onevision.FAMILY,):
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
         ConfigError: no family of that name is registered.
@@ -62,7 +62,7 @@ def build_model(
     device: torch.device,
     seed: int | None,
 ) -> list[Module]:
-    """This rank's chunks (one, or `virtual_pipeline` many), randomly initialised: the same model at every layout.
+    """Return this rank's chunks (`virtual_pipeline` many), randomly initialised: the same model at every layout.
 
     With seed None the parameters are left unfilled, for weights that are loaded.
 
@@ -71,7 +71,7 @@ def build_model(
     """
     family = family_of(model)
     if model.kernels == "transformer_engine":
-        transformer_engine()  # first of all, since megatron-core's own complaint would not name the key
+        transformer_engine()  # first, since megatron-core's own error would not name the key
     stage, last_stage, num_chunks = groups.pp.rank(), groups.pp.size() - 1, parallel.virtual_pipeline
     chunks = []
     for chunk in range(num_chunks):
@@ -87,7 +87,7 @@ def build_model(
 
 
 def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> Module:
-    """The complete model as one chunk whose parameters have names, shapes and dtypes but no values.
+    """Return the complete model as one chunk whose parameters have names, shapes and dtypes but no values.
 
     `groups` are those of a single process. Kernels are local, which need no GPU: checkpoints of all kernels have the
     same keys.
@@ -99,7 +99,7 @@ def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> 
 
 
 def build_processor(data: DataConfig, model: ModelConfig) -> Processor:
-    """The processor of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
+    """Return the processor of a run, its tokenizer read from `data.tokenizer` or found in `data.path`.
 
     Raises:
         DataError: the tokenizer is missing or damaged.

@@ -103,7 +103,7 @@ def test_run_goes_on_at_another_layout(uninterrupted: Path, openmoji_data: Path,
     run_ranks(4, TRAIN, *arguments, *layout, "train.time_limit_minutes=0.0001")
     assert list(losses(run)) == [1]
     output = run_ranks(1, TRAIN, *arguments)
-    assert f"going on from {run / 'checkpoints' / 'step-0000001'}" in output
+    assert f"resuming from {run / 'checkpoints' / 'step-0000001'}" in output
     for step, loss in losses(uninterrupted).items():
         assert losses(run)[step] == pytest.approx(loss, rel=1e-5), step
 

@@ -188,7 +188,7 @@ def test_literal_torchrun_on_two_nodes_and_on_one_through_a_failure(openmoji_dat
         wait_for(lambda: (one / "checkpoints" / "latest").is_file(), process, output)
         max(psutil.Process(process.pid).children(), key=lambda child: child.pid).kill()
         assert process.wait(LIMIT) == 0, output.read_text()[-5000:]
-    assert "going on from" in output.read_text()
+    assert "resuming from" in output.read_text()
     assert state(one)["state"] == state(two)["state"] == "finished"
     assert list(losses(two)) == [1, 2, 3, 4]
     assert losses(one) == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses(two).items()}

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face folder: reading it, refusing values that we cannot run, and what it says.
 
-What its keys mean is a model family's affair: each reads a Section into an HfConfig.
+What its keys mean is up to the model families, each of which reads a Section into an HfConfig.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class HfConfig:
 
     @property
     def model(self) -> ModelConfig:
-        """The model."""
+        """Return the `model` section."""
         return self.run.model
 
 
@@ -46,16 +46,16 @@ class Section:
 
     file: Path
     prefix: str
-    """Keys that lead to the section, each with a dot after it."""
+    """The keys that lead to the section, each followed by a dot."""
     values: dict
 
     def refuse(self, key: str, right: str) -> CheckpointError:
-        """The error to raise for the value of `key`."""
+        """Return the error to raise for the value of `key`."""
         value = repr(self.values[key]) if key in self.values else "(missing)"
         return CheckpointError(f"{self.file}: {self.prefix}{key}={value} is not supported; it must be {right}")
 
     def number(self, key: str, default: float) -> float:
-        """A positive number; a whole one where the default is.
+        """Return a positive number, which must be an integer if the default is one.
 
         Raises:
             CheckpointError: the value is not one.
@@ -80,7 +80,7 @@ class Section:
                 raise self.refuse(key, repr(right))
 
     def inner(self, key: str) -> "Section | None":
-        """The section under `key`; None where it is missing or null.
+        """Return the section under `key`; None if it is missing or null.
 
         Raises:
             CheckpointError: there is something else.
@@ -91,7 +91,7 @@ class Section:
         return None if values is None else Section(self.file, f"{self.prefix}{key}.", values)
 
     def dtype(self) -> str | None:
-        """Type of the weights, under the key of either version of transformers; None where neither is there.
+        """Return the type of the weights, from the key of either version of transformers; None if there is neither.
 
         Raises:
             CheckpointError: it is none of DTYPES.

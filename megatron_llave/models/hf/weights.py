@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder under canonical names: what is there, what is missing, and into our model.
+"""Weights of a Hugging Face folder under canonical names: finding them, checking them, and loading them into a model.
 
 A family describes its folders by an HfFormat. Canonical names are the family's choice of one spelling for each tensor,
 whatever layout or version of transformers wrote the folder. Names on our side are those of
@@ -76,21 +76,21 @@ class HfWeights:
     """Canonical name -> the folder's own."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor by canonical name."""
+        """Read a tensor by canonical name."""
         return self.files.read(self.names[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the header."""
+        """Return the shape of a tensor from the header of its file."""
         return self.files.tensors[self.names[name]].shape
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of every tensor by canonical name."""
+        """Return the dtype of every tensor by canonical name."""
         return {name: self.files.tensors[spelling].dtype for name, spelling in self.names.items()}
 
     @property
     def unused(self) -> list[str]:
-        """Canonical names of the tensors that the embedder does not use."""
+        """Return the canonical names of the tensors that the embedder does not use."""
         return sorted(filter(self.is_unused, self.names))
 
     def is_unused(self, name: str) -> bool:
@@ -98,11 +98,11 @@ class HfWeights:
         return self.format.is_unused(name, self.config)
 
     def problems(self, expected: dict[str, tuple[int, ...]], elsewhere: Collection[str] = ()) -> list[str]:
-        """One line for each tensor that is missing, of a wrong shape, or unknown.
+        """Return a line for each tensor that is missing, of a wrong shape, or unknown.
 
         Args:
             expected: canonical names and shapes.
-            elsewhere: canonical names that others look at, such as the tensors of other pipeline stages.
+            elsewhere: canonical names that are not checked here, such as tensors of other pipeline stages.
         """
         layout = self.config.layout
         missing = sorted(expected.keys() - self.names)
@@ -149,7 +149,7 @@ def require_complete(weights: HfWeights, expected: dict[str, tuple[int, ...]], e
 
 
 def fill_from_hf(chunks: Iterable[Module], weights: HfWeights, groups: ProcessGroupCollection) -> None:
-    """Copy an HF folder's weights into this rank's chunks, at any layout; each rank reads what it holds.
+    """Copy an HF folder's weights into this rank's chunks, at any parallel layout; each rank reads what it holds.
 
     Raises:
         CheckpointError: a tensor is missing, extra, of another shape, or cannot be read.

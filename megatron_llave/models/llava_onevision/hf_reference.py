@@ -14,7 +14,7 @@ from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HE
 
 
 def reference_model(transformers: ModuleType, weights: HfWeights) -> Module:
-    """LlavaOnevisionForConditionalGeneration in float32; it also takes llava_qwen's tensors under their other names."""
+    """Return LlavaOnevisionForConditionalGeneration in float32; tensors of llava_qwen are renamed for it."""
     model_class, config = transformers.LlavaOnevisionForConditionalGeneration, weights.config
     if config.layout == "llava_onevision":
         return model_class.from_pretrained(weights.files.folder, use_safetensors=True).float().eval()
@@ -29,7 +29,7 @@ def reference_model(transformers: ModuleType, weights: HfWeights) -> Module:
 
 
 def reference_inputs(model: Module, sequence: EncodedSequence, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Keyword arguments of the model's forward for one input, whose image, if it has one, is (width, height) large."""
+    """Return keyword arguments of the model's forward for an input whose image, if any, is (width, height)."""
     image_token = getattr(model.config, "image_token_id", None)
     image_token = model.config.image_token_index if image_token is None else image_token
     layouts = iter(sequence.layouts)
