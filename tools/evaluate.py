@@ -25,6 +25,7 @@ from rich.progress import Progress, TextColumn
 import megatron_llave.evaluation.benchmarks  # noqa: F401  registers the benchmarks
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
@@ -93,16 +94,12 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     data = benchmark.read_tasks(args) if is_ranked else benchmark.read_evaluation(args)
     overrides = [*benchmark.overrides(args), *args.overrides]
     model = load_model(args.checkpoint, overrides=overrides, average=args.average)
-    identity = model.identity() if benchmark.is_kept else {}
-    embedder, replicas = partial(embed_parts, model), model.groups.dp
+    folder, identity = (args.out, model.identity()) if benchmark.is_kept else (None, {})
     with progress_bar() as progress:
-        if is_ranked:
-            out = args.out if benchmark.is_kept else None
-            done = evaluate_tasks(embedder, data, out, identity, replicas, args.ties, progress)
-        else:
-            lines = data(embedder, args.out, identity, replicas, progress)
+        embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
+        done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
     if dist.get_rank() == 0:
-        print("\n".join(report(done, data, args, benchmark.published(model.cfg)) if is_ranked else lines))
+        print("\n".join(report(done, data, args, benchmark.published(model.cfg)) if is_ranked else done))
 
 
 def report(

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ class EmbeddingCache:
         """[parts + 1] numbers of the inputs at which parts begin and end."""
         self.claimed_files: str | None = None
         """`digest_of_files` at the time of `claim`; None on ranks that did not claim."""
+        self.num_embedded = 0
+        """Number of inputs that CachedEmbedder.embed embedded for this cache, over all ranks."""
         self._opened: dict[int, np.ndarray] = {}
 
     @property
@@ -215,64 +218,69 @@ def require_same_model(path: Path, recorded: object, identity: Identity) -> None
 
 EmbedParts = Callable[[Iterable[Mapping[str, Side]]], Iterator[Tensor | None]]
 """embedder.embed_parts, bound to this rank's model."""
-
-
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, number done, total) of this rank's parts."""
-
-
 TURNS_TOGETHER = 8
 """Parts after which ranks wait for each other, so that the delay of a slow rank never reaches the groups' timeout."""
 
 
-def embed_missing(
-    embed_parts: EmbedParts,
-    caches: Sequence[EmbeddingCache],
-    identity: Identity,
-    replicas: dist.ProcessGroup,
-    progress: Progress = lambda what, done, total: None,
-) -> int:
-    """Embed the parts that are missing; the ranks of `replicas` take them in turn. A collective over all ranks.
+@dataclass(frozen=True)
+class CachedEmbedder:
+    """Embeds the inputs of data sets with a model, and keeps their embeddings in a folder or in memory."""
 
-    Args:
-        embed_parts: embeds with this rank's replica of the model.
-        caches: either all of them in folders that all ranks share, or all in memory, where every rank gets all rows.
-        identity: of the model; only the first rank's is used.
-        replicas: data-parallel group that the parts are dealt to.
-        progress: called after each part of this rank.
+    embed_parts: EmbedParts
+    """Embeds with this rank's replica of the model."""
+    folder: str | Path | None
+    """Gets embeddings/<name of the inputs>/; all ranks share it. None: embeddings are kept in memory, on every rank."""
+    identity: Identity
+    """Identity of the model; only the first rank's is used, and only with a folder."""
+    replicas: dist.ProcessGroup
+    """Data-parallel group that the parts are dealt to."""
+    progress: Progress = lambda what, done, total: None
+    """Called after each part of this rank."""
 
-    Returns:
-        Number of inputs in the missing parts, over all ranks.
+    def cache(self, inputs: Inputs) -> EmbeddingCache:
+        """The embeddings of `inputs`, as far as they exist."""
+        return EmbeddingCache(self.folder and Path(self.folder) / "embeddings" / inputs.name, inputs)
 
-    Raises:
-        DataError: an image is missing or damaged, a folder holds another model's embeddings, or the disk is full.
-        NotFiniteError: an embedding is not finite; nothing of its part is kept. Raised on all ranks in memory.
-    """
-    if dist.get_rank() == 0:
-        for cache in caches:
-            cache.claim(identity)
-    missing = _find_missing(caches)
-    mine = range(replicas.rank(), len(missing), replicas.size())
-    parts = [cache.inputs_of(part) for cache, part in missing]
-    for number in mine:
-        parts[number].require_files()
-    dist.barrier()  # a missing image ends the run before any work is done
-    is_in_memory = any(cache.folder is None for cache in caches)
-    embedded = embed_parts(parts[number] for number in mine)
-    for turn in range(-(-len(missing) // replicas.size())):
-        finished = []
-        if turn < len(mine):
-            rows = next(embedded)
-            finished = [] if rows is None else [(mine[turn], rows.cpu())]
-            progress(f"embedding {parts[mine[turn]].name}", turn + 1, len(mine))
-        for number, rows in _from_all_ranks(finished) if is_in_memory else finished:
-            require_finite(rows, parts[number])
-            cache, part = missing[number]
-            cache.write(part, rows.numpy())
-        if turn % TURNS_TOGETHER == 0:
-            dist.barrier()
-    dist.barrier()
-    return sum(map(len, parts))
+    def embed(self, data_sets: Sequence[Inputs]) -> list[EmbeddingCache]:
+        """Embed the parts that are missing; the ranks of `replicas` take them in turn. A collective over all ranks.
+
+        Returns:
+            The complete embeddings of each data set.
+
+        Raises:
+            DataError: an image is missing or damaged, the folder holds another model's embeddings, or the disk is full.
+            NotFiniteError: an embedding is not finite; nothing of its part is kept. Raised on all ranks in memory.
+        """
+        caches = [self.cache(inputs) for inputs in data_sets]
+        if dist.get_rank() == 0:
+            for cache in caches:
+                cache.claim(self.identity)
+        missing = _find_missing(caches)
+        parts = [cache.inputs_of(part) for cache, part in missing]
+        size = self.replicas.size()
+        mine = range(self.replicas.rank(), len(missing), size)
+        for number in mine:
+            parts[number].require_files()
+        dist.barrier()  # a missing image ends the run before any work is done
+        embedded = self.embed_parts(parts[number] for number in mine)
+        for turn in range(-(-len(missing) // size)):
+            finished = []
+            if turn < len(mine):
+                rows = next(embedded)
+                finished = [] if rows is None else [(mine[turn], rows.cpu())]
+                self.progress(f"embedding {parts[mine[turn]].name}", turn + 1, len(mine))
+            for number, rows in _from_all_ranks(finished) if self.folder is None else finished:
+                require_finite(rows, parts[number])
+                cache, part = missing[number]
+                cache.write(part, rows.numpy())
+            if turn % TURNS_TOGETHER == 0:
+                dist.barrier()
+        for (cache, _), inputs in zip(missing, parts):
+            cache.num_embedded += len(inputs)
+        dist.barrier()
+        return caches
 
 
 def _from_all_ranks(items: list[T]) -> list[T]:

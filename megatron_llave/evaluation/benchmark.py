@@ -8,14 +8,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.embedding.cache import EmbedParts, Identity, Progress
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.evaluation.task import Task
 
-Evaluate = Callable[[EmbedParts, str, Identity, dist.ProcessGroup, Progress], list[str]]
-"""Embeds and scores; takes (embed_parts, folder of --out, identity, replicas, progress), returns lines to print."""
+Evaluate = Callable[[CachedEmbedder], list[str]]
+"""Embeds and scores, writes scores into the embedder's folder, and returns lines to print."""
 
 
 @dataclass(frozen=True)

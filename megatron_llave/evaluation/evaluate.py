@@ -21,14 +21,7 @@ from torch.nn import Module
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.process_groups import device
-from megatron_llave.embedding.cache import (
-    EmbeddingCache,
-    EmbedParts,
-    Identity,
-    Progress,
-    embed_missing,
-    require_same_model,
-)
+from megatron_llave.embedding.cache import CachedEmbedder, require_same_model
 from megatron_llave.embedding.embedder import LoadedModel, embed_parts
 from megatron_llave.errors import DataError, NotFiniteError
 from megatron_llave.evaluation.benchmarks import mmeb, prepared
@@ -58,48 +51,36 @@ class Evaluated:
     """Number of inputs embedded by this call, over all ranks."""
 
 
-def evaluate_tasks(
-    embed_parts: EmbedParts,
-    tasks: Sequence[Task],
-    out: str | Path | None,
-    identity: Identity,
-    replicas: dist.ProcessGroup,
-    ties: str,
-    progress: Progress = lambda what, done, total: None,
-) -> Evaluated:
+def evaluate_tasks(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -> Evaluated:
     """Embed and score every task that is not finished; all ranks get the same results.
 
     Args:
-        embed_parts: embeds with this rank's replica of the model.
-        tasks: with different names; inputs with the same name are the same inputs.
-        out: folder for embeddings and results, shared by all ranks; None: nothing is kept.
-        identity: of the model; only the first rank's is used, and only with a folder.
-        replicas: data-parallel group that the embedding is dealt to; all ranks share the scoring.
+        embedder: embeds the inputs; its folder, if it has one, keeps the results too. All ranks share the scoring.
+        tasks: tasks with different names; inputs with the same name are the same inputs.
         ties: tie rule, see scoring.TIES.
-        progress: called with (what, done, total) after each part of this rank, then after each set.
 
     Raises:
-        DataError: an image is missing or damaged, `out` has another model's embeddings, or the disk is full.
+        DataError: an image is missing or damaged, the folder is of another model, or the disk is full.
         NotFiniteError: an embedding is not finite.
     """
-    out = None if out is None else Path(out)
-    finished = _finished(tasks, out, identity, ties)
-    caches = {task.inputs.name: _cache(out, task) for task, result in zip(tasks, finished) if result is None}
-    num_embedded = embed_missing(embed_parts, list(caches.values()), identity, replicas, progress)
+    finished = _finished(embedder, tasks, ties)
+    unscored = {task.inputs.name: task.inputs for task, result in zip(tasks, finished) if result is None}
+    caches = dict(zip(unscored, embedder.embed(list(unscored.values()))))
     results = []
     for number, (task, result) in enumerate(zip(tasks, finished)):
-        progress("scoring", number, len(tasks))
+        embedder.progress("scoring", number, len(tasks))
         if result is None:
             cache = caches[task.inputs.name]
             result = score_task(task, cache.rows, ties, dist.group.WORLD)
-            if out is not None and dist.get_rank() == 0:
-                origin = {"model": identity, "task": task.digest, "files": cache.claimed_files, "ties": ties}
-                _write(result, task, out, origin)
+            if embedder.folder is not None and dist.get_rank() == 0:
+                origin = {"model": embedder.identity, "task": task.digest, "files": cache.claimed_files, "ties": ties}
+                _write(result, task, Path(embedder.folder), origin)
         results.append(result)
-    progress("scoring", len(tasks), len(tasks))
+    embedder.progress("scoring", len(tasks), len(tasks))
     dist.barrier()  # whichever rank returns first finds everything written
-    num_inputs = sum(len(cache.inputs) for cache in caches.values())
-    return Evaluated(results, sum(result is not None for result in finished), num_inputs, num_embedded)
+    num_embedded = sum(cache.num_embedded for cache in caches.values())
+    num_finished = sum(result is not None for result in finished)
+    return Evaluated(results, num_finished, sum(map(len, unscored.values())), num_embedded)
 
 
 def build_evaluation(
@@ -128,12 +109,13 @@ def build_evaluation(
         tasks = [mmeb.read_task(folder, images, name) for name in mmeb.choose_sets(folder, names, "evaluate.sets")]
     for task in tasks:
         task.inputs.require_files()
-    embedder = partial(embed_parts, LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups, progress))
+    model = LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups, progress)
+    embedder = CachedEmbedder(partial(embed_parts, model), None, {}, groups.dp)
 
     def scores() -> Scores:
         results = []
         for _, alike in groupby(tasks, key=lambda task: id(task.inputs)):  # bounds the embeddings held at a time
-            results += evaluate_tasks(embedder, list(alike), None, {}, groups.dp, ties).results
+            results += evaluate_tasks(embedder, list(alike), ties).results
         return {result.name: result.precision_at_1 for result in results}
 
     def run() -> Scores:
@@ -152,30 +134,30 @@ def build_evaluation(
     return run
 
 
-def _finished(tasks: Sequence[Task], out: Path | None, identity: Identity, ties: str) -> list[SetResult | None]:
-    """Results that are in `out` already, as the first rank reads them.
+def _finished(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -> list[SetResult | None]:
+    """Results that are in the folder already, as the first rank reads them.
 
     Raises:
         DataError: a result is of another model.
     """
     results = [None] * len(tasks)
-    if out is None:
+    if embedder.folder is None:
         return results
     if dist.get_rank() == 0:
-        results = [_read(task, out, identity, ties) for task in tasks]
+        results = [_read(embedder, task, ties) for task in tasks]
     # All ranks take what the first one has read: on a network file system the others might see something else.
     dist.broadcast_object_list(results, 0, device=device())
     return results
 
 
-def _read(task: Task, out: Path, identity: Identity, ties: str) -> SetResult | None:
+def _read(embedder: CachedEmbedder, task: Task, ties: str) -> SetResult | None:
     """The finished result, if it is of this task with its files as they are now.
 
     Raises:
         DataError: the result is of another model.
     """
-    path = out / f"{task.name}_result.json"
-    if not path.is_file() or not _score_file(out, task).is_file():
+    path = Path(embedder.folder) / f"{task.name}_result.json"
+    if not path.is_file() or not _score_file(path.parent, task).is_file():
         return None
     try:
         recorded = read_json(path, FORMAT, "")
@@ -186,8 +168,8 @@ def _read(task: Task, out: Path, identity: Identity, ties: str) -> SetResult | N
         is_complete = all(len(values) == result.num_queries for values in per_query)
     except (DataError, KeyError, TypeError):
         return None  # damaged: it is made again from the embeddings
-    require_same_model(path, model, identity)
-    is_same = origin == (task.digest, _cache(out, task).digest_of_files(), ties)
+    require_same_model(path, model, embedder.identity)
+    is_same = origin == (task.digest, embedder.cache(task.inputs).digest_of_files(), ties)
     return result if is_complete and is_same else None
 
 
@@ -207,10 +189,6 @@ def _write(result: SetResult, task: Task, out: Path, origin: dict[str, Any]) -> 
         write_text(_score_file(out, task), json.dumps(score, indent=4))  # byte for byte as the official evaluation
     except OSError as error:
         raise DataError(f"{out}: results of {task.name} cannot be written: {error.strerror}") from error
-
-
-def _cache(out: Path | None, task: Task) -> EmbeddingCache:
-    return EmbeddingCache(None if out is None else out / "embeddings" / task.inputs.name, task.inputs)
 
 
 def _score_file(out: Path, task: Task) -> Path:

@@ -14,6 +14,7 @@ from golden_mmeb import GOLDEN, IDENTITY, NAMES, GoldenEmbedder, assert_released
 from megatron_llave.config.schema import EvaluateConfig, ParallelConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding import cache
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
 from megatron_llave.evaluation.evaluate import evaluate_tasks
 
@@ -25,11 +26,11 @@ def check_golden(out: Path, layout: str) -> None:
     is_writer = groups.tp.rank() == 0 and groups.pp.rank() == pipeline - 1
     embedder, tasks = GoldenEmbedder(is_writer), golden_tasks()
     identity = IDENTITY if dist.get_rank() == 0 else {}
-    done = evaluate_tasks(embedder, tasks, out, identity, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(embedder, out, identity, groups.dp), tasks, "first")
     total = sum(len(task.inputs) for task in tasks)
     assert (done.num_finished, done.num_inputs, done.num_embedded) == (0, total, total)
     assert_released_files(out)
-    again = evaluate_tasks(GoldenEmbedder(is_writer), tasks, out, identity, groups.dp, "first")
+    again = evaluate_tasks(CachedEmbedder(GoldenEmbedder(is_writer), out, identity, groups.dp), tasks, "first")
     assert (again.num_finished, again.num_embedded) == (len(NAMES), 0)
     assert again.results == done.results
     print(f"golden at {layout}: {len(embedder.asked)} inputs of {total} here", flush=True)
@@ -42,8 +43,8 @@ def check_model(folder: str, out: Path, layout: str, tokenizer: str) -> None:
     model = load_model(folder, overrides=overrides)
     tasks = golden_tasks()
     embedder = partial(embed_parts, model)
-    done = evaluate_tasks(embedder, tasks, out, IDENTITY, model.groups.dp, "first")
-    in_memory = evaluate_tasks(embedder, tasks, None, {}, model.groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(embedder, out, IDENTITY, model.groups.dp), tasks, "first")
+    in_memory = evaluate_tasks(CachedEmbedder(embedder, None, {}, model.groups.dp), tasks, "first")
     for stored, kept in zip(done.results, in_memory.results, strict=True):
         assert stored.top == kept.top and stored.precision_at_1 == kept.precision_at_1
     print(f"model at {layout}: {[result.precision_at_1 for result in done.results]}", flush=True)

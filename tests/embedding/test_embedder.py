@@ -8,6 +8,7 @@ import torch
 from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
@@ -36,7 +37,9 @@ def model(groups) -> LoadedModel:
 
 def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
     embedder = partial(embed_parts, model)
-    return evaluate_tasks(embedder, build_tasks(inputs, sets), None, {}, model.groups.dp, "strict").results
+    return evaluate_tasks(
+        CachedEmbedder(embedder, None, {}, model.groups.dp), build_tasks(inputs, sets), "strict"
+    ).results
 
 
 def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:

@@ -21,7 +21,7 @@ from launching import ROOT, started, wait_for
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding import cache
-from megatron_llave.embedding.cache import EmbeddingCache
+from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.embedder import LoadedModel, embed_parts
 from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError, NotFiniteError
@@ -54,19 +54,19 @@ def scored(lists, vectors: dict[str, list[float]], groups, ties: str = "first") 
 def test_golden_sets_give_the_released_files(groups, tmp_path):
     tasks = golden_tasks()
     assert [task.name for task in tasks] == ["ImageNet-1K", "CIRR", "MSCOCO_t2i", "RefCOCO-Matching"]
-    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     assert_released_files(tmp_path)
     assert [result.precision_at_1 for result in done.results] == [75.0, 100.0, 75.0, 75.0]
     assert {result.name: result.num_ties for result in done.results}["RefCOCO-Matching"] == 3
 
 
 def test_strict_ties_count_as_wrong(groups, tmp_path):
-    done = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, ties="strict")
+    done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), golden_tasks(), "strict")
     assert {result.name: result.precision_at_1 for result in done.results}["RefCOCO-Matching"] == 37.5
     score = json.loads((tmp_path / "RefCOCO-Matching_score.json").read_text())
     assert score == {"acc": 0.375, "num_correct": 3, "num_pred": 8}
     # The same folder scored the other way: no embedding is done again.
-    again = evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, "first")
+    again = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), golden_tasks(), "first")
     assert (again.num_finished, again.num_embedded) == (0, 0)
     assert_released_files(tmp_path)
 
@@ -108,8 +108,8 @@ def test_after_a_stop_nothing_is_embedded_twice(groups, tmp_path, stop_after):
     tasks = golden_tasks()
     first, second = GoldenEmbedder(stop_after=stop_after), GoldenEmbedder()
     with pytest.raises(KeyboardInterrupt):
-        evaluate_tasks(first, tasks, tmp_path, IDENTITY, groups.dp, "first")
-    done = evaluate_tasks(second, tasks, tmp_path, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(first, tmp_path, IDENTITY, groups.dp), tasks, "first")
+    done = evaluate_tasks(CachedEmbedder(second, tmp_path, IDENTITY, groups.dp), tasks, "first")
     assert not set(first.asked) & set(second.asked)
     assert len(first.asked) + len(second.asked) == sum(len(task.inputs) for task in tasks)
     assert done.num_embedded == len(second.asked)
@@ -117,63 +117,63 @@ def test_after_a_stop_nothing_is_embedded_twice(groups, tmp_path, stop_after):
 
 
 def test_a_finished_set_is_only_read(groups, tmp_path):
-    evaluate_tasks(GoldenEmbedder(), golden_tasks()[:2], tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), golden_tasks()[:2], "first")
     shutil.rmtree(tmp_path / "embeddings")
     second = GoldenEmbedder()
-    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(second, tmp_path, IDENTITY, groups.dp), golden_tasks(), "first")
     assert done.num_finished == 2 and {name.split()[0] for name in second.asked} == {"MSCOCO_t2i", "RefCOCO-Matching"}
     assert_released_files(tmp_path)
 
 
 def test_a_damaged_part_is_embedded_again(groups, tmp_path):
-    evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), golden_tasks(), "first")
     part = tmp_path / "embeddings" / "CIRR" / "part-00000.npy"
     part.write_bytes(part.read_bytes()[:-1])
     (tmp_path / "CIRR_score.json").unlink()
     second = GoldenEmbedder()
-    done = evaluate_tasks(second, golden_tasks(), tmp_path, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(second, tmp_path, IDENTITY, groups.dp), golden_tasks(), "first")
     assert 0 < done.num_embedded == len(second.asked) < 15
     assert_released_files(tmp_path)
 
 
 def test_another_models_embeddings_are_refused(groups, tmp_path):
     tasks = golden_tasks()[:1]
-    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     other = {"weights": "others"}
     message = f"another model .weights 'golden' there, 'others' here.; choose another --out, or delete {tmp_path} to"
     with pytest.raises(DataError, match=message):
-        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, other, groups.dp), tasks, "first")
     (tmp_path / "ImageNet-1K_score.json").unlink()
     with pytest.raises(
         DataError, match=rf"manifest\.json is of another model .*delete {tmp_path}/embeddings/ImageNet-1K"
     ):
-        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, other, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, other, groups.dp), tasks, "first")
 
 
 def test_embeddings_of_other_inputs_are_refused(groups, tmp_path):
     EmbeddingCache(tmp_path / "embeddings" / "CIRR", task_of([["a"]]).inputs).claim(IDENTITY)
     tasks = [task for task in golden_tasks() if task.name == "CIRR"]
     with pytest.raises(DataError, match="embeddings of other inputs than those of data set CIRR"):
-        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
 
 
 def test_a_damaged_result_is_made_again_and_a_damaged_manifest_named(groups, tmp_path):
     tasks = golden_tasks()[:1]
-    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     before = (tmp_path / "ImageNet-1K_result.json").read_bytes()
     (tmp_path / "ImageNet-1K_result.json").write_text("{")
-    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     assert (done.num_finished, done.num_embedded) == (0, 0)
     assert (tmp_path / "ImageNet-1K_result.json").read_bytes() == before
     (tmp_path / "embeddings" / "ImageNet-1K" / "manifest.json").write_text("{")
     (tmp_path / "ImageNet-1K_score.json").unlink()
     with pytest.raises(DataError, match=r"manifest\.json is not valid JSON .*or delete .*ImageNet-1K to embed again"):
-        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
 
 
 def test_an_incomplete_result_is_made_again(groups, tmp_path):
     tasks = golden_tasks()[:1]
-    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     path = tmp_path / "ImageNet-1K_result.json"
     whole = json.loads(path.read_text())
     cut = {key: value for key, value in whole["result"].items() if key != "top"}
@@ -181,7 +181,7 @@ def test_an_incomplete_result_is_made_again(groups, tmp_path):
     without_model = {key: value for key, value in whole.items() if key != "model"}
     for broken in (without_model, {**whole, "result": cut}, {**whole, "result": short}, {**whole, "result": None}):
         path.write_text(json.dumps(broken))
-        done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+        done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
         assert (done.num_finished, done.num_embedded) == (0, 0)
         assert json.loads(path.read_text()) == whole
 
@@ -189,16 +189,16 @@ def test_an_incomplete_result_is_made_again(groups, tmp_path):
 def test_other_right_candidates_are_scored_again_without_embedding(groups, tmp_path):
     """The inputs are the same ones: only which is whose candidate, and right, has changed."""
     task = [task for task in golden_tasks() if task.name == "ImageNet-1K"]
-    first = evaluate_tasks(GoldenEmbedder(), task, tmp_path / "out", IDENTITY, groups.dp, "first")
+    first = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path / "out", IDENTITY, groups.dp), task, "first")
     # The last query first, with the candidates of the last in reverse, and so on.
     bounds = len(task[0].candidates) - task[0].bounds[::-1]
     candidates = task[0].candidates[::-1]
     right = candidates[bounds[:-1]]
     turned = [replace(task[0], queries=task[0].queries[::-1], candidates=candidates, right=right, bounds=bounds)]
     assert turned[0].inputs.digest == task[0].inputs.digest and turned[0].digest != task[0].digest
-    again = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "out", IDENTITY, groups.dp, "first")
+    again = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path / "out", IDENTITY, groups.dp), turned, "first")
     assert (again.num_finished, again.num_embedded) == (0, 0)
-    fresh = evaluate_tasks(GoldenEmbedder(), turned, tmp_path / "fresh", IDENTITY, groups.dp, "first")
+    fresh = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path / "fresh", IDENTITY, groups.dp), turned, "first")
     assert again.results == fresh.results and again.results != first.results
 
 
@@ -206,38 +206,43 @@ def test_parts_with_changed_pictures_are_embedded_again(groups, tmp_path, caplog
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(GOLDEN, source)
     tasks = [read_task(source, source, name) for name in ("CIRR", "ImageNet-1K")]
-    evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp, "first")
-    assert evaluate_tasks(GoldenEmbedder(), tasks, out, IDENTITY, groups.dp, "first").num_finished == 2
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), out, IDENTITY, groups.dp), tasks, "first")
+    assert evaluate_tasks(CachedEmbedder(GoldenEmbedder(), out, IDENTITY, groups.dp), tasks, "first").num_finished == 2
     picture = source / "CIRR" / "t3.png"
     os.utime(picture, ns=(0, 12345))
     second = GoldenEmbedder()
-    done = evaluate_tasks(second, tasks, out, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(second, out, IDENTITY, groups.dp), tasks, "first")
     store = EmbeddingCache(out / "embeddings" / "CIRR", tasks[0].inputs)
     changed = [part for part in map(store.inputs_of, range(store.num_parts)) if any("t3.png" in key for key in part)]
     assert done.num_finished == 1 and second.asked == [key for part in changed for key in part] != []
     assert len(changed) < store.num_parts
     assert f"{len(changed)} of {store.num_parts} parts of {store.folder} are embedded again" in caplog.text
     third = GoldenEmbedder()
-    assert evaluate_tasks(third, tasks, out, IDENTITY, groups.dp, "first").num_finished == 2 and third.asked == []
+    assert (
+        evaluate_tasks(CachedEmbedder(third, out, IDENTITY, groups.dp), tasks, "first").num_finished == 2
+        and third.asked == []
+    )
     picture.unlink()
     with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist, 1 of \d+ files .* that --images names"):
-        evaluate_tasks(third, tasks, out, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(third, out, IDENTITY, groups.dp), tasks, "first")
 
 
 def test_parts_without_a_manifest_are_refused(groups, tmp_path):
     tasks = golden_tasks()[:1]
-    evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     folder = tmp_path / "embeddings" / "ImageNet-1K"
     (folder / "manifest.json").unlink()
     (tmp_path / "ImageNet-1K_score.json").unlink()
     with pytest.raises(DataError, match=rf"{folder} holds embeddings but no manifest.json.*or delete {folder} to"):
-        evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, {"weights": "others"}, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, {"weights": "others"}, groups.dp), tasks, "first")
 
 
 def test_a_folder_that_cannot_be_made_is_named(groups, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/embeddings/ImageNet-1K cannot be made: Not a directory; choose another"):
-        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path / "file", IDENTITY, groups.dp, "first")
+        evaluate_tasks(
+            CachedEmbedder(GoldenEmbedder(), tmp_path / "file", IDENTITY, groups.dp), golden_tasks(), "first"
+        )
 
 
 def test_a_missing_picture_is_found_before_any_work(groups, tmp_path):
@@ -246,7 +251,11 @@ def test_a_missing_picture_is_found_before_any_work(groups, tmp_path):
     (source / "CIRR" / "t3.png").unlink()
     embedder = GoldenEmbedder()
     with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist"):
-        evaluate_tasks(embedder, [read_task(source, source, "CIRR")], tmp_path / "out", IDENTITY, groups.dp, "first")
+        evaluate_tasks(
+            CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp),
+            [read_task(source, source, "CIRR")],
+            "first",
+        )
     assert embedder.asked == []
 
 
@@ -256,7 +265,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(groups, tmp_path, monkeypatc
 
     monkeypatch.setattr(cache.os, "fsync", full)
     with pytest.raises(DataError, match=r"part-00000\.npy cannot be written: No space left on device"):
-        evaluate_tasks(GoldenEmbedder(), golden_tasks(), tmp_path, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), golden_tasks(), "first")
     assert [path.name for path in tmp_path.rglob("part-*")] == []
 
 
@@ -270,9 +279,9 @@ def test_an_embedding_that_is_not_finite_is_named_and_not_stored(groups, tmp_pat
 
     tasks = golden_tasks()
     with pytest.raises(NotFiniteError, match=r"input CIRR 1 .* has no finite embedding .1 of \d+ inputs"):
-        evaluate_tasks(broken, tasks, tmp_path, IDENTITY, groups.dp, "first")
+        evaluate_tasks(CachedEmbedder(broken, tmp_path, IDENTITY, groups.dp), tasks, "first")
     assert list((tmp_path / "embeddings" / "CIRR").glob("part-*")) == []
-    done = evaluate_tasks(GoldenEmbedder(), tasks, tmp_path, IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
     assert 0 < done.num_embedded < done.num_inputs
 
 
@@ -360,7 +369,9 @@ def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
     assert list(scores) == ["ImageNet-1K", "CIRR"] and chunks[0].training
     model = LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups)
     tasks = golden_tasks()[:2]
-    done = evaluate_tasks(partial(embed_parts, model), tasks, tmp_path / "out", IDENTITY, groups.dp, "first")
+    done = evaluate_tasks(
+        CachedEmbedder(partial(embed_parts, model), tmp_path / "out", IDENTITY, groups.dp), tasks, "first"
+    )
     assert scores == {result.name: result.precision_at_1 for result in done.results}
 
 

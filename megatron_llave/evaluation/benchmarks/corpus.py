@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.distributed.process_groups import device
-from megatron_llave.embedding.cache import EmbeddingCache, EmbedParts, Identity, Progress, embed_missing
+from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import read_lines
 from megatron_llave.errors import DataError
@@ -124,53 +124,37 @@ def _is_name(field: str) -> bool:
     return False
 
 
-def evaluate_retrieval(
-    embed_parts: EmbedParts,
-    data: RetrievalData,
-    out: str | Path,
-    identity: Identity,
-    replicas: dist.ProcessGroup,
-    depths: Sequence[int],
-    progress: Progress = lambda what, done, total: None,
-) -> dict[str, float]:
-    """Embed the missing inputs, search and score; the first rank writes scores.json and ranking.trec into `out`.
+def evaluate_retrieval(embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int]) -> dict[str, float]:
+    """Embed the missing inputs, search and score; the first rank writes scores.json and ranking.trec.
 
     Equal similarities are ranked in the order of the corpus.
 
     Args:
-        embed_parts: embeds with this rank's replica of the model.
+        embedder: embeds the queries and the corpus; its folder gets the results. All ranks search.
         data: see read_retrieval.
-        out: folder for embeddings and results, shared by all ranks.
-        identity: of the model; only the first rank's is used.
-        replicas: data-parallel group that the embedding is dealt to; all ranks search.
         depths: values of k for recall@k and nDCG@k; max(depths) candidates per query are written.
-        progress: called after each part of this rank.
 
     Returns:
         The scores of metrics.score_ranking; the same on all ranks.
 
     Raises:
         ConfigError: a depth is below 1.
-        DataError: see embed_missing, or the results cannot be written.
+        DataError: see CachedEmbedder.embed, or the results cannot be written.
     """
-    depths, out = parse_depths(depths), Path(out)
-    caches = [
-        EmbeddingCache(out / "embeddings" / collection.inputs.name, collection.inputs)
-        for collection in (data.queries, data.corpus)
-    ]
-    embed_missing(embed_parts, caches, identity, replicas, progress)
-    queries = torch.from_numpy(caches[0].rows(np.arange(len(data.queries.ids)))).to(device())
+    depths = parse_depths(depths)
+    query_cache, corpus_cache = embedder.embed([data.queries.inputs, data.corpus.inputs])
+    queries = torch.from_numpy(query_cache.rows(np.arange(len(data.queries.ids)))).to(device())
     world = dist.group.WORLD
     bounds = [len(data.corpus.ids) * rank // world.size() for rank in range(world.size() + 1)]
     first, last = bounds[world.rank()], bounds[world.rank() + 1]
-    places, similarities = search(queries, StoredRows(caches[1], first, last), max(depths), first, world)
+    places, similarities = search(queries, StoredRows(corpus_cache, first, last), max(depths), first, world)
     ranking = {
         query: [data.corpus.ids[place] for place in row if place >= 0]
         for query, row in zip(data.queries.ids, places.tolist())
     }
     scores = score_ranking(ranking, data.judgements, depths)
     if dist.get_rank() == 0:
-        _write(out, ranking, similarities.tolist(), scores)
+        _write(Path(embedder.folder), ranking, similarities.tolist(), scores)
     dist.barrier()
     return scores
 
@@ -196,11 +180,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
 
-    def evaluate(
-        embed_parts: EmbedParts, out: str, identity: Identity, replicas: dist.ProcessGroup, progress: Progress
-    ) -> list[str]:
-        scores = evaluate_retrieval(embed_parts, data, out, identity, replicas, depths, progress)
-        return [*(f"{name:>14} {score:6.2f} %" for name, score in scores.items()), f"scores and ranking: {out}"]
+    def evaluate(embedder: CachedEmbedder) -> list[str]:
+        scores = evaluate_retrieval(embedder, data, depths)
+        return [*(f"{name:>14} {score:6.2f} %" for name, score in scores.items()), f"scores and ranking: {args.out}"]
 
     return evaluate
 

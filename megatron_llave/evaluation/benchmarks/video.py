@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_llave.embedding.cache import EmbeddingCache, EmbedParts, Identity, Progress, embed_missing
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate
@@ -160,47 +160,36 @@ def _read(path: Path) -> str:
 
 
 def evaluate_videos(
-    embed_parts: EmbedParts,
-    videos: Sequence[CaptionedVideo],
-    folder: str | Path,
-    out: str | Path,
-    identity: Identity,
-    replicas: dist.ProcessGroup,
-    progress: Progress = lambda what, done, total: None,
+    embedder: CachedEmbedder, videos: Sequence[CaptionedVideo], folder: str | Path
 ) -> dict[str, dict[str, float]]:
-    """Embed the missing inputs and score; the first rank writes scores.json into `out`.
+    """Embed the missing inputs and score; the first rank writes scores.json.
 
     Args:
-        embed_parts: embeds with this rank's replica of the model.
+        embedder: embeds captions and videos; its folder gets the scores.
         videos: the videos with their captions.
         folder: folder of the video files.
-        out: folder for embeddings and scores, shared by all ranks.
-        identity: of the model; only the first rank's is used.
-        replicas: data-parallel group that the embedding is dealt to.
-        progress: called after each part of this rank.
 
     Returns:
         For text_to_video and video_to_text, recall@k in percent and median_rank; the same on all ranks.
 
     Raises:
-        DataError: see embed_missing, or the scores cannot be written.
+        DataError: see CachedEmbedder.embed, or the scores cannot be written.
     """
-    out = Path(out)
     captions = [(caption, number) for number, video in enumerate(videos) for caption in video.captions]
     texts = Inputs("captions", [Input(TEXT_PROMPT.format(caption)) for caption, _ in captions], folder)
     entries = [Input(VIDEO_PROMPT, video=video.file, id=video.id) for video in videos]
     clips = Inputs("videos", entries, folder, hint="--videos names the folder that they are looked for in")
-    caches = [EmbeddingCache(out / "embeddings" / inputs.name, inputs) for inputs in (texts, clips)]
-    embed_missing(embed_parts, caches, identity, replicas, progress)
+    caches = embedder.embed([texts, clips])
     text, video = (torch.from_numpy(cache.rows(np.arange(len(cache.inputs)))) for cache in caches)
     belongs = torch.tensor([number for _, number in captions])[:, None] == torch.arange(len(videos))  # [texts, videos]
     both = {"text_to_video": (text, video, belongs), "video_to_text": (video, text, belongs.T)}
     scores = {name: summarise_ranks(ranks_of_right(*sides)) for name, sides in both.items()}
     if dist.get_rank() == 0:
+        path = Path(embedder.folder) / SCORES_FILE
         try:
-            write_json(out / SCORES_FILE, scores)
+            write_json(path, scores)
         except OSError as error:
-            raise DataError(f"{out / SCORES_FILE} cannot be written: {error.strerror}") from error
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
     dist.barrier()
     return scores
 
@@ -216,16 +205,13 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     folder = args.videos or Path(args.manifest).parent
     videos = read_videos(args.manifest, folder, args.format, args.list)
 
-    def evaluate(
-        embed_parts: EmbedParts, out: str, identity: Identity, replicas: dist.ProcessGroup, progress: Progress
-    ) -> list[str]:
-        scores = evaluate_videos(embed_parts, videos, folder, out, identity, replicas, progress)
+    def evaluate(embedder: CachedEmbedder) -> list[str]:
         lines = []
-        for direction, values in scores.items():
+        for direction, values in evaluate_videos(embedder, videos, folder).items():
             figures = "  ".join(f"{name} {value:.1f}" for name, value in values.items())
             lines.append(f"{direction.replace('_', ' ')}: {figures}")
         num_captions = sum(len(video.captions) for video in videos)
-        return [*lines, f"{len(videos)} videos, {num_captions} captions; scores: {out}"]
+        return [*lines, f"{len(videos)} videos, {num_captions} captions; scores: {args.out}"]
 
     return evaluate
 

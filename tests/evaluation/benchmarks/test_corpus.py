@@ -11,6 +11,7 @@ from golden_model import ONEVISION, byte_tokenizer
 from run_ranks import run_ranks
 
 from megatron_llave.embedding import cache
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation import ranking
@@ -49,7 +50,7 @@ def write_files(folder: Path, num: int = 40, judgements: str | None = None) -> t
 
 def test_scores_and_the_files_written(groups, tmp_path):
     data = read_retrieval(*write_files(tmp_path))
-    scores = evaluate_retrieval(embedder, data, tmp_path / "out", IDENTITY, groups.dp, [1, 5])
+    scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
     assert scores == json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(scores.values()) == {100.0}
     lines = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
@@ -60,7 +61,12 @@ def test_scores_and_the_files_written(groups, tmp_path):
         similarities = [float(line[4]) for line in row]
         assert similarities == sorted(similarities, reverse=True) and similarities[0] == pytest.approx(1, abs=1e-6)
     # A second time everything is there, and a corpus smaller than k is ranked whole.
-    assert evaluate_retrieval(lambda parts: iter([]), data, tmp_path / "out", IDENTITY, groups.dp, [1, 100]) | scores
+    assert (
+        evaluate_retrieval(
+            CachedEmbedder(lambda parts: iter([]), tmp_path / "out", IDENTITY, groups.dp), data, [1, 100]
+        )
+        | scores
+    )
     assert len((tmp_path / "out" / "ranking.trec").read_text().splitlines()) == 40 * 40
 
 
@@ -68,7 +74,7 @@ def test_beirs_table_and_grades(groups, tmp_path):
     table = "query-id\tcorpus-id\tscore\nq0\tc1\t2\nq0\tc0\t1\nq1\tc1\t0\n"
     data = read_retrieval(*write_files(tmp_path, judgements=table))
     assert data.judgements == {"q0": {"c1": 2, "c0": 1}, "q1": {"c1": 0}}
-    scores = evaluate_retrieval(embedder, data, tmp_path / "out", IDENTITY, groups.dp, [1])
+    scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1])
     assert scores["precision@1"] == 100.0 and scores["ndcg@1"] == 50.0  # one query is judged relevant to anything
 
 
@@ -125,12 +131,14 @@ def test_pictures_outside_the_folder_and_missing_ones(groups, tmp_path):
     assert data.queries.inputs["queries 0 " + str(picture)].images == [picture.read_bytes()]
     missing = r"data set queries, input 'q1': .*near\.png does not exist, 1 of 2 files looked for are missing; they "
     with pytest.raises(DataError, match=missing + rf"start from the folder of {path}"):
-        evaluate_retrieval(embedder, data, tmp_path / "out", IDENTITY, groups.dp, [1])
+        evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1])
 
 
 def test_depths_below_one_are_refused(groups, tmp_path):
     with pytest.raises(ConfigError, match="--k 0,5 must be numbers of at least 1"):
-        evaluate_retrieval(embedder, read_retrieval(*write_files(tmp_path)), tmp_path, IDENTITY, groups.dp, [0, 5])
+        evaluate_retrieval(
+            CachedEmbedder(embedder, tmp_path, IDENTITY, groups.dp), read_retrieval(*write_files(tmp_path)), [0, 5]
+        )
 
 
 @pytest.mark.parametrize("k", [1, 7, 500])

@@ -10,6 +10,7 @@ import torch
 from golden_model import ONEVISION, byte_tokenizer
 from run_ranks import run_ranks
 
+from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.video import CaptionedVideo, evaluate_videos
@@ -58,11 +59,11 @@ def test_scores_that_cannot_be_written_and_missing_videos_are_one_line(groups, t
     (tmp_path / "a.mp4").touch()
     missing = r"data set videos, input 'b': .*b\.mp4 does not exist, 1 of 2 files .*; --videos names the folder"
     with pytest.raises(DataError, match=missing):
-        evaluate_videos(embedder, videos, tmp_path, tmp_path / "out", {}, groups.dp)
+        evaluate_videos(CachedEmbedder(embedder, tmp_path / "out", {}, groups.dp), videos, tmp_path)
     (tmp_path / "b.mp4").touch()
     (tmp_path / "out" / "scores.json").mkdir()
     with pytest.raises(DataError, match=r"out/scores\.json cannot be written: Is a directory"):
-        evaluate_videos(embedder, videos, tmp_path, tmp_path / "out", {}, groups.dp)
+        evaluate_videos(CachedEmbedder(embedder, tmp_path / "out", {}, groups.dp), videos, tmp_path)
 
 
 def test_clips_are_the_same_every_time_and_not_overwritten(clips, tmp_path):
