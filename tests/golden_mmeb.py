@@ -23,9 +23,9 @@ def golden_tasks() -> list[Task]:
 def golden_rows(inputs: Inputs) -> torch.Tensor:
     """[inputs, 16] of inputs of a golden set."""
     with np.load(GOLDEN / inputs.name / "embeddings.npz") as file:
-        sides = [(file[f"{side}_text"], file[f"{side}_img_path"], file[f"{side}_emb"]) for side in ("qry", "tgt")]
-    rows = {(str(t), str(i)): row for texts, images, found in sides for t, i, row in zip(texts, images, found)}
-    return torch.from_numpy(np.stack([rows[one.text, "".join(one.images)] for one in inputs.entries]))
+        columns = [(file[f"{side}_text"], file[f"{side}_img_path"], file[f"{side}_emb"]) for side in ("qry", "tgt")]
+    rows = {(str(t), str(i)): row for texts, images, vectors in columns for t, i, row in zip(texts, images, vectors)}
+    return torch.from_numpy(np.stack([rows[entry.text, "".join(entry.images)] for entry in inputs.entries]))
 
 
 class GoldenEmbedder:
@@ -45,7 +45,7 @@ class GoldenEmbedder:
 
 
 def assert_released_files(out: Path) -> None:
-    """Scores and predictions are those that the released code wrote, byte for byte."""
+    """Scores and predictions are those that the official evaluation wrote, byte for byte."""
     for name in NAMES:
         for kind in ("score.json", "pred.txt"):
             expected = (GOLDEN / name / f"expected_{kind}").read_bytes()

@@ -1,6 +1,6 @@
 """Under torchrun: MMEB evaluation at a layout.
 
-check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the released code's files
+check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the official evaluation's files
 check_mmeb.py model FOLDER OUT tensor,pipeline TOKENIZER   a model: its results, in OUT
 """
 
@@ -20,7 +20,7 @@ from megatron_llave.evaluation.evaluate import evaluate_tasks
 
 
 def check_golden(out: Path, layout: str) -> None:
-    """As the released code, then again without any embedding."""
+    """Write the official evaluation's files, then evaluate again without any embedding."""
     tensor, pipeline = map(int, layout.split(","))
     groups = process_groups.initialize_model_parallel(ParallelConfig(tensor=tensor, pipeline=pipeline))
     is_writer = groups.tp.rank() == 0 and groups.pp.rank() == pipeline - 1

@@ -1,4 +1,4 @@
-"""MMEB's golden sets give the released code's files at every layout; a model's results do not depend on the layout."""
+"""MMEB's golden sets give the official files at every layout; a model's results do not depend on the layout."""
 
 import json
 from pathlib import Path

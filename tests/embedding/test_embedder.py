@@ -36,10 +36,8 @@ def model(groups) -> LoadedModel:
 
 
 def evaluate(model: LoadedModel, inputs: dict[str, Side], sets: list[EvaluationSet]) -> list[SetResult]:
-    embedder = partial(embed_parts, model)
-    return evaluate_tasks(
-        CachedEmbedder(embedder, None, {}, model.groups.dp), build_tasks(inputs, sets), "strict"
-    ).results
+    embedder = CachedEmbedder(partial(embed_parts, model), None, {}, model.groups.dp)
+    return evaluate_tasks(embedder, build_tasks(inputs, sets), "strict").results
 
 
 def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:
@@ -68,9 +66,9 @@ def test_scores_find_each_input_itself(model: LoadedModel) -> None:
 
 def test_embeddings_that_are_not_finite_are_not_scored(model: LoadedModel) -> None:
     inputs = {text: Side(text, []) for text in ("ab", "c", "d")}
-    one = EvaluationSet("a set", "retrieval", "ind", ["ab", "c"], ["d", "c"], [0, 1])
+    two_queries = EvaluationSet("a set", "retrieval", "ind", ["ab", "c"], ["d", "c"], [0, 1])
     weight = next(p for name, p in model.chunks[0].named_parameters() if "word_embeddings" in name)
     with torch.no_grad():
         weight[ord("d")] = float("nan")
     with pytest.raises(DataError, match="input prepared 2 d has no finite embedding .1 of 3 inputs"):
-        evaluate(model, inputs, [one])
+        evaluate(model, inputs, [two_queries])

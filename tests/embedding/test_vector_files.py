@@ -70,9 +70,9 @@ def test_npy_and_parquet_hold_the_same(tmp_path: Path) -> None:
             write_part(["a", "b"], rows[:2])
             assert not (tmp_path / name).exists()
             write_part(["c", "d", "e"], rows[2:])
-    found = np.load(tmp_path / "deep/out.npy", allow_pickle=False)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, rows.numpy())
+    stored = np.load(tmp_path / "deep/out.npy", allow_pickle=False)
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, rows.numpy())
     table = pq.read_table(tmp_path / "deep/out.parquet")
     assert table["id"].to_pylist() == list("abcde") and table.schema.metadata[b"model"] == b"runs/tiny"
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), rows.numpy())

@@ -57,7 +57,7 @@ def test_a_benchmark_from_outside_is_evaluated_by_the_tool(animals, groups, tmp_
     evaluate.main()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["ties"] == "first" and report["work"]["inputs_embedded"] == 4
-    assert [(one["name"], one["precision_at_1"], one["num_candidates"]) for one in report["sets"]] == [
+    assert [(scored["name"], scored["precision_at_1"], scored["num_candidates"]) for scored in report["sets"]] == [
         ("animals", 100.0, 2)
     ]
     assert (tmp_path / "out" / "embeddings" / "animals" / "manifest.json").is_file()
@@ -85,10 +85,10 @@ def test_a_call_without_a_command_is_one_line(monkeypatch, capsys, arguments):
 @pytest.mark.parametrize(("ties", "expected"), [("first", 100.0), ("strict", 0.0)])
 def test_a_tied_query_scores_the_same_with_own_and_with_shared_candidates(groups, ties, expected):
     vectors = {"q": [1, 0], "wrong": [0, 1], "also right": [0, 1]}
-    own = build_task("own", "retrieval", "ind", [(Input("q"), [Input("also right"), Input("wrong")])], ".")
+    with_own = build_task("own", "retrieval", "ind", [(Input("q"), [Input("also right"), Input("wrong")])], ".")
     sides = {text: Side(text, []) for text in vectors}
     [shared] = build_tasks(sides, [EvaluationSet("shared", "retrieval", "ind", ["q"], ["wrong", "also right"], [1])])
-    for task in (own, shared):
+    for task in (with_own, shared):
         rows = np.array([vectors[entry.text] for entry in task.inputs.entries], np.float32)
         result = score_task(task, rows.__getitem__, ties, groups.dp)
         assert (result.precision_at_1, result.num_ties, result.chance) == (expected, 1, 50.0)
@@ -103,13 +103,13 @@ def test_own_and_shared_candidates_give_the_same_figures(groups):
     rows = [
         (Input(f"q{i}"), [Input(text) for text in sorted(candidates, key=lambda c: c != right[i])]) for i in range(4)
     ]
-    own = build_task("set", "retrieval", "ind", rows, ".")
-    number_of = {entry.text: number for number, entry in enumerate(own.inputs.entries)}
+    with_own = build_task("set", "retrieval", "ind", rows, ".")
+    number_of = {entry.text: number for number, entry in enumerate(with_own.inputs.entries)}
     numbers = np.array([number_of[text] for text in candidates])
-    shared = replace(own, candidates=numbers, bounds=None)
-    vectors = rng.normal(size=(len(own.inputs), 8)).astype(np.float32)
+    shared = replace(with_own, candidates=numbers, bounds=None)
+    vectors = rng.normal(size=(len(with_own.inputs), 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    first, second = (score_task(task, vectors.__getitem__, "strict", groups.dp) for task in (own, shared))
+    first, second = (score_task(task, vectors.__getitem__, "strict", groups.dp) for task in (with_own, shared))
     for name in (
         "precision_at_1",
         "positive",

@@ -1,4 +1,4 @@
-"""Ranking tasks: the released code's scores, ties, what is done again after a stop, and what is refused."""
+"""Evaluation of tasks: the official scores, ties, what is repeated after a stop, and what is refused."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from megatron_llave.models import build_model, build_processor
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a few inputs each."""
+    """Parts hold a few inputs each."""
     monkeypatch.setattr(cache, "PART_COST", 20)
 
 
@@ -47,7 +47,7 @@ def task_of(lists: list[list[str]], name: str = "made up"):
 
 def scored(lists, vectors: dict[str, list[float]], groups, ties: str = "first") -> SetResult:
     task = task_of(lists)
-    rows = np.array([vectors[one.text] for one in task.inputs.entries], np.float32)
+    rows = np.array([vectors[entry.text] for entry in task.inputs.entries], np.float32)
     return score_task(task, rows.__getitem__, ties, groups.dp)
 
 
@@ -208,8 +208,8 @@ def test_parts_with_changed_pictures_are_embedded_again(groups, tmp_path, caplog
     tasks = [read_task(source, source, name) for name in ("CIRR", "ImageNet-1K")]
     evaluate_tasks(CachedEmbedder(GoldenEmbedder(), out, IDENTITY, groups.dp), tasks, "first")
     assert evaluate_tasks(CachedEmbedder(GoldenEmbedder(), out, IDENTITY, groups.dp), tasks, "first").num_finished == 2
-    picture = source / "CIRR" / "t3.png"
-    os.utime(picture, ns=(0, 12345))
+    image = source / "CIRR" / "t3.png"
+    os.utime(image, ns=(0, 12345))
     second = GoldenEmbedder()
     done = evaluate_tasks(CachedEmbedder(second, out, IDENTITY, groups.dp), tasks, "first")
     store = EmbeddingCache(out / "embeddings" / "CIRR", tasks[0].inputs)
@@ -222,7 +222,7 @@ def test_parts_with_changed_pictures_are_embedded_again(groups, tmp_path, caplog
         evaluate_tasks(CachedEmbedder(third, out, IDENTITY, groups.dp), tasks, "first").num_finished == 2
         and third.asked == []
     )
-    picture.unlink()
+    image.unlink()
     with pytest.raises(DataError, match=r"CIRR: .*t3\.png does not exist, 1 of \d+ files .* that --images names"):
         evaluate_tasks(CachedEmbedder(third, out, IDENTITY, groups.dp), tasks, "first")
 

@@ -43,18 +43,18 @@ def set_result(name="names", meta_task="retrieval", split="ind", precision=50.0,
     return SetResult(name=name, meta_task=meta_task, split=split, precision_at_1=precision, **(values | given))
 
 
-def picture(colour: str, size: tuple[int, int] = (56, 56)) -> bytes:
+def image_file(colour: str, size: tuple[int, int] = (56, 56)) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, "PNG")
     return stream.getvalue()
 
 
 INPUTS = {
-    "q0": Side("Find the colour.", [picture("navy")]),
-    "q1": Side("Find the colour. " + "A long explanation. " * 40, [picture("navy", (300, 40))]),
-    "c0": Side("Represent the given image.", [picture("cyan")]),
-    "c1": Side("Represent the given image.", [picture("magenta", (9, 70))]),
-    "c2": Side("Represent the given image.", [picture("yellow")]),
+    "q0": Side("Find the colour.", [image_file("navy")]),
+    "q1": Side("Find the colour. " + "A long explanation. " * 40, [image_file("navy", (300, 40))]),
+    "c0": Side("Represent the given image.", [image_file("cyan")]),
+    "c1": Side("Represent the given image.", [image_file("magenta", (9, 70))]),
+    "c2": Side("Represent the given image.", [image_file("yellow")]),
 }
 MIXED = [
     set_result("a", "classification", "ind", 40.0),
@@ -81,7 +81,7 @@ def log_records(steps: int = 60) -> list[dict]:
 
 
 def pixels(path) -> np.ndarray:
-    """[height, width, 3] of a PNG, which is checked to be one."""
+    """[height, width, 3] of a PNG, checked to be a PNG."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -139,11 +139,14 @@ def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
     evaluation_report.write_numbers(MIXED, tmp_path / "report.json", {"checkpoint": "step 7"})
     value = json.loads((tmp_path / "report.json").read_text())
     assert value["checkpoint"] == "step 7" and value["means"] == evaluation_report.summarise(MIXED)
-    assert [one["name"] for one in value["sets"]] == ["a", "b", "c", "d"]
+    assert [scored["name"] for scored in value["sets"]] == ["a", "b", "c", "d"]
     first = value["sets"][0]
     counts = [first.pop(f"{name}_histogram") for name in ("positive", "hardest_negative")]
     # Cosines 0.9 and 0.5, 0.4 and 0.6: bin k begins at -1 + k / 25.
-    assert [{place: n for place, n in enumerate(found) if n} for found in counts] == [{47: 1, 37: 1}, {35: 1, 40: 1}]
+    assert [{place: n for place, n in enumerate(histogram) if n} for histogram in counts] == [
+        {47: 1, 37: 1},
+        {35: 1, 40: 1},
+    ]
     assert first == {
         "name": "a",
         "meta_task": "classification",
@@ -253,20 +256,20 @@ def test_html_report_holds_everything_and_fetches_nothing(tmp_path):
 
 
 def test_worst_mistakes_come_first_and_right_queries_never():
-    one = set_result(
+    result = set_result(
         positive=[0.5, 0.5, 0.5, 0.9],
         hardest_negative=[0.6, 0.9, 0.7, 0.1],
         top=[[1, 0], [2, 0], [1, 2], [0, 1]],
         positives=[0, 0, 0, 0],
         queries=["q0", "q1", "q0", "q1"],
     )
-    [panel] = evaluation_report.mistake_panels([one], INPUTS, per_set=2, k=2)
+    [panel] = evaluation_report.mistake_panels([result], INPUTS, per_set=2, k=2)
     assert panel.headings == ("1", "right")
     assert [row.candidates for row in panel.rows] == [
         [(INPUTS["c2"], False), (INPUTS["c0"], True)],
         [(INPUTS["c1"], False), (INPUTS["c0"], True)],
     ]
-    padded = evaluation_report.mistake_panels([one], INPUTS, per_set=9)[0].rows
+    padded = evaluation_report.mistake_panels([result], INPUTS, per_set=9)[0].rows
     assert len(padded) == 3 and padded[0].candidates[2:] == [None, None, (INPUTS["c0"], True)]
     assert evaluation_report.mistake_panels([set_result(hardest_negative=[0.1, -math.inf])], INPUTS) == []
 
@@ -337,12 +340,12 @@ def frames(image: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, i
     """Boxes (left, top, right, bottom) drawn in a colour below the legend, in the order of rows."""
     mask = has(image, colour)
     mask[: montage.LEGEND_HEIGHT] = False
-    found = []
+    boxes = []
     rows = np.flatnonzero(mask.any(axis=1))
     for block in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
         columns = np.flatnonzero(mask[block].any(axis=0))
-        found.append((int(columns[0]), int(block[0]), int(columns[-1]), int(block[-1])))
-    return found
+        boxes.append((int(columns[0]), int(block[0]), int(columns[-1]), int(block[-1])))
+    return boxes
 
 
 def draw(results, inputs, path, per_set: int = 3, k: int = 5) -> None:
@@ -351,8 +354,8 @@ def draw(results, inputs, path, per_set: int = 3, k: int = 5) -> None:
 
 def test_montage_frames_the_right_candidate_green_and_a_wrong_best_one_red(tmp_path):
     # First query: right at once. Second: c2 is best but wrong, the right c1 is third.
-    one = set_result(top=[[0, 1, 2], [2, 0, 1]])
-    draw([one], INPUTS, tmp_path / "montage.png")
+    result = set_result(top=[[0, 1, 2], [2, 0, 1]])
+    draw([result], INPUTS, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     (first, third), (wrong,) = frames(image, GREEN), frames(image, RED)
     assert first[0] == wrong[0] and first[1] < wrong[1]  # both at rank 1, one row below the other
@@ -377,16 +380,16 @@ def test_montage_shows_no_more_than_asked_for(tmp_path):
 def test_montage_spreads_its_queries_over_the_set(tmp_path):
     # Only queries 0, 30 and 60 of 90 are right: the three that are shown.
     top = [[0] if number % 30 == 0 else [1] for number in range(90)]
-    one = set_result(top=top, positives=[0] * 90, queries=["q0"] * 90)
-    draw([one], INPUTS, tmp_path / "montage.png")
+    result = set_result(top=top, positives=[0] * 90, queries=["q0"] * 90)
+    draw([result], INPUTS, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     assert len(frames(image, GREEN)) == 3 and not frames(image, RED)
 
 
 def test_montage_of_texts_and_of_missing_candidates(tmp_path):
     inputs = INPUTS | {"c0": Side("x" * 300, []), "c1": Side("cat", []), "c2": Side("dog", [])}
-    one = set_result(top=[[1, -1, -1], [1, 0, -1]])
-    draw([one], inputs, tmp_path / "montage.png")
+    result = set_result(top=[[1, -1, -1], [1, 0, -1]])
+    draw([result], inputs, tmp_path / "montage.png")
     image = pixels(tmp_path / "montage.png")
     (wrong,), (right,) = frames(image, RED), frames(image, GREEN)
     assert wrong[0] == right[0]
@@ -404,8 +407,8 @@ def test_montage_lays_sets_out_in_two_columns_in_order(tmp_path):
     right, wrong = set_result(top=[[0], [1]]), set_result(top=[[2], [2]])
     draw([right, wrong, right], INPUTS, tmp_path / "three.png")
     draw([right], INPUTS, tmp_path / "one.png")
-    three, one = pixels(tmp_path / "three.png"), pixels(tmp_path / "one.png")
-    assert three.shape[1] > 1.9 * one.shape[1] and three.shape[0] < 2 * one.shape[0]
+    three, single = pixels(tmp_path / "three.png"), pixels(tmp_path / "one.png")
+    assert three.shape[1] > 1.9 * single.shape[1] and three.shape[0] < 2 * single.shape[0]
     left, right_half = np.split(three, [three.shape[1] // 2], axis=1)
     # The second set is below the first, the third beside it.
     assert frames(left, RED)[0][1] > frames(left, GREEN)[-1][1]

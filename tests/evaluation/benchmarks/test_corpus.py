@@ -1,4 +1,4 @@
-"""Retrieval on one's own files: scores, TREC ranking, resume, and what is refused."""
+"""Retrieval on the user's own files: scores, TREC ranking, resume, and what is refused."""
 
 import json
 from pathlib import Path
@@ -119,16 +119,16 @@ def test_byte_order_marks_and_rare_line_ends_are_text(tmp_path):
 def test_pictures_outside_the_folder_and_missing_ones(groups, tmp_path):
     (tmp_path / "far").mkdir()
     paths = write_files(tmp_path)
-    picture = tmp_path / "far" / "0.png"
-    picture.write_bytes((GOLDEN / "ImageNet-1K" / "0.png").read_bytes())
-    lines = [{"id": "q0", "image": str(picture)}, {"id": "q1", "image": ["near.png", str(picture)]}]
+    image = tmp_path / "far" / "0.png"
+    image.write_bytes((GOLDEN / "ImageNet-1K" / "0.png").read_bytes())
+    lines = [{"id": "q0", "image": str(image)}, {"id": "q1", "image": ["near.png", str(image)]}]
     lines += [{"id": "q2", "image": ["near.png", "near.png"]}]
     (tmp_path / "queries").mkdir()
     path = tmp_path / "queries" / "queries.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     paths[2].write_text("q0 0 c0 1\n")
     data = read_retrieval(path, *paths[1:])
-    assert data.queries.inputs["queries 0 " + str(picture)].images == [picture.read_bytes()]
+    assert data.queries.inputs["queries 0 " + str(image)].images == [image.read_bytes()]
     missing = r"data set queries, input 'q1': .*near\.png does not exist, 1 of 2 files looked for are missing; they "
     with pytest.raises(DataError, match=missing + rf"start from the folder of {path}"):
         evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1])
@@ -168,6 +168,6 @@ def test_the_tool_on_two_ranks_and_a_model(groups, tmp_path):
     assert "recall@3" in printed and printed.count("scores and ranking") == 1
     model = load_model(ONEVISION, overrides=[f"data.tokenizer={tokenizer}"])
     rows = model.embed([f"find {chr(97 + i)}{i}" for i in range(12)])
-    found = search(rows, model.embed([f"it is {chr(97 + i)}{i}" for i in range(12)]), 3)[0]
+    best = search(rows, model.embed([f"it is {chr(97 + i)}{i}" for i in range(12)]), 3)[0]
     lines = [line.split()[2] for line in (out / "ranking.trec").read_text().splitlines()]
-    assert lines == [f"c{index}" for index in found.flatten().tolist()]
+    assert lines == [f"c{index}" for index in best.flatten().tolist()]

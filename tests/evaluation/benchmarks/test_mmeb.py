@@ -30,7 +30,7 @@ def file_input(text: str, image: str) -> Input:
 
 def test_the_table_is_that_of_the_benchmark():
     golden = json.loads((GOLDEN / "mmeb_datasets.json").read_text())["datasets"]
-    assert SETS == {one["dataset"]: (one["meta_task"].lower(), one["split"].lower()) for one in golden}
+    assert SETS == {row["dataset"]: (row["meta_task"].lower(), row["split"].lower()) for row in golden}
     assert len(SETS) == 36 and sum(split == "ind" for _, split in SETS.values()) == 20
     trained = {name.replace("ImageNet_1K", "ImageNet-1K"): task for name, task in SUBSETS.items()}
     assert {name: task for name, (task, split) in SETS.items() if split == "ind"} == trained
@@ -47,11 +47,11 @@ def test_golden_rows_come_back(name):
     assert len(np.unique(task.candidates)) == counts["n_unique_targets"]
     for number, row in enumerate(rows):
         assert inputs[task.queries[number]] == file_input(row["qry_text"], row["qry_img_path"])
-        found = [inputs[index] for index in task.candidates_of(number)]
-        assert found == [file_input(*pair) for pair in zip(row["tgt_text"], row["tgt_img_path"])]
-    for key, one in zip(task.inputs, inputs, strict=True):
-        assert task.inputs[key].text == one.text
-        assert task.inputs[key].images == [(GOLDEN / "eval" / image).read_bytes() for image in one.images]
+        candidates = [inputs[index] for index in task.candidates_of(number)]
+        assert candidates == [file_input(*pair) for pair in zip(row["tgt_text"], row["tgt_img_path"])]
+    for key, entry in zip(task.inputs, inputs, strict=True):
+        assert task.inputs[key].text == entry.text
+        assert task.inputs[key].images == [(GOLDEN / "eval" / image).read_bytes() for image in entry.images]
 
 
 def test_sets_are_chosen_in_the_papers_order():
@@ -123,7 +123,7 @@ def test_parts_cover_all_inputs_and_cost_alike():
     task = build_task("a", "vqa", "ind", rows, ".")
     bounds = task.inputs.cut(40)
     assert bounds[0] == 0 and bounds[-1] == len(task.inputs) and bounds == sorted(set(bounds))
-    costs = [sum(one.cost for one in task.inputs.entries[a:b]) for a, b in zip(bounds, bounds[1:])]
-    assert all(cost <= 40 for cost in costs) and min(costs[:-1]) > 40 - max(one.cost for one in task.inputs.entries)
+    costs = [sum(entry.cost for entry in task.inputs.entries[a:b]) for a, b in zip(bounds, bounds[1:])]
+    assert all(cost <= 40 for cost in costs) and min(costs[:-1]) > 40 - max(entry.cost for entry in task.inputs.entries)
     inputs = task.inputs.entries
-    assert [one.cost for one in inputs] == sorted(one.cost for one in inputs)
+    assert [entry.cost for entry in inputs] == sorted(entry.cost for entry in inputs)

@@ -18,14 +18,14 @@ from megatron_llave.evaluation.benchmarks.prepared import (
 )
 
 
-def picture(colour):
+def image_file(colour):
     buffer = io.BytesIO()
     Image.new("RGB", (5, 4), (colour, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def example():
-    sides = [Side("red?", [picture(200)]), Side("", [picture(10)]), Side("yes", []), Side("no", [])]
+    sides = [Side("red?", [image_file(200)]), Side("", [image_file(10)]), Side("yes", []), Side("no", [])]
     inputs = {input_key(side): side for side in sides}
     keys = list(inputs)
     return inputs, [
@@ -60,8 +60,8 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
 
 
 def test_key_tells_inputs_apart():
-    one, other = picture(1), picture(2)
-    sides = [Side(text, images) for text in ("", "a") for images in ([], [one], [other], [one, other])]
+    red, darker = image_file(2), image_file(1)
+    sides = [Side(text, images) for text in ("", "a") for images in ([], [red], [darker], [red, darker])]
     assert len({input_key(side) for side in sides}) == len(sides)
     assert input_key(Side("cat", [])) == "77af778b51abd4a3c51c5ddd97204a9c"
 

@@ -91,7 +91,9 @@ def test_the_tool_scores_clips_on_two_ranks_as_one_process_does(clips, groups, t
     assert stored["captions"].shape == (12, 64) and stored["videos"].shape == (6, 64)
     model = load_model(ONEVISION, overrides=[f"data.tokenizer={tokenizer}"])
     lines = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
-    texts = [f"Find me an video that matches the given caption: {one}" for line in lines for one in line["captions"]]
+    texts = [
+        f"Find me an video that matches the given caption: {caption}" for line in lines for caption in line["captions"]
+    ]
     captions = model.embed(texts)
     np.testing.assert_allclose(stored["captions"], captions.numpy(), atol=3e-6)
     belongs = torch.arange(12)[:, None] // 2 == torch.arange(6)
