@@ -16,21 +16,16 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, exit_with_one_line, require
 from megatron_llave.report.paper_results import ABLATION_NOTES, ABLATIONS
 from megatron_llave.study.arms import STUDIES, Run, Study, plan
-from megatron_llave.study.communication.study import plan_launches, run_communication
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, is_finished
 from megatron_llave.study.write_up import write_up
 
-COMMUNICATION = "communication"
-PAIRS, STEPS = 32, 8
-"""Of the study of communication: pairs per process where train.micro_batch_size is null, batches that are measured."""
-
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=(*STUDIES, COMMUNICATION))
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each arm runs with each")
     parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same one goes on")
@@ -38,7 +33,7 @@ def parse() -> argparse.Namespace:
         "--arm", action="append", default=[], help="one of the study's, beside the reference; again: more"
     )
     parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
-    parser.add_argument("--processes", type=int, default=2, help="of all runs at a time; of communication: at most (2)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of all runs at a time (2)")
     parser.add_argument("--per-run", type=int, default=1, help="processes of one run (1)")
     parser.add_argument("--task", metavar="N|list", help="only run N of the list, for a job array; or print the list")
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
@@ -73,13 +68,6 @@ def run(args: argparse.Namespace) -> int:
     wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
     require(args.processes >= args.per_run >= 1, wrong)
     cfg, out = load_config(args.config, args.overrides), Path(args.out).absolute()
-    if args.study == COMMUNICATION:
-        useless = bool(args.arm or args.task or args.start) or args.per_run != 1
-        require(not useless, "study communication takes --processes and overrides: it has no arms, tasks or seeds")
-        counts = [2**power for power in range(args.processes.bit_length())]
-        settings = counts, cfg.train.micro_batch_size or PAIRS, STEPS, cfg.checkpoint.init
-        run_communication(plan_launches(Path(args.config), args.overrides, out, *settings), out, say)
-        return 0
     start = Path(args.start) if args.start else None
     layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
     require(args.per_run % layout == 0, f"--per-run {args.per_run} is no multiple of tensor x pipeline = {layout}")

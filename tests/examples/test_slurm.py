@@ -179,4 +179,4 @@ def test_slurm_study_runs_its_task_and_is_queued_again_when_interrupted(
 
 def test_slurm_study_refuses_what_is_not_for_a_cluster(slurm: Slurm) -> None:
     assert slurm.run("0", "communication", "examples/studies/2b.yaml", "0", "out", file=STUDY_FILE) == 2
-    assert "study communication measures processes" in (slurm.folder / "slurm.out").read_text()
+    assert "communication measures processes" in (slurm.folder / "slurm.out").read_text()

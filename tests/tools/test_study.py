@@ -61,7 +61,6 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
         (["hardness_modes"], "data.hard_negatives=0; set it to at least 1"),
         (["hardness", "parallel.tensor=2"], "--per-run 1 is no multiple of tensor x pipeline = 2"),
         (["freezing"], "needs trained weights to start from"),
-        (["communication", "--arm", "alpha 1"], "study communication takes --processes and overrides"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the loss's collectives cost, by formula: bytes, hops and link speeds. Study `communication` checks it.
+"""What the loss's collectives cost, by formula: bytes, hops and link speeds. study.py compares it with measurements.
 
 A collective of N ranks is a ring: N - 1 hops, in each of which a rank receives one N-th of the whole; an all-reduce is
 two such rounds, one that scatters the sums and one that gathers them. A hop takes the latency of a link and its share

@@ -1,19 +1,18 @@
-"""Study communication: what the model says in limits, what the ranks measure, and that nothing is measured twice."""
+"""benchmarks/communication: the limits of the model, what the ranks measure, and that nothing is measured twice."""
 
 import csv
 import itertools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron_llave.config.load import load_config
-from megatron_llave.errors import ConfigError, UserError
-from megatron_llave.planning.plan import gather_bytes
-from megatron_llave.study.communication import ranks, study
-from megatron_llave.study.communication.model import (
+from benchmarks.communication import __main__ as command
+from benchmarks.communication import ranks, study
+from benchmarks.communication.model import (
     CLUSTERS,
     H100_NODES,
     MODELS,
@@ -32,7 +31,10 @@ from megatron_llave.study.communication.model import (
     reduction_collectives,
     ring_seconds,
 )
-from megatron_llave.study.communication.study import plan_launches, run_communication, run_ranks
+from benchmarks.communication.study import plan_launches, run_communication, run_ranks
+from megatron_llave.config.load import load_config
+from megatron_llave.errors import ConfigError, UserError
+from megatron_llave.planning.plan import gather_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny.yaml"
@@ -203,3 +205,27 @@ def test_numbers_of_processes_are_compared_on_the_same_kinds_of_pairs(monkeypatc
     stream = (SimpleNamespace(subset=name) for name in drawn)
     taken = [batch.subset for batch in ranks.take_evenly(stream, ["a", "b", "c"], steps)]
     assert taken[0] == "b" and sorted(taken[1:]) == sorted("abc" * each)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--arm", "alpha 1"], "unrecognized arguments: --arm"),
+        (["--processes", "0"], "error: --processes 0 must be at least 1\n"),
+        (["--out", ""], "error: --out '' is no name for a folder of results\n"),
+        (
+            ["--out", "/proc/nope/x"],
+            "error: --out /proc/nope/x: /proc/nope cannot be written: No such file or directory\n",
+        ),
+        (["parallel.tensor=2"], "error: parallel.tensor, pipeline and context must be 1, as in tiny.yaml\n"),
+    ],
+)
+def test_mistakes_are_named(given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            command.main(["--config", str(TINY), "--out", str(tmp_path / "out"), *given])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,7 @@
-"""Study `communication`: what gathering the negatives costs and brings, measured here and modelled for clusters.
+"""Measures what gathering the negatives costs and brings, and models it for clusters.
 
-`run_communication` starts ranks.py once per number of processes, predicts with model.py
-what it measured, and hands both to report.py. A number of processes whose result is there already, with
-the same settings, is not measured again.
+`run_communication` starts ranks.py once per number of processes, predicts the measured times with model.py, and gives
+both to report.py. A number of processes is not measured again if its result exists and has the same settings.
 """
 
 import json
@@ -14,11 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.config.load import load_config, override_config, save_config
-from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import DataError, UserError, require
-from megatron_llave.files import read_json, write_json
-from megatron_llave.study.communication.model import (
+from benchmarks.communication.model import (
     Channel,
     Collective,
     cluster_steps,
@@ -26,7 +21,11 @@ from megatron_llave.study.communication.model import (
     local_seconds,
     oversubscription,
 )
-from megatron_llave.study.communication.report import Measured, write_report
+from benchmarks.communication.report import Measured, write_report
+from megatron_llave.config.load import load_config, override_config, save_config
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import DataError, UserError, require
+from megatron_llave.files import read_json, write_json
 from megatron_llave.study.run_folder import reason
 
 FIXED = (
@@ -40,11 +39,13 @@ FIXED = (
     "train.micro_batch_size=null",
     "checkpoint.init=null",
 )
-"""Overrides of every launch: the paper's loss, which communication_model.loss_collectives has."""
+"""Overrides of every launch: the paper's loss, whose collectives `model.loss_collectives` lists."""
 TIMEOUT_SECONDS = 3600
-"""Of a launch."""
+"""How long a launch may take."""
 END_SECONDS = 30
-"""torchrun may take so long to end its ranks."""
+"""How long torchrun may take to end its ranks."""
+RANKS = Path(__file__).with_name("ranks.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def plan_launches(
         rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
         cfg = override_config(cfg, [*starts, *rates])
         layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
-        require(layout == 1, "study communication: parallel.tensor, pipeline and context must be 1, as in tiny.yaml")
+        require(layout == 1, "parallel.tensor, pipeline and context must be 1, as in tiny.yaml")
         launches.append(Launch(cfg, number, steps, checkpoint, out))
     return launches
 
@@ -147,8 +148,9 @@ def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
     asked = {"config": str(config), "steps": launch.steps, "checkpoint": launch.checkpoint}
     write_json(request, asked | {"result": str(launch.result), "settings": launch.settings()})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*torchrun, str(launch.processes), "-m", "megatron_llave.study.communication.ranks", str(request)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, str(launch.processes), str(RANKS), str(request)]
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": search_path}
     # A file, not a pipe: it never fills up, and a rank left behind does not hold it open.
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)

@@ -1,4 +1,4 @@
-"""Tables and pictures of study `communication`: communication.md, .csv and .png. Nothing is measured here."""
+"""Writes the results as tables and figures: communication.md, .csv and .png. Nothing is measured here."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from megatron_llave.files import atomic_write, write_text
-from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, label_axes, save_png
-from megatron_llave.study.communication.model import (
+from benchmarks.communication.model import (
     CLUSTERS,
     GPU,
     H100_NODES,
@@ -22,6 +20,8 @@ from megatron_llave.study.communication.model import (
     Channel,
     ClusterStep,
 )
+from megatron_llave.files import atomic_write, write_text
+from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, label_axes, save_png
 
 TOLERANCE = 0.25
 """By which the model may be off before the report says that it is."""

@@ -1,10 +1,10 @@
-"""What every rank of study `communication` does: steps with and without the gather, and collectives on their own.
+"""What every rank measures: steps with and without the gather, and collectives on their own.
 
-study.py starts it under torchrun as `python -m megatron_llave.study.communication.ranks REQUEST.json`. Every
-batch is taken several times, and each time three steps are made of it: with the gather under a Meter, whose barriers
-take time of their own; without the gather (the loss compares this rank's pairs alone); and with it. Then come
-collectives of other sizes, outside of any step, which the model's links are fitted to: whatever else the machine does
-meets both. Gloo on the CPU, one thread per rank.
+study.py starts it under torchrun as `ranks.py REQUEST.json`. Every batch is used several times, and each time three
+steps are made of it: one with the gather under a Meter, whose barriers take time of their own, one without the gather
+(the loss compares this rank's pairs alone), and one with it. Then come collectives of other sizes, outside of any step,
+to which the links of the model are fitted: so other load of the machine affects both. The backend is gloo on the CPU,
+with one thread per rank.
 """
 
 import sys
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from benchmarks.communication.model import FLOAT, Collective, loss_collectives, received_bytes
 from megatron_llave.batch import PairBatch
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import load_weights
@@ -36,7 +37,6 @@ from megatron_llave.files import read_json, write_json
 from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model, build_processor
-from megatron_llave.study.communication.model import FLOAT, Collective, loss_collectives, received_bytes
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.metrics import step_metrics
