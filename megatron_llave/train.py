@@ -45,7 +45,7 @@ from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
-from megatron_llave.training.trackers import open_sinks
+from megatron_llave.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ def train(cfg: RunConfig) -> str:
     is_reporting = process_groups.is_reporting_rank(groups)
     if is_reporting:
         logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))
-    sinks = open_sinks(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
-    log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, sinks)
+    trackers = open_trackers(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
+    log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, trackers)
     reason = run_steps(cfg, state, steps, done, log, watchdog)
     log.close()
     watchdog.close()

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.distributed.process_groups import device
+from megatron_llave.distributed.collectives import largest_of_ranks
 from megatron_llave.training.fault_tolerance import SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -118,9 +117,7 @@ class CheckpointWriter:
         while True:
             is_busy = process is not None and process.is_alive()
             has_failed = process is not None and not is_busy and process.exitcode != 0
-            flags = torch.tensor([int(is_busy), int(has_failed)], device=device())
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            is_busy, has_failed = flags.tolist()
+            is_busy, has_failed = largest_of_ranks(is_busy, has_failed)
             if not is_busy:
                 break
             if not wait:
@@ -182,9 +179,8 @@ class CheckpointWriter:
 
     def _agree(self, failure: str, partial: Path) -> bool:
         """Whether no rank has failed. The rank that knows of a failure logs it; the first removes the folder."""
-        failed = torch.tensor([int(bool(failure))], device=device())
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if not failed.item():
+        [has_failed] = largest_of_ranks(bool(failure))
+        if not has_failed:
             return True
         if failure and (dist.get_rank() == 0 or "another rank" not in failure):
             logger.error("checkpoint %s could not be saved: %s; the one before stays current", partial, failure)

@@ -6,10 +6,8 @@ all ranks take the same way.
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -23,12 +21,12 @@ from megatron_llave.config.load import save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.pipeline import steps_of_epochs
 from megatron_llave.data.tokenizer import find_tokenizer
+from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.errors import ConfigError, require
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-Found = TypeVar("Found")
 
 
 def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
@@ -43,13 +41,6 @@ def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
     return cfg
 
 
-def on_first_rank(look_up: Callable[[], Found]) -> Found:
-    """Return on all ranks what `look_up` returns on the first one; its errors are raised there alone."""
-    result = [look_up() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
-
-
 def with_steps(cfg: RunConfig) -> RunConfig:
     """Return `cfg` with train.steps, computed from train.epochs if it is not given.
 
@@ -60,7 +51,7 @@ def with_steps(cfg: RunConfig) -> RunConfig:
     if cfg.train.steps:
         return cfg
     require(cfg.train.epochs > 0, f"train.steps={cfg.train.steps} must be at least 1, or train.epochs be given")
-    steps = on_first_rank(lambda: steps_of_epochs(cfg))
+    steps = from_first_rank(lambda: steps_of_epochs(cfg))
     require(steps >= 1, f"train.epochs={cfg.train.epochs} has not one step of {cfg.train.global_batch_size} pairs")
     return replace(cfg, train=replace(cfg.train, steps=steps))
 
@@ -72,7 +63,7 @@ def find_checkpoint(cfg: RunConfig) -> Path | None:
         ConfigError: the run is new, but its output directory has checkpoints.
         CheckpointError: the checkpoint that was named is incomplete.
     """
-    return on_first_rank(lambda: _find_checkpoint(cfg))
+    return from_first_rank(lambda: _find_checkpoint(cfg))
 
 
 def _find_checkpoint(cfg: RunConfig) -> Path | None:

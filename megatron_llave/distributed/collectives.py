@@ -1,17 +1,49 @@
-"""Collectives over rows of tensors; the numbers of rows may differ between ranks."""
+"""Agreement of all ranks on a value, and collectives over rows whose numbers may differ between ranks."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_llave.distributed.process_groups import device
+
+Result = TypeVar("Result")
+
+
+def from_first_rank(make: Callable[[], Result]) -> Result:
+    """Call `make` on the first rank and return its result on all ranks.
+
+    For what may differ between ranks, such as a folder on a network file system. An error is raised on the first rank
+    alone. The result is pickled.
+    """
+    results = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(results, src=0, device=device())
+    return results[0]
+
+
+def from_all_ranks(items: list[Result]) -> list[Result]:
+    """Concatenate the lists of all ranks, rank by rank; the items are pickled."""
+    gathered = [items] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def largest_of_ranks(*values: int) -> list[int]:
+    """The largest value that any rank has given, for each of the values; all ranks call it and get the same result."""
+    largest = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
 
 def row_counts(group: dist.ProcessGroup | None, *rows: Tensor) -> list[list[int]]:
-    """For each tensor, the number of rows that each rank of the group holds, in rank order; one collective for all."""
+    """Number of rows of each rank of the group, in rank order, one list per tensor; one collective for all tensors."""
     if group is None or group.size() == 1:
         return [[len(x)] for x in rows]
-    own = torch.tensor([[len(x) for x in rows]], device=rows[0].device)
-    counts = own.new_empty(group.size(), len(rows))
-    dist.all_gather_into_tensor(counts, own, group=group)
+    local = torch.tensor([[len(x) for x in rows]], device=rows[0].device)
+    counts = local.new_empty(group.size(), len(rows))
+    dist.all_gather_into_tensor(counts, local, group=group)
     return counts.T.tolist()
 
 
@@ -19,9 +51,9 @@ def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | 
     """Concatenate the rows of all ranks, without a gradient.
 
     Args:
-        rows: [counts[rank], ...] this rank's rows; the numbers may differ between ranks.
-        counts: rows per rank, from `row_counts`.
-        group: ranks to gather over; None, a single rank, or no row on any of them returns `rows`.
+        rows: [counts[rank], ...] of this rank.
+        counts: number of rows of each rank, from `row_counts`.
+        group: ranks to gather over. With None, a single rank, or no row on any of them `rows` is returned.
 
     Returns:
         [sum(counts), ...] in rank order.
@@ -38,13 +70,13 @@ def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | 
 
 
 def reduce_scatter_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Sum [sum(counts), ...] over the ranks and keep this rank's rows; the adjoint of all_gather_rows."""
+    """Sum `rows` [sum(counts), ...] over the ranks and keep this rank's part; the adjoint of all_gather_rows."""
     if group is None or group.size() == 1 or not any(counts):
         return rows
-    longest, own = max(counts), counts[group.rank()]
+    longest = max(counts)
     if min(counts) != longest:
         parts = [torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])]) for part in rows.split(counts)]
         rows = torch.cat(parts)
     kept = rows.new_empty((longest, *rows.shape[1:]))
     dist.reduce_scatter_tensor(kept, rows.contiguous(), group=group)
-    return kept[:own]
+    return kept[: counts[group.rank()]]

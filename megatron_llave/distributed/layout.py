@@ -1,4 +1,4 @@
-"""Checks that a model and a batch can be split over the processes as asked."""
+"""Checks that a model and a batch can be split over the processes as configured."""
 
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
@@ -6,10 +6,10 @@ from megatron_llave.errors import ConfigError
 
 
 def validate_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> int:
-    """Check that the model can be split over `world_size` processes as asked.
+    """Check that the model can be split over `world_size` processes as configured.
 
     Returns:
-        The number of data-parallel ranks that is left.
+        The number of data-parallel ranks.
 
     Raises:
         ConfigError: one line with the keys and numbers that do not fit.
@@ -33,7 +33,7 @@ def _validate_tensor(model: ModelConfig, layout: ParallelConfig) -> None:
             value = getattr(values, name, layout.tensor)
             if value % layout.tensor:
                 raise ConfigError(f"model.{part}.{name}={value} is not divisible by parallel.tensor={layout.tensor}")
-    hidden = model.language.hidden_size  # width of the projector's inner layer, which is split
+    hidden = model.language.hidden_size  # width of the projector's inner layer, which tensor parallelism splits
     if hidden % layout.tensor:
         raise ConfigError(f"model.language.hidden_size={hidden} is not divisible by parallel.tensor={layout.tensor}")
 

@@ -1,4 +1,4 @@
-"""Process groups from a ParallelConfig, and collectives over rows. The only file that names parallel_state.
+"""Builds the process groups of a ParallelConfig. No other file names parallel_state.
 
 Ranks are numbered tensor-parallel first, then context, data, pipeline (megatron-core's order "tp-cp-ep-dp-pp"). Every
 other module takes a group, or the ProcessGroupCollection, as an argument.
@@ -20,7 +20,7 @@ from megatron_llave.config.schema import ParallelConfig
 logger = logging.getLogger(__name__)
 
 SECONDS_FOR_THE_WATCHDOG = 60
-"""Collectives wait this much longer than the watchdog (fault_tolerance.py), which knows better whom to blame."""
+"""How much longer collectives wait than the watchdog (fault_tolerance.py), which can tell the rank that hangs."""
 
 
 def device() -> torch.device:
@@ -29,14 +29,14 @@ def device() -> torch.device:
 
 
 def initialize_distributed(timeout_seconds: int) -> int:
-    """Join the processes torchrun started (or be the only one) and return their number.
+    """Join the processes that torchrun has started, or be the only one, and return their number.
 
-    Uses NCCL with GPUs, gloo without. A collective that waits longer than `timeout_seconds`, and some more for the
-    watchdog, ends the process.
+    The backend is NCCL with GPUs and gloo without. A collective that waits SECONDS_FOR_THE_WATCHDOG longer than
+    `timeout_seconds` ends the process.
     """
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            # Before the first use of the GPU: megatron-core's tensor-parallel layers count on the order of its queue.
+            # Must be set before the first use of the GPU: megatron-core's tensor-parallel layers need ordered launches.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -46,7 +46,7 @@ def initialize_distributed(timeout_seconds: int) -> int:
 
 
 def _rendezvous() -> dict[str, Any]:
-    """Where the processes find each other, if it is not simply what torchrun's variables say."""
+    """Arguments of init_process_group for the meeting of the processes; none where torchrun's variables suffice."""
     env = os.environ
     if "RANK" not in env:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -67,10 +67,10 @@ def _rendezvous() -> dict[str, Any]:
 
 
 def initialize_model_parallel(config: ParallelConfig, seed: int = 0) -> ProcessGroupCollection:
-    """Build the process groups of a layout that `validate_layout` has accepted; those in use stay if they are of it.
+    """Build the process groups of a parallel layout that `validate_layout` has accepted, or reuse those that exist.
 
     Returns:
-        Groups: tp, cp, dp (context-parallel ranks apart), dp_cp, pp, mp, ... of this rank.
+        The groups of this rank: tp, cp, dp (without the context-parallel ranks), dp_cp, pp, mp, ...
     """
     virtual_pipeline = config.virtual_pipeline if config.virtual_pipeline > 1 else None
     if not _is_in_use(config.tensor, config.pipeline, virtual_pipeline, config.context):
@@ -82,13 +82,13 @@ def initialize_model_parallel(config: ParallelConfig, seed: int = 0) -> ProcessG
             distributed_timeout_minutes=(config.timeout_seconds + SECONDS_FOR_THE_WATCHDOG) / 60,
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    # As Megatron-LM does, so that no two stages drop the same channels.
+    # As in Megatron-LM, pipeline stages have different seeds, so that they do not drop the same channels.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
     return groups
 
 
 def _is_in_use(*sizes: int | None) -> bool:
-    """Whether the groups of this layout are there already: a second model in one process."""
+    """Whether the groups of this layout exist already, as for a second model in one process."""
     return parallel_state.model_parallel_is_initialized() and sizes == (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -98,28 +98,28 @@ def _is_in_use(*sizes: int | None) -> bool:
 
 
 def destroy_model_parallel() -> None:
-    """Give up the groups of `init`; the processes stay joined and may take up another layout.
+    """Destroy the groups of `initialize_model_parallel`; the processes stay joined and may build another layout.
 
-    Whoever calls this has let go of models and groups. On gloo a group that lives on, here or on another rank alone,
-    keeps a thread awake that slows everything down.
+    The caller must hold no model and no group any more. With gloo, a group that still exists on any rank keeps a thread
+    busy that slows everything down.
     """
-    # megatron-core only forgets them.
+    # megatron-core only drops its references.
     groups = [group for group in dict.fromkeys(parallel_state._global_process_group_list or []) if group is not None]
-    dist.barrier()  # nobody may still be waiting for what another rank has sent
+    dist.barrier()  # no rank may still be waiting for data that another one has sent
     while groups:
         dist.destroy_process_group(groups.pop())
     parallel_state.destroy_model_parallel()
-    gc.collect()  # wrapped models refer to themselves
+    gc.collect()  # wrapped models are reference cycles
 
 
 def destroy_distributed() -> None:
-    """Leave the process groups, so that a normal end is not reported as an abort."""
+    """Destroy all process groups, so that a normal end is not reported as an abort."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def is_reporting_rank(groups: ProcessGroupCollection) -> bool:
-    """True on the one rank that has the losses to log: last pipeline stage, first of its other groups."""
+    """Whether this rank logs the losses: it is on the last pipeline stage and the first of its other groups."""
     last_stage = groups.pp.rank() == groups.pp.size() - 1
     return last_stage and groups.tp.rank() == 0 and groups.dp_cp.rank() == 0

@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.batch import Side
-from megatron_llave.distributed.process_groups import device
+from megatron_llave.distributed.collectives import from_all_ranks, from_first_rank
 from megatron_llave.embedding.embedder import require_finite
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.errors import DataError
@@ -38,8 +37,6 @@ WAITS = (0, 1, 2, 4, 8, 16, 32)
 
 Identity = dict[str, str]
 """What decides a model's embeddings (weights, tokenizer, precision, ...); compared key by key."""
-
-T = TypeVar("T")
 
 
 class EmbeddingCache:
@@ -271,7 +268,7 @@ class CachedEmbedder:
                 rows = next(embedded)
                 finished = [] if rows is None else [(mine[turn], rows.cpu())]
                 self.progress(f"embedding {parts[mine[turn]].name}", turn + 1, len(mine))
-            for number, rows in _from_all_ranks(finished) if self.folder is None else finished:
+            for number, rows in from_all_ranks(finished) if self.folder is None else finished:
                 require_finite(rows, parts[number])
                 cache, part = missing[number]
                 cache.write(part, rows.numpy())
@@ -283,21 +280,7 @@ class CachedEmbedder:
         return caches
 
 
-def _from_all_ranks(items: list[T]) -> list[T]:
-    """The items of all ranks, rank by rank."""
-    gathered = [items] * dist.get_world_size()
-    dist.all_gather_object(gathered, items)
-    return [item for held in gathered for item in held]
-
-
 def _find_missing(caches: Sequence[EmbeddingCache]) -> list[tuple[EmbeddingCache, int]]:
     """The missing parts as the first rank sees them; a network folder may look different from other ranks."""
-    parts = [(cache, part) for cache in caches for part in range(cache.num_parts)]
-    is_missing = torch.zeros(len(parts), dtype=torch.int64)
-    if dist.get_rank() == 0:
-        missing = {(cache, part) for cache in caches for part in cache.missing()}
-        is_missing = torch.tensor([int(item in missing) for item in parts], dtype=torch.int64)
-    is_missing = is_missing.to(device())
-    if parts:
-        dist.broadcast(is_missing, 0)
-    return [item for item, flag in zip(parts, is_missing.tolist()) if flag]
+    missing = from_first_rank(lambda: [cache.missing() for cache in caches])
+    return [(cache, part) for cache, numbers in zip(caches, missing) for part in numbers]

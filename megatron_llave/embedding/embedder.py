@@ -25,6 +25,7 @@ from megatron_llave.config.schema import RunConfig, row_multiple
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
+from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.errors import DataError, NotFiniteError
@@ -88,9 +89,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     pretrained = find_pretrained(path)
     process_groups.initialize_distributed(_configure(pretrained, overrides).parallel.timeout_seconds)
     # A running training may save while the ranks look for its checkpoint: all ranks load the first rank's.
-    folder = [pretrained.folder]
-    dist.broadcast_object_list(folder, 0, device=process_groups.device())
-    pretrained = find_pretrained(folder[0])
+    pretrained = find_pretrained(from_first_rank(lambda: pretrained.folder))
     cfg = _configure(pretrained, overrides)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)

@@ -1,7 +1,7 @@
-"""One reader per replica: the rank that reads a data-parallel rank's step hands it to those that share its model.
+"""Broadcasts the micro batches within a replica.
 
-All tensor- and pipeline-parallel ranks of a replica need the same micro batches. Their first rank reads, decodes and
-packs them; the others get the same bytes by broadcast.
+All tensor- and pipeline-parallel ranks of a replica need the same micro batches. The first of them reads, decodes and
+packs them; the others receive the same bytes by broadcast.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from megatron_llave.data.step_buffer import StepBuffer, unpack_step
 
 
 def is_reader(group: dist.ProcessGroup) -> bool:
-    """Whether this rank reads for the model-parallel ranks in `group`."""
+    """Whether this rank reads the data for the model-parallel ranks in `group`."""
     return group.rank() == 0
 
 
 def broadcast_steps(
     steps: Iterator[StepBuffer] | None, group: dist.ProcessGroup, device: torch.device
 ) -> Iterator[StepBatches]:
-    """The reader's steps on every rank of `group`, on their devices.
+    """Yield the steps of the reading rank on every rank of `group`.
 
     Args:
-        steps: on the reader; elsewhere None.
+        steps: the steps on the reading rank; None on the others.
         group: the model-parallel ranks of one replica.
-        device: of this rank.
+        device: device of this rank, to which the batches are moved.
     """
     while True:
         step = None if steps is None else next(steps).to(device)
@@ -35,8 +35,7 @@ def broadcast_steps(
 
 def _broadcast(step: StepBuffer | None, group: dist.ProcessGroup, device: torch.device) -> StepBuffer:
     source = dist.get_global_rank(group, 0)
-    own = [0, 0] if step is None else [step.header.nbytes, step.payload.nbytes]
-    sizes = torch.tensor(own, device=device)
+    sizes = torch.tensor([0, 0] if step is None else [step.header.nbytes, step.payload.nbytes], device=device)
     dist.broadcast(sizes, source, group=group)
     if step is None:
         step = StepBuffer(*(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes.tolist()))

@@ -1,6 +1,6 @@
-"""What a run does about trouble: requests to stop, steps that are not finite, ranks that hang or vanish.
+"""How a run handles requests to stop, steps that are not finite, and ranks that hang or disappear.
 
-`train` asks StopRequests and FiniteSteps once a step, and tells the Watchdog what it is doing.
+`train` asks StopRequests and FiniteSteps once per step, and tells the Watchdog what it is doing.
 """
 
 import faulthandler
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llave.batch import PairBatch
-from megatron_llave.distributed.process_groups import device
+from megatron_llave.distributed.collectives import from_all_ranks, largest_of_ranks
 from megatron_llave.errors import DivergedError
 from megatron_llave.files import write_json
 from megatron_llave.loss.contrastive import LossShare
@@ -32,89 +33,104 @@ from megatron_llave.loss.contrastive import LossShare
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
-"""In the run's folder: save and stop. For whoever cannot send a signal to every rank."""
+"""A file in the output directory that asks the run to save and stop, where signals cannot reach every rank."""
 STATE_FILE = "state.json"
+"""A file in the output directory with the state of the run, see `write_state`."""
 EXIT_STOPPED = 75
-"""Status of a run that was stopped and saved before its end (EX_TEMPFAIL: try again later)."""
+"""Exit status of a run that was stopped and saved before its last step (EX_TEMPFAIL: try again later)."""
 EXIT_HUNG = 76
-"""Status of a rank that ended because some rank made no progress."""
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
-REASONS = ("", *SIGNALS.values(), "train.time_limit_minutes", f"a file {STOP_FILE!r} in train.output")
+"""Exit status of a rank that the watchdog has ended because some rank made no progress."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask the run to save and stop."""
 PAIRS_NAMED = 20
-"""Most pairs that a message names."""
+"""Largest number of pairs that a message names."""
 BEATS_WATCHED = 3
-"""For how many of its own beats a rank watches for those of others."""
+"""Number of its own heartbeats during which a rank waits for a heartbeat of every other rank."""
 GRACE = 1.5
-"""After this many time limits a rank that cannot even run Python threads is ended by a C thread."""
+"""Time limits after which a C thread ends a rank in which not even Python threads run."""
 STARTED = time.monotonic()
-"""Of this process, nearly: what it loads next takes most of the time before the first step."""
+"""Approximate start of this process: most of the time before the first step comes after this import."""
 _LOST = re.compile(r"onnection (closed|reset) by peer|onnection refused|Broken pipe|Socket Timeout|Timed out waiting")
 
 
+class StopReason(Enum):
+    """Why a run is asked to stop; its value is the text for messages. Of several reasons the last one counts."""
+
+    NONE = ""
+    SIGTERM = "SIGTERM"
+    SIGUSR1 = "SIGUSR1"
+    TIME_LIMIT = "train.time_limit_minutes"
+    STOP_FILE = f"a file {STOP_FILE!r} in train.output"
+
+
 class StopRequests:
-    """Whether somebody wants the run to save and stop; all ranks agree on it at the same step."""
+    """Collects requests to save and stop; all ranks learn of one at the same step."""
 
     def __init__(self, output: str | Path, time_limit_minutes: float | None) -> None:
-        """Take over SIGTERM and SIGUSR1, and forget a stop file that an earlier run has obeyed."""
+        """Handle SIGTERM and SIGUSR1, and delete the stop file of an earlier run.
+
+        Args:
+            output: output directory of the run.
+            time_limit_minutes: time after the start of this process at which the run is to stop; None: no limit.
+        """
         self._file = Path(output) / STOP_FILE
         self._end = None if time_limit_minutes is None else STARTED + 60 * time_limit_minutes
-        self._signal = ""
+        self._signal = StopReason.NONE
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         if dist.get_rank() == 0:
             self._file.unlink(missing_ok=True)
 
     def _note(self, number: int, frame: object) -> None:
-        self._signal = SIGNALS[signal.Signals(number)]
+        self._signal = StopReason[signal.Signals(number).name]
 
     def reason(self) -> str:
-        """Why the run is to stop now, the same on all ranks; "" if it is not."""
-        own = REASONS.index(self._signal)
-        if dist.get_rank() == 0 and not own:
+        """Why the run is to stop now, the same on all ranks; "" if it is to go on."""
+        reasons, reason = list(StopReason), self._signal
+        if dist.get_rank() == 0 and reason is StopReason.NONE:
             if self._end is not None and time.monotonic() > self._end:
-                own = 3
+                reason = StopReason.TIME_LIMIT
             elif self._file.exists():
-                own = 4
-        agreed = torch.tensor([own], device=device())
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        return REASONS[agreed.item()]
+                reason = StopReason.STOP_FILE
+        [agreed] = largest_of_ranks(reasons.index(reason))
+        return reasons[agreed].value
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers of before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 class FiniteSteps:
-    """Notices steps whose loss or gradient is not finite, which are not to change the weights."""
+    """Detects steps whose loss or gradient is not finite, and which must not change the weights."""
 
     def __init__(self, most_in_a_row: int, groups: ProcessGroupCollection) -> None:
-        """Allow `most_in_a_row` of them, one after the other."""
+        """Allow at most `most_in_a_row` consecutive ones."""
         self._most, self._groups = most_in_a_row, groups
         self._in_a_row = 0
         self.num_bad = 0
-        """Of all steps so far."""
+        """Number of such steps so far."""
 
     def check(self, gradient_norm: float, shares: list[LossShare], batches: list[PairBatch], step: int) -> bool:
-        """Whether the step is finite, the same on all ranks.
+        """Whether loss and gradient of the step are finite, the same on all ranks.
 
         Args:
-            gradient_norm: of the whole gradient.
-            shares: what the loss saw, on the last pipeline stage.
+            gradient_norm: norm of the whole gradient.
+            shares: the results of the loss; an empty list on all pipeline stages but the last.
             batches: this rank's micro batches.
-            step: from 0, for the message.
+            step: number of the step from 0, for the message.
 
         Raises:
-            DivergedError: too many in a row are not; names pairs that have no finite embedding.
+            DivergedError: too many consecutive steps are not finite; the message names pairs without finite embedding.
         """
         is_finite = math.isfinite(gradient_norm) and all(loss.isfinite().item() for loss, _ in shares)
-        is_bad = torch.tensor([int(not is_finite)], device=device())
-        dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
-        if not is_bad.item():
+        [is_bad] = largest_of_ranks(not is_finite)
+        if not is_bad:
             self._in_a_row = 0
             return True
         self.num_bad, self._in_a_row = self.num_bad + 1, self._in_a_row + 1
         offending = self._offending(shares, batches)
-        pairs = f"no finite embedding have {', '.join(offending[:PAIRS_NAMED])}" if offending else "no pair stands out"
+        named = ", ".join(offending[:PAIRS_NAMED])
+        pairs = f"the embeddings of {named} are not finite" if offending else "no pair stands out"
         if self._in_a_row > self._most:
             hint = "start again from an earlier checkpoint with a lower learning rate, or leave the pairs out"
             raise DivergedError(
@@ -126,32 +142,30 @@ class FiniteSteps:
         return False
 
     def _offending(self, shares: list[LossShare], batches: list[PairBatch]) -> list[str]:
-        """Keys of all ranks' pairs whose positive has no finite cosine."""
-        own = []
+        """Keys of the pairs of all ranks whose positive has a cosine that is not finite."""
+        local = []
         if shares:
             keys = [key for batch in batches for key in batch.keys]
             bad = ~torch.cat([statistics.positive for _, statistics in shares]).isfinite()
-            own = [f"{batches[0].subset}/{key}" for key, is_bad in zip(keys, bad.tolist()) if is_bad]
-        gathered: list[list[str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        return sorted({key for part in gathered for key in part or []})
+            local = [f"{batches[0].subset}/{key}" for key, is_bad in zip(keys, bad.tolist()) if is_bad]
+        return sorted(set(from_all_ranks(local)))
 
 
 class Watchdog:
-    """Ends the process when the run makes no progress, and says which rank is to blame.
+    """Ends the process when the run makes no progress, and names the rank that is the cause.
 
-    A thread on each rank writes down, in the store that the processes have joined through, that it is alive and what
-    its rank is doing. When the own rank has done the same for too long, the one to blame is a rank that has stopped
-    writing (it was stopped, or its machine is gone), or else the one that is furthest behind.
+    A thread on each rank regularly writes a heartbeat, with what its rank is doing, into the store through which the
+    processes have joined. When its own rank has done the same thing for too long, the thread looks for a rank without
+    heartbeat (its process was stopped, or its machine is gone), or else for the rank that is furthest behind.
     """
 
     def __init__(self, seconds: float) -> None:
-        """Start watching; a rank may do the same thing for at most `seconds`."""
+        """Start the thread; a rank may do the same thing for at most `seconds`."""
         self._seconds = seconds
         self._pause = min(5.0, seconds / 8)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
-        # A connection of its own: the training's may be busy waiting for the rank that hangs.
+        # A separate connection, because that of the training may be waiting for the rank that hangs.
         self._store = dist.PrefixStore(f"watchdog-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store.clone())
         self._count, self._doing, self._since = 0, "starting", time.monotonic()
         self._beats = 0
@@ -161,19 +175,19 @@ class Watchdog:
         self.progress("starting")
 
     def progress(self, doing: str) -> None:
-        """The rank has got on, and is now doing this."""
+        """Note that the rank has made progress and is now doing this."""
         self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
         faulthandler.dump_traceback_later(GRACE * self._seconds, exit=True)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the thread."""
         faulthandler.cancel_dump_traceback_later()
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(self._pause):
-            with suppress(dist.DistError, RuntimeError):  # the store is gone with the rank that held it
+            with suppress(dist.DistError, RuntimeError):  # the store has disappeared with the rank that held it
                 self._write()
             if time.monotonic() - self._since > self._seconds:
                 self._end()
@@ -187,12 +201,12 @@ class Watchdog:
         return {rank: json.loads(self._store.get(str(rank))) for rank in range(self._world)}
 
     def _end(self) -> None:
-        """Find out who is to blame, say so, and end the process."""
+        """Find the rank that is the cause, print it, and end the process."""
         try:
             before = self._read()
             for _ in range(BEATS_WATCHED):
                 time.sleep(self._pause)
-                self._write()  # the others are looking too
+                self._write()  # the other ranks wait for this heartbeat
             now = self._read()
             silent = [rank for rank in now if now[rank][0] == before[rank][0] and rank != self._rank]
             behind = min(values[1] for rank, values in now.items() if rank not in silent)
@@ -207,12 +221,12 @@ class Watchdog:
         for rank in silent:
             if now[rank][3] == socket.gethostname():
                 with suppress(ProcessLookupError):
-                    os.kill(now[rank][4], signal.SIGKILL)  # it would not hear torchrun's SIGTERM
+                    os.kill(now[rank][4], signal.SIGKILL)  # it would not react to torchrun's SIGTERM
         if self._rank in slowest:
             faulthandler.dump_traceback(all_threads=True)
         else:
-            time.sleep(self._pause)  # torchrun ends all ranks with the first: the slowest is to speak before
-        _leave_nobody_behind()
+            time.sleep(self._pause)  # torchrun ends all ranks with the first, so let the slowest one print before
+        _kill_child_processes()
         os._exit(EXIT_HUNG)
 
     def _describe(self, rank: int, values: list, is_silent: bool) -> str:
@@ -224,7 +238,7 @@ class Watchdog:
 
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Say in one line that another rank has gone, where torch says that a connection is closed."""
+    """Print one line that another rank is lost, in place of torch's traceback of a closed connection."""
     try:
         yield
     except RuntimeError as error:
@@ -234,18 +248,25 @@ def explain_lost_ranks() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         print(f"error: rank {rank} lost another rank, which says why itself ({reason})", file=sys.stderr)
         sys.stderr.flush()
-        _leave_nobody_behind()
-        os._exit(1)  # leaving the process groups in order would wait for the one that is gone
+        _kill_child_processes()
+        os._exit(1)  # an orderly end of the process groups would wait for the lost rank
 
 
-def _leave_nobody_behind() -> None:
-    """End the processes that read data or save; these do not hear the SIGTERM of torchrun (async_writer.py)."""
+def _kill_child_processes() -> None:
+    """Kill the processes that read data or save, which do not react to the SIGTERM of torchrun (async_writer.py)."""
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:
-    """Leave `running`, `stopped`, `finished` or `failed` in the run's folder, for the scripts that have started it."""
+    """Write the state of a run for the scripts that have started it; a failure to write is only logged.
+
+    Args:
+        output: output directory of the run.
+        state: running, stopped, finished or failed.
+        step: steps done.
+        reason: why it was stopped, or "".
+    """
     file = Path(output) / STATE_FILE
     try:
         write_json(file, {"state": state, "step": step, "reason": reason}, only_writer=True)

@@ -1,6 +1,6 @@
-"""The record of a run: one JSON object per step in `log.jsonl`, and a progress line now and then.
+"""The log of a run: one JSON object per step in `log.jsonl`, and a progress line every few steps.
 
-`train` calls `RunLog.step` at the end of each step; `report` plots what `read_log` reads.
+`train` calls `RunLog.step` at the end of each step; the plots and studies read the log with `read_log`.
 """
 
 import errno
@@ -11,13 +11,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from megatron_llave.errors import DataError
-from megatron_llave.training.trackers import Sink
+from megatron_llave.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -26,47 +27,61 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def quiet_dependencies() -> None:
-    """Silence what megatron-core and torch say about their own internals; whoever trains can do nothing about it."""
+    """Silence the warnings of megatron-core and torch about their own internals, which a user cannot act on."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\b")
 
 
+@dataclass
+class _Interval:
+    """Sums over the steps since the last progress line."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+
+@dataclass
+class _Total:
+    """Sums over the steps since the start of this process."""
+
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
 class RunLog:
-    """Writes the log of a run; does nothing on ranks that are told not to."""
+    """Writes the log of a run; does nothing on ranks where it is not enabled."""
 
     def __init__(
-        self, output: Path, interval: int, total_steps: int, enabled: bool, sinks: Sequence[Sink] = ()
+        self, output: Path, interval: int, total_steps: int, enabled: bool, trackers: Sequence[Tracker] = ()
     ) -> None:
         """Open `output`/log.jsonl for appending.
 
         Args:
-            output: folder of the run, made if missing.
-            interval: steps between progress lines; 0: none.
-            total_steps: steps of the whole run, for the time left.
+            output: output directory of the run, created if it does not exist.
+            interval: steps between progress lines; 0: no progress lines.
+            total_steps: steps of the whole run, for the remaining time.
             enabled: True on the one rank that logs.
-            sinks: where the numbers go besides.
+            trackers: further destinations of the metrics.
         """
-        self._output, self._sinks = Path(output), sinks
+        self._output, self._trackers = Path(output), trackers
         self._interval, self._total_steps = interval, total_steps
         self._file = None
         self._has_warned = False
-        self._pairs = self._tokens = 0
-        self._seconds = self._waited = 0.0  # these four since the last progress line, the next three since the start
-        self._all_steps = self._skipped = 0
-        self._all_seconds = 0.0
+        self._interval_sums, self._total = _Interval(), _Total()
         if enabled:
             Path(output).mkdir(parents=True, exist_ok=True)
             path = Path(output) / LOG_FILE
-            _cut_half_line(path)
+            _remove_partial_line(path)
             self._file = path.open("ab", buffering=0)
 
     def step(self, record: dict[str, float | int | str]) -> None:
-        """Append one step's record and print progress when the interval is over.
+        """Append the record of a step, and print a progress line at the end of an interval.
 
         Args:
-            record: step (from 1), subset, loss, learning_rate, gradient_norm, temperature, alpha, seconds, what
-                metrics.py adds, and now and then its histograms, all of this step alone.
-                A number that is not finite is written as null, since JSON has no word for it.
+            record: from `metrics.collect`. A number that is not finite is written as null, because JSON has none.
         """
         if self._file is None:
             return
@@ -75,28 +90,28 @@ class RunLog:
             _append_line(self._file, finite)
         numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float)) and key != "step"}
         with self._survived():
-            for sink in self._sinks:
-                sink.step(record["step"], numbers)
-        self._all_steps += 1
-        self._pairs += record["pairs"]
-        self._tokens += record["tokens"]
-        self._seconds += record["seconds"]
-        self._waited += record.get("data_seconds", 0.0)
-        self._all_seconds += record["seconds"]
-        self._skipped += record["skipped"]
+            for tracker in self._trackers:
+                tracker.step(record["step"], numbers)
+        total, interval = self._total, self._interval_sums
+        total.steps += 1
+        total.skipped += record["skipped"]
+        total.seconds += record["seconds"]
+        interval.pairs += record["pairs"]
+        interval.tokens += record["tokens"]
+        interval.seconds += record["seconds"]
+        interval.data_seconds += record.get("data_seconds", 0.0)
         is_last = record["step"] == self._total_steps
         if self._interval > 0 and (record["step"] % self._interval == 0 or is_last):
             print(self._progress(record), flush=True)
-            self._pairs = self._tokens = 0
-            self._seconds = self._waited = 0.0
+            self._interval_sums = _Interval()
 
     def evaluation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
-        """Append what an evaluation after `step` steps gave to evaluations.jsonl, and print the mean.
+        """Append the scores of an evaluation to evaluations.jsonl, and print their mean.
 
         Args:
-            step: steps done.
-            scores: Precision@1 in percent by set, at least one; NaN, written as null, where there is none.
-            seconds: that it took.
+            step: steps done before the evaluation.
+            scores: set -> Precision@1 in percent, for at least one set; NaN, written as null, for a set without score.
+            seconds: duration of the evaluation.
         """
         if self._file is None:
             return
@@ -106,15 +121,15 @@ class RunLog:
             _append_line(file, record)
         finite = {f"precision_at_1/{name}": value for name, value in written.items() if value is not None}
         with self._survived():
-            for sink in self._sinks:
-                sink.step(step, finite)
+            for tracker in self._trackers:
+                tracker.step(step, finite)
         if len(finite) == len(scores):
             mean = sum(scores.values()) / len(scores)
             print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
 
     @contextmanager
     def _survived(self) -> Iterator[None]:
-        """A full disk costs lines of the log, not the run."""
+        """Let a full disk cost lines of the log instead of the run."""
         try:
             yield
         except OSError as error:
@@ -123,9 +138,10 @@ class RunLog:
             self._has_warned = True
 
     def _progress(self, record: dict[str, float | int | str]) -> str:
-        """One line: the numbers of this step, rates over the interval, time left at the mean pace of this process."""
-        seconds = max(self._seconds, 1e-9)
-        left = (self._total_steps - record["step"]) * self._all_seconds / self._all_steps
+        """Progress line: metrics of this step, rates over the interval, and the remaining time at the mean pace."""
+        interval, total = self._interval_sums, self._total
+        seconds = max(interval.seconds, 1e-9)
+        left = (self._total_steps - record["step"]) * total.seconds / total.steps
         width = len(str(self._total_steps))
         return " | ".join(
             [
@@ -136,44 +152,44 @@ class RunLog:
                 f"grad {record['gradient_norm']:6.2f}",
                 f"tau {record['temperature']:.4f}",
                 f"alpha {record['alpha']:.2f}",
-                f"{self._pairs / seconds:7.1f} pairs/s",
-                f"{self._tokens / seconds:8.0f} tokens/s",
+                f"{interval.pairs / seconds:7.1f} pairs/s",
+                f"{interval.tokens / seconds:8.0f} tokens/s",
                 f"pos {record['positive_similarity']:6.3f}",
                 f"neg {record['hardest_negative_similarity']:6.3f}",
-                f"waits {self._waited / seconds:4.0%}",
+                f"waits {interval.data_seconds / seconds:4.0%}",
                 *([f"{record['tflops']:.3g} TFLOP/s"] if "tflops" in record else []),
                 *([f"MFU {record['mfu']:.0%}"] if "mfu" in record else []),
                 *([f"{record['memory_gb']:.1f} GB"] if "memory_gb" in record else []),
-                f"skipped {self._skipped}",
+                f"skipped {total.skipped}",
                 f"left {timedelta(seconds=round(left))}",
             ]
         )
 
     def close(self) -> None:
-        """Close the file and the sinks."""
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = ()
+        """Close the file and the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = ()
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def read_log(path: str | Path) -> list[dict[str, float | int | str | None]]:
-    """Records of a log in the order of their steps; a number that was not finite is None.
+    """Read the records of a log in the order of their steps; a number that was not finite is None.
 
-    A run that was resumed has repeated the steps after its checkpoint: the later record of a step counts. The last line
-    may be cut short, where a run was killed.
+    A resumed run has repeated the steps after its checkpoint, of which the later record counts. The last line of a
+    killed run may be incomplete.
 
     Raises:
-        DataError: the file is missing, or a line other than the last is no record.
+        DataError: the file does not exist, or a line other than the last is not a record.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"log {path} does not exist; training writes one into train.output")
     records: list[dict[str, float | int | str | None]] = []
     lines = path.read_bytes().split(b"\n")
-    # What follows the last line end is a half-written record, or nothing.
+    # The text after the last line end is empty or an incomplete record.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
@@ -187,10 +203,10 @@ def read_log(path: str | Path) -> list[dict[str, float | int | str | None]]:
 
 
 def _append_line(file: FileIO, record: Mapping[str, Any]) -> None:
-    """Write a whole line or nothing: a disk may be full in the middle of one.
+    """Write a complete line or nothing: a disk may become full in the middle of a line.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the line cannot be written.
     """
     line, end = (json.dumps(record, allow_nan=False) + "\n").encode(), file.seek(0, os.SEEK_END)
     if file.write(line) < len(line):
@@ -198,14 +214,14 @@ def _append_line(file: FileIO, record: Mapping[str, Any]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _cut_half_line(path: Path) -> None:
-    """Drop what a killed run left of its last line, so that the next one starts on a line of its own."""
+def _remove_partial_line(path: Path) -> None:
+    """Remove the incomplete last line of a killed run, so that the next record starts on a new line."""
     if path.is_file():
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
             with path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(end)
 
 
 def _is_broken(value: float | int | str) -> bool:

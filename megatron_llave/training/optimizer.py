@@ -1,4 +1,4 @@
-"""megatron-core's data-parallel wrapper, distributed AdamW and learning-rate schedule around the model's chunks."""
+"""Wraps the model's chunks in megatron-core's data parallelism, distributed AdamW and learning-rate schedule."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ PART_PARAMETERS = {
     "projector": ("projector.*", "image_newline"),
     "language": ("language.*",),
 }
-"""Names of the parameters of each part, as patterns."""
+"""Patterns that match the names of the parameters of each part."""
 LATE = "lr_start_step"
-"""Under which a group of parameters has its first step, if it is not 0."""
+"""Key of a parameter group for the first step that trains it; a group without this key is trained from step 0."""
 
 
 @dataclass
 class Trainable:
-    """The model as training sees it."""
+    """The wrapped model with its optimizer and schedule."""
 
     chunks: list[DistributedDataParallel]
     """This rank's pipeline chunks, each with one buffer of float32 gradients."""
@@ -42,41 +42,41 @@ class Trainable:
     """Sets the learning rate of the next step."""
 
     def zero_gradients(self) -> None:
-        """Start a step."""
+        """Prepare the gradient buffers for a step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._gather_weights()  # before the first step nobody has
+        self._gather_weights()  # does nothing but before the first step: `update` has started it after every other one
 
     def gradient_norm(self) -> float:
-        """Norm of the step's gradient over all parameters, the same on every rank; before clipping."""
+        """Norm of the step's gradient over all parameters before clipping; the same on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def update(self, is_skipped: bool = False) -> None:
-        """Take the optimizer step, unless its gradient is to be thrown away, and move the schedule on."""
-        self.wait_for_weights()  # of modules that this step did not run: the optimizer writes where they are read
+        """Take the optimizer step unless it is skipped, and advance the schedule."""
+        self.wait_for_weights()  # modules that this step did not run may still be gathering what the optimizer writes
         if not is_skipped:
             self.optimizer.step()
         self._gather_weights()
         self.schedule.step(increment=1)
 
     def describe(self) -> str:
-        """Whose code updates the weights: "AdamW of torch"."""
+        """Which code updates the weights, for example "AdamW of torch"."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        kinds = {type(one.optimizer) for one in chained if getattr(one, "optimizer", None) is not None}
+        kinds = {type(part.optimizer) for part in chained if getattr(part, "optimizer", None) is not None}
         return ", ".join(f"{kind.__name__} of {kind.__module__.split('.')[0]}" for kind in kinds) or "nothing to update"
 
     def wait_for_weights(self) -> None:
-        """Until the updated weights are here, with parallel.overlap; forwards wait by themselves, layer by layer."""
+        """With parallel.overlap, wait until the updated weights are gathered; forward passes do so layer by layer."""
         for bucket in self._overlapped_buckets():
             _wait(bucket)
 
     def _gather_weights(self) -> None:
-        """Start to gather the updated weights, with parallel.overlap.
+        """With parallel.overlap, start to gather the updated weights.
 
-        Not left to the layers' forwards, which would start it in the order in which they run: that of a rank whose
-        micro batch has no pictures is another one.
+        The forward passes of the layers would start this in the order in which they run, which differs on a rank whose
+        micro batch has no images.
         """
         for bucket in self._overlapped_buckets():
             if not bucket.param_gather_dispatched:
@@ -84,35 +84,35 @@ class Trainable:
                 bucket.start_param_sync()
 
     def _overlapped_buckets(self) -> Iterator[Any]:
-        """In the order in which forwards need them."""
+        """Buckets in the order in which the forward pass needs them."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 yield from reversed(chunk.bucket_groups)
 
 
 def _wait(bucket: Any) -> None:
-    """Until a gather of weights that was started has ended."""
+    """Wait for the end of a gather of weights, if one was started."""
     if bucket.param_gather_handle is not None:
         bucket.param_gather_handle.wait()
         bucket.param_gather_handle = None
 
 
 def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Trainable:
-    """Wrap the chunks, build optimizer and schedule, and tell megatron-core's schedules how to finish a step."""
+    """Wrap the chunks, build optimizer and schedule, and set the hooks by which megatron-core finishes a step."""
     overlap = cfg.parallel.overlap
     data_parallel = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
-        align_param_gather=overlap,  # Trainable starts the gathers, so no layer starts the next one's
+        align_param_gather=overlap,  # Trainable starts the gathers, so no layer may start that of the next one
     )
     wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=data_parallel,
             module=chunk,
-            disable_bucketing=index > 0,  # as Megatron-LM: later chunks finish too late in the backward to overlap
+            disable_bucketing=index > 0,  # as in Megatron-LM: later chunks finish the backward too late to overlap
             pg_collection=groups,
         )
         for index, chunk in enumerate(chunks)
@@ -130,16 +130,16 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
 
 
 def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerConfig:
-    own = cfg.optimizer
+    section = cfg.optimizer
     return OptimizerConfig(
         optimizer="adam",
-        lr=own.learning_rate,
-        min_lr=own.min_learning_rate,
-        weight_decay=own.weight_decay,
-        adam_beta1=own.beta1,
-        adam_beta2=own.beta2,
-        adam_eps=own.epsilon,
-        clip_grad=own.clip_gradient,
+        lr=section.learning_rate,
+        min_lr=section.min_learning_rate,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.epsilon,
+        clip_grad=section.clip_gradient,
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
@@ -148,42 +148,42 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
 
 
 def _overrides(cfg: RunConfig, config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's own (no weight decay of vectors), and the learning rates and first steps of parts."""
-    overrides, own = get_standard_config_overrides(config), cfg.optimizer
-    for part in sorted(own.part_learning_rates.keys() | own.part_start_steps.keys()):
+    """megatron-core's overrides (no weight decay of vectors), and the learning rates and first steps of parts."""
+    overrides, section = get_standard_config_overrides(config), cfg.optimizer
+    for part in sorted(section.part_learning_rates.keys() | section.part_start_steps.keys()):
         names = tuple(f"module.{name}" for name in PART_PARAMETERS[part])
-        rate = own.part_learning_rates.get(part, own.learning_rate)
-        values = {"max_lr": rate, "min_lr": min(own.min_learning_rate, rate)}
-        values |= {LATE: own.part_start_steps[part]} if part in own.part_start_steps else {}
+        rate = section.part_learning_rates.get(part, section.learning_rate)
+        values = {"max_lr": rate, "min_lr": min(section.min_learning_rate, rate)}
+        values |= {LATE: section.part_start_steps[part]} if part in section.part_start_steps else {}
         overrides[ParamKey(name=names)] = ParamGroupOverride(**values)
     return overrides
 
 
 class _Schedule(OptimizerParamScheduler):
-    """megatron-core's, with a learning rate of 0 for a part until its first step."""
+    """megatron-core's schedule, with a learning rate of 0 for a part until its first step."""
 
     def get_lr(self, param_group: dict) -> float:
         return 0.0 if self.num_steps < param_group.get(LATE, 0) else super().get_lr(param_group)
 
 
 def _build_schedule(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    own = cfg.optimizer
-    warmup = own.warmup_steps or round(own.warmup_fraction * cfg.train.steps)
+    section = cfg.optimizer
+    warmup = section.warmup_steps or round(section.warmup_fraction * cfg.train.steps)
     return _Schedule(
         optimizer,
         init_lr=0.0,
-        max_lr=own.learning_rate,
-        min_lr=own.min_learning_rate,
+        max_lr=section.learning_rate,
+        min_lr=section.min_learning_rate,
         lr_warmup_steps=warmup,
         lr_decay_steps=max(cfg.train.steps, warmup + 1),
         lr_decay_style="cosine",
-        start_wd=own.weight_decay,
-        end_wd=own.weight_decay,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
         wd_incr_steps=max(cfg.train.steps, 1),
         wd_incr_style="constant",
     )
 
 
 def learning_rate(trainable: Trainable) -> float:
-    """The learning rate the next update will use."""
+    """Learning rate of the next update."""
     return max(group["lr"] for group in trainable.optimizer.param_groups)

@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides log.jsonl: TensorBoard, Weights & Biases. Both are optional packages.
+"""TensorBoard and Weights & Biases as further destinations of a run's metrics. Both are optional packages.
 
-logger.py gives every record to each of them.
+logger.py passes every record to each of them.
 """
 
 from collections.abc import Mapping
@@ -12,24 +12,24 @@ from megatron_llave.errors import ConfigError
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb_run_id"
-"""In the run's folder, so that a resumed run goes on as the same one."""
+"""File in the output directory with the id of the run, so that a resumed run continues it."""
 
 
-class Sink(Protocol):
-    """Takes what was logged."""
+class Tracker(Protocol):
+    """Receives the metrics of a run."""
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a step."""
+        """Record the metrics of a step."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Finish after the last step."""
 
 
 class TensorBoard:
-    """Scalars in a folder of event files; steps that a resumed run repeats replace the earlier ones."""
+    """Writes scalars into event files; steps that a resumed run repeats replace the earlier ones."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Raise ConfigError where the package is missing."""
+        """Open the tracker, or raise ConfigError where the package is missing."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -37,20 +37,20 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """See Sink."""
+        """See Tracker."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """See Sink."""
+        """See Tracker."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of a Weights & Biases project."""
+    """Writes into a run of a Weights & Biases project."""
 
     def __init__(self, output: Path, project: str, config: Mapping[str, Any]) -> None:
-        """Raise ConfigError where the package is missing."""
+        """Open the tracker, or raise ConfigError where the package is missing."""
         try:
             import wandb
         except ImportError as error:
@@ -62,29 +62,29 @@ class WeightsAndBiases:
         file.write_text(self._run.id + "\n")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """See Sink."""
+        """See Tracker."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """See Sink."""
+        """See Tracker."""
         self._run.finish()
 
 
-def open_sinks(cfg: LogConfig, output: Path, first_step: int, config: Mapping[str, Any]) -> list[Sink]:
-    """The sinks that the configuration asks for.
+def open_trackers(cfg: LogConfig, output: Path, first_step: int, config: Mapping[str, Any]) -> list[Tracker]:
+    """Open the trackers that the configuration names.
 
     Args:
         cfg: the section `log`.
-        output: folder of the run.
-        first_step: the next one to be logged, from 1.
-        config: the whole configuration, to be kept with the numbers.
+        output: output directory of the run.
+        first_step: number of the next step that is logged, from 1.
+        config: the whole configuration, which is stored with the metrics.
 
     Raises:
         ConfigError: a package is missing.
     """
-    sinks: list[Sink] = []
+    trackers: list[Tracker] = []
     if cfg.tensorboard:
-        sinks.append(TensorBoard(output / TENSORBOARD_FOLDER, first_step))
+        trackers.append(TensorBoard(output / TENSORBOARD_FOLDER, first_step))
     if cfg.wandb_project:
-        sinks.append(WeightsAndBiases(output, cfg.wandb_project, config))
-    return sinks
+        trackers.append(WeightsAndBiases(output, cfg.wandb_project, config))
+    return trackers

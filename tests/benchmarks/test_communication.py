@@ -69,7 +69,7 @@ def test_clusters_of_one_node_are_flat_and_more_nodes_are_slower(kind: str) -> N
     for size in (1, 2, 8):
         flat = ring_seconds(one, size, H100_NODES.inside)
         assert cluster_seconds(one, size, H100_NODES) == pytest.approx(flat)
-        assert one_ring_seconds(one, ranks, H100_NODES) == pytest.approx(flat)
+        assert one_ring_seconds(one, size, H100_NODES) == pytest.approx(flat)
     for seconds in (cluster_seconds, one_ring_seconds):
         growing = [seconds(one, ranks, H100_NODES) for ranks in (1, *CLUSTERS)]
         assert growing[0] == 0 and growing == sorted(growing)

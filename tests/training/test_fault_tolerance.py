@@ -62,7 +62,7 @@ def test_steps_that_are_not_finite_are_counted_and_named(groups, caplog) -> None
     finite = FiniteSteps(2, groups)
     assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 0)
     assert not finite.check(1.0, shares(math.nan, 0.1, 0.2, math.nan), BATCHES, 1)
-    assert "step 2 is skipped" in caplog.text and "no finite embedding have birds/c" in caplog.text
+    assert "step 2 is skipped" in caplog.text and "the embeddings of birds/c are not finite" in caplog.text
     assert not finite.check(math.inf, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 2)
     assert "no pair stands out" in caplog.text
     assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 3)
@@ -80,10 +80,10 @@ def test_state_is_whole(tmp_path: Path) -> None:
 
 HANGS = """
 import time
-from megatron_llave import cpu_emulation, parallel
-from megatron_llave.fault_tolerance import Watchdog
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.training.fault_tolerance import Watchdog
 cpu_emulation.enable()
-parallel.start_processes(60)
+process_groups.initialize_distributed(60)
 watchdog = Watchdog(2)
 watchdog.progress("looking for its glasses")
 def wait_for_ever(): time.sleep(100)

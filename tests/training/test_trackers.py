@@ -9,7 +9,7 @@ import pytest
 from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.training.logger import RunLog
-from megatron_llave.training.trackers import open_sinks
+from megatron_llave.training.trackers import open_trackers
 
 
 class FakeWriter:
@@ -36,9 +36,9 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members) -> None:
 
 def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path: Path, monkeypatch) -> None:
     fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=FakeWriter)
-    sinks = open_sinks(LogConfig(tensorboard=True), tmp_path, 3, {})
+    trackers = open_trackers(LogConfig(tensorboard=True), tmp_path, 3, {})
     values = {"loss": 0.5, "subset": "birds", "seconds": 1.0, "pairs": 4, "tokens": 9, "skipped": 0, "histogram": [1]}
-    log = RunLog(tmp_path, 0, 9, True, sinks)
+    log = RunLog(tmp_path, 0, 9, True, trackers)
     log.step({"step": 3, **values, "gradient_norm": float("nan")})
     log.evaluation(3, {"names": 40.0}, seconds=1.0)
     log.close()
@@ -57,9 +57,9 @@ def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch)
 
     fake_module(monkeypatch, "wandb", init=init)
     for _ in range(2):
-        for sink in open_sinks(LogConfig(wandb_project="mine"), tmp_path, 1, {"seed": 1}):
-            sink.step(1, {"loss": 0.5})
-            sink.close()
+        for tracker in open_trackers(LogConfig(wandb_project="mine"), tmp_path, 1, {"seed": 1}):
+            tracker.step(1, {"loss": 0.5})
+            tracker.close()
     assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("new-id", "allow")]
     assert calls[0]["project"] == "mine" and calls[0]["config"] == {"seed": 1} and calls[0]["name"] == tmp_path.name
 
@@ -74,5 +74,5 @@ def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch)
 def test_missing_package_is_one_line(tmp_path: Path, monkeypatch, given, module, said) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=said):
-        open_sinks(LogConfig(**given), tmp_path, 1, {})
-    assert open_sinks(LogConfig(), tmp_path, 1, {}) == []
+        open_trackers(LogConfig(**given), tmp_path, 1, {})
+    assert open_trackers(LogConfig(), tmp_path, 1, {}) == []
