@@ -22,7 +22,7 @@ GUIDES = [page for page in PAGES if "results/2" not in page.as_posix()]
 FOLDERS = ("megatron_llave", "tools", "examples", "benchmarks", "docs", "tests")
 SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
 # Modules of the package that hold names of commands and options of a tool.
-FURTHER_SOURCES = {"study": "study/arms.py", "evaluate": "evaluation/benchmarks/*.py"}
+FURTHER_SOURCES = {"study": "study/variants.py", "evaluate": "evaluation/benchmarks/*.py"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 each_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Run one of the paper's experiments: its arms, each with several seeds, then tables and pictures.
+"""Run one of the paper's experiments: its variants, each with several seeds, then tables and pictures.
 
 python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out DIR [section.key=value ...]
 
@@ -15,10 +15,10 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, exit_with_one_line, require
 from megatron_llave.report.paper_results import ABLATION_NOTES, ABLATIONS
-from megatron_llave.study.arms import STUDIES, Run, Study, plan
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, is_finished
+from megatron_llave.study.variants import STUDIES, Run, Study, plan
 from megatron_llave.study.write_up import write_up
 
 
@@ -27,10 +27,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
-    parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each arm runs with each")
+    parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each variant runs with each")
     parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same one goes on")
     parser.add_argument(
-        "--arm", action="append", default=[], help="one of the study's, beside the reference; again: more"
+        "--variant", action="append", default=[], help="one of the study's, beside the reference; again: more"
     )
     parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
     parser.add_argument("--processes", type=int, default=2, help="processes of all runs at a time (2)")
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
     require(args.per_run % layout == 0, f"--per-run {args.per_run} is no multiple of tensor x pipeline = {layout}")
     study = STUDIES[args.study](cfg, args.per_run // layout)
-    runs = plan(study, cfg, args.seeds, args.arm, start is not None)
+    runs = plan(study, cfg, args.seeds, args.variant, start is not None)
     shared = Plan(Path(args.config), start, out, tuple(args.overrides), args.per_run)
     if args.task == "list":
         for number, one in enumerate(runs):

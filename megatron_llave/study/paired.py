@@ -1,7 +1,7 @@
-"""Paired statistics: two arms that differ in one thing, seed by seed. Pure functions of numbers.
+"""Paired statistics of two variants, seed by seed. Pure functions of numbers.
 
-An arm's seed sets its random weights and the order of its data, so that two runs of one seed share both: the difference
-of a pair varies less than the runs do.
+A seed sets the random weights and the order of the data, so that two runs with one seed share both. The difference of
+such a pair varies less than the runs do.
 """
 
 import math
@@ -15,27 +15,28 @@ RESAMPLES = 9999
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 MOST_EXACT = 14
-"""Pairs up to which every choice of signs is tried (2 ** 14)."""
+"""Largest number of pairs for which all 2 ** n choices of signs are tried."""
 FEWEST_FOR_TEST = 6
-"""Pairs from which on the test of signs can be significant at all: 2 / 2 ** 6 = 0.031."""
+"""Smallest number of pairs for which the test can be significant: its least p-value is 2 / 2 ** 6 = 0.031."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between an arm and the reference over the seeds that both have."""
+    """The differences between a variant and the reference over the seeds that both have."""
 
     differences: tuple[float, ...]
-    """Arm minus reference, in the order of the seeds."""
+    """Variant minus reference, in the order of the seeds."""
     mean: float
     low: float
-    """Of the bootstrap interval for the mean, 95 %."""
+    """Lower end of the 95 % bootstrap interval of the mean."""
     high: float
+    """Upper end of that interval."""
     p_value: float
-    """Two-sided, of the test that flips the signs of the differences; exact up to MOST_EXACT pairs."""
+    """Two-sided p-value of the test that flips the signs of the differences; exact up to MOST_EXACT pairs."""
 
     @property
     def verdict(self) -> str:
-        """What may be said of it in words."""
+        """The conclusion in words."""
         excludes_zero = self.low > 0 or self.high < 0
         direction, count = "higher" if self.mean > 0 else "lower", len(self.differences)
         if excludes_zero and count < FEWEST_FOR_TEST:
@@ -43,20 +44,20 @@ class Comparison:
         return direction if excludes_zero and self.p_value < SIGNIFICANCE else "no difference shown"
 
 
-def compare(arm: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
-    """Compare by seed.
+def compare(variant: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+    """Compare a variant with the reference, seed by seed.
 
     Args:
-        arm: seed -> value.
-        reference: likewise.
+        variant: seed -> value.
+        reference: seed -> value.
 
     Returns:
-        Over the seeds in both whose values are finite; None where fewer than two are left.
+        The comparison over the seeds that have finite values in both; None with fewer than two such seeds.
     """
-    seeds = sorted(seed for seed in arm.keys() & reference.keys() if math.isfinite(arm[seed] - reference[seed]))
+    seeds = sorted(seed for seed in variant.keys() & reference.keys() if math.isfinite(variant[seed] - reference[seed]))
     if len(seeds) < 2:
         return None
-    differences = np.array([arm[seed] - reference[seed] for seed in seeds])
+    differences = np.array([variant[seed] - reference[seed] for seed in seeds])
     low, high = bootstrap_interval(differences)
     return Comparison(tuple(differences.tolist()), float(differences.mean()), low, high, sign_flip_test(differences))
 
@@ -65,18 +66,18 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """Percentile bootstrap interval for the mean of [n] values, n at least 2. It is somewhat narrow for n below 10."""
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def sign_flip_test(differences: np.ndarray) -> float:
-    """Two-sided p-value of [n] paired differences, were the sign of each a coin's."""
+    """Two-sided p-value of [n] paired differences under the hypothesis that the sign of each is random."""
     if not differences.any():
         return 1.0
     resamples = np.inf if len(differences) <= MOST_EXACT else RESAMPLES
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=resamples, alternative="two-sided", rng=0
     )
-    return float(found.pvalue)
+    return float(result.pvalue)

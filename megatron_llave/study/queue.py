@@ -1,8 +1,8 @@
-"""Runs of a study in a queue: as many at a time as the processes allow, each trained and evaluated as any run is.
+"""Runs the runs of a study from a queue, as many at a time as the number of processes allows.
 
-Second step of a study. A finished run is never done again, one that was interrupted goes on from its newest checkpoint,
-one that failed is tried again by the next call. Nothing is held in memory that a kill could lose: a run is finished
-when its evaluation's report is there.
+This is the second step of a study. A finished run is never repeated, an interrupted one resumes from its newest
+checkpoint, and a failed one is tried again by the next call. A kill loses nothing, because all state is on disk: a run
+is finished when the report of its evaluation exists.
 """
 
 import fcntl
@@ -25,7 +25,6 @@ from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, ConfigError, require
 from megatron_llave.files import atomic_write, read_json
-from megatron_llave.study.arms import Run
 from megatron_llave.study.run_folder import (
     OUTPUT,
     PLANNED,
@@ -36,30 +35,31 @@ from megatron_llave.study.run_folder import (
     reason,
     require_same_settings,
 )
+from megatron_llave.study.variants import Run
 
 STUDY = "study.json"
 LOCK = ".lock"
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 240
-"""torchrun waits so long for ranks that it has asked to stop, which save first."""
+"""How long torchrun waits for ranks that it has asked to stop, and which save before they do."""
 END_SECONDS = SAVE_SECONDS + 60
 
 
 @dataclass
 class Outcome:
-    """How the runs ended."""
+    """Results of the runs."""
 
     failed: dict[str, str] = field(default_factory=dict)
-    """Run -> why."""
+    """Name of a run that failed -> why it failed."""
     num_done: int = 0
-    """Finished by this call."""
+    """Number of runs that this call has finished."""
     num_before: int = 0
-    """Finished before it."""
+    """Number of runs that were finished before this call."""
 
 
 @dataclass
 class _Active:
-    """A run that is going on."""
+    """A run in progress."""
 
     run: Run
     slot: int
@@ -70,32 +70,37 @@ class _Active:
 
 
 def check_study(plan: Plan, name: str) -> None:
-    """Keep what all runs in the study's folder have in common, or compare with what was kept.
+    """Write the settings that all runs of the study share into its folder, or compare them with those of before.
 
     Raises:
-        ConfigError: its runs are of another study, base configuration, start or number of processes.
+        ConfigError: the folder holds runs of another study, base configuration, start or number of processes.
     """
     cfg = load_config(plan.config, plan.overrides)
     start = load_config(plan.start_config, plan.overrides) if plan.start_config else None
-    own = {"study": name, "config": asdict(cfg), "start": start and asdict(start), "processes per run": plan.per_run}
-    own = json.loads(json.dumps(own))
+    settings = {
+        "study": name,
+        "config": asdict(cfg),
+        "start": start and asdict(start),
+        "processes per run": plan.per_run,
+    }
+    settings = json.loads(json.dumps(settings))
     file = plan.out / STUDY
     plan.out.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=plan.out, prefix=".study", suffix=".partial") as partial:
-        json.dump(own, partial, indent=1)
+        json.dump(settings, partial, indent=1)
         partial.flush()
         with suppress(FileExistsError):
-            os.link(partial.name, file)  # unlike a rename it leaves the file of whoever was first
+            os.link(partial.name, file)  # unlike a rename, a link keeps the file of the first process
     hint = "choose another --out"
-    changed = "; ".join(differences(read_json(file, hint=hint, error=ConfigError), own))
+    changed = "; ".join(differences(read_json(file, hint=hint, error=ConfigError), settings))
     require(not changed, f"{plan.out} holds another study or other settings: {changed}; {hint}")
 
 
 def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:
-    """The configuration of every run, all of which can work and none of which contradicts what its folder holds.
+    """Load the configuration of every run, before any is started.
 
     Raises:
-        ConfigError: one cannot, or a folder has a run with other settings; nothing has been started then.
+        ConfigError: a configuration cannot work, or the folder of a run holds one with other settings.
     """
     cfgs = {}
     for run in runs:
@@ -105,17 +110,17 @@ def check(plan: Plan, runs: Sequence[Run]) -> dict[str, RunConfig]:
 
 
 def run_all(plan: Plan, study: str, runs: Sequence[Run], processes: int, report: Callable[[str], None]) -> Outcome:
-    """Run what is not finished, `processes` // plan.per_run at a time, and wait for it.
+    """Run what is not finished, `processes` // plan.per_run runs at a time, and wait for all of them.
 
     Args:
-        plan: what the runs share.
-        study: its name.
-        runs: those that others need first.
-        processes: at a time; on GPUs each has one of its own.
-        report: told in one line of each run that starts or ends.
+        plan: settings that the runs share.
+        study: name of the study.
+        runs: the runs; those that others need come first.
+        processes: number of processes at a time; on GPUs each process has one of its own.
+        report: called with a line of text for each run that starts or ends.
 
     Raises:
-        ConfigError: a run cannot work, or contradicts its folder or the study's; or there are too few GPUs.
+        ConfigError: a run cannot work, its folder or that of the study has other settings, or there are too few GPUs.
     """
     cfgs = check(plan, runs)
     check_study(plan, study)
@@ -137,29 +142,29 @@ def run_all(plan: Plan, study: str, runs: Sequence[Run], processes: int, report:
 
 @dataclass
 class _Queue:
-    """Where the runs of a study are."""
+    """The runs of a study by their state."""
 
     plan: Plan
     cfgs: dict[str, RunConfig]
     waiting: list[Run]
     free: list[int]
-    """Slots: a run in slot s has the s-th per_run GPUs."""
+    """Free slots; a run in slot s uses the s-th group of `per_run` GPUs."""
     report: Callable[[str], None]
     active: list[_Active] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
-    """Runs that another process was at when they were to be started."""
+    """Runs that could not be started because another process was working on them."""
     outcome: Outcome = field(default_factory=Outcome)
 
     def drop_finished(self) -> None:
-        """Runs that need nothing more, since an earlier call or another study has done them."""
+        """Drop the waiting runs that are finished, by an earlier call or by another study in the same folder."""
         for run in [run for run in self.waiting if is_finished(self.plan.folder(run))]:
             self.waiting.remove(run)
             self.finished.add(run.name)
 
     def drop_hopeless(self) -> None:
-        """Runs that need one that has failed, or one that nobody here will do."""
-        here = self.finished | {run.name for run in self.waiting} | {one.run.name for one in self.active}
+        """Drop the waiting runs that need a run which has failed or which is not in the queue."""
+        here = self.finished | {run.name for run in self.waiting} | {active.run.name for active in self.active}
         for run in list(self.waiting):
             for name in run.needs:
                 if name not in here and not is_finished(self.plan.out / name):
@@ -169,7 +174,7 @@ class _Queue:
                 self.waiting.remove(run)
 
     def start_ready(self) -> None:
-        """As many as there are slots for; those that another process is at come last."""
+        """Start as many runs as there are free slots; those that another process works on come last."""
         ready = [run for run in self.waiting if all(is_finished(self.plan.out / name) for name in run.needs)]
         for run in sorted(ready, key=lambda run: run.name in self.elsewhere):
             if not self.free:
@@ -186,18 +191,18 @@ class _Queue:
                 self.waiting.remove(run)
 
     def collect(self) -> None:
-        """Runs that are over."""
-        for one in [one for one in self.active if _advance(one, self.outcome, self.plan, self.report)]:
-            self.active.remove(one)
-            self.free.append(one.slot)
-            one.lock.close()
-            if one.run.name not in self.outcome.failed:
-                self.finished.add(one.run.name)
+        """Remove the active runs that have ended."""
+        for active in [active for active in self.active if _advance(active, self.outcome, self.plan, self.report)]:
+            self.active.remove(active)
+            self.free.append(active.slot)
+            active.lock.close()
+            if active.run.name not in self.outcome.failed:
+                self.finished.add(active.run.name)
                 self.outcome.num_done += 1
 
 
 def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
-    """The run's first process; None while another one is at it: of a second study, or left behind by a killed one."""
+    """Start a run; None while another process works on it, of a second study or of a killed one."""
     folder = plan.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("w")
@@ -209,7 +214,7 @@ def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
     if is_finished(folder) or ranks_of(folder):
         lock.close()
         return None
-    require_same_settings(folder, cfg)  # another study may have begun it since the check
+    require_same_settings(folder, cfg)  # another study may have started it since the check
     with atomic_write(folder / PLANNED) as temporary:
         save_config(cfg, temporary)
     steps = commands(plan, run, cfg)
@@ -217,10 +222,10 @@ def _start(plan: Plan, run: Run, cfg: RunConfig, slot: int) -> _Active | None:
 
 
 def visible_gpus(processes: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or would; nothing on a machine without GPUs.
+    """Names of the GPUs as in CUDA_VISIBLE_DEVICES; an empty list on a machine without GPUs.
 
     Raises:
-        ConfigError: there are fewer than `processes`.
+        ConfigError: there are fewer GPUs than `processes`.
     """
     count = torch.cuda.device_count()
     if count == 0:
@@ -232,7 +237,7 @@ def visible_gpus(processes: int) -> list[str]:
 
 
 def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[str]) -> subprocess.Popen:
-    """Start one command of a run. It holds the lock too: should the study be killed, until it has ended itself."""
+    """Start one command of a run. It inherits the lock, so that it holds it even after a kill of the study."""
     env = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS), **os.environ}
     first = slot * plan.per_run
     gpus = visible_gpus(first + plan.per_run)
@@ -250,40 +255,40 @@ def _launch(plan: Plan, folder: Path, command: list[str], slot: int, lock: IO[st
         )
 
 
-def _advance(one: _Active, outcome: Outcome, plan: Plan, report: Callable[[str], None]) -> bool:
-    """Start the next command of a run when one has ended well; True when the run is over."""
-    status = one.process.poll()
+def _advance(active: _Active, outcome: Outcome, plan: Plan, report: Callable[[str], None]) -> bool:
+    """Start the next command of a run when one has succeeded; True when the run has ended."""
+    status = active.process.poll()
     if status is None:
         return False
-    folder = plan.folder(one.run)
-    minutes = (time.monotonic() - one.started) / 60
+    folder = plan.folder(active.run)
+    minutes = (time.monotonic() - active.started) / 60
     why = ""
     if status == 0:
         try:
-            following = next(one.commands, None)
+            following = next(active.commands, None)
         except CheckpointError as error:
             following, why = None, str(error)
         if following is not None:
-            one.process = _launch(plan, folder, following, one.slot, one.lock)
+            active.process = _launch(plan, folder, following, active.slot, active.lock)
             return False
         if is_finished(folder):
-            report(f"{one.run.name}: finished after {minutes:.1f} min")
+            report(f"{active.run.name}: finished after {minutes:.1f} min")
             return True
-    outcome.failed[one.run.name] = why or reason(folder / OUTPUT, status)
-    report(f"{one.run.name}: failed after {minutes:.1f} min: {outcome.failed[one.run.name]}")
+    outcome.failed[active.run.name] = why or reason(folder / OUTPUT, status)
+    report(f"{active.run.name}: failed after {minutes:.1f} min: {outcome.failed[active.run.name]}")
     return True
 
 
 def _end(active: Sequence[_Active]) -> None:
-    """Ask the runs that are going on to save and stop, and wait for it."""
-    for one in active:
-        one.process.terminate()
+    """Ask the active runs to save and stop, and wait until they have."""
+    for entry in active:
+        entry.process.terminate()
     deadline = time.monotonic() + END_SECONDS
-    for one in active:
+    for entry in active:
         try:
-            one.process.wait(max(0.0, deadline - time.monotonic()))
+            entry.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            root = psutil.Process(one.process.pid)
+            root = psutil.Process(entry.process.pid)
             for process in [*root.children(recursive=True), root]:
                 process.kill()
-        one.lock.close()
+        entry.lock.close()

@@ -1,7 +1,7 @@
-"""One run of a study: its folder, the commands that make it, and what its folder tells of it.
+"""One run of a study: its folder, the commands that make it, and its state as read from the folder.
 
-Between arms.py, which says what runs there are, and queue.py, which starts them. A run is trained and evaluated as any
-run is, by the commands that a user would type.
+variants.py lists the runs and queue.py starts them. A run is trained and evaluated like any other run, by the commands
+that a user would type.
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.evaluation.benchmarks.prepared import is_prepared
 from megatron_llave.files import read_json
-from megatron_llave.study.arms import START, Run
+from megatron_llave.study.variants import START, Run
 from megatron_llave.training.fault_tolerance import STATE_FILE
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -30,60 +30,61 @@ MERGED = "merged"
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs of a study share."""
+    """Settings that all runs of a study share."""
 
     config: Path
-    """Base configuration."""
+    """File of the base configuration."""
     start_config: Path | None
-    """Configuration of the run that each seed starts from, if it trains one."""
+    """File of the configuration of the run that each seed trains first; None: no such run."""
     out: Path
+    """Folder of the study."""
     overrides: tuple[str, ...]
-    """For every run, before those of its arm."""
+    """Overrides of every run, which precede those of its variant."""
     per_run: int
-    """Processes of a run."""
+    """Number of processes of a run."""
 
     def folder(self, run: Run) -> Path:
-        """Of a run."""
+        """Folder of a run."""
         return self.out / run.name
 
     def overrides_of(self, run: Run) -> list[str]:
-        """Everything that a run has over its configuration file."""
-        own = [f"train.seed={run.seed}", f"train.output={quoted(self.folder(run))}"]
+        """All overrides of a run's configuration file."""
+        last = [f"train.seed={run.seed}", f"train.output={quoted(self.folder(run))}"]
         if run.start is not None:
-            own.append(f"checkpoint.init={quoted(self.out / run.start)}")
-        return [*self.overrides, *run.arm.overrides, *own]
+            last.append(f"checkpoint.init={quoted(self.out / run.start)}")
+        return [*self.overrides, *run.variant.overrides, *last]
 
     def config_of(self, run: Run) -> Path:
-        """The file that a run starts from."""
-        return self.start_config if run.arm.name == START and self.start_config else self.config
+        """Configuration file of a run."""
+        return self.start_config if run.variant.name == START and self.start_config else self.config
 
     def load(self, run: Run) -> RunConfig:
-        """What a run is configured to be.
+        """Configuration of a run.
 
         Raises:
-            ConfigError: it cannot work.
+            ConfigError: the configuration cannot work.
         """
         return load_config(self.config_of(run), self.overrides_of(run))
 
 
 def quoted(path: Path) -> str:
-    """As a string of YAML, in which a space and a # would begin a comment."""
+    """A path as a quoted YAML string, because an unquoted one may hold the start of a comment (` #`)."""
     return json.dumps(str(path), ensure_ascii=False)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder has all that a study wants of it."""
+    """Whether a run has been trained and evaluated."""
     return (folder / EVALUATION / "report.json").is_file()
 
 
 def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
-    """What makes a run: training or merging, then the evaluation. Each is asked for when the one before has ended."""
+    """Commands that make a run: training or merging, then the evaluation. Ask for one when the one before has ended."""
     folder = plan.folder(run)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.per_run)]
     checkpoint = folder
-    if run.arm.merge:
+    if run.variant.merge:
         checkpoint = folder / MERGED
-        parts = [f"{plan.out / name}={share:g}" for name, (_, share) in zip(run.needs, run.arm.merge)]
+        parts = [f"{plan.out / name}={share:g}" for name, (_, share) in zip(run.needs, run.variant.merge)]
         if not checkpoint.exists():
             yield [sys.executable, str(TOOLS / "merge.py"), *parts, "--to", str(checkpoint)]
     else:
@@ -101,10 +102,10 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
 
 
 def require_trained(folder: Path) -> None:
-    """Refuse to evaluate a run that was stopped before its last step, with which torchrun ends well too.
+    """Refuse to evaluate a run that was stopped before its last step, after which torchrun's exit status is 0 too.
 
     Raises:
-        CheckpointError: says who stopped it.
+        CheckpointError: the message gives the reason of the stop.
     """
     file = folder / STATE_FILE
     state = read_json(file, hint="the training could not write it", error=CheckpointError)
@@ -116,29 +117,26 @@ def require_same_settings(folder: Path, cfg: RunConfig) -> None:
     """Refuse a folder that holds a run with other settings.
 
     Raises:
-        ConfigError: names what differs.
+        ConfigError: the message names the settings that differ.
     """
     planned = folder / PLANNED
     if planned.is_file():
         before, now = asdict(load_config(planned)), asdict(cfg)
-        for one in (before, now):  # paths, which may be written in another way
-            del one["train"]["output"], one["checkpoint"]["init"]
+        for settings in (before, now):  # the same path may be written in several ways
+            del settings["train"]["output"], settings["checkpoint"]["init"]
         changed = "; ".join(differences(before, now))
         require(not changed, f"{folder} holds a run with other settings: {changed}; choose another --out")
 
 
 def ranks_of(folder: Path) -> list[psutil.Process]:
-    """Processes on this machine that train or evaluate the run in `folder`: ranks outlive a torchrun that is killed."""
+    """Processes on this machine that train or evaluate the run in `folder`; they may outlive a killed torchrun."""
     words = {f"train.output={quoted(folder)}", str(folder / EVALUATION)}
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if words.intersection(process.info["cmdline"] or []):
-            found.append(process)
-    return found
+    processes = psutil.process_iter(["cmdline"])
+    return [process for process in processes if words.intersection(process.info["cmdline"] or [])]
 
 
 def reason(output: Path, status: int) -> str:
-    """What a run said in its last line that tells of an error; where it said nothing, its status."""
+    """The last error message in a run's output, or its exit status where there is none."""
     lines = output.read_text(errors="replace").splitlines()[-200:]
-    said = [line for line in lines if line.startswith("error: ")]
-    return said[-1].removeprefix("error: ") if said else f"exit status {status}, see {output}"
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else f"exit status {status}, see {output}"

@@ -45,12 +45,12 @@ def test_interval_is_the_bootstrap_quantiles_of_the_mean() -> None:
     ],
 )
 def test_verdicts(differences: list[float], verdict: str) -> None:
-    arm = dict(enumerate(differences))
-    assert compare(arm, dict.fromkeys(arm, 0.0)).verdict == verdict
+    variant = dict(enumerate(differences))
+    assert compare(variant, dict.fromkeys(variant, 0.0)).verdict == verdict
 
 
 def test_noise_alone_is_seldom_called_a_difference() -> None:
-    """Of 200 comparisons of equal arms about 5 in 100 may be, and with three seeds none."""
+    """Of 200 comparisons of equal variants about 5 in 100 may be, and with three seeds none."""
     rng = np.random.default_rng(0)
 
     def share(seeds: int) -> float:

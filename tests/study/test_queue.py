@@ -13,9 +13,9 @@ import pytest
 from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError
 from megatron_llave.study import queue
-from megatron_llave.study.arms import STUDIES, Run, plan
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, commands, quoted, ranks_of, reason
+from megatron_llave.study.variants import STUDIES, Run, plan
 from megatron_llave.training.fault_tolerance import write_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +52,9 @@ def scripted(monkeypatch, tmp_path: Path):
     return start
 
 
-def runs_of(name: str, seeds=(0,), arms=()) -> list[Run]:
+def runs_of(name: str, seeds=(0,), variants=()) -> list[Run]:
     cfg = load_config(CONFIG)
-    return plan(STUDIES[name](cfg, 1), cfg, seeds, arms, trained_start=name == "freezing")
+    return plan(STUDIES[name](cfg, 1), cfg, seeds, variants, trained_start=name == "freezing")
 
 
 def events(log: Path) -> list[tuple[str, str]]:
@@ -62,11 +62,11 @@ def events(log: Path) -> list[tuple[str, str]]:
 
 
 def test_finished_runs_are_not_done_again(scripted) -> None:
-    runs = runs_of("hardness", arms=["alpha 1"])
+    runs = runs_of("hardness", variants=["alpha 1"])
     outcome, lines = scripted(runs, 2)
     assert (outcome.num_before, outcome.num_done, outcome.failed) == (0, 3, {})
     assert lines[0] == "before-training-seed0: started" and lines[-1].startswith("alpha-1-seed0: finished")
-    again, lines = scripted(runs_of("hardness", seeds=(0, 1), arms=["alpha 1"]), 2)
+    again, lines = scripted(runs_of("hardness", seeds=(0, 1), variants=["alpha 1"]), 2)
     assert (again.num_before, again.num_done) == (3, 2)
     assert [name for what, name in events(scripted.log) if what == "begin"].count("alpha-1-seed0") == 1
 
@@ -82,7 +82,7 @@ def test_no_more_at_a_time_than_the_processes_allow(scripted, processes: int, pe
 
 
 def test_runs_wait_for_those_they_need_and_fail_with_them(scripted) -> None:
-    runs = runs_of("freezing", seeds=(0, 1), arms=["merged, 50 % of frozen"])
+    runs = runs_of("freezing", seeds=(0, 1), variants=["merged, 50 % of frozen"])
     outcome, _ = scripted(runs, 4, seconds=0.1, failing=["vision-frozen-seed0"])
     order = events(scripted.log)
     assert order.index(("end", "start-seed1")) < order.index(("begin", "nothing-frozen-seed1"))
@@ -97,7 +97,7 @@ def test_runs_wait_for_those_they_need_and_fail_with_them(scripted) -> None:
 
 def test_run_whose_needs_are_left_out_says_so(scripted) -> None:
     """As one task of a job array; when what it needs is there, it runs."""
-    runs = runs_of("freezing", arms=["merged, 50 % of frozen"])
+    runs = runs_of("freezing", variants=["merged, 50 % of frozen"])
     outcome, _ = scripted(runs[-1:], 1)
     assert outcome.failed["merged-50-of-frozen-seed0"].endswith("-frozen-seed0, which is not finished")
     scripted(runs[:-1], 2)
@@ -123,7 +123,7 @@ def test_folder_with_other_settings_is_refused_before_anything_starts(scripted, 
 
 def test_names_that_yaml_would_cut(tmp_path: Path) -> None:
     shared = Plan(CONFIG, None, tmp_path / "a #b: c='d\"", (), 1)
-    [run] = runs_of("hardness", arms=["alpha 1"])[1:2]
+    [run] = runs_of("hardness", variants=["alpha 1"])[1:2]
     assert shared.load(run).train.output == str(shared.out / run.name)
 
 
@@ -132,7 +132,7 @@ def test_ranks_that_outlive_their_torchrun_are_waited_for(scripted, tmp_path: Pa
     word = f"train.output={quoted(folder)}"
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)", word]) as left:
         assert [one.pid for one in ranks_of(folder)] == [left.pid]
-        outcome, lines = scripted(runs_of("hardness", arms=["alpha 1"]), 3)
+        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3)
         assert left.poll() == 0
     assert outcome.num_done == 3 and any("another process is at it" in line for line in lines)
 
@@ -161,7 +161,7 @@ def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) ->
     with subprocess.Popen([sys.executable, "-c", holder, folder / ".lock"], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         started = time.monotonic()
-        outcome, lines = scripted(runs_of("hardness", arms=["alpha 1"]), 3)
+        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3)
         assert time.monotonic() - started > 0.5
     assert outcome.num_done == 3
     assert sum("another process is at it" in line for line in lines) == 1
@@ -173,7 +173,7 @@ from pathlib import Path
 from megatron_llave import config_file
 from megatron_llave import config_file
 from megatron_llave.study import queue
-from megatron_llave.study.arms import STUDIES, plan
+from megatron_llave.study.variants import STUDIES, plan
 from megatron_llave.study.run_folder import Plan
 
 config, out, run = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -227,7 +227,7 @@ def test_a_study_that_is_asked_to_end_asks_its_runs(going_on) -> None:
 def test_a_stopped_run_is_not_evaluated(tmp_path: Path, monkeypatch) -> None:
     """Under torchrun a run that was asked to stop, by a file `stop` say, ends with status 0."""
     shared = Plan(CONFIG, None, tmp_path, (), 1)
-    run = runs_of("hardness", arms=["alpha 1"])[1]
+    run = runs_of("hardness", variants=["alpha 1"])[1]
 
     def stopped(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
         steps = commands(shared, run, cfg)
@@ -247,7 +247,7 @@ def test_mmeb_is_evaluated_by_its_own_command(tmp_path: Path) -> None:
     (data / "CIRR" / "test-00000-of-00001.parquet").write_bytes(b"")
     overrides = (f"evaluate.path={data}", "evaluate.images=pictures", "evaluate.sets=[CIRR, WebQA]")
     shared = Plan(CONFIG, None, tmp_path, overrides, 2)
-    run = runs_of("hardness", arms=["alpha 1"])[1]
+    run = runs_of("hardness", variants=["alpha 1"])[1]
     write_finished(shared.folder(run))
     train, evaluate = commands(shared, run, shared.load(run))
     assert train[-2:] == ["--resume", "auto"]

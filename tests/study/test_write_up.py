@@ -9,15 +9,15 @@ import pytest
 
 from megatron_llave.config.load import load_config
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
-from megatron_llave.study.arms import STUDIES, plan, run_name
 from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
+from megatron_llave.study.variants import STUDIES, plan, run_name
 from megatron_llave.study.write_up import mean_curves, write_up
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "studies" / "tiny.yaml"
 
 
-def write_run(out: Path, arm: str, seed: int, ind: float, ood: float, steps: int = 60) -> None:
-    folder = out / run_name(arm, seed)
+def write_run(out: Path, variant: str, seed: int, ind: float, ood: float, steps: int = 60) -> None:
+    folder = out / run_name(variant, seed)
     (folder / "evaluation").mkdir(parents=True)
     counts = [1] * HISTOGRAM_BINS
     sets = [
@@ -56,7 +56,7 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
         write_run(tmp_path, "alpha 9", seed, weighted, 20.0 - seed)
     write_run(tmp_path, "alpha 5", 0, 1.0, 1.0)  # of an earlier call
     findings = read(tmp_path, study, seeds=(0, 1, 2, 3), failed={"alpha-9-seed3": "the loss was not finite"})
-    assert [(one.arm, one.seed) for one in findings if one.problem] == [
+    assert [(one.variant, one.seed) for one in findings if one.problem] == [
         *(("before training", 0), ("alpha 0", 3), ("alpha 9", 3))
     ]
     found = comparisons(findings, study, IND)
@@ -93,7 +93,7 @@ def test_without_chosen_sets_means_are_over_all_held_out_ones(tmp_path: Path, st
     assert finding.values[IND] == 70.0 and finding.values[OOD] == 20.0 and "s" in finding.sets
 
 
-def test_curves_are_means_over_the_runs_of_an_arm(tmp_path: Path, study) -> None:
+def test_curves_are_means_over_the_runs_of_a_variant(tmp_path: Path, study) -> None:
     write_run(tmp_path, "alpha 0", 0, 40.0, 20.0, steps=5)
     write_run(tmp_path, "alpha 0", 1, 42.0, 20.0, steps=4)  # a run that is shorter ends the mean
     write_run(tmp_path, "before training", 0, 1.0, 1.0, steps=1)
@@ -123,18 +123,18 @@ def test_damaged_report_is_listed_and_the_others_are_not_lost(tmp_path: Path, st
     for seed in (0, 1):
         write_run(tmp_path, "alpha 0", seed, 41.0, 20.0)
     (tmp_path / "alpha-0-seed0" / "evaluation" / "report.json").write_text(damage)
-    found = {one.seed: one for one in read(tmp_path, study) if one.arm == "alpha 0"}
+    found = {one.seed: one for one in read(tmp_path, study) if one.variant == "alpha 0"}
     assert "alpha-0-seed0/evaluation/report.json is damaged" in found[0].problem and found[1].values[IND] == 41.0
 
 
 def test_damaged_log_is_listed(tmp_path: Path, study) -> None:
     write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
     (tmp_path / "alpha-0-seed0" / "log.jsonl").write_text("nonsense\n{}\n")
-    [found] = [one for one in read(tmp_path, study, seeds=(0,)) if one.arm == "alpha 0"]
+    [found] = [one for one in read(tmp_path, study, seeds=(0,)) if one.variant == "alpha 0"]
     assert "log.jsonl line 1 is not a step's record" in found.problem
 
 
 def test_set_that_is_not_there_is_named(tmp_path: Path, study) -> None:
     write_run(tmp_path, "alpha 0", 0, 41.0, 20.0)
-    [found] = [one for one in read(tmp_path, study, seeds=(0,), chosen=("zebra",)) if one.arm == "alpha 0"]
+    [found] = [one for one in read(tmp_path, study, seeds=(0,), chosen=("zebra",)) if one.variant == "alpha 0"]
     assert "has no set 'zebra' (evaluate.sets), only a, b, c, s" in found.problem

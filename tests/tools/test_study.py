@@ -23,7 +23,19 @@ def evaluated(run: Path) -> int:
 
 def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
-    command = [*TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", str(out), "--arm", "alpha 9", "--processes", "1"]
+    command = [
+        *TOOL,
+        "hardness",
+        *CONFIG,
+        "--seeds",
+        "0",
+        "--out",
+        str(out),
+        "--variant",
+        "alpha 9",
+        "--processes",
+        "1",
+    ]
     command += [f"data.path={openmoji_data}", "train.steps=6", "train.global_batch_size=16", "checkpoint.interval=2"]
     command += ["loss.temperature_warmup_steps=2"]
     study = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -37,8 +49,8 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
     text = run_command(command)
     assert "1 runs were finished before, 2 were done now" in text
     assert evaluated(out / "before-training-seed0") == before
-    for arm in ("alpha-0", "alpha-9"):
-        steps = [json.loads(line)["step"] for line in (out / f"{arm}-seed0" / "log.jsonl").read_text().splitlines()]
+    for variant in ("alpha-0", "alpha-9"):
+        steps = [json.loads(line)["step"] for line in (out / f"{variant}-seed0" / "log.jsonl").read_text().splitlines()]
         assert steps[-1] == 6 and set(steps) == set(range(1, 7))
     rows = {row["arm"]: row for row in csv.DictReader((out / "runs.csv").open())}
     assert set(rows) == {"before training", "alpha 0", "alpha 9"} and not any(row["problem"] for row in rows.values())
@@ -53,11 +65,11 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["hardness", "--arm", "alpha 3"], "--arm 'alpha 3' is none of study hardness's"),
+        (["hardness", "--variant", "alpha 3"], "--variant 'alpha 3' is none of study hardness's"),
         (["hardness", "--per-run", "4"], "--per-run 4 is no number from 1 to --processes 2"),
         (["hardness", "--task", "99"], "--task 99: the study has the runs 0 to 24"),
         (["hardness", "train.stepz=3"], "unknown key train.stepz"),
-        (["negatives"], "do not tell its arms apart"),
+        (["negatives"], "do not tell its variants apart"),
         (["hardness_modes"], "data.hard_negatives=0; set it to at least 1"),
         (["hardness", "parallel.tensor=2"], "--per-run 1 is no multiple of tensor x pipeline = 2"),
         (["freezing"], "needs trained weights to start from"),

@@ -1,4 +1,4 @@
-"""The arms of each study: what they change, that all of it is a valid configuration, and in which order runs come."""
+"""The variants of each study: what they change, that their configurations are valid, and in which order runs come."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from megatron_llave.config.load import load_config, override_config
 from megatron_llave.errors import ConfigError
 from megatron_llave.report.paper_results import ABLATIONS
-from megatron_llave.study.arms import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
+from megatron_llave.study.variants import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 NEEDED = {
@@ -25,48 +25,53 @@ def load(name: str, *overrides: str):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_is_a_valid_configuration_and_no_two_are_equal(name: str) -> None:
+def test_every_variant_is_a_valid_configuration_and_no_two_are_equal(name: str) -> None:
     cfg = load(name)
     study = STUDIES[name](cfg, 2)
-    assert {study.reference_of(arm.name) for arm in study.arms} <= {arm.name for arm in study.arms}
-    trained = [arm for arm in study.arms if not arm.merge]
-    cfgs = [override_config(cfg, arm.overrides) for arm in trained]
+    assert {study.reference_of(variant.name) for variant in study.variants} <= {
+        variant.name for variant in study.variants
+    }
+    trained = [variant for variant in study.variants if not variant.merge]
+    cfgs = [override_config(cfg, variant.overrides) for variant in trained]
     assert all(one != other for index, one in enumerate(cfgs) for other in cfgs[:index])
-    assert len({run_name(arm.name, 0) for arm in study.arms}) == len(study.arms)
-    for arm in study.arms:
-        for other, share in arm.merge:
+    assert len({run_name(variant.name, 0) for variant in study.variants}) == len(study.variants)
+    for variant in study.variants:
+        for other, share in variant.merge:
             assert other in {one.name for one in trained} and 0 < share < 1
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_arms_of_the_paper_are_arms_here(name: str) -> None:
-    assert ABLATIONS[name].keys() <= {arm.name for arm in STUDIES[name](load(name), 2).arms}
+def test_variants_of_the_paper_are_variants_here(name: str) -> None:
+    assert ABLATIONS[name].keys() <= {variant.name for variant in STUDIES[name](load(name), 2).variants}
 
 
 def test_batch_sizes_see_equal_pairs_or_make_equal_updates() -> None:
     cfg = load("negatives")
-    for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
-        one = override_config(cfg, arm.overrides)
+    for variant in STUDIES["negatives"](cfg, 2).variants[3:]:
+        one = override_config(cfg, variant.overrides)
         pairs = one.train.steps * one.train.global_batch_size
-        if "equal pairs" in arm.name:
+        if "equal pairs" in variant.name:
             assert pairs == cfg.train.steps * cfg.train.global_batch_size
             warmup = cfg.loss.temperature_warmup_steps / cfg.train.steps
             assert one.loss.temperature_warmup_steps == pytest.approx(warmup * one.train.steps)
         else:
             assert one.train.steps == cfg.train.steps and pairs < cfg.train.steps * cfg.train.global_batch_size
         assert one.train.micro_batch_size <= one.train.global_batch_size // 2
-    sizes = {override_config(cfg, arm.overrides).train.global_batch_size for arm in STUDIES["negatives"](cfg, 2).arms}
+    sizes = {
+        override_config(cfg, variant.overrides).train.global_batch_size
+        for variant in STUDIES["negatives"](cfg, 2).variants
+    }
     assert sizes == {16, 32, 64, 128}
 
 
 def test_batch_sizes_differ_from_what_they_are_compared_with_in_nothing_else() -> None:
     cfg = load("negatives", "loss.negatives=micro_batch")
     study = STUDIES["negatives"](cfg, 2)
-    for arm in study.arms[3:]:
-        assert study.reference_of(arm.name) == "global batch"
-        assert override_config(cfg, arm.overrides).loss.negatives == "global_batch"
+    for variant in study.variants[3:]:
+        assert study.reference_of(variant.name) == "global batch"
+        assert override_config(cfg, variant.overrides).loss.negatives == "global_batch"
     assert study.reference_of("gathered") == "own micro batch"
-    wanted = {run.arm.name for run in plan(study, cfg, [1], ["batch 16, equal pairs"])} - {UNTRAINED}
+    wanted = {run.variant.name for run in plan(study, cfg, [1], ["batch 16, equal pairs"])} - {UNTRAINED}
     assert wanted == {"own micro batch", "global batch", "batch 16, equal pairs"}
 
 
@@ -75,21 +80,21 @@ def test_batch_sizes_differ_from_what_they_are_compared_with_in_nothing_else() -
 )
 def test_batch_sizes_are_whole_and_can_be_dealt(total: int, micro: int, batches: set[int]) -> None:
     cfg = load("negatives", f"train.global_batch_size={total}", f"train.micro_batch_size={micro}")
-    for arm in STUDIES["negatives"](cfg, 2).arms[3:]:
-        train = override_config(cfg, arm.overrides).train
+    for variant in STUDIES["negatives"](cfg, 2).variants[3:]:
+        train = override_config(cfg, variant.overrides).train
         assert train.global_batch_size % (2 * train.micro_batch_size) == 0
         batches = batches - {train.global_batch_size}
-        if "equal pairs" in arm.name:
+        if "equal pairs" in variant.name:
             assert train.steps * train.global_batch_size == pytest.approx(cfg.train.steps * total, rel=0.002)
     assert batches == set()
 
 
 def test_late_and_slow_towers() -> None:
     cfg = load("freezing")
-    arms = {arm.name: arm for arm in STUDIES["freezing"](cfg, 1).arms}
-    late = override_config(cfg, arms["vision from the middle"].overrides)
+    variants = {variant.name: variant for variant in STUDIES["freezing"](cfg, 1).variants}
+    late = override_config(cfg, variants["vision from the middle"].overrides)
     assert late.optimizer.part_start_steps == {"vision": 200} and late.model.freeze == []
-    slow = override_config(cfg, arms["vision at a tenth"].overrides)
+    slow = override_config(cfg, variants["vision at a tenth"].overrides)
     assert slow.optimizer.part_learning_rates == {"vision": pytest.approx(5e-5)}
 
 
@@ -97,10 +102,10 @@ def test_runs_come_after_those_they_need() -> None:
     cfg = load("freezing")
     study = STUDIES["freezing"](cfg, 1)
     runs = plan(study, cfg, [0, 1], trained_start=True)
-    assert len(runs) == 2 * (1 + len(study.arms))
+    assert len(runs) == 2 * (1 + len(study.variants))
     for index, run in enumerate(runs):
         assert set(run.needs) <= {one.name for one in runs[:index]}
-        assert (run.start == f"start-seed{run.seed}") == (run.arm.name != START and not run.arm.merge)
+        assert (run.start == f"start-seed{run.seed}") == (run.variant.name != START and not run.variant.merge)
     some = plan(study, cfg, [3], ["merged, 25 % of frozen"], trained_start=True)
     names = {"start-seed3", "nothing-frozen-seed3", "vision-frozen-seed3", "merged-25-of-frozen-seed3"}
     assert {run.name for run in some} == names
@@ -113,11 +118,11 @@ def test_one_run_shows_the_weights_before_training() -> None:
         *("before-training-seed4", "alpha-0-seed4", "alpha-9-seed4"),
         *("alpha-0-seed5", "alpha-9-seed5"),
     ]
-    untrained = override_config(cfg, runs[0].arm.overrides)
-    assert runs[0].arm.name == UNTRAINED and untrained.train.steps == 1
+    untrained = override_config(cfg, runs[0].variant.overrides)
+    assert runs[0].variant.name == UNTRAINED and untrained.train.steps == 1
     assert untrained.optimizer.learning_rate == untrained.optimizer.min_learning_rate == 0
     assert set(untrained.optimizer.part_learning_rates.values()) == {0}
-    assert len(STUDIES["hardness"](cfg, 1).arms) == len(ALPHAS)
+    assert len(STUDIES["hardness"](cfg, 1).variants) == len(ALPHAS)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +132,13 @@ def test_one_run_shows_the_weights_before_training() -> None:
         ("negatives", 2, ["train.micro_batch_size=32"], "several whole micro batches"),
         ("negatives", 2, ["train.micro_batch_size=null"], "train.micro_batch_size=None"),
         ("negatives", 2, ["train.global_batch_size=18", "train.micro_batch_size=4"], "several whole micro batches"),
-        ("freezing", 1, ["optimizer.part_start_steps.vision=3"], "its arms set them"),
+        ("freezing", 1, ["optimizer.part_start_steps.vision=3"], "its variants set them"),
         ("hardness_modes", 1, ["data.hard_negatives=0"], "data.hard_negatives=0"),
         ("hardness_modes", 1, ["loss.alpha=0"], "loss.alpha=0"),
         ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
     ],
 )
-def test_base_that_cannot_tell_the_arms_apart_is_refused(name, ranks, overrides, message) -> None:
+def test_base_that_cannot_tell_the_variants_apart_is_refused(name, ranks, overrides, message) -> None:
     with pytest.raises(ConfigError, match=message):
         STUDIES[name](load(name, *overrides), ranks)
 
@@ -143,10 +148,10 @@ def test_freezing_needs_something_to_freeze() -> None:
     with pytest.raises(ConfigError, match="study freezing needs trained weights"):
         plan(STUDIES["freezing"](cfg, 1), cfg, [0])
     cfg.checkpoint.init = "somewhere"
-    assert plan(STUDIES["freezing"](cfg, 1), cfg, [0])[0].arm.name == UNTRAINED
+    assert plan(STUDIES["freezing"](cfg, 1), cfg, [0])[0].variant.name == UNTRAINED
 
 
-def test_unknown_arm_is_named() -> None:
+def test_unknown_variant_is_named() -> None:
     cfg = load("hardness")
     with pytest.raises(ConfigError, match="'alpha 3' is none of study hardness's: 'alpha 0', 'alpha 0.5'"):
         plan(STUDIES["hardness"](cfg, 1), cfg, [0], ["alpha 3"])

@@ -1,0 +1,236 @@
+"""Defines the studies: their variants, and what a variant changes of the base configuration. Nothing is run here.
+
+This is the first step of a study: `plan` lists its runs, queue.py runs them, and findings.py compares them. A variant
+that is trained is a list of overrides; a variant that is merged averages the weights of two others.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.errors import require
+
+ALPHAS = (0, 0.5, 1, 2, 5, 9, 12, 15)
+"""Hardness weights of the sweep: those of the paper's figure 7, and larger ones."""
+MERGES = (0.25, 0.5, 0.75)
+"""Shares of the weights of the run with a frozen vision encoder in a merge with the trained one."""
+BATCH_FACTORS = (0.25, 0.5, 2.0)
+"""Batch sizes of study `negatives`, relative to that of the base configuration."""
+SLOW_VISION = 0.1
+"""Learning rate of the vision encoder relative to the rest."""
+GLOBAL_BATCH = "global batch"
+UNTRAINED = "before training"
+START = "start"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of a study."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    """Overrides section.key=value, which follow those of the base configuration."""
+    merge: tuple[tuple[str, float], ...] = ()
+    """Variants whose weights are merged, each with its share; empty for a variant that is trained."""
+    compared_with: str | None = None
+    """Name of the variant that it is compared with; None: the study's reference."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the variants that answer it."""
+
+    name: str
+    question: str
+    reference: str
+    """Name of the variant that the others are compared with, seed by seed, unless they name another one."""
+    variants: tuple[Variant, ...]
+    needs_weights: bool = False
+    """Whether its runs must start from trained weights, because random ones would say nothing."""
+
+    def reference_of(self, variant: str) -> str:
+        """Name of the variant that `variant` is compared with."""
+        return next((v.compared_with for v in self.variants if v.name == variant), None) or self.reference
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed, which has a folder of its own."""
+
+    variant: Variant
+    seed: int
+    start: str | None = None
+    """Name of the run whose weights it starts from."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, which the tables use too."""
+        return run_name(self.variant.name, self.seed)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the runs that must be finished before it."""
+        merged = tuple(run_name(variant, self.seed) for variant, _ in self.variant.merge)
+        return merged + ((self.start,) if self.start else ())
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Folder name of a variant with a seed: `alpha 0.5` and 3 give alpha-0.5-seed3."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', variant.lower()).strip('-')}-seed{seed}"
+
+
+def negatives(cfg: RunConfig, ranks: int) -> Study:
+    """Study of the number of negatives (of the own micro batch, gathered, global batch) and of the batch size."""
+    size, total = cfg.train.micro_batch_size, cfg.train.global_batch_size
+    require(
+        size is not None and 2 <= size < total // ranks and ranks > 1 and total % (size * ranks) == 0,
+        f"study negatives: {ranks} data-parallel ranks with train.micro_batch_size={size} of {total} pairs do not tell "
+        "its variants apart: set at least 2 ranks, and several micro batches of at least 2 pairs on each",
+    )
+    titles = {"own_micro_batch": "own micro batch", "micro_batch": "gathered", "global_batch": GLOBAL_BATCH}
+    variants = [Variant(title, (f"loss.negatives={key}",)) for key, title in titles.items()]
+    for factor in BATCH_FACTORS:
+        batch, rest = divmod(total * factor, ranks)
+        if rest == 0 and batch >= 1:
+            variants += _batch_size(cfg, round(total * factor), ranks, factor)
+    return Study("negatives", "What are more negatives worth?", variants[0].name, tuple(variants))
+
+
+def _batch_size(cfg: RunConfig, batch: int, ranks: int, factor: float) -> list[Variant]:
+    """Variants of another batch size with negatives of the global batch, as in the variant they are compared with."""
+    share = batch // ranks
+    micro = max(size for size in range(1, min(cfg.train.micro_batch_size, share) + 1) if share % size == 0)
+    sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}", "loss.negatives=global_batch")
+    variants = [
+        Variant(f"batch {batch}, equal pairs", (*sizes, *_stretched(cfg, 1 / factor)), compared_with=GLOBAL_BATCH)
+    ]
+    if factor < 1:
+        variants.append(
+            Variant(f"batch {batch}, equal updates", (*sizes, *_epochs(cfg, factor)), compared_with=GLOBAL_BATCH)
+        )
+    return variants
+
+
+def _epochs(cfg: RunConfig, factor: float) -> tuple[str, ...]:
+    return () if cfg.train.steps else (f"train.epochs={cfg.train.epochs * factor:g}",)
+
+
+def _stretched(cfg: RunConfig, factor: float) -> tuple[str, ...]:
+    """Overrides of a run with `factor` times as many steps, which scale everything that is counted in steps."""
+    counts = {
+        "train.steps": cfg.train.steps,
+        "optimizer.warmup_steps": cfg.optimizer.warmup_steps,
+        "loss.temperature_warmup_steps": cfg.loss.temperature_warmup_steps,
+        "loss.alpha_warmup_steps": cfg.loss.alpha_warmup_steps,
+    }
+    counts |= {f"data.subsets.{name}.start_step": subset.start_step for name, subset in cfg.data.subsets.items()}
+    return tuple(f"{key}={round(count * factor)}" for key, count in counts.items() if count)
+
+
+def hardness(cfg: RunConfig, ranks: int) -> Study:
+    """Study of the hardness weight, up to values that are unstable."""
+    variants = [Variant(f"alpha {alpha:g}", (f"loss.alpha={alpha:g}",)) for alpha in ALPHAS]
+    question = "Does hardness weighting beat plain InfoNCE (alpha 0), and at which alpha?"
+    return Study("hardness", question, variants[0].name, tuple(variants))
+
+
+def hardness_modes(cfg: RunConfig, ranks: int) -> Study:
+    """Study of which negatives are weighted, which are masked as likely false ones, and who judges hardness."""
+    require(cfg.loss.alpha > 0, "study hardness_modes: loss.alpha=0 weights nothing; set it above 0")
+    require(
+        cfg.data.hard_negatives > 0,
+        "study hardness_modes: data.hard_negatives=0; set it to at least 1, with data that has hard negatives "
+        "(docs/data.md; tools/prepare_data.py openmoji --hard-negatives 2)",
+    )
+    plain = ("loss.hardness=all", "loss.mask_same_target=false", "loss.mask_margin=null", "loss.reward=self")
+    variants = [
+        Variant("all negatives weighted", plain),
+        Variant("in-batch negatives weighted", (*plain, "loss.hardness=in_batch")),
+        Variant("hard negatives weighted", (*plain, "loss.hardness=hard_negatives")),
+        Variant("none weighted", (*plain, "loss.alpha=0")),
+        Variant("all weighted, equal targets masked", (*plain, "loss.mask_same_target=true")),
+        Variant("all weighted, margin 0.1 masked", (*plain, "loss.mask_margin=0.1")),
+        Variant("all weighted by the average", (*plain, "loss.reward=ema", "loss.ema_decay=0.99")),
+    ]
+    question = "Which negatives should be weighted, and by whose judgement?"
+    return Study("hardness_modes", question, variants[0].name, tuple(variants))
+
+
+def freezing(cfg: RunConfig, ranks: int) -> Study:
+    """Study of frozen parts, with three ways between a frozen and a trained vision encoder."""
+    steps = cfg.train.steps
+    require(steps > 0, "study freezing: train.steps=0; a vision encoder that is trained late needs the number of steps")
+    parts = cfg.optimizer.part_learning_rates or cfg.optimizer.part_start_steps
+    require(
+        not parts,
+        f"study freezing: the base configuration has rates or first steps of parts, {parts}; its variants set them",
+    )
+    slow = SLOW_VISION * cfg.optimizer.learning_rate
+    free, frozen = "nothing frozen", "vision frozen"
+    variants = [
+        Variant(free, ("model.freeze=[]",)),
+        Variant(frozen, ("model.freeze=[vision]",)),
+        Variant("projector frozen", ("model.freeze=[projector]",)),
+        Variant("vision and projector frozen", ("model.freeze=[vision,projector]",)),
+        Variant("vision at a tenth", ("model.freeze=[]", f"optimizer.part_learning_rates.vision={slow:g}")),
+        Variant("vision from the middle", ("model.freeze=[]", f"optimizer.part_start_steps.vision={steps // 2}")),
+    ]
+    for share in MERGES:
+        name = f"merged, {round(100 * share)} % of frozen"
+        variants.append(Variant(name, merge=((frozen, share), (free, 1 - share))))
+    question = "What does a frozen vision encoder cost in distribution, and bring out of distribution?"
+    return Study("freezing", question, free, tuple(variants), needs_weights=True)
+
+
+STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
+    "negatives": negatives,
+    "hardness": hardness,
+    "hardness_modes": hardness_modes,
+    "freezing": freezing,
+}
+"""Name -> function that makes the study of a base configuration and a number of data-parallel ranks of a run."""
+
+
+def plan(
+    study: Study, cfg: RunConfig, seeds: Sequence[int], variants: Sequence[str] = (), trained_start: bool = False
+) -> list[Run]:
+    """List the runs of a study; a run comes after those that it needs.
+
+    Args:
+        study: made by one of STUDIES.
+        cfg: the base configuration.
+        seeds: each variant has a run with each seed.
+        variants: names of the variants to run, to which those that they need and the reference are added; empty: all.
+        trained_start: for each seed, one run with another configuration is trained first, and the others start from it.
+
+    Raises:
+        ConfigError: the study has no such variant, or it needs trained weights and there are none.
+    """
+    require(
+        trained_start or cfg.checkpoint.init is not None or not study.needs_weights,
+        f"study {study.name} needs trained weights to start from: checkpoint.init, or --start with a configuration",
+    )
+    known = {variant.name: variant for variant in study.variants}
+    for name in variants:
+        require(name in known, f"--variant {name!r} is none of study {study.name}'s: {', '.join(map(repr, known))}")
+    wanted = {study.reference, *variants, *map(study.reference_of, variants)} if variants else set(known)
+    wanted |= {merged for name in wanted for merged, _ in known[name].merge}
+    runs = []
+    for seed in seeds:
+        start = run_name(START, seed) if trained_start else None
+        if trained_start:
+            runs.append(Run(Variant(START), seed))
+        elif seed == seeds[0]:
+            runs.append(Run(_untrained(cfg), seed))
+        runs += [
+            Run(variant, seed, None if variant.merge else start) for variant in study.variants if variant.name in wanted
+        ]
+    return sorted(runs, key=lambda run: bool(run.variant.merge))
+
+
+def _untrained(cfg: RunConfig) -> Variant:
+    """The weights that all runs start from, as a run of one step with a learning rate of 0."""
+    rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
+    overrides = ("train.steps=1", "optimizer.learning_rate=0", "optimizer.min_learning_rate=0", *rates)
+    return Variant(UNTRAINED, overrides)
