@@ -1,8 +1,8 @@
-"""Run one of the paper's experiments: its variants, each with several seeds, then tables and pictures.
+"""Run one of the paper's experiments: its variants, each with several seeds, then tables and figures.
 
 python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out DIR [section.key=value ...]
 
-The same command again goes on with what is missing, and writes the report anew. docs/studies.md has the rest.
+The same command again runs what is missing and writes the report anew. See docs/studies.md.
 """
 
 import argparse
@@ -28,30 +28,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each variant runs with each")
-    parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same one goes on")
+    parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same folder resumes")
     parser.add_argument(
-        "--variant", action="append", default=[], help="one of the study's, beside the reference; again: more"
+        "--variant", action="append", default=[], help="run this variant and the reference only; may be repeated"
     )
     parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
     parser.add_argument("--processes", type=int, default=2, help="processes of all runs at a time (2)")
     parser.add_argument("--per-run", type=int, default=1, help="processes of one run (1)")
-    parser.add_argument("--task", metavar="N|list", help="only run N of the list, for a job array; or print the list")
+    parser.add_argument(
+        "--task", metavar="N|list", help="run only number N of the list, for a job array; or print the list"
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
     return parser.parse_intermixed_args()
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """`0,1,2` as numbers."""
-    found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    if not all(0 <= seed < 2**31 for seed in found):
+    """Parse `0,1,2`; argparse reports a ValueError."""
+    numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    if not all(0 <= seed < 2**31 for seed in numbers):
         raise ValueError
-    return found
+    return numbers
 
 
 def main() -> int:
     """Parse, run, report; returns the exit status."""
     args = parse()
-    # A study that is asked to end asks its runs to save and stop.
+    # Turn SIGTERM into an exception, so that the queue asks its runs to save and stop.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with exit_with_one_line():
         try:
@@ -63,7 +65,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What was asked for; returns the exit status."""
+    """Check the arguments and run the study; returns the exit status."""
     require(args.out != "" and "${" not in args.out, f"--out {args.out!r} is no name for a folder of runs")
     wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
     require(args.processes >= args.per_run >= 1, wrong)
@@ -75,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
     runs = plan(study, cfg, args.seeds, args.variant, start is not None)
     shared = Plan(Path(args.config), start, out, tuple(args.overrides), args.per_run)
     if args.task == "list":
-        for number, one in enumerate(runs):
-            say(f"{number:4} {one.name}{'  finished' if is_finished(shared.folder(one)) else ''}")
+        for number, planned in enumerate(runs):
+            say(f"{number:4} {planned.name}{'  finished' if is_finished(shared.folder(planned)) else ''}")
         return 0
     return run_study(study, shared, runs, args, cfg)
 
 
 def run_study(study: Study, shared: Plan, runs: list[Run], args: argparse.Namespace, cfg: RunConfig) -> int:
-    """The runs, or one of them without a report; returns the exit status."""
+    """Run all runs and write the report, or run only one of them; returns the exit status."""
     asked = runs
     if args.task is not None:
         is_number = re.fullmatch("[0-9]{1,6}", args.task) and int(args.task) < len(runs)
@@ -101,7 +103,7 @@ def run_study(study: Study, shared: Plan, runs: list[Run], args: argparse.Namesp
 
 
 def say(line: str) -> None:
-    """Print at once, also into a file."""
+    """Print a line at once, into a file too."""
     print(line, flush=True)
 
 
