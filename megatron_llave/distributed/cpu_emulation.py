@@ -1,9 +1,9 @@
-"""Lets megatron-core run on CPU over gloo: stand-ins for the few torch.cuda calls it makes. Nothing else is patched.
+"""Lets megatron-core run on a CPU over gloo by replacing the few functions of torch that it calls for a GPU.
 
-Entry points and tests call `enable()` before they build anything; importing the package does no more than
-`keep_compiler_unloaded()`. Where CUDA is available both do nothing, so that a real GPU is never hidden. megatron-core
-looks everything up when it calls it, so attributes are replaced once; a torch function mode would cost every operation
-(measured: +24 % of a tiny model's step).
+Entry points and tests call `enable()` before they build anything; the import of the package calls only
+`keep_compiler_unloaded()`. Both do nothing where CUDA is available, so that a GPU is never hidden. Replacing the
+attributes once is enough, because megatron-core looks them up at every call. A torch function mode would slow down
+every operation (measured: +24 % of the step of a tiny model).
 """
 
 import functools
@@ -23,10 +23,10 @@ FACTORIES = (
 
 
 def keep_compiler_unloaded() -> None:
-    """Let megatron-core's decorators leave its functions as they are, which are not called on a CPU.
+    """Replace torch.compile for megatron-core by a function that compiles nothing; other callers get torch's own.
 
-    At its import it hands fusions to torch.compile, and that loads the whole compiler: 4 of the 9 seconds in which a
-    process starts. Others get torch's own.
+    At its import megatron-core compiles fused functions, which are not called on a CPU. That would load the whole
+    compiler, which takes 4 of the 9 seconds of a process's start.
     """
     if torch.cuda.is_available() or hasattr(torch.compile, "original"):
         return
@@ -43,10 +43,10 @@ def keep_compiler_unloaded() -> None:
 
 
 def enable() -> bool:
-    """Install the stand-ins unless CUDA is available or they are in place already.
+    """Install the replacements unless CUDA is available or they are installed already.
 
     Returns:
-        True when megatron-core now runs on the CPU.
+        Whether megatron-core runs on the CPU from now on.
     """
     if torch.cuda.is_available():
         return False
@@ -76,7 +76,7 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 def _replace_factories() -> None:
-    # `with torch.device(...)` looks the factories up at its first use; it must find torch's own, which ours end in.
+    # `with torch.device(...)` looks the factories up at its first use, and must find torch's own ones.
     with CPU:
         torch.empty(0)
     for name in FACTORIES:
@@ -88,7 +88,7 @@ def _replace_tensor_methods() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = tensor_type(self, *args, **kwargs)
-        # The optimizer sorts parameters by names such as 'torch.cuda.FloatTensor' and refuses others.
+        # The optimizer groups parameters by names such as 'torch.cuda.FloatTensor' and refuses other names.
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
     torch.Tensor.type = type_
@@ -96,13 +96,13 @@ def _replace_tensor_methods() -> None:
 
 
 class _Stream:
-    """A stream that does nothing, for megatron-core 0.19 (param_and_grad_buffer.py asks for the current one)."""
+    """A stream that does nothing, for megatron-core 0.19, whose param_and_grad_buffer.py asks for the current one."""
 
     def wait_stream(self, stream: Any) -> None:
-        """CPU work is done when the call returns."""
+        """Return at once: work on a CPU is complete when its call returns."""
 
     def synchronize(self) -> None:
-        """CPU work is done when the call returns."""
+        """Return at once: work on a CPU is complete when its call returns."""
 
     def __enter__(self) -> "_Stream":
         return self

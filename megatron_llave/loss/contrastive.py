@@ -153,7 +153,7 @@ def _gather_columns(target: Tensor, hard_negatives: Tensor, context: _Context) -
 class _Masks:
     """Which columns are masked, that is, are not negatives of the rows of a chunk."""
 
-    own: Tensor
+    positive: Tensor
     """[n, 1] column of each row's positive."""
     to_target: Tensor | None
     """[n, C] True where the column is masked for the row's query; False at the positives. None: no column is masked."""
@@ -164,22 +164,22 @@ class _Masks:
 def _masks(cosines: Tensor, rows: slice, positives: Tensor, context: _Context) -> _Masks:
     """Masks of a chunk's cosines [n, C]; `positives` [B] are the cosines of all pairs."""
     config, ids, num_rows = context.config, context.ids, context.num_rows
-    own = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + context.first
+    column = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + context.first
     if not config.mask_same_target and config.mask_margin is None:
-        return _Masks(own, None, None)
+        return _Masks(column, None, None)
     to_target = torch.zeros_like(cosines, dtype=torch.bool)
     if config.mask_same_target:
-        to_target[:, :num_rows] = ids.target[own] == ids.target
-        to_target[:, :num_rows] |= ids.query[own] == ids.query
-        to_target[:, num_rows:] = ids.target[own] == ids.hard_negatives
+        to_target[:, :num_rows] = ids.target[column] == ids.target
+        to_target[:, :num_rows] |= ids.query[column] == ids.query
+        to_target[:, num_rows:] = ids.target[column] == ids.hard_negatives
     to_query = to_target[:, :num_rows].clone()
     if config.mask_margin is not None:
         # Tolerate a few roundings, or chance would decide whether a copy of the positive is above it.
         margin = config.mask_margin + 8 * torch.finfo(cosines.dtype).eps
         # Compare with the positive of the row's query, and in the other direction with that of the column's target.
-        to_target |= cosines > positives[own] + margin
+        to_target |= cosines > positives[column] + margin
         to_query |= cosines[:, :num_rows] > positives + margin
-    return _Masks(own, to_target.scatter_(1, own, False), to_query.scatter_(1, own, False))
+    return _Masks(column, to_target.scatter_(1, column, False), to_query.scatter_(1, column, False))
 
 
 def _logits(cosines: Tensor, rows: slice, masks: _Masks, context: _Context) -> tuple[Tensor, Tensor | None]:
@@ -201,7 +201,7 @@ def _logits(cosines: Tensor, rows: slice, masks: _Masks, context: _Context) -> t
         cosines *= 1 / config.temperature
         for columns, alpha in weights:
             cosines[:, columns] += hardness[:, columns].mul_(alpha)
-    logits = cosines.scatter_(1, masks.own, -torch.inf)
+    logits = cosines.scatter_(1, masks.positive, -torch.inf)
     to_query = logits[:, :num_rows] if context.is_symmetric else None
     if masks.to_target is not None:
         to_query = None if to_query is None else to_query.masked_fill(masks.to_query, -torch.inf)
@@ -215,12 +215,12 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, context: _Context) -> tuple[Tensor, ...]:
         columns = _gather_columns(target, hard, context)  # [C, d]
-        own_positives = (query * target).sum(1)  # [b]
-        positives = all_gather_rows(own_positives, context.counts, context.group)  # [B]
-        hardest = torch.empty_like(own_positives)
+        local_positives = (query * target).sum(1)  # [b]
+        positives = all_gather_rows(local_positives, context.counts, context.group)  # [B]
+        hardest = torch.empty_like(local_positives)
         # Log-sum-exp of the negatives alone. Its difference from the positive's logit, the log odds that a negative is
         # taken for the positive, gives the loss and its gradient without cancellation.
-        row_lse, column_lse = torch.empty_like(own_positives), query.new_full((context.num_rows,), -torch.inf)
+        row_lse, column_lse = torch.empty_like(local_positives), query.new_full((context.num_rows,), -torch.inf)
         spread = (query.new_zeros(0), query.new_zeros(0))
         for start in range(0, len(query), context.chunk):
             rows = slice(start, min(start + context.chunk, len(query)))
@@ -234,14 +234,14 @@ class _ContrastiveLoss(torch.autograd.Function):
             if start == 0:
                 spread = _spread(to_target)
         column_log_odds = _log_sum_over_ranks(column_lse, context) - positives / context.config.temperature  # [B]
-        row_log_odds = row_lse - own_positives / context.config.temperature  # [b]
-        own = slice(context.first, context.first + len(query))
+        row_log_odds = row_lse - local_positives / context.config.temperature  # [b]
+        local = slice(context.first, context.first + len(query))
         losses = -F.logsigmoid(-row_log_odds)  # log(1 + negatives / positive)
         if context.is_symmetric:
-            losses = losses - F.logsigmoid(-column_log_odds[own])
+            losses = losses - F.logsigmoid(-column_log_odds[local])
         ctx.context = context
         ctx.save_for_backward(query, columns, positives, row_log_odds, column_log_odds)
-        statistics = own_positives.clone(), hardest, *spread
+        statistics = local_positives.clone(), hardest, *spread
         ctx.mark_non_differentiable(*statistics)
         return losses.sum() * context.scale, *statistics
 
@@ -250,12 +250,12 @@ class _ContrastiveLoss(torch.autograd.Function):
         query, columns, positives, row_log_odds, column_log_odds = ctx.saved_tensors
         context: _Context = ctx.context
         temperature = context.config.temperature
-        own = slice(context.first, context.first + len(query))
+        local = slice(context.first, context.first + len(query))
         column_lse = positives / temperature - F.logsigmoid(-column_log_odds)  # [B] positive and negatives
-        row_lse = positives[own] / temperature - F.logsigmoid(-row_log_odds)  # [b]
+        row_lse = positives[local] / temperature - F.logsigmoid(-row_log_odds)  # [b]
         positive_slope = torch.sigmoid(row_log_odds)  # [b] one minus the softmax of the positive
         if context.is_symmetric:
-            positive_slope = positive_slope + torch.sigmoid(column_log_odds[own])
+            positive_slope = positive_slope + torch.sigmoid(column_log_odds[local])
         query_gradient, columns_gradient = torch.empty_like(query), torch.zeros_like(columns)
         for start in range(0, len(query), context.chunk):
             rows = slice(start, min(start + context.chunk, len(query)))
@@ -285,10 +285,10 @@ class _ContrastiveLoss(torch.autograd.Function):
 def _hardest(cosines: Tensor, masks: _Masks) -> Tensor:
     """[n] largest cosine of a negative; -inf for a row without negatives."""
     if masks.to_target is not None:
-        return cosines.masked_fill(masks.to_target, -torch.inf).scatter_(1, masks.own, -torch.inf).amax(1)
-    own_cosines = cosines.gather(1, masks.own)
-    hardest = cosines.scatter_(1, masks.own, -torch.inf).amax(1)
-    cosines.scatter_(1, masks.own, own_cosines)
+        return cosines.masked_fill(masks.to_target, -torch.inf).scatter_(1, masks.positive, -torch.inf).amax(1)
+    positive_cosines = cosines.gather(1, masks.positive)
+    hardest = cosines.scatter_(1, masks.positive, -torch.inf).amax(1)
+    cosines.scatter_(1, masks.positive, positive_cosines)
     return hardest
 
 

@@ -1,6 +1,6 @@
 """The record of a step for the run's log, reduced over micro batches and data-parallel ranks.
 
-The similarities need no forward pass of their own: they come from the statistics that the loss has kept.
+The similarities need no forward pass of their local: they come from the statistics that the loss has kept.
 """
 
 import resource
@@ -88,8 +88,8 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     finite = [x.isfinite() for x in values]  # -inf where a query has no negative
     sums = [x.masked_fill(~ok, 0.0).sum() for x, ok in zip(values, finite)]
     loss = torch.stack([loss for loss, _ in shares]).mean() if shares else torch.zeros((), device=device)
-    own = [x.double() for x in (loss, *sums, *(ok.sum() for ok in finite))]
-    totals = torch.cat([torch.stack(own), torch.tensor(counts, dtype=torch.float64, device=device)])
+    local = [x.double() for x in (loss, *sums, *(ok.sum() for ok in finite))]
+    totals = torch.cat([torch.stack(local), torch.tensor(counts, dtype=torch.float64, device=device)])
     dist.all_reduce(totals, group=group)
     loss, *totals = totals.tolist()
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
@@ -107,9 +107,9 @@ def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.
 
 def similarities(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines [B] of the positives and cosines [B] of the hardest negatives of the step's queries of all ranks."""
-    own = torch.stack([_values(shares, name, device) for name in ("positive", "hardest_negative")], dim=1)  # [b, 2]
-    [counts] = row_counts(group, own)
-    return all_gather_rows(own, counts, group).unbind(1)
+    local = torch.stack([_values(shares, name, device) for name in ("positive", "hardest_negative")], dim=1)  # [b, 2]
+    [counts] = row_counts(group, local)
+    return all_gather_rows(local, counts, group).unbind(1)
 
 
 def peak_memory_gb() -> float:
