@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.distributed.process_groups import device
+from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.embedding.cache import CachedEmbedder, require_same_model
 from megatron_llave.embedding.embedder import LoadedModel, embed_parts
 from megatron_llave.errors import DataError, NotFiniteError
@@ -140,14 +140,10 @@ def _finished(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -> lis
     Raises:
         DataError: a result is of another model.
     """
-    results = [None] * len(tasks)
     if embedder.folder is None:
-        return results
-    if dist.get_rank() == 0:
-        results = [_read(embedder, task, ties) for task in tasks]
+        return [None] * len(tasks)
     # All ranks take what the first one has read: on a network file system the others might see something else.
-    dist.broadcast_object_list(results, 0, device=device())
-    return results
+    return from_first_rank(lambda: [_read(embedder, task, ties) for task in tasks])
 
 
 def _read(embedder: CachedEmbedder, task: Task, ties: str) -> SetResult | None:

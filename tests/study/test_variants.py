@@ -129,9 +129,9 @@ def test_one_run_shows_the_weights_before_training() -> None:
     ("name", "ranks", "overrides", "message"),
     [
         ("negatives", 1, [], "1 data-parallel ranks"),
-        ("negatives", 2, ["train.micro_batch_size=32"], "several whole micro batches"),
+        ("negatives", 2, ["train.micro_batch_size=32"], "and several micro batches"),
         ("negatives", 2, ["train.micro_batch_size=null"], "train.micro_batch_size=None"),
-        ("negatives", 2, ["train.global_batch_size=18", "train.micro_batch_size=4"], "several whole micro batches"),
+        ("negatives", 2, ["train.global_batch_size=18", "train.micro_batch_size=4"], "and several micro batches"),
         ("freezing", 1, ["optimizer.part_start_steps.vision=3"], "its variants set them"),
         ("hardness_modes", 1, ["data.hard_negatives=0"], "data.hard_negatives=0"),
         ("hardness_modes", 1, ["loss.alpha=0"], "loss.alpha=0"),
