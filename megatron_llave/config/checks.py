@@ -38,35 +38,34 @@ def validate(cfg: RunConfig) -> None:
     )
     parts, batch = cfg.data.sub_batches, cfg.train.global_batch_size
     require(batch % parts == 0, f"train.global_batch_size={batch} is not a multiple of data.sub_batches={parts}")
-    own = [name for name, s in cfg.data.subsets.items() if (s.mask_same_target, s.mask_margin) != (None, None)]
+    masked = [name for name, s in cfg.data.subsets.items() if (s.mask_same_target, s.mask_margin) != (None, None)]
     require(
-        parts == 1 or not own,
-        f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{''.join(own[:1])} cannot have own masks",
+        parts == 1 or not masked,
+        f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{''.join(masked[:1])} cannot have own masks",
     )
 
 
-def require_same_model(given: ModelConfig, found: ModelConfig, source: str) -> None:
+def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str) -> None:
     """Refuse weights of another model.
 
     The size of the vocabulary may differ, because the one beside the weights is the right one.
 
     Args:
-        given: the model in the configuration or preset.
-        found: the model that the configuration beside the weights describes.
-        source: where `found` comes from, for the message.
+        configured: the model in the configuration or preset.
+        stored: the model that the configuration beside the weights describes.
+        source: where `stored` comes from, for the message.
 
     Raises:
         ConfigError: names the first key that differs, with both values.
     """
-    is_same = given.family == found.family
-    require(is_same, f"model.family={given.family} contradicts {source}, where it is {found.family}")
+    is_same = configured.family == stored.family
+    require(is_same, f"model.family={configured.family} contradicts {source}, where it is {stored.family}")
     for part in ("vision", "language"):
-        mine, theirs = getattr(given, part), getattr(found, part)
-        for f in fields(mine):
-            ours, own = getattr(mine, f.name), getattr(theirs, f.name)
+        for f in fields(getattr(configured, part)):
+            ours, theirs = getattr(getattr(configured, part), f.name), getattr(getattr(stored, part), f.name)
             require(
-                ours == own or f.name == "vocab_size",
-                f"model.{part}.{f.name}={ours} contradicts {source}, where it is {own}",
+                ours == theirs or f.name == "vocab_size",
+                f"model.{part}.{f.name}={ours} contradicts {source}, where it is {theirs}",
             )
 
 

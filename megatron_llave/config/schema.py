@@ -368,9 +368,9 @@ class RunConfig:
 
 def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
     """The loss of a step that is drawn from `subset`: the section `loss`, overridden by data.subsets."""
-    own = cfg.data.subsets.get(subset, SubsetConfig())
-    given = {"mask_same_target": own.mask_same_target, "mask_margin": own.mask_margin}
-    return replace(cfg.loss, **{name: value for name, value in given.items() if value is not None})
+    settings = cfg.data.subsets.get(subset, SubsetConfig())
+    masks = {"mask_same_target": settings.mask_same_target, "mask_margin": settings.mask_margin}
+    return replace(cfg.loss, **{name: value for name, value in masks.items() if value is not None})
 
 
 def row_multiple(cfg: RunConfig) -> int:

@@ -39,7 +39,7 @@ LONGEST_SUBSET = 60
 class PairLine:
     """A line whose values are checked."""
 
-    place: str
+    where: str
     """FILE:LINE, for messages."""
     subset: str
     id: str | None
@@ -56,7 +56,7 @@ class PairLine:
             for text, images, name in self.sides
         )
         key = self.id or default_key(self.subset, number)
-        return SourceRow(key, self.place, str(self.folder), query, target, tuple(negatives))
+        return SourceRow(key, self.where, str(self.folder), query, target, tuple(negatives))
 
 
 def _path_for_id(start: str, image: str) -> str:
@@ -145,13 +145,13 @@ def check_lines(paths: Sequence[Path]) -> Counter[str]:
 
 def _check_id(line: PairLine, number: int, ids: set[tuple[str, str]]) -> None:
     if not KEY.fullmatch(line.id):
-        raise DataError(f"{line.place}: id {line.id!r} must be 1 to 80 letters, digits, - or _, not __ first")
+        raise DataError(f"{line.where}: id {line.id!r} must be 1 to 80 letters, digits, - or _, not __ first")
     if (line.subset, line.id) in ids:
-        raise DataError(f"{line.place}: id {line.id!r} comes twice in subset {line.subset!r}")
+        raise DataError(f"{line.where}: id {line.id!r} comes twice in subset {line.subset!r}")
     is_like_default = re.fullmatch(re.escape(line.subset) + r"-\d{8,}", line.id)
     if is_like_default and line.id != default_key(line.subset, number):
         raise DataError(
-            f"{line.place}: id {line.id!r} is kept for pair {int(line.id[-8:])} of the subset; choose another"
+            f"{line.where}: id {line.id!r} is kept for pair {int(line.id[-8:])} of the subset; choose another"
         )
 
 
@@ -172,29 +172,29 @@ def parse_line(text: bytes, path: Path, number: int) -> PairLine:
     Raises:
         DataError: the line does not follow the schema; the message has FILE:LINE and the wrong key.
     """
-    place = f"{path}:{number}"
+    where = f"{path}:{number}"
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {error}") from error
-    _check_keys(values, PAIR_KEYS, f"{place}: the line")
+        raise DataError(f"{where}: not JSON: {error}") from error
+    _check_keys(values, PAIR_KEYS, f"{where}: the line")
     for key in ("query", "target"):
         if key not in values:
-            raise DataError(f"{place}: {key} is missing")
+            raise DataError(f"{where}: {key} is missing")
     subset, name = values.get("subset", path.stem), values.get("id")
     if not isinstance(subset, str) or len(subset) > LONGEST_SUBSET or not KEY.fullmatch(subset):
         raise DataError(
-            f"{place}: subset {subset!r} must be 1 to {LONGEST_SUBSET} letters, digits, - or _, not __ first"
+            f"{where}: subset {subset!r} must be 1 to {LONGEST_SUBSET} letters, digits, - or _, not __ first"
         )
     if name is not None and not isinstance(name, str):
-        raise DataError(f"{place}: id must be a string, not {name!r}")
+        raise DataError(f"{where}: id must be a string, not {name!r}")
     negatives = values.get("hard_negatives", [])
     if not isinstance(negatives, list):
-        raise DataError(f"{place}: hard_negatives must be a list, not {str(negatives)[:60]!r}")
+        raise DataError(f"{where}: hard_negatives must be a list, not {str(negatives)[:60]!r}")
     named = [("query", values["query"]), ("target", values["target"])]
     named += [(f"hard_negatives[{index}]", side) for index, side in enumerate(negatives)]
-    sides = [_parse_side(side, f"{place}: {key}") for key, side in named]
-    return PairLine(place, subset, name, path.parent, sides)
+    sides = [_parse_side(side, f"{where}: {key}") for key, side in named]
+    return PairLine(where, subset, name, path.parent, sides)
 
 
 def _parse_side(values: Any, where: str) -> tuple[str, list[str], str | None]:
