@@ -1,27 +1,37 @@
 """Step time, tokens/s, MFU and peak memory on one GPU, beside the released way on transformers' modules, in one run.
 
-    python -m benchmarks.gpu_step [--presets 0.5b 2b 7b] [--pairs 8] [--micro-batches 2] [section.key=value ...]
+    python -m benchmarks.gpu_step [--presets 0.5b 2b 7b] [--arms local sdpa te ...] [--pairs 8 4]
+        [--negatives micro_batch global_batch] [--micro-batches 2] [--raw FILE] [section.key=value ...]
+    python -m benchmarks.gpu_step --table FILE
 
 Pairs of MMEB's kinds and lengths and random weights, the same in every arm; the tower frozen, bf16; of 7b each layer is
-computed again in the backward. Arms run one after another, in a process each. Ours: on torch's kernels, on Transformer
-Engine's, with its FP8 recipes; negatives of the micro batch. Released: two padded forwards, blank pictures, SDPA or
-flash attention, AdamW with weights and moments in bf16 (ours has float32 ones, and sums gradients in float32: 10 bytes
-per parameter more, so that our 7b, 128 GB without activations, wants a GPU of 141 GB). What is not installed, or has no
-room, is a row that says so. FLOPs are what the pairs need (flops.step_flops), the same for all arms; `of product`:
-their rate over that of a large bf16 matrix product. `cosine`: the least between an arm's embeddings and the first
-arm's. `planned`: by tools/plan.py's formulas. Prints a Markdown table.
+computed again in the backward. An arm is a process of its own with its own time limit; the next one loads its packages
+meanwhile and waits for its turn. Ours: on torch's kernels, on Transformer Engine's, with its FP8 recipes. Released: two
+padded forwards, blank pictures, SDPA or flash attention, negatives of the micro batch, AdamW with weights and moments
+in bf16 (ours has float32 ones, and sums gradients in float32: 10 bytes per parameter more). What is not installed, or
+has no room, is a row that says so.
+
+FLOPs are what the pairs need (flops.step_flops), the same for all arms. `MFU`: of the dense peak at the arm's
+precision, for FP8 twice that of bf16, though tower and projector stay in bf16. `of product`: of the rate of a large
+bf16 matrix product. `new shapes`: a step whose lengths the process has not met before. `planned`: by tools/plan.py's
+formulas. `cosine`: the least between an arm's embeddings and those of the arm that ran first. Batches lie on the device
+already. Every measured setting is a line of JSON in FILE as soon as it is there; --table prints those of a file.
 
 Where there is no GPU it runs on the CPU, which shows no more than that it runs.
 """
 
 import argparse
+import fcntl
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,29 +62,36 @@ OURS = {"ours, torch": [], "ours, Transformer Engine": ENGINE} | {
 """Overrides of each arm of ours."""
 RELEASED = {"released, SDPA": "sdpa", "released, flash attention": "flash_attention_2"}
 """transformers' attention of each arm of the peer."""
+SHORT = dict(zip(("local", "te", "delayed", "tensorwise", "blockwise", "sdpa", "flash"), (*OURS, *RELEASED)))
+"""Names of the arms on the command line."""
+CEILING = "ceiling"
+"""Not an arm: matrix products and a copy, whose rates the others' are compared with."""
 SETTINGS = {"7b": ["model.recompute=full"]}
 """Of a preset."""
 FP8_SINCE = (8, 9)
 """Compute capability."""
 EDGE = 8192
 """Of the matrices whose product gives the ceiling."""
+BOTH = ("micro_batch", "global_batch")
+HEADS = ["negatives", "pairs", "step ms", "range", "new shapes ms", "pairs/s", "tokens/s", "TFLOP/s", "MFU"]
+HEADS += ["of product", "peak GB", "planned", "cosine"]
+Record = dict[str, Any]
 
 
-def build_config(preset: str, arm: str, args: argparse.Namespace) -> RunConfig:
+def build_config(preset: str, arm: str, pairs: int, args: argparse.Namespace) -> RunConfig:
     """Of an arm."""
-    batch = [f"train.micro_batch_size={args.pairs}", f"train.global_batch_size={args.pairs * args.micro_batches}"]
+    batch = [f"train.micro_batch_size={pairs}", f"train.global_batch_size={pairs * args.micro_batches}"]
     fixed = ["model.freeze=[vision]", "model.precision=bf16", "loss.negatives=micro_batch", "train.steps=1000"]
     overrides = [*fixed, *batch, *SETTINGS.get(preset, []), *args.overrides, *OURS.get(arm, [])]
     return override_config(config_from_dict({"model": {"preset": preset}}), overrides)
 
 
-def what_is_missing(arm: str) -> str:
-    """Of an arm, "" if it can run."""
-    if ENGINE[0] in OURS.get(arm, ()) and (not torch.cuda.is_available() or not find_spec("transformer_engine")):
+def what_is_missing(arm: str, engine: Path | None) -> str:
+    """Of the packages of an arm, "" if they are there; does not touch the GPU."""
+    has_engine = find_spec("transformer_engine") or (engine is not None and (engine / "transformer_engine").is_dir())
+    if ENGINE[0] in OURS.get(arm, ()) and not (torch.cuda.is_available() and has_engine):
         return "no Transformer Engine"
-    if "FP8" in arm and torch.cuda.get_device_capability() < FP8_SINCE:
-        return "no FP8 on this GPU"
-    if RELEASED.get(arm) == "flash_attention_2" and (not torch.cuda.is_available() or not find_spec("flash_attn")):
+    if RELEASED.get(arm) == "flash_attention_2" and not (torch.cuda.is_available() and find_spec("flash_attn")):
         return "no flash attention"
     return ""
 
@@ -100,10 +117,35 @@ def seconds_of(step: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[
 def product_tflops(edge: int) -> float:
     """TFLOP/s of a bf16 matrix product of random numbers."""
     a, b = (torch.randn(edge, edge, device=process_groups.device(), dtype=torch.bfloat16) for _ in range(2))
-    seconds = statistics.median(seconds_of(partial(torch.matmul, a, b), 20))
-    del a, b
-    torch.cuda.empty_cache()  # the arms are in other processes and want the room
-    return 2 * edge**3 / seconds / 1e12
+    return 2 * edge**3 / statistics.median(seconds_of(partial(torch.matmul, a, b), 20)) / 1e12
+
+
+def fp8_product_tflops(edge: int) -> float | None:
+    """The same of FP8 numbers with one scale each; None where the GPU has none."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FP8_SINCE:
+        return None
+    a, b = (torch.randn(edge, edge, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    product = partial(torch._scaled_mm, a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return 2 * edge**3 / statistics.median(seconds_of(product, 20)) / 1e12
+
+
+def copy_gb_per_second(num_bytes: int) -> float:
+    """Of a copy on the device, bytes read and written."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=process_groups.device())
+    target = torch.empty_like(source)
+    return 2 * num_bytes / statistics.median(seconds_of(lambda: target.copy_(source), 10)) / 1e9
+
+
+def measure_ceiling() -> Record:
+    """What the device can do, and which it is."""
+    on_gpu = torch.cuda.is_available()
+    edge, versions = EDGE if on_gpu else 512, {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found = {"device": torch.cuda.get_device_name() if on_gpu else "CPU (figures mean nothing)", **versions}
+    if on_gpu:
+        found |= {"memory_gb": torch.cuda.mem_get_info()[1] / 1e9, "cudnn": torch.backends.cudnn.version()}
+    found |= {"product_tflops": product_tflops(edge), "copy_gb_s": copy_gb_per_second(2**31 if on_gpu else 2**20)}
+    return found | {"fp8_product_tflops": fp8_product_tflops(edge)}
 
 
 def build_arm(arm: str, cfg: RunConfig) -> Ours | Released:
@@ -119,99 +161,209 @@ def build_arm(arm: str, cfg: RunConfig) -> Ours | Released:
     return released
 
 
-def measure(arm: str, cfg: RunConfig, repeats: int, embeddings: Path) -> dict[str, Any]:
-    """In a process of its own: seconds of each step, and the peak of memory in them; leaves the embeddings."""
-    measured = build_arm(arm, cfg)
-    batches = measured.prepare(micro_batches_of(cfg))
-    save_file({"embeddings": measured.embed(batches).cpu()}, embeddings)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_of(lambda: measured.step(batches), repeats)
-    process_groups.destroy_distributed()
-    return {"seconds": seconds, "peak GB": peak_memory_gb()}
-
-
-def micro_batches_of(cfg: RunConfig) -> MicroBatches:
-    """The same in every process."""
-    return make_step(cfg, is_mixed=True)
-
-
 def planned_gb(cfg: RunConfig, micro_batches: MicroBatches) -> float:
     """What the planner says of our arm."""
     sides = [[side for part in sequences_of(pairs) for side in part] for pairs in micro_batches]
     longest = max(sides, key=lambda one: sum(side.sequence.length for side in one))
     shapes = [SideShape(s.sequence.length, sum(map(len, s.sequence.layouts)), s.num_tiles) for s in longest]
-    rows = cfg.train.micro_batch_size
-    step = StepShape(1, len(micro_batches), rows, rows, False, MicroBatch.of(shapes))
+    is_global = cfg.loss.negatives == "global_batch" and len(micro_batches) > 1
+    rows = cfg.train.global_batch_size if is_global else cfg.train.micro_batch_size
+    step = StepShape(1, len(micro_batches), rows, rows, is_global, MicroBatch.of(shapes))
     return sum(stage_memory(cfg, 0, step, torch.cuda.is_available()).values()) / 1e9
 
 
-def row_of(preset: str, arm: str, args: argparse.Namespace, ceiling: float, folder: Path) -> list[str]:
-    """Cells of the table; runs the arm."""
-    cfg = build_config(preset, arm, args)
-    path = folder / f"{preset} {arm}.safetensors"
-    command = [sys.executable, "-m", "benchmarks.gpu_step", "--arm", arm, str(path), "--presets", preset]
-    command += [*("--pairs", str(args.pairs), "--micro-batches", str(args.micro_batches))]
-    command += [*("--repeats", str(args.repeats), *args.overrides)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    if ran.returncode:
-        reason = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        if "OutOfMemoryError" in ran.stderr:
-            return ["out of memory"]
-        print(ran.stderr, file=sys.stderr)
-        return [f"failed: {reason}"]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    micro_batches = micro_batches_of(cfg)
+def least_cosine(embeddings: torch.Tensor, path: Path) -> float:
+    """Between these and those of the arm that left them there first."""
+    if not path.exists():
+        save_file({"embeddings": embeddings}, path)
+    return float((embeddings * load_file(path)["embeddings"]).sum(1).min())
+
+
+def measure_setting(arm: str, measured: Ours | Released, cfg: RunConfig, repeats: int) -> Record:
+    """Seconds of each step, and the peak of memory in them."""
+    micro_batches = make_step(cfg, is_mixed=True)
+    batches = measured.prepare(micro_batches)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    options = {"negatives": cfg.loss.negatives} if arm in OURS else {}
+    started = time.perf_counter()
+    seconds = seconds_of(lambda: measured.step(batches, **options), repeats)
+    warm, peak = time.perf_counter() - started - sum(seconds), peak_memory_gb()
+    batches.clear()
+    others = [measured.prepare(make_step(cfg, is_mixed=True, seed=seed)) for seed in (1, 2)]
+    new_shapes = [seconds_of(lambda: measured.step(other, **options), 1, warm_up=0)[0] for other in others]
     work = total([packed_work(pairs) for pairs in micro_batches])
-    seconds = statistics.median(found["seconds"])
-    tflops = step_flops(cfg.model, work) / seconds / 1e12
-    peak = peak_tflops(cfg.model.precision)
-    first = folder / f"{preset} {next(iter(OURS))}.safetensors"
-    cosines = (load_file(path)["embeddings"] * load_file(first)["embeddings"]).sum(1) if first.exists() else None
-    cells = [f"{1000 * seconds:.1f}", f"{1000 * min(found['seconds']):.1f} to {1000 * max(found['seconds']):.1f}"]
-    cells += [f"{cfg.train.global_batch_size / seconds:.2f}", f"{work.tokens / seconds:.0f}", f"{tflops:.2f}"]
-    cells += [f"{100 * tflops / peak:.1f} %" if peak else "-", f"{100 * tflops / ceiling:.1f} %"]
-    cells += [f"{found['peak GB']:.2f}", f"{planned_gb(cfg, micro_batches):.2f}" if arm in OURS else "-"]
-    return [*cells, f"{cosines.min().item():.4f}" if cosines is not None else "-"]
+    found = {"seconds": seconds, "warm_up_seconds": warm, "new_shapes_seconds": new_shapes, "peak_gb": peak}
+    found |= {"global_batch": cfg.train.global_batch_size, "tokens": work.tokens, "tiles": work.tiles}
+    found |= {"tflop": step_flops(cfg.model, work) / 1e12, "peak_tflops": peak_tflops(cfg.model.precision)}
+    return found | {"planned_gb": planned_gb(cfg, micro_batches) if arm in OURS else None}
+
+
+def take_turn(folder: Path, seconds: int) -> None:
+    """Wait until no other arm has the device; from now on the process ends after so many seconds, whatever it does."""
+    lock = os.open(folder / "turn", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until the process ends
+    signal.alarm(seconds)
+    if torch.cuda.is_available():
+        for _ in range(25):  # the last one's memory comes back a little later than its lock
+            free, all_of_it = torch.cuda.mem_get_info()
+            if free > 0.95 * all_of_it:
+                return
+            time.sleep(0.2)
+
+
+def append(path: Path, record: Record) -> None:
+    """A line of JSON."""
+    with path.open("a") as file:
+        print(json.dumps(record), file=file)
+
+
+def run_arm(preset: str, arm: str, args: argparse.Namespace) -> None:
+    """In a process of its own: one setting after another, each written down at once."""
+    who = {"preset": preset, "arm": arm}
+    if arm == CEILING:
+        return append(args.raw, {"arm": CEILING, **measure_ceiling()})
+    if "FP8" in arm and torch.cuda.get_device_capability() < FP8_SINCE:
+        return append(args.raw, {**who, "missing": "no FP8 on this GPU"})
+    started = time.perf_counter()
+    measured = build_arm(arm, build_config(preset, arm, args.pairs[0], args))
+    built, cosines = time.perf_counter() - started, {}
+    for pairs in args.pairs:  # before the first step changes the weights
+        batches = measured.prepare(make_step(build_config(preset, arm, pairs, args), is_mixed=True))
+        cosines[pairs] = least_cosine(measured.embed(batches).cpu(), args.folder / f"{preset}.{pairs}.safetensors")
+        del batches
+    for pairs in args.pairs:
+        for negatives in args.negatives if arm in OURS else ["micro_batch"]:
+            given = argparse.Namespace(**{**vars(args), "overrides": [*args.overrides, f"loss.negatives={negatives}"]})
+            cfg = build_config(preset, arm, pairs, given)
+            setting = {**who, "negatives": negatives, "pairs": pairs, "build_seconds": built, "cosine": cosines[pairs]}
+            try:
+                append(args.raw, {**setting, **measure_setting(arm, measured, cfg, args.repeats)})
+            except torch.OutOfMemoryError:
+                append(args.raw, {**setting, "missing": "out of memory"})
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    process_groups.destroy_distributed()
+
+
+def start_arm(job: tuple[str, str], args: argparse.Namespace) -> None:
+    """Run an arm in another process; how it failed, if it did, is a line too."""
+    preset, arm = job
+    missing = what_is_missing(arm, args.engine)
+    if missing:
+        return append(args.raw, {"preset": preset, "arm": arm, "missing": missing})
+    command = [sys.executable, "-m", "benchmarks.gpu_step", "--run", arm, "--presets", preset]
+    command += ["--raw", str(args.raw), "--folder", str(args.folder), "--limit", str(args.limit)]
+    for name in ("pairs", "negatives", "micro_batches", "repeats"):
+        given = getattr(args, name)
+        command += [f"--{name.replace('_', '-')}", *map(str, given if isinstance(given, list) else [given])]
+    env = dict(os.environ)
+    if args.engine and ENGINE[0] in OURS.get(arm, ()):
+        env["PYTHONPATH"] = f"{args.engine}:{env.get('PYTHONPATH', '')}"
+    options = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "env": env}
+    try:
+        ran = subprocess.run([*command, *args.overrides], timeout=2 * args.limit + 60, **options)
+    except subprocess.TimeoutExpired:
+        return append(args.raw, {"preset": preset, "arm": arm, "failed": "never had its turn, or cannot be ended"})
+    if ran.returncode == 0:
+        return None
+    reason = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+    if ran.returncode == -signal.SIGALRM:
+        reason = f"ended after {args.limit} s"
+    print(ran.stderr[-6000:], file=sys.stderr, flush=True)
+    key = "missing" if "OutOfMemoryError" in ran.stderr else "failed"
+    return append(args.raw, {"preset": preset, "arm": arm, key: "out of memory" if key == "missing" else reason})
+
+
+def cells_of(record: Record, ceiling: float | None) -> list[str]:
+    """Of a row of the table, after preset and arm."""
+    said = record.get("missing") or (f"failed: {record['failed']}" if "failed" in record else "")
+    if said:
+        cells = [record.get("negatives", ""), str(record.get("pairs", "")), said]
+        return cells + [""] * (len(HEADS) - len(cells))
+    seconds, new, peak = record["seconds"], record["new_shapes_seconds"], record["peak_tflops"]
+    median = statistics.median(seconds)
+    tflops = record["tflop"] / median
+    cells = [record["negatives"], str(record["pairs"]), f"{1000 * median:.1f}"]
+    cells += [f"{1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}", f"{1000 * statistics.mean(new):.1f}"]
+    cells += [f"{record['global_batch'] / median:.2f}", f"{record['tokens'] / median:.0f}", f"{tflops:.2f}"]
+    cells += [f"{100 * tflops / peak:.1f} %" if peak else "-", f"{100 * tflops / ceiling:.1f} %" if ceiling else "-"]
+    planned = record["planned_gb"]
+    return [*cells, f"{record['peak_gb']:.2f}", f"{planned:.2f}" if planned else "-", f"{record['cosine']:.4f}"]
+
+
+def print_table(records: Sequence[Record]) -> None:
+    """Of raw lines; a preset's arms in the order of SHORT."""
+    ceiling = next((record for record in records if record["arm"] == CEILING and "device" in record), {})
+    product = ceiling.get("product_tflops")
+    if ceiling:
+        fp8, copied = ceiling["fp8_product_tflops"], f"a copy of {ceiling['copy_gb_s']:.0f} GB/s"
+        made = f"matrix products of {product:.1f} TFLOP/s in bf16" + (f" and {fp8:.1f} in FP8" if fp8 else "")
+        print(f"{ceiling['device']}, torch {ceiling['torch']}; {made}, {copied}\n")
+    print("| preset | arm |", " | ".join(HEADS), "|\n|---|---|---" + "|---:" * (len(HEADS) - 1) + "|")
+    presets, arms = list(dict.fromkeys(record.get("preset") for record in records)), list(SHORT.values())
+    rows = [record for record in records if record["arm"] != CEILING]
+    for record in sorted(rows, key=lambda row: (presets.index(row["preset"]), arms.index(row["arm"]))):
+        print(f"| {record['preset']} | {record['arm']} |", " | ".join(cells_of(record, product)), "|")
+
+
+def read_lines(path: Path) -> list[Record]:
+    """All that were written down."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run(args: argparse.Namespace) -> bool:
-    """A row per preset and arm; whether none failed but for what the device has not."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (figures mean nothing)"
-    ceiling, has_failed = product_tflops(EDGE if torch.cuda.is_available() else 512), False
-    print(f"{device}, torch {torch.__version__}; a bf16 matrix product of {ceiling:.1f} TFLOP/s\n")
-    heads = ["step ms", "range", "pairs/s", "tokens/s", "TFLOP/s", "MFU", "of product", "peak GB", "planned", "cosine"]
-    print("| preset | arm |", " | ".join(heads), "|\n|---|---" + "|---:" * len(heads) + "|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for preset in args.presets:
-            for arm in [*OURS, *RELEASED]:
-                missing = what_is_missing(arm)
-                cells = [missing] if missing else row_of(preset, arm, args, ceiling, Path(folder))
-                has_failed |= cells[0].startswith("failed")
-                cells += [""] * (len(heads) - len(cells))
-                print(f"| {preset} | {arm} |", " | ".join(cells), "|", flush=True)
-    return not has_failed
+    """All arms of all presets; whether none failed but for what the device has not."""
+    given, before = args, read_lines(args.raw)
+    jobs = [] if any(record["arm"] == CEILING for record in before) else [(args.presets[0], CEILING)]
+    jobs += [(preset, SHORT[arm]) for preset in args.presets for arm in args.arms]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:  # the second one loads its packages and waits
+        for (preset, arm), _ in zip(jobs, pool.map(partial(start_arm, args=given), jobs)):
+            print(f"[{time.perf_counter() - started:.0f} s] {preset} {arm}", file=sys.stderr, flush=True)
+    records = read_lines(args.raw)
+    print_table(records)
+    return not any("failed" in record for record in records[len(before) :])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["0.5b", "2b", "7b"])
+    parser.add_argument("--arms", nargs="+", choices=list(SHORT), default=list(SHORT), help="in this order")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[8], help="of a micro batch")
+    parser.add_argument("--negatives", nargs="+", choices=BOTH, default=["micro_batch"], help="of our arms")
+    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=240, help="seconds of an arm, once it has the device")
+    parser.add_argument("--raw", type=Path, help="file that raw figures are appended to, a line of JSON each")
+    parser.add_argument("--folder", type=Path, help="for embeddings that a later call compares with")
+    parser.add_argument("--engine", type=Path, help="folder with Transformer Engine, for its arms alone")
+    parser.add_argument("--table", type=Path, help="print the table of a file of raw figures, no more")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["0.5b", "2b", "7b"])
-    parser.add_argument("--pairs", type=int, default=8, help="of a micro batch")
-    parser.add_argument("--micro-batches", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--arm", nargs=2, metavar=("ARM", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    args = parser.parse_intermixed_args(arguments)
-    with exit_with_one_line():
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [word for word in given if "=" in word and not word.startswith("-")]  # not one more of --pairs 8 4
+    args = build_parser().parse_args([*overrides, *(word for word in given if word not in overrides)])
+    if args.table:
+        return print_table(read_lines(args.table))
+    with exit_with_one_line(), tempfile.TemporaryDirectory() as scratch:
+        args.folder, args.raw = args.folder or Path(scratch), args.raw or Path(scratch, "raw.jsonl")
+        args.folder.mkdir(parents=True, exist_ok=True)
         quiet_dependencies()
-        cpu_emulation.enable()
-        if args.arm:
-            cfg = build_config(args.presets[0], args.arm[0], args)
-            print(json.dumps(measure(args.arm[0], cfg, args.repeats, Path(args.arm[1]))))
+        if args.run:
+            take_turn(args.folder, args.limit)
+            cpu_emulation.enable()
+            run_arm(args.presets[0], args.run, args)
         elif not run(args):
             raise SystemExit(1)
+    return None
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ Step = Callable[[], None]
 MicroBatches = Sequence[Sequence[Pair]]
 
 
-def make_step(cfg: RunConfig, is_mixed: bool) -> MicroBatches:
+def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0) -> MicroBatches:
     """The micro batches of a step, the same in every process.
 
     A mixed step shuffles pairs in the shares of MIXED; otherwise each micro batch has one kind, in the order of
     ONE_KIND.
     """
-    rng, size, wanted = np.random.default_rng(0), cfg.train.micro_batch_size, cfg.train.global_batch_size
+    rng, size, wanted = np.random.default_rng(seed), cfg.train.micro_batch_size, cfg.train.global_batch_size
     if is_mixed:
         kinds = [kind for kind, share in MIXED.items() for _ in range(round(share * wanted / sum(MIXED.values())))]
         kinds = rng.permutation((kinds + ["image_text"] * wanted)[:wanted]).tolist()

@@ -1,6 +1,10 @@
 """benchmarks/gpu_step.py runs without a GPU too: both ways of it, the same embeddings; what is missing is said."""
 
+import fcntl
+import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +29,11 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     found = {row[1]: row[2:] for row in rows}
     assert list(found) == [*gpu_step.OURS, *gpu_step.RELEASED]
     if not torch.cuda.is_available():
-        assert found["ours, Transformer Engine"][0].strip() == "no Transformer Engine"
-        assert found["released, flash attention"][0].strip() == "no flash attention"
+        assert found["ours, Transformer Engine"][2].strip() == "no Transformer Engine"
+        assert found["released, flash attention"][2].strip() == "no flash attention"
     for arm in ("ours, torch", "released, SDPA"):
         cells = found[arm]
-        assert float(cells[0]) > 0
+        assert float(cells[2]) > 0
         assert float(cells[-1]) > 0.99  # bf16
 
 
@@ -56,3 +60,35 @@ def test_arm_that_fails_is_a_row_and_ends_in_failure(
         gpu_step.main(["--presets", "0.5b", "--pairs", "2", *SMALL])
     assert ended.value.code == 1
     assert "| failed: RuntimeError: no such kernel |" in capsys.readouterr().out
+
+
+def test_settings_are_lines_as_soon_as_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, both = tmp_path / "raw.jsonl", ["micro_batch", "global_batch"]
+    arguments = ["--presets", "0.5b", "--arms", "sdpa", "local", "--pairs", "3", "2", "--negatives", *both]
+    gpu_step.main([*arguments, "--repeats", "1", "--raw", str(raw), "--folder", str(tmp_path / "kept"), *SMALL])
+    table = capsys.readouterr().out
+    lines = [json.loads(line) for line in raw.read_text().splitlines()]
+    settings = [(line["arm"], line["pairs"], line["negatives"]) for line in lines if line["arm"] != gpu_step.CEILING]
+    ours = [("ours, torch", pairs, negatives) for pairs in (3, 2) for negatives in both]
+    assert sorted(settings) == sorted([("released, SDPA", pairs, "micro_batch") for pairs in (3, 2)] + ours)
+    assert all(len(line["seconds"]) == 1 and line["cosine"] > 0.99 for line in lines if "seconds" in line)
+    gpu_step.main(["--table", str(raw)])
+    assert capsys.readouterr().out == table
+
+
+def test_arm_that_hangs_is_ended_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw.jsonl"
+    arguments = ["--presets", "0.5b", "--arms", "local", "--repeats", "100000", "--limit", "3", "--raw", str(raw)]
+    with pytest.raises(SystemExit):
+        gpu_step.main([*arguments, "--pairs", "2", *SMALL])
+    assert "| failed: ended after 3 s |" in capsys.readouterr().out
+
+
+def test_arms_wait_for_their_turn(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from benchmarks import gpu_step; gpu_step.take_turn(pathlib.Path(sys.argv[1]), 60)"
+    with (tmp_path / "turn").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(20)
+    assert waiting.wait(30) == 0
