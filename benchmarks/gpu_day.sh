@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A quarter of an hour on one H100 or H200 without network: is it right, how fast is it, where does the time go.
-# docs/gpu_day.md says how to prepare it and what comes out.
+# A quarter of an hour on one H100 or H200 without network: correctness, speed, memory, and where the time goes.
+# docs/gpu_day.md says how to prepare it and which files it writes.
 #     bash benchmarks/gpu_day.sh PART...      parts: install build check 0.5b engine 2b 7b train train-0.5b profile
-# Every part, and every arm in it, is a process with a time limit of its own; raw figures are written as they come, into
-# $RESULTS. What later calls need stays in $STATE. SECONDS_IN_ALL: no part goes on longer than that after the start.
-# REHEARSAL=1: the same at a small size, also without a GPU.
+# Every part, and every variant in it, is a process with its own time limit. Raw figures are written to $RESULTS at once;
+# what later calls need stays in $STATE. No part runs longer than SECONDS_IN_ALL after the start of the call.
+# REHEARSAL=1 runs everything at a small size, with or without a GPU.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 STATE=${STATE:-$HOME/gpu_day}; RESULTS=${RESULTS:-${OUT:-$STATE/results}}
@@ -27,7 +27,7 @@ fi
 
 say() { echo "[$SECONDS s] $*" >&2; }
 
-# NAME SECONDS COMMAND...: runs it, ends it when its time or that of all parts is up, says how long it took.
+# part NAME SECONDS COMMAND...: run a command, end it when its time or that of all parts is over, print what it took.
 part() {
     local name=$1 limit=$2 left=$((${SECONDS_IN_ALL:-590} - SECONDS)) began=$SECONDS status=0; shift 2
     limit=$((limit * slower)); left=$((left * slower))
@@ -38,11 +38,11 @@ part() {
     return $status
 }
 
-# PRESET SECONDS SECONDS_OF_AN_ARM OPTION...: arms of benchmarks/gpu_step.py; the table comes at the end.
+# steps PRESET SECONDS SECONDS_OF_A_VARIANT OPTION...: run benchmarks/gpu_step.py; the table is printed at the end.
 steps() {
-    local preset=$1 limit=$2 of_an_arm=$3; shift 3
+    local preset=$1 limit=$2 of_a_variant=$3; shift 3
     part "steps of $preset" "$limit" "$python" -m benchmarks.gpu_step "${small[@]}" --presets "$preset" --raw "$RAW" \
-        --folder "$STATE/embeddings" --engine "$ENGINE" --limit "$((of_an_arm * slower))" "$@" > /dev/null
+        --folder "$STATE/embeddings" --engine "$ENGINE" --limit "$((of_a_variant * slower))" "$@" > /dev/null
 }
 
 install() {
@@ -67,9 +67,9 @@ for wheel in filter(os.path.exists, sys.argv[3:]):
 PYTHON
     if PYTHONPATH=$ENGINE.new:$PYTHONPATH timeout $((90 * slower)) "$python" -c \
         "import torch, transformer_engine.pytorch; assert torch.cuda.is_available(), 'no GPU'"; then
-        mv "$ENGINE.new" "$ENGINE"; say "Transformer Engine is there"
+        mv "$ENGINE.new" "$ENGINE"; say "Transformer Engine can be imported"
     else
-        say "Transformer Engine cannot be imported: its arms are left out"
+        say "Transformer Engine cannot be imported: its variants are left out"
     fi
     touch "$STATE/engine_tried"
 }
@@ -79,12 +79,12 @@ make_data() {
     mkdir -p "$STATE/data.new"
     CUDA_VISIBLE_DEVICES='' timeout $((120 * slower)) "$python" -c \
         "from pathlib import Path; from benchmarks.data_pipeline import make_data; make_data(Path('$STATE/data.new'), 160)" \
-        && mv "$STATE/data.new" "$STATE/data" && say "data to train on are made"
+        && mv "$STATE/data.new" "$STATE/data" && say "the training data are made"
 }
 
 wait_for() { local _; for _ in $(seq $((100 * slower))); do [ -e "$1" ] && return; sleep 1; done; say "there is no $1"; return 1; }
 
-# Where the wheel does not fit the torch that is there: two minutes of 16 cores.
+# Compile Transformer Engine if the wheel does not fit the installed torch; this takes two minutes on 16 cores.
 build() {
     MAX_JOBS=$(nproc) part "build of Transformer Engine" 300 bash benchmarks/gpu_day/build_engine.sh \
         .gpu_day/transformer_engine_torch-2.20.2.tar.gz "$STATE/built" > "$STATE/build.log" 2>&1 || tail -20 "$STATE/build.log"
@@ -111,7 +111,7 @@ check_engine() {
     wait "${pids[@]}"
 }
 
-# NAME KERNELS TRAINING_STEPS OPTION...: one process through torchrun, stopped once and resumed.
+# train NAME KERNELS STEPS OPTION...: train with one process through torchrun; the tiny runs are resumed for 10 more steps.
 train() {
     local name=$1 kernels=$2 last=$3 path=$PYTHONPATH output; shift 3
     wait_for "$STATE/data" || return
@@ -133,23 +133,23 @@ one() {
         install) install ;;
         build) build ;;
         check) check ;;
-        0.5b) steps 0.5b 170 80 --arms local sdpa --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
+        0.5b) steps 0.5b 170 80 --variants local sdpa --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
         engine)
             check_engine
-            steps 0.5b 270 85 --arms te tensorwise delayed blockwise --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
+            steps 0.5b 270 85 --variants te tensorwise delayed blockwise --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
         2b)
             [ "$gigabytes" -ge 130 ] && sizes=(4 8) || sizes=(2 4)
-            steps 2b 260 80 --arms sdpa local te tensorwise --pairs "${sizes[@]}" --repeats 4 ;;
+            steps 2b 260 80 --variants sdpa local te tensorwise --pairs "${sizes[@]}" --repeats 4 ;;
         7b)
             [ "$gigabytes" -ge 130 ] || { say "7b has no room in $gigabytes GB"; return; }
-            PYTORCH_ALLOC_CONF=expandable_segments:True steps 7b 250 110 --arms te sdpa tensorwise --pairs 4 --repeats 3 ;;
+            PYTORCH_ALLOC_CONF=expandable_segments:True steps 7b 250 110 --variants te sdpa tensorwise --pairs 4 --repeats 3 ;;
         train) train tiny local 20; [ -e "$ENGINE" ] && train tiny-engine transformer_engine 20 ;;
         train-0.5b)
             local kernels=transformer_engine; [ -e "$ENGINE" ] || kernels=local
             train 0.5b $kernels 20 model.preset=0.5b model.freeze='[vision]' checkpoint.interval=0 optimizer.learning_rate=1e-5 "${small[@]}" ;;
         profile)
-            local arm=te path=$ENGINE:$PYTHONPATH; [ -e "$ENGINE" ] || arm=local path=$PYTHONPATH
-            PYTHONPATH=$path part "profile of 0.5b" 100 "$python" -m benchmarks.gpu_profile --out "$RESULTS" --arm $arm --pairs 8 "${small[@]}" ;;
+            local variant=te path=$ENGINE:$PYTHONPATH; [ -e "$ENGINE" ] || variant=local path=$PYTHONPATH
+            PYTHONPATH=$path part "profile of 0.5b" 100 "$python" -m benchmarks.gpu_profile --out "$RESULTS" --variant $variant --pairs 8 "${small[@]}" ;;
         *) say "no such part: $1" ;;
     esac
 }

@@ -1,10 +1,11 @@
-"""Where a training step's time goes on a GPU: its kernels, its waits for the device, and a trace to look at.
+"""Show where a training step spends its time on a GPU: kernels, waits of the host, and a trace.
 
-    python -m benchmarks.gpu_profile --out DIR [--preset 0.5b] [--arm te] [--pairs 8] [section.key=value ...]
+    python -m benchmarks.gpu_profile --out DIR [--preset 0.5b] [--variant te] [--pairs 8] [section.key=value ...]
 
-After some steps to warm up: one step in which torch tells of everything that makes the host wait (its synchronisation
-debug mode), counted by line of code; --steps under the profiler, whose kernels are summed up by name; one more for the
-trace. Writes profile.txt and trace.json.gz (chrome://tracing, Perfetto), which is left out above --megabytes.
+After some steps of warm-up, one step runs in torch's synchronisation debug mode, which reports each operation that
+makes the host wait for the device; they are counted by line of code. Then --steps run under the profiler, and the time
+of kernels is summed by name. One more step makes the trace. The results are profile.txt and trace.json.gz (for
+chrome://tracing or Perfetto); a trace larger than --megabytes is not written.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_step import SHORT, build_arm, build_config, synchronize
+from benchmarks.gpu_step import SHORT, build_config, build_variant, synchronize
 from benchmarks.training_step import make_step
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
@@ -32,7 +33,7 @@ ROWS = 40
 
 
 def host_waits(step: Callable[[], object]) -> collections.Counter:
-    """Operations of a step that make the host wait, by file and line; empty where there is no GPU."""
+    """Count the operations of a step that make the host wait, by file and line; none without a GPU."""
     found: collections.Counter = collections.Counter()
     if not torch.cuda.is_available():
         step()
@@ -50,7 +51,7 @@ def host_waits(step: Callable[[], object]) -> collections.Counter:
 
 
 def profiled(step: Callable[[], object], steps: int) -> tuple[profile, float]:
-    """What the profiler saw of so many steps, and the seconds that they took."""
+    """Run so many steps under the profiler; returns it, and the seconds that the steps took."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=kinds) as seen:
         started = time.perf_counter()
@@ -62,14 +63,14 @@ def profiled(step: Callable[[], object], steps: int) -> tuple[profile, float]:
 
 
 def kernels(events: list[FunctionEvent]) -> list[FunctionEvent]:
-    """Those that ran on the device."""
+    """The events that ran on the device."""
     return [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def busy_seconds(events: list[FunctionEvent]) -> float:
-    """Time in which the device did something; kernels on several streams at once count once."""
+    """Seconds in which the device was busy; kernels that run at the same time count once."""
     busy, end = 0.0, 0.0
-    for event in sorted(events, key=lambda one: one.time_range.start):
+    for event in sorted(events, key=lambda event: event.time_range.start):
         first = max(end, event.time_range.start)
         busy += max(0.0, event.time_range.end - first)
         end = max(end, event.time_range.end)
@@ -77,7 +78,7 @@ def busy_seconds(events: list[FunctionEvent]) -> float:
 
 
 def summary(seen: profile, seconds: float, steps: int, waits: collections.Counter) -> str:
-    """The report."""
+    """The text of profile.txt."""
     events = kernels(seen.events())
     lines = [f"{steps} steps in {seconds:.3f} s under the profiler; the device busy for {busy_seconds(events):.3f} s"]
     lines.append(f"{len(events) / steps:.0f} kernels and copies per step")
@@ -99,7 +100,7 @@ def summary(seen: profile, seconds: float, steps: int, waits: collections.Counte
 
 
 def write_trace(step: Callable[[], object], path: Path, megabytes: float) -> str:
-    """Of one step; returns what came of it."""
+    """Write the trace of one step; returns a line that says so, or why it was not written."""
     seen, _ = profiled(step, 1)
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "trace.json")
@@ -112,16 +113,16 @@ def write_trace(step: Callable[[], object], path: Path, megabytes: float) -> str
 
 
 def run(args: argparse.Namespace) -> None:
-    """Warm up, count, profile, write."""
-    arm = SHORT[args.arm]
-    cfg = build_config(args.preset, arm, args.pairs, args)
-    measured = build_arm(arm, cfg)
+    """Warm up, count the waits, profile, and write the results."""
+    variant = SHORT[args.variant]
+    cfg = build_config(args.preset, variant, args.pairs, args)
+    measured = build_variant(variant, cfg)
     batches = measured.prepare(make_step(cfg, is_mixed=True))
     for _ in range(3):
         measured.step(batches)
     waits = host_waits(lambda: measured.step(batches))
     seen, seconds = profiled(lambda: measured.step(batches), args.steps)
-    report = f"{args.preset}, {arm}, {args.pairs} pairs x {args.micro_batches} micro batches {args.overrides}\n"
+    report = f"{args.preset}, {variant}, {args.pairs} pairs x {args.micro_batches} micro batches {args.overrides}\n"
     report += summary(seen, seconds, args.steps, waits)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "profile.txt").write_text(report + "\n")
@@ -131,15 +132,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--preset", default="0.5b")
-    parser.add_argument("--arm", choices=list(SHORT), default="te")
-    parser.add_argument("--pairs", type=int, default=8, help="of a micro batch")
+    parser.add_argument("--variant", choices=list(SHORT), default="te")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of a micro batch")
     parser.add_argument("--micro-batches", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="under the profiler")
-    parser.add_argument("--megabytes", type=float, default=15, help="of the trace, packed, at most")
+    parser.add_argument("--steps", type=int, default=3, help="steps under the profiler")
+    parser.add_argument("--megabytes", type=float, default=15, help="largest size of the compressed trace")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     args = parser.parse_intermixed_args(sys.argv[1:])
     with exit_with_one_line():

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Compiles transformer_engine_torch against the torch of $PYTHON (no GPU needed; 33 C++ files: 20 min of two cores).
+# Compiles transformer_engine_torch against the torch of $PYTHON. It needs no GPU and takes 20 minutes on two cores.
 #     PYTHON=venv/bin/python bash benchmarks/gpu_day/build_engine.sh transformer_engine_torch-2.20.2.tar.gz FOLDER
-# Needs CUDA's headers: $CUDA_HOME/include, beside those in torch's CUDA wheels, which lack crt/ and nv/target.
-# -O1, since it is host code only. Without inlining the linker takes one definition of pybind11::arg_v for two that
-# differ by PYBIND11_DETAILED_ERROR_MESSAGES, and the import ends in a double free: so it is defined everywhere.
+# It needs CUDA's headers in $CUDA_HOME/include, since those in torch's CUDA wheels lack crt/ and nv/target. -O1 is
+# enough for host code. But without inlining the linker merges two definitions of pybind11::arg_v that differ by
+# PYBIND11_DETAILED_ERROR_MESSAGES, and the import ends in a double free; therefore it is defined everywhere.
 set -euo pipefail
 source=$(readlink -f "$1"); mkdir -p "$2"; out=$(readlink -f "$2"); python=${PYTHON:-python3}
 cuda=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}

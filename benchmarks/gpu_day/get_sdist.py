@@ -1,4 +1,4 @@
-"""Download a source distribution from pip's own index as it is, without building its metadata, as pip would.
+"""Download a source distribution from the index that pip uses. Unlike pip, this does not build its metadata.
 
 python benchmarks/gpu_day/get_sdist.py NAME VERSION FOLDER
 """
@@ -14,7 +14,7 @@ from pip._internal.models.index import PyPI
 
 
 def main() -> None:
-    """Find the file in the index, write it into the folder."""
+    """Find the file in the index and write it into the folder."""
     name, version, folder = sys.argv[1:]
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
     index = subprocess.run(command, capture_output=True, text=True).stdout.strip() or PyPI.simple_url

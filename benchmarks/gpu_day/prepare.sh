@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .gpu_day/ in the repository: everything that benchmarks/gpu_day.sh needs beside torch, transformers and the rest
-# of what a CUDA image has; some 30 MB. Needs the network, Python 3.12 with pip. docs/gpu_day.md.
+# Makes .gpu_day/ in the repository, about 30 MB: what benchmarks/gpu_day.sh needs besides the packages of a CUDA image
+# (docs/gpu_day.md lists them). It needs the network and Python 3.12 with pip.
 #     bash benchmarks/gpu_day/prepare.sh [transformer_engine_torch-2.20.2-cp312-*.whl]
-# The wheel is what build_engine.sh makes; without one, `gpu_day.sh build` compiles it on the machine with the GPU.
+# The wheel comes from build_engine.sh. Without one, `gpu_day.sh build` compiles it on the machine with the GPU.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")"); out=$PWD/.gpu_day; engine=2.20.2
 python=${PYTHON:-python3}; work=$(mktemp -d); trap 'rm -rf "$work"' EXIT; rm -rf "$out"; mkdir -p "$out"
@@ -11,7 +11,7 @@ get() {
     "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" -d "$@"
 }
 get "$out" megatron-core==0.19.2 webdataset==1.0.2 braceexpand==0.1.7 omegaconf==2.4.0
-# Of Transformer Engine; pydantic and pydantic-core are of one release.
+# Requirements of Transformer Engine; pydantic and pydantic-core have to be of one release.
 get "$out" nvdlfw-inspect==0.2.2 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection 'importlib-metadata<9' zipp
 get "$work" transformer_engine==$engine transformer_engine_cu13==$engine
 for wheel in "$work"/*.whl; do unzip -q -o "$wheel" -d "$work/engine"; done

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_day/strip_fatbin.py IN.so OUT.so [--architecture 90]
 
-The library stays as long as it was: each fat binary keeps its place and is shorter, with zeros behind it. A fat binary
-is a header (magic number, version, size of the header, size of what follows) and entries: kind (1 PTX, 2 machine code),
-version, size of the header, size of the payload, ..., and at offset 28 the architecture.
+The size of the library does not change: each fat binary keeps its place, and what was removed becomes zeros at its end.
+A fat binary is a header (magic number, version, size of the header, size of what follows) and entries. An entry has its
+kind (1 PTX, 2 machine code), version, size of the header, size of the payload, and at offset 28 the architecture.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 MAGIC = struct.pack("<I", 0xBA55ED50)
 PTX, MACHINE_CODE = 1, 2
 HEADER, LEAST_ENTRY, LARGEST_ENTRY = 16, 32, 4096
-"""Bytes."""
+"""Size of the header of a fat binary, and smallest and largest size of an entry's header, in bytes."""
 
 
 def entries(data: bytearray, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
-    """Kind, architecture, start and size of each entry; None if it is not what it seems."""
+    """Kind, architecture, start and size of each entry; None if the bytes are no fat binary."""
     found = []
     while start + LEAST_ENTRY <= end:
         kind, _, header, payload = struct.unpack_from("<HHIQ", data, start)
@@ -32,13 +32,13 @@ def entries(data: bytearray, start: int, end: int) -> list[tuple[int, int, int, 
 
 
 def strip(data: bytearray, architecture: int) -> tuple[Counter, Counter]:
-    """Do so in place; bytes kept and dropped by architecture."""
+    """Strip in place; returns the bytes kept and those dropped, by architecture."""
     kept, dropped, at = Counter(), Counter(), data.find(MAGIC)
     while at >= 0:
         _, version, header, size = struct.unpack_from("<IHHQ", data, at)
         start, end = at + header, at + header + size
-        is_whole = version == 1 and header == HEADER and end <= len(data)
-        found = entries(data, start, end) if is_whole else None
+        is_complete = version == 1 and header == HEADER and end <= len(data)
+        found = entries(data, start, end) if is_complete else None
         if found:
             wanted = [entry for entry in found if entry[:2] == (MACHINE_CODE, architecture)]
             for entry in found:
@@ -52,7 +52,7 @@ def strip(data: bytearray, architecture: int) -> tuple[Counter, Counter]:
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

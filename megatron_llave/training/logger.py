@@ -27,9 +27,14 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def quiet_dependencies() -> None:
-    """Silence the warnings of megatron-core and torch about their own internals, which a user cannot act on."""
+    """Silence warnings of megatron-core, torch and Transformer Engine that a user cannot act on.
+
+    Transformer Engine warns about the way in which megatron-core calls its attention. Since its import installs filters
+    of its own, call this function after all imports.
+    """
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\b")
+    warnings.filterwarnings("ignore", "Relying on pointer-based detection of packed q/k/v layouts")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_step.py runs without a GPU too: both ways of it, the same embeddings; what is missing is said."""
+"""benchmarks/gpu_step.py on a CPU: both ways give the same embeddings, and the table says what is missing."""
 
 import fcntl
 import json
@@ -31,8 +31,8 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert found["ours, Transformer Engine"][2].strip() == "no Transformer Engine"
         assert found["released, flash attention"][2].strip() == "no flash attention"
-    for arm in ("ours, torch", "released, SDPA"):
-        cells = found[arm]
+    for variant in ("ours, torch", "released, SDPA"):
+        cells = found[variant]
         assert float(cells[2]) > 0
         assert float(cells[-1]) > 0.99  # bf16
 
@@ -47,11 +47,11 @@ def test_every_kernel_gives_the_same_embeddings_and_trains(capsys: pytest.Captur
     rows = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if "0.5b" in line]
     ran = {row[1]: float(row[-1]) for row in rows if row[-1].strip()}
     assert {"ours, torch", "released, SDPA"} <= ran.keys()
-    for arm, cosine in ran.items():
-        assert cosine > (0.98 if "FP8" in arm else 0.999), (arm, cosine)
+    for variant, cosine in ran.items():
+        assert cosine > (0.98 if "FP8" in variant else 0.999), (variant, cosine)
 
 
-def test_arm_that_fails_is_a_row_and_ends_in_failure(
+def test_variant_that_fails_is_a_row_and_ends_in_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no such kernel")
@@ -64,11 +64,13 @@ def test_arm_that_fails_is_a_row_and_ends_in_failure(
 
 def test_settings_are_lines_as_soon_as_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, both = tmp_path / "raw.jsonl", ["micro_batch", "global_batch"]
-    arguments = ["--presets", "0.5b", "--arms", "sdpa", "local", "--pairs", "3", "2", "--negatives", *both]
+    arguments = ["--presets", "0.5b", "--variants", "sdpa", "local", "--pairs", "3", "2", "--negatives", *both]
     gpu_step.main([*arguments, "--repeats", "1", "--raw", str(raw), "--folder", str(tmp_path / "kept"), *SMALL])
     table = capsys.readouterr().out
     lines = [json.loads(line) for line in raw.read_text().splitlines()]
-    settings = [(line["arm"], line["pairs"], line["negatives"]) for line in lines if line["arm"] != gpu_step.CEILING]
+    settings = [
+        (line["variant"], line["pairs"], line["negatives"]) for line in lines if line["variant"] != gpu_step.CEILING
+    ]
     ours = [("ours, torch", pairs, negatives) for pairs in (3, 2) for negatives in both]
     assert sorted(settings) == sorted([("released, SDPA", pairs, "micro_batch") for pairs in (3, 2)] + ours)
     assert all(len(line["seconds"]) == 1 and line["cosine"] > 0.99 for line in lines if "seconds" in line)
@@ -76,15 +78,15 @@ def test_settings_are_lines_as_soon_as_they_are_measured(tmp_path: Path, capsys:
     assert capsys.readouterr().out == table
 
 
-def test_arm_that_hangs_is_ended_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variant_that_hangs_is_ended_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = tmp_path / "raw.jsonl"
-    arguments = ["--presets", "0.5b", "--arms", "local", "--repeats", "100000", "--limit", "3", "--raw", str(raw)]
+    arguments = ["--presets", "0.5b", "--variants", "local", "--repeats", "100000", "--limit", "3", "--raw", str(raw)]
     with pytest.raises(SystemExit):
         gpu_step.main([*arguments, "--pairs", "2", *SMALL])
     assert "| failed: ended after 3 s |" in capsys.readouterr().out
 
 
-def test_arms_wait_for_their_turn(tmp_path: Path) -> None:
+def test_variants_wait_for_their_turn(tmp_path: Path) -> None:
     code = "import sys, pathlib; from benchmarks import gpu_step; gpu_step.take_turn(pathlib.Path(sys.argv[1]), 60)"
     with (tmp_path / "turn").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -31,8 +31,9 @@ def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
 def initialize_parameters(chunks: list[Module], tensor_group: dist.ProcessGroup, seed: int) -> None:
     """Fill every parameter in place.
 
-    Matrices, embeddings and image_newline: normal with standard deviation 1/sqrt(inputs). Norm weights 1, biases 0.
-    Drawn where the parameter is: a GPU makes other numbers of a seed than a CPU, and 7b in seconds, not in a minute.
+    Matrices, embeddings and image_newline are normal with standard deviation 1/sqrt(inputs). Norm weights are 1 and
+    biases 0. The numbers are drawn on the parameter's device, which takes a GPU seconds where a CPU needs a minute for
+    7b; with the same seed, a GPU draws other numbers than a CPU.
     """
     for chunk in chunks:
         for name, parameter in named_global_parameters(chunk):
