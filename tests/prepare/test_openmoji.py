@@ -112,7 +112,7 @@ def test_duplicates_are_found_and_siblings_are_kept(catalogue):
 
 
 def test_size_of_renders_does_not_change_the_catalogue(monkeypatch):
-    emoji, files = catalogue._read_metadata()
+    emoji, files = catalogue_module._read_metadata()
     monkeypatch.setattr(catalogue_module, "_read_metadata", lambda: (emoji[300:340], files[300:340]))
     small, large = build_catalogue(56), build_catalogue(112)
     assert small.emoji == large.emoji
