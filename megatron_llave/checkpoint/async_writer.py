@@ -10,7 +10,9 @@ checkpoint stays current.
 import inspect
 import logging
 import math
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -92,6 +95,7 @@ class CheckpointWriter:
             strategy = FullyParallelSaveStrategyWrapper(strategy, self._groups.dp_cp, False)
         options = {"async_sharded_save": True, "content_metadata": metadata, **_own_writer()}
         with _hide_main_from_spawn(), _block_stop_signals():
+            filesystem_async._results_queue = filesystem_async._results_queue or _Reports()
             request = dist_checkpointing.save(state, str(partial), strategy, **options)
         caller = TemporalAsyncCaller()
         with _block_stop_signals():
@@ -232,6 +236,24 @@ def _hide_main_from_spawn() -> Iterator[None]:
     finally:
         for name, value in held.items():
             setattr(script, name, value)
+
+
+class _Reports:
+    """The queue through which megatron-core's writers report, kept by a process of its own, as bytes.
+
+    It replaces megatron-core's queue, to which the writers send objects of torch: the process that keeps that one loads
+    torch, which takes 300 MB per rank and delays the first checkpoint by five seconds. Only this run's own writers fill
+    the queue, so nothing from elsewhere is unpickled.
+    """
+
+    def __init__(self) -> None:
+        self._kept = multiprocessing.get_context("spawn").Manager().Queue()
+
+    def put(self, report: object) -> None:
+        self._kept.put(pickle.dumps(report))
+
+    def get_nowait(self) -> object:
+        return pickle.loads(self._kept.get_nowait())
 
 
 def _own_writer() -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.checkpoint import async_writer, folders
@@ -25,6 +26,8 @@ from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import build_trainable
+
+pytestmark = pytest.mark.long
 
 POSITION = {"step": 1, "subsets": {}}
 
@@ -97,6 +100,12 @@ def test_progress_is_told_while_a_checkpoint_is_waited_for(run, tmp_path: Path) 
     run[1]._progress = said.append
     assert save(run, 1)
     assert said and set(said) == {"waiting for the checkpoint of step 1"}
+
+
+def test_what_keeps_the_reports_of_writers_has_not_loaded_torch(run) -> None:
+    assert save(run, 1)
+    server = psutil.Process(filesystem_async._results_queue._kept._manager._process.pid)
+    assert server.is_running() and not [file.path for file in server.memory_maps() if "torch" in file.path]
 
 
 def test_all_are_kept_on_demand(groups, tmp_path: Path) -> None:
