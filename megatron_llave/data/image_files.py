@@ -30,6 +30,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadImageError("EPS is a program, which is not run; convert it to PNG")
         if image.width * image.height <= max_pixels:
             image.load()
+            image.info.pop("transparency", None)  # Pillow would warn in each process that a palette's is dropped
             return image if image.mode == "RGB" else image.convert("RGB")
     except BadImageError:
         raise
