@@ -3,16 +3,17 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import run_script
 from run_ranks import run_ranks
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Index, read_index, write_index
 from megatron_llave.data.shards import write_subset
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
@@ -131,16 +132,7 @@ def test_negatives_of_the_own_micro_batch_are_gathered_from_nobody(openmoji_data
 
 
 def test_averaged_weights_that_are_not_there_are_named(runs: dict[str, Path], openmoji_data: Path) -> None:
-    command = [
-        sys.executable,
-        str(EVALUATE),
-        "prepared",
-        "--checkpoint",
-        str(runs["one"]),
-        "--data",
-        str(openmoji_data),
-    ]
-    done = subprocess.run([*command, "--average"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_script(EVALUATE, "prepared", "--checkpoint", runs["one"], "--data", openmoji_data, "--average")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "has no averaged weights: its run had loss.reward=self, not ema" in done.stderr
 
@@ -164,8 +156,7 @@ def a_shard(data: Path) -> Path:
 
 def fails_with(*overrides: str, config: Path = ROOT / "examples" / "tiny.yaml") -> str:
     """The one line of a run that ends with status 2 and no traceback."""
-    command = [sys.executable, "-m", "megatron_llave.train", "--config", str(config), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_script(START, "--config", config, *overrides)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -240,16 +231,7 @@ def test_step_without_a_single_readable_pair_goes_on(openmoji_data: Path, tmp_pa
 
 def test_missing_data_and_missing_checkpoint_are_named(tmp_path: Path, openmoji_data: Path) -> None:
     assert str(tmp_path / "nowhere") in fails_with(f"data.path={tmp_path / 'nowhere'}")
-    command = [
-        sys.executable,
-        str(EVALUATE),
-        "prepared",
-        "--checkpoint",
-        str(tmp_path / "none"),
-        "--data",
-        str(openmoji_data),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_script(EVALUATE, "prepared", "--checkpoint", tmp_path / "none", "--data", openmoji_data)
     assert done.returncode == 2
     assert f"error: {tmp_path / 'none'}" in done.stderr and "Traceback" not in done.stderr
 

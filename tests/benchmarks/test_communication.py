@@ -36,6 +36,8 @@ from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError, UserError
 from megatron_llave.planning.plan import gather_bytes
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny.yaml"
 PAIRS = 4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import run_script
 
 pytest.importorskip("transformers")
 
@@ -21,7 +22,12 @@ SMALL = [
 ]
 
 
-def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_arm(command: list[str], **given: object) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu_step"]
+        return run_script(gpu_step.__file__, *command[3:])
+
+    monkeypatch.setattr(subprocess, "run", run_arm)
     gpu_step.main(["--presets", "0.5b", "--pairs", "2", "--repeats", "1", *SMALL])
     rows = [
         line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.5b")

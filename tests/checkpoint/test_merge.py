@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import run_script
 from golden_model import ONEVISION
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -119,7 +120,6 @@ def test_other_models_tokenizers_and_damage_are_named(groups, cfg, tmp_path: Pat
 
 
 def test_part_without_a_share_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "merge.py"), "runs/a", "runs/b=0.5", "--to", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(ROOT / "tools" / "merge.py", "runs/a", "runs/b=0.5", "--to", tmp_path / "out")
     assert done.returncode == 2 and "'runs/a' must be a checkpoint with its share" in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,13 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from run_ranks import ROOT, TORCHRUN, run_ranks
+from forking import ROOT
+from run_ranks import TORCHRUN, run_ranks
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.stream import read_weights
 from megatron_llave.config.load import load_config
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.models import model_without_memory
+
+pytestmark = pytest.mark.long
 
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
 STEPS = 6

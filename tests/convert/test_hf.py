@@ -3,13 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from forking import run_script
 from golden_model import ONEVISION, QWEN, byte_tokenizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_ranks
@@ -23,6 +23,8 @@ from megatron_llave.convert.inspect import inspect
 from megatron_llave.errors import CheckpointError, UserError
 from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.hf_weights import LM_HEAD, POST_NORM, VISION, canonical_name, rules
+
+pytestmark = pytest.mark.long
 
 transformers = pytest.importorskip("transformers")
 
@@ -293,11 +295,7 @@ def test_preset_that_contradicts(groups, tmp_path: Path) -> None:
 
 def convert(*args: str | Path, limit: int | None = None) -> subprocess.CompletedProcess:
     """Run the tool; with `limit`, no file may grow beyond so many bytes, as if the disk were full."""
-    code = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));" if limit else ""
-    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-W", "ignore", "-c", code, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return run_script(TOOL, *args, largest_file=limit)
 
 
 @pytest.mark.parametrize(

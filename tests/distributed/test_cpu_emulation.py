@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
+from forking import run_script
 
 from megatron_llave.distributed import cpu_emulation
 
@@ -71,8 +73,9 @@ def test_enabling_twice_wraps_once() -> None:
     assert torch.zeros is zeros
 
 
-def test_a_device_can_still_be_chosen_by_a_context() -> None:
-    run_python(DEVICE_CONTEXT_STILL_WORKS)
+def test_a_device_can_still_be_chosen_by_a_context(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DEVICE_CONTEXT_STILL_WORKS)
+    run_script(tmp_path / "script.py").check_returncode()
 
 
 def test_compiler_is_left_alone_by_megatron_core_only() -> None:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from golden_model import ONEVISION, QWEN
 from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_ranks
 
 from megatron_llave.convert.hf import import_hf
+
+pytestmark = pytest.mark.long
 
 SCRIPT = Path(__file__).parent / "check_golden_model.py"
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from run_ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 CHECK = HERE / "check_layouts.py"
 # tensor, pipeline, virtual pipeline, sequence parallel, layers on the first stage (0: even), frozen parts, overlap

@@ -8,6 +8,8 @@ from golden_mmeb import NAMES
 from golden_model import ONEVISION, byte_tokenizer
 from run_ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).parent / "check_mmeb.py"
 
 

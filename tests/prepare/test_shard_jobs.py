@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forking import run_script
 from PIL import Image
 from shard_pairs import read_shard
 
@@ -19,6 +20,8 @@ from megatron_llave.data.index import read_index
 from megatron_llave.errors import DataError
 from megatron_llave.prepare import shard_jobs
 from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide, cut_into_jobs, make_id, write_shards
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"workers": 1, "overwrite": False, "progress": lambda what, done, total: None}
@@ -295,9 +298,9 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
     for n in range(0, len(lines), 700):
         lines[n]["query"]["images"] = ["none.png"]
     (images / "cats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tool = [sys.executable, str(ROOT / "tools/prepare_data.py"), "jsonl", "--source", str(images / "cats.jsonl")]
+    tool = [str(ROOT / "tools/prepare_data.py"), "jsonl", "--source", str(images / "cats.jsonl")]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    run = subprocess.Popen([*tool, "--out", str(killed), "--workers", "2"], stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([sys.executable, *tool, "--out", str(killed), "--workers", "2"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(killed.glob("*.done"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -306,9 +309,8 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
     done = [path.with_suffix("") for path in killed.glob("*.done")]
     times = {path: path.stat().st_mtime_ns for path in done}
     assert len(times) >= 3 and not (killed / "index.json").exists()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, "timeout": 300}
-    subprocess.run([*tool, "--out", str(killed), "--workers", "2"], **quiet)
-    subprocess.run([*tool, "--out", str(whole), "--workers", "1"], **quiet)
+    for out, workers in ((killed, 2), (whole, 1)):
+        run_script(*tool, "--out", out, "--workers", str(workers)).check_returncode()
     assert {path: path.stat().st_mtime_ns for path in done} == times
     assert contents(killed) == contents(whole)
     assert len(report_of(whole)) == 18

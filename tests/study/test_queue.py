@@ -1,14 +1,16 @@
 """The queue, with runs that are scripts of a few lines: order, slots, failures, kills, what is not done again."""
 
 import fcntl
-import signal
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forking import end, fork
 
 from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError
@@ -171,7 +173,6 @@ STUDY = """
 import signal, sys
 from pathlib import Path
 from megatron_llave import config_file
-from megatron_llave import config_file
 from megatron_llave.study import queue
 from megatron_llave.study.variants import STUDIES, plan
 from megatron_llave.study.run_folder import Plan
@@ -192,24 +193,25 @@ time.sleep(4)
 
 
 @pytest.fixture
-def going_on(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+def going_on(tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     """A study in a process of its own, in the middle of its only run, and what that run prints."""
-    study = subprocess.Popen([sys.executable, "-c", STUDY, str(CONFIG), str(tmp_path), SLEEPER], cwd=ROOT)
+    script = tmp_path / "study.py"
+    script.write_text(STUDY)
+    study = fork([str(script), str(CONFIG), str(tmp_path), SLEEPER], (os.devnull, os.devnull), {})
     output = tmp_path / "alpha-0-seed0" / "output.log"
     deadline = time.monotonic() + 60
     while not (output.is_file() and "runs" in output.read_text()):
-        assert time.monotonic() < deadline and study.poll() is None
+        assert time.monotonic() < deadline and study.is_alive()
         time.sleep(0.05)
     yield study, output
-    study.kill()
-    study.wait()
+    end([study])
 
 
 def test_a_killed_study_leaves_its_runs_locked_until_they_have_ended(going_on) -> None:
     """The lock is the run's own too: a second study cannot start it beside the first one's."""
     study, output = going_on
     study.kill()
-    study.wait()
+    study.join()
     with (output.parent / ".lock").open("w") as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,8 +221,9 @@ def test_a_killed_study_leaves_its_runs_locked_until_they_have_ended(going_on) -
 
 def test_a_study_that_is_asked_to_end_asks_its_runs(going_on) -> None:
     study, output = going_on
-    study.send_signal(signal.SIGTERM)
-    assert study.wait(30) == 143
+    study.terminate()
+    study.join(60)
+    assert study.exitcode == 143
     assert output.read_text().split() == ["runs", "asked"]
 
 

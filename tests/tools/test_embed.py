@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from forking import run_script
 from golden_model import ONEVISION, byte_tokenizer
 from PIL import Image
 from run_ranks import run_ranks
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
     full = [sys.executable, "-W", "ignore", *map(str, command)]
-    return subprocess.run(full, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(full, capture_output=True, text=True, timeout=200)
 
 
 def test_three_lines_and_the_tool_agree(model: Path) -> None:
@@ -66,7 +67,7 @@ def test_jsonl_on_one_and_two_ranks(model: Path, tmp_path: Path) -> None:
     lines = [{"text": "a cat"}, {"text": instruction, "image": "picture.png", "id": "p"}, {"text": "x" * 300}]
     inputs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     parquet, npy = tmp_path / "out.parquet", tmp_path / "out.npy"
-    done = run(TOOL, "--checkpoint", model, "--jsonl", inputs, "--out", parquet)
+    done = run_script(TOOL, "--checkpoint", model, "--jsonl", inputs, "--out", parquet)
     assert done.returncode == 0 and f"3 embeddings of 64 numbers: {parquet}" in done.stdout, done.stderr
     table = pq.read_table(parquet)
     assert table["id"].to_pylist() == ["1", "p", "3"]
@@ -98,6 +99,6 @@ def test_folder_without_tokenizer_says_what_to_do() -> None:
 
 
 def test_first_check_tells_another_model_apart(model: Path) -> None:
-    done = run(CHECK, "--checkpoint", model, "--image", model.parent / "picture.png")
+    done = run_script(CHECK, "--checkpoint", model, "--image", model.parent / "picture.png")
     assert done.returncode == 1, done.stderr
     assert "released 0.4802" in done.stdout and "released 0.3413" in done.stdout and "NOT as released" in done.stdout

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import run_script
 from PIL import Image
 
 from megatron_llave.errors import DataError
@@ -27,10 +28,6 @@ def write_run(folder: Path, steps: int = 30, **other: float) -> Path:
     return folder
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
-
-
 def colours(path: Path) -> set[tuple[int, ...]]:
     with Image.open(path) as image:
         return {colour for count, colour in image.convert("RGB").getcolors(1 << 24) if count > 50}
@@ -45,7 +42,8 @@ def test_each_run_has_its_colour_and_name(tmp_path: Path) -> None:
     evaluations = [{"step": step, "precision_at_1": {"x": 10.0 + step, "y": 30.0}} for step in (10, 20, 10)]
     (one / "evaluations.jsonl").write_text("".join(json.dumps(value) + "\n" for value in evaluations))
     out = tmp_path / "new" / "both.png"
-    result = run(one, two, "--out", out, "--along", "hours")
+    command = [sys.executable, str(TOOL), str(one), str(two), "--out", str(out), "--along", "hours"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert "a/tiny (30 steps), b/tiny (20 steps)" in result.stdout
     assert {rgb(colour) for colour in plots.SUBSET_COLOURS[:2]} <= colours(out)
@@ -62,7 +60,7 @@ def test_horizontal_axis_counts_what_is_asked_for() -> None:
 
 def test_one_run_is_drawn_into_its_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    assert run(folder).returncode == 0
+    assert run_script(TOOL, folder).returncode == 0
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
@@ -99,7 +97,7 @@ def test_an_evaluation_without_scores_is_a_gap(tmp_path: Path) -> None:
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(value) + "\n" for value in evaluations))
     [(step, score), after] = plot.read_evaluations(folder / "evaluations.jsonl")
     assert (step, after) == (10, (20, 30.0)) and math.isnan(score)
-    assert run(folder).returncode == 0
+    assert run_script(TOOL, folder).returncode == 0
 
 
 def test_damaged_evaluation_is_named(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from forking import run_script
 from run_ranks import run_command
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = [sys.executable, str(ROOT / "tools" / "study.py")]
+TOOL = ROOT / "tools" / "study.py"
 CONFIG = ["--config", str(ROOT / "examples" / "studies" / "tiny.yaml")]
 
 
@@ -23,21 +26,9 @@ def evaluated(run: Path) -> int:
 
 def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
-    command = [
-        *TOOL,
-        "hardness",
-        *CONFIG,
-        "--seeds",
-        "0",
-        "--out",
-        str(out),
-        "--variant",
-        "alpha 9",
-        "--processes",
-        "1",
-    ]
-    command += [f"data.path={openmoji_data}", "train.steps=6", "train.global_batch_size=16", "checkpoint.interval=2"]
-    command += ["loss.temperature_warmup_steps=2"]
+    command = [sys.executable, str(TOOL), "hardness", *CONFIG, "--seeds", "0", "--out", str(out)]
+    command += ["--variant", "alpha 9", "--processes", "1", f"data.path={openmoji_data}", "train.steps=6"]
+    command += ["train.global_batch_size=16", "checkpoint.interval=2", "loss.temperature_warmup_steps=2"]
     study = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 200
     while not (out / "alpha-0-seed0" / "checkpoints" / "latest").is_file():  # the second of three is under way
@@ -57,7 +48,7 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
     assert float(rows["alpha 9"]["loss, last 50 steps"]) > float(rows["alpha 0"]["loss, last 50 steps"])
     assert "## Every run" in (out / "report.md").read_text()
     # Once more: nothing to do, the same numbers.
-    text = run_command(command)
+    text = run_script(*command[1:]).stdout
     assert "3 runs were finished before, 0 were done now" in text
     assert {row["arm"]: row for row in csv.DictReader((out / "runs.csv").open())} == rows
 
@@ -76,8 +67,7 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], message: str) -> None:
-    command = [*TOOL, *given, *CONFIG, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(TOOL, *given, *CONFIG, "--out", tmp_path / "out")
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -85,12 +75,11 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, given: list[str], messag
 
 @pytest.mark.parametrize(("given", "message"), [("", "is no name for a folder"), ("/proc/nope/x", "cannot be written")])
 def test_folder_that_cannot_be(given: str, message: str) -> None:
-    done = subprocess.run([*TOOL, "hardness", *CONFIG, "--out", given], capture_output=True, text=True, timeout=120)
+    done = run_script(TOOL, "hardness", *CONFIG, "--out", given)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_run_that_cannot_work_is_listed_and_the_status_tells(tmp_path: Path) -> None:
-    command = [*TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", str(tmp_path), "--task", "1", "data.path=nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", tmp_path, "--task", "1", "data.path=nowhere")
     assert done.returncode == 1
     assert "failed: alpha-0-seed0: " in done.stdout and "nowhere" in done.stdout
