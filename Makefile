@@ -11,6 +11,8 @@ DATA ?= runs/openmoji
 OUT ?= runs/tiny
 ARGS ?=
 TESTS ?=
+# Processes that share the tests; a single file is not shared.
+WORKERS ?= $(if $(findstring .py,$(TESTS)),0,2)
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -56,7 +58,7 @@ demo: $(STAMP) $(DATA)/index.json
 
 test: $(STAMP)
 	@echo "Running the tests; they are stopped after 25 minutes if they hang."
-	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q $(TESTS)
+	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP)
 	@echo "Checking the style with ruff."

@@ -22,6 +22,8 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.training import fault_tolerance
 
+pytestmark = pytest.mark.long
+
 LAUNCH_FILES = sorted(EXAMPLES.glob("pretrain_*.sh"))
 TINY, LARGE = EXAMPLES / "pretrain_llave_tiny.sh", EXAMPLES / "pretrain_llave_7b.sh"
 RELEASED = ("0.5b", "2b", "7b")

