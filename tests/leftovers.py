@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-CACHES = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__"}
+CACHES = {".git", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
+SOURCES = {".py", ".md", ".yaml", ".sh"}
 
 CLOCK = 0.05
 """Seconds that the times of files may be off."""
@@ -14,7 +15,8 @@ CLOCK = 0.05
 class Leftovers:
     """Plugin of pytest: compares the files of a clone before and after a session, which fails when there are new ones.
 
-    Files that were there before may have changed: somebody may be working on them meanwhile.
+    Somebody may be working on the clone meanwhile: files that were there before may have changed, and a new source file
+    in a folder that was there is no test's.
     """
 
     def __init__(self, root: Path) -> None:
@@ -31,7 +33,9 @@ class Leftovers:
         self.ran.append((report.start, report.stop, report.nodeid))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self.found = sorted(files_below(self.root) - self.before)
+        folders = {path.parent for path in self.before}
+        new = files_below(self.root) - self.before
+        self.found = sorted(path for path in new if not (path.suffix in SOURCES and path.parent in folders))
         if self.found and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -34,6 +34,7 @@ def test_what_a_test_leaves_fails_the_session_and_names_it(pytester: pytest.Pyte
 
 def test_nothing_left_is_nothing_said(pytester: pytest.Pytester, clone: Path) -> None:
     (clone / "runs/tiny/log.jsonl").touch()
+    pytester.makepyfile(test_writes="from pathlib import Path\ndef test(): Path(__file__).with_name('x.py').touch()")
     looks = Leftovers(clone)
     assert pytester.inline_run("-p", "no:cacheprovider", plugins=[looks]).ret == pytest.ExitCode.OK
     assert looks.found == []

@@ -55,12 +55,12 @@ def start_and_disturb(arguments: list[str], run: Path, after: int, disturb: Call
         torchrun = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         watched = psutil.Process(torchrun.pid)
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 200
             while not (run / "log.jsonl").is_file() or after not in losses(run):
                 assert torchrun.poll() is None and time.monotonic() < deadline, "it has not come to the step"
                 time.sleep(0.002)
             disturb(watched)
-            return torchrun.wait(100)
+            return torchrun.wait(200)
         finally:
             if torchrun.poll() is None:
                 kill_all(watched)

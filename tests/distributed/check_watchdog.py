@@ -24,7 +24,7 @@ FAULTS = {
 
 if __name__ == "__main__":
     cpu_emulation.enable()
-    process_groups.initialize_distributed(60)
+    process_groups.initialize_distributed(300)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # as StopRequests has it: torchrun sends one
     watchdog = Watchdog(3)
     with explain_lost_ranks():

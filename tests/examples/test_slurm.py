@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import BATCH_FILE, started, state, wait_for
+from launching import BATCH_FILE, LIMIT, started, state, wait_for
 from run_ranks import run_command
 
 # Each notes its arguments in a file of its own; srun starts what it is given, torchrun is the run.
@@ -82,7 +82,7 @@ class Slurm:
             if ask:
                 wait_for(lambda: len(self.calls("torchrun")) > 0, script, output)
                 script.send_signal(ask)
-            return script.wait(30)
+            return script.wait(LIMIT)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,9 +26,10 @@ CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"
 WORK = """
 import sys, time
 from pathlib import Path
-folder, seconds, log = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
+folder, together, log = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 with log.open("a") as file: file.write(f"begin {folder.name} {time.time()}\\n")
-time.sleep(seconds)
+while log.read_text().count("begin") < together: time.sleep(0.01)
+time.sleep(0.5 if together else 0)  # for one more, which must not come
 if folder.name in sys.argv[4:]: sys.exit("error: this one cannot")
 (folder / "evaluation").mkdir(exist_ok=True)
 (folder / "evaluation" / "report.json").write_text("{}")
@@ -37,18 +39,20 @@ with log.open("a") as file: file.write(f"end {folder.name} {time.time()}\\n")
 
 @pytest.fixture
 def scripted(monkeypatch, tmp_path: Path):
-    """Runs that write into a log when they begin and end; returns what starts a study of them."""
+    """Runs that log when they begin and end, the latter once `together` have begun; returns what starts such a study."""
     log = tmp_path / "log"
 
-    def start(runs: list[Run], processes: int, per_run=1, seconds=0.0, failing=(), overrides=(), study="hardness"):
+    def start(
+        runs: list[Run], processes: int, per_run=1, together=0, failing=(), overrides=(), study="hardness", told=str
+    ):
         def commands(shared: Plan, run: Run, cfg) -> Iterator[list[str]]:
-            yield [sys.executable, "-c", WORK, str(shared.folder(run)), str(seconds), str(log), *failing]
+            yield [sys.executable, "-c", WORK, str(shared.folder(run)), str(together), str(log), *failing]
 
         monkeypatch.setattr(queue, "commands", commands)
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
         shared = Plan(CONFIG, None, tmp_path / "out", tuple(overrides), per_run)
         lines: list[str] = []
-        return run_all(shared, study, runs, processes, lines.append), lines
+        return run_all(shared, study, runs, processes, lambda line: (lines.append(line), told(line))), lines
 
     start.log = log
     return start
@@ -75,7 +79,7 @@ def test_finished_runs_are_not_done_again(scripted) -> None:
 
 @pytest.mark.parametrize(("processes", "per_run", "most"), [(1, 1, 1), (3, 1, 3), (3, 2, 1)])
 def test_no_more_at_a_time_than_the_processes_allow(scripted, processes: int, per_run: int, most: int) -> None:
-    scripted(runs_of("hardness")[1:4], processes, per_run, seconds=1.5)
+    scripted(runs_of("hardness")[1:4], processes, per_run, together=most)
     running = highest = 0
     for what, _ in events(scripted.log):
         running += 1 if what == "begin" else -1
@@ -85,7 +89,7 @@ def test_no_more_at_a_time_than_the_processes_allow(scripted, processes: int, pe
 
 def test_runs_wait_for_those_they_need_and_fail_with_them(scripted) -> None:
     runs = runs_of("freezing", seeds=(0, 1), variants=["merged, 50 % of frozen"])
-    outcome, _ = scripted(runs, 4, seconds=0.1, failing=["vision-frozen-seed0"])
+    outcome, _ = scripted(runs, 4, failing=["vision-frozen-seed0"])
     order = events(scripted.log)
     assert order.index(("end", "start-seed1")) < order.index(("begin", "nothing-frozen-seed1"))
     assert order.index(("end", "vision-frozen-seed1")) < order.index(("begin", "merged-50-of-frozen-seed1"))
@@ -129,12 +133,20 @@ def test_names_that_yaml_would_cut(tmp_path: Path) -> None:
     assert shared.load(run).train.output == str(shared.out / run.name)
 
 
+UNTIL_TOLD = "import sys; sys.stdin.read()"
+
+
+def end_when_waited_for(process: subprocess.Popen, line: str) -> None:
+    if "another process is at it" in line:
+        process.stdin.close()
+
+
 def test_ranks_that_outlive_their_torchrun_are_waited_for(scripted, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "alpha-0-seed0"
     word = f"train.output={quoted(folder)}"
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)", word]) as left:
+    with subprocess.Popen([sys.executable, "-c", UNTIL_TOLD, word], stdin=subprocess.PIPE) as left:
         assert [one.pid for one in ranks_of(folder)] == [left.pid]
-        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3)
+        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3, told=partial(end_when_waited_for, left))
         assert left.poll() == 0
     assert outcome.num_done == 3 and any("another process is at it" in line for line in lines)
 
@@ -158,15 +170,14 @@ def test_each_run_has_gpus_of_its_own(monkeypatch, tmp_path: Path, given: str | 
 def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "alpha-0-seed0"
     folder.mkdir(parents=True)
-    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-    holder += "print('held', flush=True); time.sleep(1)"
-    with subprocess.Popen([sys.executable, "-c", holder, folder / ".lock"], stdout=subprocess.PIPE) as other:
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
+    command = [sys.executable, "-c", holder + UNTIL_TOLD, folder / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        started = time.monotonic()
-        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3)
-        assert time.monotonic() - started > 0.5
+        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3, told=partial(end_when_waited_for, other))
     assert outcome.num_done == 3
-    assert sum("another process is at it" in line for line in lines) == 1
+    [waits] = [number for number, line in enumerate(lines) if "another process is at it" in line]
+    assert waits < lines.index("alpha-0-seed0: started")
 
 
 STUDY = """
@@ -199,7 +210,7 @@ def going_on(tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     script.write_text(STUDY)
     study = fork([str(script), str(CONFIG), str(tmp_path), SLEEPER], (os.devnull, os.devnull), {})
     output = tmp_path / "alpha-0-seed0" / "output.log"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (output.is_file() and "runs" in output.read_text()):
         assert time.monotonic() < deadline and study.is_alive()
         time.sleep(0.05)

@@ -85,7 +85,7 @@ import time
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.training.fault_tolerance import Watchdog
 cpu_emulation.enable()
-process_groups.initialize_distributed(60)
+process_groups.initialize_distributed(300)
 watchdog = Watchdog(2)
 watchdog.progress("looking for its glasses")
 def wait_for_ever(): time.sleep(100)
@@ -95,11 +95,11 @@ wait_for_ever()
 
 def test_process_that_hangs_ends_with_its_stack() -> None:
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=250)
     assert done.returncode == EXIT_HUNG
     assert "no progress for 2 s: rank 0" in done.stderr and "last heard of: looking for its glasses" in done.stderr
     assert "wait_for_ever" in done.stderr
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200  # that of gloo is longer
 
 
 NAMED = {
@@ -113,8 +113,8 @@ NAMED = {
 def test_rank_that_is_lost_ends_all_and_is_named(how: str) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError) as caught:
-        run_torchrun(2, HERE / "distributed" / "check_watchdog.py", how, timeout=100)
+        run_torchrun(2, HERE / "distributed" / "check_watchdog.py", how, timeout=250)
     assert "exit code 1" in str(caught.value), "it should have ended by itself"
     assert re.search(NAMED[how], str(caught.value)), str(caught.value)
     assert how != "sleeps" or "fall_asleep" in str(caught.value)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200  # that of gloo is longer

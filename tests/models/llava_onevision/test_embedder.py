@@ -104,7 +104,7 @@ def test_gradient_flows_through_interpolation() -> None:
     layout = visual_layout(90, 60, ((3, 2),), 30, 4, 2)
     torch.manual_seed(0)
     features = torch.randn(7 * 16, 3, dtype=torch.float64, requires_grad=True)
-    ours = blend(features, torch.from_numpy(layout.blend_source), torch.from_numpy(layout.blend_weights))
+    ours = blend(features, torch.tensor(layout.blend_source), torch.tensor(layout.blend_weights))
     whole = features[16:].reshape(2, 3, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(1, 3, 8, 12)
     expected = F.interpolate(whole, [4, 6], mode="bilinear")[0].flatten(1).T
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
@@ -118,7 +118,7 @@ def test_blend_in_bf16_is_rounded_once() -> None:
     layout = visual_layout(90, 60, ((3, 2),), 30, 4, 2)
     torch.manual_seed(0)
     features = torch.randn(7 * 16, 3).bfloat16()
-    source, weights = torch.from_numpy(layout.blend_source), torch.from_numpy(layout.blend_weights)
+    source, weights = torch.tensor(layout.blend_source), torch.tensor(layout.blend_weights)
     assert blend(features, source, weights).equal(blend(features.float(), source, weights).bfloat16())
 
 
