@@ -30,7 +30,7 @@ from megatron_llave.models.llava_onevision.hf_config import build_config_json
 from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, rules
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
-ALONE = "import sys; from megatron_llave import conversion"
+ALONE = "import sys; from megatron_llave.convert import hf"
 WITH_TRANSFORMERS = (
     "import sys, torch, transformers; m = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained("
     "sys.argv[1], dtype=getattr(torch, sys.argv[3])); m.save_pretrained(sys.argv[2])"

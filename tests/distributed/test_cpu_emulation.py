@@ -15,7 +15,7 @@ torch.cuda.is_available = lambda: True
 before = {name: getattr(torch, name) for name in ("zeros", "tensor", "empty", "compile")}
 before_cuda = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "manual_seed")}
 import megatron_llave.train
-from megatron_llave import cpu_emulation
+from megatron_llave.distributed import cpu_emulation
 assert cpu_emulation.enable() is False
 assert all(getattr(torch, name) is function for name, function in before.items())
 assert all(getattr(torch.cuda, name) is function for name, function in before_cuda.items())
@@ -31,7 +31,7 @@ assert before == (torch.zeros, torch.cuda.current_device, torch.Tensor.cuda)
 
 DEVICE_CONTEXT_STILL_WORKS = """
 import torch
-from megatron_llave import cpu_emulation
+from megatron_llave.distributed import cpu_emulation
 assert cpu_emulation.enable()
 with torch.device("meta"):
     assert torch.empty(3).is_meta and torch.arange(3).is_meta and not torch.empty(3, device="cuda").is_meta

@@ -39,7 +39,7 @@ with log.open("a") as file: file.write(f"end {folder.name} {time.time()}\\n")
 
 @pytest.fixture
 def scripted(monkeypatch, tmp_path: Path):
-    """Runs that log when they begin and end, the latter once `together` have begun; returns what starts such a study."""
+    """Returns what starts a study of runs that log when they begin and end, the end once `together` have begun."""
     log = tmp_path / "log"
 
     def start(
@@ -183,7 +183,7 @@ def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) ->
 STUDY = """
 import signal, sys
 from pathlib import Path
-from megatron_llave import config_file
+from megatron_llave.config.load import load_config
 from megatron_llave.study import queue
 from megatron_llave.study.variants import STUDIES, plan
 from megatron_llave.study.run_folder import Plan
@@ -191,7 +191,7 @@ from megatron_llave.study.run_folder import Plan
 config, out, run = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 queue.commands = lambda shared, one, cfg: iter([[sys.executable, "-c", run]])
-cfg = config_file.load(config)
+cfg = load_config(config)
 [first] = plan(STUDIES["hardness"](cfg, 1), cfg, [0], ["alpha 1"])[1:2]
 queue.run_all(Plan(config, None, out, (), 1), "hardness", [first], 1, print)
 """
