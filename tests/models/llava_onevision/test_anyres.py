@@ -126,7 +126,7 @@ def test_blended_rows_are_torchs_interpolation(max_tiles):
     y, x = (whole.shape[2] - sizes.unpadded[0]) // 2, (whole.shape[3] - sizes.unpadded[1]) // 2
     unpadded = whole[:, :, y : y + sizes.unpadded[0], x : x + sizes.unpadded[1]]
     expected = F.interpolate(unpadded, list(sizes.final), mode="bilinear")[0].flatten(1).T
-    blended = (features[layout.blend_source] * torch.tensor(layout.blend_weights)[:, :, None]).sum(1)
+    blended = (features[layout.blend_source.copy()] * torch.tensor(layout.blend_weights)[:, :, None]).sum(1)
     torch.testing.assert_close(blended, expected, rtol=0, atol=1e-6)
     assert sizes.final[0] * sizes.final[1] <= max_tiles * side**2
 
