@@ -174,7 +174,9 @@ def test_run_that_somebody_else_is_at_is_waited_for(scripted, tmp_path: Path) ->
     command = [sys.executable, "-c", holder + UNTIL_TOLD, folder / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        outcome, lines = scripted(runs_of("hardness", variants=["alpha 1"]), 3, told=partial(end_when_waited_for, other))
+        outcome, lines = scripted(
+            runs_of("hardness", variants=["alpha 1"]), 3, told=partial(end_when_waited_for, other)
+        )
     assert outcome.num_done == 3
     [waits] = [number for number, line in enumerate(lines) if "another process is at it" in line]
     assert waits < lines.index("alpha-0-seed0: started")
