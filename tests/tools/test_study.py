@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from forking import run_script
-from run_ranks import run_command
 
 pytestmark = pytest.mark.long
 
@@ -37,7 +36,7 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
     study.send_signal(signal.SIGKILL)
     study.wait()
     before = evaluated(out / "before-training-seed0")
-    text = run_command(command)
+    text = again(command)
     assert "1 runs were finished before, 2 were done now" in text
     assert evaluated(out / "before-training-seed0") == before
     for variant in ("alpha-0", "alpha-9"):
@@ -48,9 +47,15 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
     assert float(rows["alpha 9"]["loss, last 50 steps"]) > float(rows["alpha 0"]["loss, last 50 steps"])
     assert "## Every run" in (out / "report.md").read_text()
     # Once more: nothing to do, the same numbers.
-    text = run_script(*command[1:]).stdout
+    text = again(command)
     assert "3 runs were finished before, 0 were done now" in text
     assert {row["arm"]: row for row in csv.DictReader((out / "runs.csv").open())} == rows
+
+
+def again(command: list[str]) -> str:
+    done = run_script(*command[1:], timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
