@@ -26,7 +26,7 @@ from megatron_llave.models import model_without_memory
 pytestmark = pytest.mark.long
 
 TRAIN = ROOT / "examples" / "pretrain_llave_tiny.sh"  # its Python half, as torchrun runs it
-STEPS = 6
+STEPS = 8  # so many that a request to stop after the fourth comes before the last
 SHORT = [f"train.steps={STEPS}", "train.global_batch_size=16", "optimizer.warmup_steps=0"]
 SHORT += ["checkpoint.interval=2", "data.workers=1"]
 PROGRAM = "pretrain_llave_tiny.sh"
