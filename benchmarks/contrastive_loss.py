@@ -39,8 +39,8 @@ def dense(query: Tensor, target: Tensor) -> Tensor:
     """The loss with every matrix written out, as the official code computes it on one device."""
     labels = torch.arange(len(query), device=query.device)
     losses = []
-    for one, other in ((query, target), (target, query)):
-        logits = one @ other.T / TEMPERATURE
+    for anchor, candidate in ((query, target), (target, query)):
+        logits = anchor @ candidate.T / TEMPERATURE
         with torch.no_grad():
             weights = torch.log(torch.exp(ALPHA * logits * TEMPERATURE))
             weights.fill_diagonal_(0.0)

@@ -93,15 +93,15 @@ def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int
     process_groups.initialize_distributed(60)
     model = config_from_dict({"model": {"preset": preset}}).model
     embedder = model_without_memory(model, process_groups.initialize_model_parallel(ParallelConfig()))
-    found = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, rules(model))
-    found |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
-    shapes = {name: (shape, dtype) for name, shape in found.items()}
+    tensor_shapes = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, rules(model))
+    tensor_shapes |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
+    shapes = {name: (shape, dtype) for name, shape in tensor_shapes.items()}
     folder.mkdir(parents=True)
     write_tensor_files(folder, shapes, random_tensors(shapes))
     config = build_config_json(model, "llava_onevision", tied=True, dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config))
     process_groups.destroy_distributed()
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in found.values()]
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in tensor_shapes.values()]
     return sum(sizes), max(sizes)
 
 
@@ -126,13 +126,13 @@ def measured(command: list[str]) -> tuple[float, int]:
 
 def num_equal(source: Path, out: Path) -> tuple[int, int]:
     """The number of tensors of `out` that are bitwise equal to those of `source`, and the number of all tensors."""
-    one, other = (open_hf(folder) for folder in (source, out))
-    both = one.names.keys() & other.names.keys()
+    original, converted = (open_hf(folder) for folder in (source, out))
+    both = original.names.keys() & converted.names.keys()
     equal = 0
     for name in both:
-        a, b = one.read(name), other.read(name)
+        a, b = original.read(name), converted.read(name)
         equal += a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    return equal, len(one.names.keys() | other.names.keys())
+    return equal, len(original.names.keys() | converted.names.keys())
 
 
 if __name__ == "__main__":

@@ -43,14 +43,14 @@ def make_store(folder: Path, rows: int, width: int) -> EmbeddingCache:
     return store
 
 
-def check(store: EmbeddingCache, queries: np.ndarray, found: np.ndarray) -> None:
+def check(store: EmbeddingCache, queries: np.ndarray, searched: np.ndarray) -> None:
     """Check that the best candidates of some queries are those that numpy finds."""
     similarity = np.concatenate(
         [queries.astype(np.float64) @ store.rows(np.arange(*bounds)).astype(np.float64).T for bounds in blocks(store)],
         axis=1,
     )
     best = np.argsort(-similarity, axis=1, kind="stable")[:, :K]
-    assert (best == found).all(), "the best candidates are not numpy's"
+    assert (best == searched).all(), "the best candidates are not numpy's"
 
 
 def blocks(store: EmbeddingCache) -> list[tuple[int, int]]:
@@ -78,13 +78,13 @@ def main() -> None:
     first, last = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
     queries = torch.from_numpy(unit_rows(args.queries, args.width, 0))
     before, started = resident_mb(), time.perf_counter()
-    found, _ = search(queries, StoredRows(store, first, last), K, first, dist.group.WORLD)
+    best, _ = search(queries, StoredRows(store, first, last), K, first, dist.group.WORLD)
     seconds = time.perf_counter() - started
     most = resident_mb()
     memory = f"most {most:.0f} MB, grown {most - before:.0f} MB"
     print(f"rank {dist.get_rank()}: rows {first} to {last}, {seconds:.1f} s, {memory}")
     if dist.get_rank() == 0:
-        check(store, queries[:SAMPLE].numpy(), found[:SAMPLE].numpy())
+        check(store, queries[:SAMPLE].numpy(), best[:SAMPLE].numpy())
         print(f"the best {K} of {SAMPLE} queries are numpy's")
     dist.barrier()
     process_groups.destroy_distributed()

@@ -41,14 +41,14 @@ TOLERANCE = 1e-4
 
 def make_sets(cfg: RunConfig, queries: int, per_query: int) -> dict[str, tuple[list[Side], list[Side]]]:
     """Queries and candidates of each set."""
-    rng, found = np.random.default_rng(0), {}
+    rng, sets = np.random.default_rng(0), {}
     for name, (query_has_image, candidate_has_image) in SETS.items():
         count = queries if candidate_has_image else queries * per_query
-        found[name] = (
+        sets[name] = (
             [make_side(cfg.model, query_has_image, rng) for _ in range(queries)],
             [make_side(cfg.model, candidate_has_image, rng) for _ in range(count)],
         )
-    return found
+    return sets
 
 
 def batches_of(sides: Sequence[Side]) -> list[Sequence[Side]]:

@@ -70,26 +70,30 @@ def compute(cfg: RunConfig) -> dict[str, Tensor]:
     fill_from_hf(chunks, open_hf(ONEVISION), groups)
     trainable, batch = build_trainable(cfg, chunks, groups), golden_batch(row_multiple(cfg)).to(device)
     with torch.no_grad():
-        found = {"embeddings": chunks[0](batch.sequences)}
+        computed = {"embeddings": chunks[0](batch.sequences)}
     trainable.zero_gradients()
-    [(found["loss"], _)] = forward_backward(trainable.chunks, [batch], build_loss(cfg.loss, groups.dp), "micro_batch")
+    [(computed["loss"], _)] = forward_backward(
+        trainable.chunks, [batch], build_loss(cfg.loss, groups.dp), "micro_batch"
+    )
     for name, parameter in named_global_parameters(chunks[0]):
-        found[f"gradient {local_kernel_name(name)}"] = parameter.main_grad
-    return {name: value.detach().float().cpu().clone() for name, value in found.items()}
+        computed[f"gradient {local_kernel_name(name)}"] = parameter.main_grad
+    return {name: value.detach().float().cpu().clone() for name, value in computed.items()}
 
 
-def compare_with(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float | str]:
+def compare_with(computed: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float | str]:
     """Distances and cosines to the golden embeddings, and to the loss and the gradients of the reference."""
     golden = embeddings()[: len(USED)]
     names = sorted(name for name in wanted if name.startswith("gradient"))
-    assert names == sorted(name for name in found if name.startswith("gradient")), "the parameters differ"
-    ours, theirs = (torch.cat([values[name].flatten() for name in names]).double() for values in (found, wanted))
-    apart = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)) for name in names}
+    assert names == sorted(name for name in computed if name.startswith("gradient")), "the parameters differ"
+    ours, theirs = (torch.cat([values[name].flatten() for name in names]).double() for values in (computed, wanted))
+    apart = {
+        name: float((computed[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)) for name in names
+    }
     worst = max(apart, key=lambda name: apart[name])
     return {
-        "embedding_cosine": float((found["embeddings"] * golden).sum(1).min()),
-        "embedding_apart": float((found["embeddings"] - golden).abs().max()),
-        "loss_apart": float((found["loss"] - wanted["loss"]).abs()),
+        "embedding_cosine": float((computed["embeddings"] * golden).sum(1).min()),
+        "embedding_apart": float((computed["embeddings"] - golden).abs().max()),
+        "loss_apart": float((computed["loss"] - wanted["loss"]).abs()),
         "gradient_cosine": float(ours @ theirs / (ours.norm() * theirs.norm())),
         "gradient_norm_ratio": float(ours.norm() / theirs.norm()),
         "worst_gradient": worst.removeprefix("gradient "),
@@ -100,15 +104,20 @@ def compare_with(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[st
 def check(case: str, against: Path, raw: Path | None) -> bool:
     """Compute a case and print how it compares. True if it is within the limits."""
     cfg = build_case(case)
-    found = compare_with(compute(cfg), load_file(against))
+    deviations = compare_with(compute(cfg), load_file(against))
     least = LEAST_COSINE[cfg.model.kernels, cfg.model.precision]
-    is_good = found["embedding_cosine"] >= least
-    is_good &= found["gradient_cosine"] >= LEAST_GRADIENT_COSINE[cfg.model.precision]
-    figures = ", ".join(f"{k} {v:.3g}" if abs(v) < 0.9 else f"{k} {v:.7f}" for k, v in found.items() if k[0] != "w")
-    print(f"{case}: {'right' if is_good else 'OFF'}: {figures}; {found['worst_gradient']} is the furthest", flush=True)
+    is_good = deviations["embedding_cosine"] >= least
+    is_good &= deviations["gradient_cosine"] >= LEAST_GRADIENT_COSINE[cfg.model.precision]
+    figures = ", ".join(
+        f"{k} {v:.3g}" if abs(v) < 0.9 else f"{k} {v:.7f}" for k, v in deviations.items() if k[0] != "w"
+    )
+    print(
+        f"{case}: {'right' if is_good else 'OFF'}: {figures}; {deviations['worst_gradient']} is the furthest",
+        flush=True,
+    )
     if raw is not None:
         with raw.open("a") as file:
-            print(json.dumps({"case": case, "is_good": is_good, **found}), file=file)
+            print(json.dumps({"case": case, "is_good": is_good, **deviations}), file=file)
     return is_good
 
 

@@ -34,10 +34,10 @@ ROWS = 40
 
 def host_waits(step: Callable[[], object]) -> collections.Counter:
     """Count the operations of a step that make the host wait, by file and line; none without a GPU."""
-    found: collections.Counter = collections.Counter()
+    waits: collections.Counter = collections.Counter()
     if not torch.cuda.is_available():
         step()
-        return found
+        return waits
     root = f"{Path(__file__).parents[1]}/"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -46,8 +46,8 @@ def host_waits(step: Callable[[], object]) -> collections.Counter:
         torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
         if "synchroniz" in str(warning.message):
-            found[f"{warning.filename.replace(root, '')}:{warning.lineno}"] += 1
-    return found
+            waits[f"{warning.filename.replace(root, '')}:{warning.lineno}"] += 1
+    return waits
 
 
 def profiled(step: Callable[[], object], steps: int) -> tuple[profile, float]:

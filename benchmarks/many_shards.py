@@ -67,10 +67,10 @@ def largest_memory() -> Iterator[list[float]]:
     largest, done = [0.0], threading.Event()
 
     def watch() -> None:
-        own = psutil.Process()
+        parent = psutil.Process()
         while not done.wait(SECONDS_BETWEEN_SAMPLES):
             total = 0
-            for process in (own, *own.children(recursive=True)):
+            for process in (parent, *parent.children(recursive=True)):
                 try:
                     total += process.memory_full_info().pss
                 except psutil.Error:  # the process has ended

@@ -181,7 +181,7 @@ def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
     data = storages(x for b in batches for x in (*vars(b).values(), *vars(b.sequences).values()))
     moments = {k: v for k, v in storages(optimizer_tensors(trainable)).items() if k not in weights}
     measured = {"weights": weights, "gradients": gradients, "optimizer": moments, "data": data}
-    measured = {part: sum(found.values()) for part, found in measured.items()}
+    measured = {part: sum(sizes.values()) for part, sizes in measured.items()}
     saved = Saved(batches, weights | data)
     with saved.watch(), watch_loss() as loss, Peak() as everything:
         train_step(trainable, batches, cfg.loss, 0, groups)
@@ -222,9 +222,9 @@ def run(args: argparse.Namespace) -> None:
     cfg = override_config(cfg, [f"train.global_batch_size={total}"])
     validate_batch(cfg, data_parallel)
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
-    own = {"planned": planned(cfg, groups), "measured": measure(cfg, groups)}
+    row = {"planned": planned(cfg, groups), "measured": measure(cfg, groups)}
     rows: list[Any] = [None] * ranks
-    dist.all_gather_object(rows, own)
+    dist.all_gather_object(rows, row)
     if dist.get_rank() == 0:
         if args.json:
             print(json.dumps(rows))
@@ -238,9 +238,9 @@ def print_table(rows: list[dict[str, dict[str, int]]]) -> None:
     print("| rank | part | planned MB | measured MB | ratio |\n|---:|---|---:|---:|---:|")
     for rank, row in enumerate(rows):
         for part, size in row["planned"].items():
-            found = row["measured"][part]
-            ratio = f"{size / found:.3f}" if found else "-"
-            print(f"| {rank} | {part} | {size / 1e6:.3f} | {found / 1e6:.3f} | {ratio} |")
+            measured = row["measured"][part]
+            ratio = f"{size / measured:.3f}" if measured else "-"
+            print(f"| {rank} | {part} | {size / 1e6:.3f} | {measured / 1e6:.3f} | {ratio} |")
         sums = [sum(row[kind].values()) for kind in ("planned", "measured")]
         print(f"| {rank} | all | {sums[0] / 1e6:.3f} | {sums[1] / 1e6:.3f} | {sums[0] / sums[1]:.3f} |")
 

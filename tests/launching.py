@@ -1,4 +1,4 @@
-"""Starts launch files as users and clusters do, for their tests."""
+"""Starts the launch files in examples/ like users and clusters do, for their tests."""
 
 import json
 import os
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 BATCH_FILE = EXAMPLES / "slurm" / "train.sbatch"
 LIMIT = 200
-"""Seconds; nothing here takes a tenth of it on a machine with nothing else to do."""
+"""Time limit in seconds; on an idle machine, everything takes less than a tenth of it."""
 
-# Stands in for the package: writes what each rank was given, and starts a child which imports the launch file again.
+# Replaces the package. It writes what each rank was given, and starts a child process that imports the launch file.
 STUB = """
 import json
 import multiprocessing
@@ -44,15 +44,15 @@ def free_port() -> int:
 
 
 def environment(**env: str) -> dict[str, str]:
-    """As a user's, with the interpreter of these tests first on the path."""
+    """Environment variables like those of a user, with the interpreter of these tests first on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # PET_MASTER_PORT is torchrun's own --master-port: two test runs on one machine must not meet at its default.
+    # PET_MASTER_PORT sets torchrun's --master-port; two test runs on one machine must not use the same default port.
     return {"PATH": path, "PROCS": "2", "PET_MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
 
 
 @contextmanager
 def started(command: list[str], output: Path, **env: str) -> Iterator[subprocess.Popen]:
-    """A command beside the test, what it prints in `output`; it and all that it has started are gone afterwards."""
+    """Run a command while the block runs, with its output in a file; afterwards kill it and all its descendants."""
     with output.open("wb") as file:
         full_env = {**os.environ, **environment(**env)}
         process = subprocess.Popen(command, stdout=file, stderr=file, env=full_env, start_new_session=True)
@@ -61,8 +61,8 @@ def started(command: list[str], output: Path, **env: str) -> Iterator[subprocess
         yield process
     finally:
         if process.poll() is None:
-            for one in [*watched.children(recursive=True), watched]:
-                one.kill()
+            for member in [*watched.children(recursive=True), watched]:
+                member.kill()
             process.wait()
 
 
@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, output: P
 
 
 def losses(run: Path) -> dict[int, float]:
-    """The last record of each step counts, as a resumed run repeats some."""
+    """The loss of each step in log.jsonl. If a resumed run repeated a step, its last record counts."""
     log = run / "log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {record["step"]: record["loss"] for record in records}
@@ -85,7 +85,7 @@ def state(run: Path) -> dict:
 
 
 def stub_clone(folder: Path) -> Path:
-    """Make a clone that holds the launch files, and a package which only notes how it was called."""
+    """Make a clone with the launch files and with a package that only records how it was called."""
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "megatron_llave").mkdir()
     (folder / "megatron_llave" / "__init__.py").touch()
@@ -94,6 +94,6 @@ def stub_clone(folder: Path) -> Path:
 
 
 def code_blocks(page: str) -> list[str]:
-    """Of a page in docs/, continued lines joined."""
+    """The code blocks of a page in docs/, with continued lines joined."""
     text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
     return re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

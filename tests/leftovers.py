@@ -1,4 +1,4 @@
-"""Notices tests that leave files in the clone: all that they write belongs below pytest's tmp_path."""
+"""Detects tests that leave files in the clone. Tests must write only below pytest's tmp_path."""
 
 import os
 from pathlib import Path
@@ -9,20 +9,20 @@ CACHES = {".git", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pyc
 SOURCES = {".py", ".md", ".yaml", ".sh"}
 
 CLOCK = 0.05
-"""Seconds that the times of files may be off."""
+"""Tolerance of file times in seconds."""
 
 
 class Leftovers:
-    """Plugin of pytest: compares the files of a clone before and after a session, which fails when there are new ones.
+    """A pytest plugin that compares the files of a clone before and after a session; new files fail the session.
 
-    Somebody may be working on the clone meanwhile: files that were there before may have changed, and a new source file
-    in a folder that was there is no test's.
+    Somebody may be working on the clone at the same time. Changes of existing files are therefore ignored, and so are
+    new source files in folders that existed before.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.before: set[Path] = set()
-        self.found: list[Path] = []
+        self.new: list[Path] = []
         self.ran: list[tuple[float, float, str]] = []
         """Start and end of each test, and its name."""
 
@@ -35,12 +35,12 @@ class Leftovers:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         folders = {path.parent for path in self.before}
         new = files_below(self.root) - self.before
-        self.found = sorted(path for path in new if not (path.suffix in SOURCES and path.parent in folders))
-        if self.found and session.exitstatus == pytest.ExitCode.OK:
+        self.new = sorted(path for path in new if not (path.suffix in SOURCES and path.parent in folders))
+        if self.new and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        for path in self.found:
+        for path in self.new:
             time = path.lstat().st_mtime
             ran = dict.fromkeys(name for start, end, name in self.ran if start - CLOCK <= time <= end + CLOCK)
             during = ", ".join(ran) or "no test"
@@ -50,9 +50,9 @@ class Leftovers:
 
 
 def files_below(root: Path) -> set[Path]:
-    """All files, and folders without any, but for the caches."""
-    found = set()
+    """All files and all empty folders below a folder, except caches."""
+    paths = set()
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in CACHES and not name.endswith(".egg-info")]
-        found |= {Path(folder, name) for name in (files or ([] if folders else [""]))}
-    return found
+        paths |= {Path(folder, name) for name in (files or ([] if folders else [""]))}
+    return paths

@@ -1,4 +1,4 @@
-"""What the fork server of forking.py loads once, so that all it forks find it in place."""
+"""The modules that the fork server of forking.py loads once, so that its forks need not load them again."""
 
 import gc
 
@@ -12,6 +12,6 @@ import tools.merge
 import tools.plot
 import tools.study  # noqa: F401
 
-# None of it is ever let go: a fork that collects garbage need not look at it again.
+# The loaded objects are never released, so the garbage collector of a fork need not examine them.
 gc.collect()
 gc.freeze()

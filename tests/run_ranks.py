@@ -1,6 +1,7 @@
 """Runs a script on several ranks, for the tests of the parallel code.
 
-A failure on any rank fails the test with that rank's traceback; a hang fails it after `timeout` and leaves no process.
+If a rank fails, the test fails with the traceback of that rank. If the ranks hang, the test fails after `timeout`
+seconds, and all processes are killed.
 """
 
 import os
@@ -20,14 +21,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c
 
 
 def run_ranks(world: int, script: str | Path, *args: str, timeout: float = 300) -> str:
-    """Run `script args` on `world` ranks, in the environment that torchrun gives, and return what all of them printed.
+    """Run `script args` on `world` ranks with the environment of torchrun, and return the output of all ranks.
 
-    The ranks are forks of one process that has loaded the package. `run_torchrun` has torchrun start them.
+    The ranks are forks of one process that has loaded the package. `run_torchrun` starts them with torchrun instead.
 
     Raises:
-        AssertionError: a rank failed, or `timeout` seconds passed; the message holds the end of the output.
+        AssertionError: a rank failed, or `timeout` seconds passed; the message contains the end of the output.
     """
-    # As torchrun does: one store, on a free port, that the ranks only join.
+    # Like torchrun, make one store on a free port, which the ranks only join.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     env = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
     env |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
@@ -46,28 +47,28 @@ def run_ranks(world: int, script: str | Path, *args: str, timeout: float = 300) 
 
 
 def _wait(ranks: list[BaseProcess], timeout: float) -> str:
-    """Until all have ended or one has failed; what is wrong, or ""."""
+    """Wait until all ranks have ended or one has failed; returns a description of the failure, or ""."""
     deadline = time.monotonic() + timeout
     while running := [rank for rank in ranks if rank.exitcode is None]:
         if not connection.wait([rank.sentinel for rank in running], deadline - time.monotonic()):
             return f"no end after {timeout} s"
         failed = [f"rank {number}: exit code {rank.exitcode}" for number, rank in enumerate(ranks) if rank.exitcode]
         if failed:
-            time.sleep(0.1)  # others fail for the same reason, and say so
+            time.sleep(0.1)  # others fail for the same reason, and need time to print it
             return failed[0]
     return ""
 
 
 def run_torchrun(world: int, script: str | Path, *args: str, timeout: float = 300) -> str:
-    """Like `run_ranks`, through torchrun."""
+    """Run `script args` like `run_ranks`, but start the ranks with torchrun."""
     launcher = [sys.executable, *TORCHRUN, "--nproc-per-node", str(world)]
     return run_command([*launcher, str(script), *args], timeout=timeout)
 
 
 def run_command(command: list[str], timeout: float = 300, env: dict[str, str] | None = None) -> str:
-    """Run a command that starts ranks itself; like `run_torchrun`, with `env` added to the environment."""
+    """Run a command that starts ranks itself, with `env` added to the environment; otherwise like `run_torchrun`."""
     full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), **(env or {})}
-    # A file, not a pipe: an orphaned child would hold a pipe open, and reading it would never end.
+    # Use a file, because an orphaned child would hold a pipe open, and reading from it would never end.
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=full_env, start_new_session=True)
         try:
@@ -75,7 +76,7 @@ def run_command(command: list[str], timeout: float = 300, env: dict[str, str] | 
         except subprocess.TimeoutExpired:
             status = f"no end after {timeout} s"
         finally:
-            # Also on Ctrl-C and on pytest's own time limit.
+            # This also runs on Ctrl-C and when pytest's time limit is reached.
             if process.poll() is None:
                 kill_trees([process.pid])
                 process.wait()

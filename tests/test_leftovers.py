@@ -37,7 +37,7 @@ def test_nothing_left_is_nothing_said(pytester: pytest.Pytester, clone: Path) ->
     pytester.makepyfile(test_writes="from pathlib import Path\ndef test(): Path(__file__).with_name('x.py').touch()")
     looks = Leftovers(clone)
     assert pytester.inline_run("-p", "no:cacheprovider", plugins=[looks]).ret == pytest.ExitCode.OK
-    assert looks.found == []
+    assert looks.new == []
 
 
 def test_files_of_caches_do_not_count(clone: Path) -> None:

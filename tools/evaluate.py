@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 tools/evaluate.py retrieval --checkpoint CKPT --quer
 torchrun --nproc-per-node 8 tools/evaluate.py video --checkpoint CKPT --manifest MSRVTT_JSFUSION_test.csv \\
     --videos VIDEOS --out runs/msrvtt
 
-CKPT is a checkpoint, a run's folder or a Hugging Face folder. Each command has its own --help.
+CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each command has its own --help.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_lo
 
 
 class Commands(argparse.ArgumentParser):
-    """The parser of the first argument; says in one line which commands there are if it is none of them."""
+    """The parser of the first argument. If it is not a command, the error message lists the commands in one line."""
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -65,7 +65,9 @@ def main() -> None:
 def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> None:
     """Add a benchmark's command: its own options, and those that all commands take."""
     parser = commands.add_parser(benchmark.name, help=benchmark.about, description=benchmark.about)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, a run's folder, or a Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
+    )
     benchmark.add_options(parser)
     if benchmark.is_kept:
         parser.add_argument("--out", required=True, help="folder for embeddings and results; the same command resumes")
@@ -81,8 +83,8 @@ def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> N
 
 @contextmanager
 def held_output(args: argparse.Namespace) -> Iterator[None]:
-    """Make and lock the folder of --out on the first rank, before hours of work and against a second evaluation."""
-    find_pretrained(args.checkpoint)  # a mistyped checkpoint leaves no folder behind
+    """Make and lock the folder of --out on the first rank before hours of work, so that a second evaluation fails."""
+    find_pretrained(args.checkpoint)  # fail before a folder is made if the checkpoint is mistyped
     args.out = args.out or str(Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation"))
     with lock_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
         yield
@@ -126,7 +128,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: None
         return
     with Progress(*Progress.get_default_columns(), TextColumn("{task.completed} of {task.total}")) as bar:
-        task = bar.add_task("", visible=False)  # until there is something to count
+        task = bar.add_task("", visible=False)  # invisible until there is something to count
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
 
 

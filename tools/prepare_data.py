@@ -25,7 +25,7 @@ from megatron_llave.prepare.shard_jobs import REPORT_FILE
 
 MODALITIES = ("text", "image", "both")
 MOST_WORKERS = 8
-"""Default number of processes, if there are as many cores; each process needs some 300 MB."""
+"""Upper limit of the default number of processes, which is otherwise that of cores; each needs some 300 MB."""
 BAR = 24
 """Number of characters of the longest bar of a histogram."""
 

@@ -2,7 +2,7 @@
 
 python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out DIR [section.key=value ...]
 
-The same command again runs what is missing and writes the report anew. See docs/studies.md.
+If the command is repeated, it runs only what is missing and writes the report again. See docs/studies.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from megatron_llave.study.write_up import write_up
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
@@ -103,7 +103,7 @@ def run_study(study: Study, shared: Plan, runs: list[Run], args: argparse.Namesp
 
 
 def say(line: str) -> None:
-    """Print a line at once, into a file too."""
+    """Print a line and flush it, so that it appears at once even if stdout is a file."""
     print(line, flush=True)
 
 

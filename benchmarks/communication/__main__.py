@@ -1,9 +1,9 @@
-"""Measure what gathering the negatives costs and brings for 1, 2, 4, ... processes of this machine, and model clusters.
+"""Measure cost and benefit of gathering the negatives with 1, 2, 4, ... processes on this machine, and model clusters.
 
 python -m benchmarks.communication --config examples/studies/tiny.yaml --processes 8 --out DIR [section.key=value ...]
 
-Run it in the checkout. The same command again measures only what is missing and writes the report anew. With
-checkpoint.init=RUN the effective negatives are those of trained weights.
+Run this command in a checkout of the repository. If it is repeated, it measures only what is missing and writes the
+report again. With checkpoint.init=RUN, the effective negatives are measured with the trained weights of that run.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from megatron_llave.config.load import load_config
 from megatron_llave.errors import ConfigError, exit_with_one_line, require
 
 PAIRS = 32
-"""Pairs per process where train.micro_batch_size is null."""
+"""Number of pairs per process if train.micro_batch_size is null."""
 STEPS = 8
-"""Batches that are measured."""
+"""Number of batches that are measured."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="largest number of processes (2)")
     parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
     args = parser.parse_intermixed_args(argv)
-    # A termination request ends the running launch too.
+    # Turn SIGTERM into an exception, so that the running launch is ended too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with exit_with_one_line():
         require(args.out != "" and "${" not in args.out, f"--out {args.out!r} is no name for a folder of results")
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line at once, into a file too."""
+    """Print a line and flush it, so that it appears at once even if stdout is a file."""
     print(line, flush=True)
 
 

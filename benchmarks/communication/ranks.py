@@ -1,10 +1,10 @@
-"""What every rank measures: steps with and without the gather, and collectives on their own.
+"""Runs on every rank and measures steps with and without the gather, and collectives outside of a step.
 
-study.py starts it under torchrun as `ranks.py REQUEST.json`. Every batch is used several times, and each time three
-steps are made of it: one with the gather under a Meter, whose barriers take time of their own, one without the gather
-(the loss compares this rank's pairs alone), and one with it. Then come collectives of other sizes, outside of any step,
-to which the links of the model are fitted: so other load of the machine affects both. The backend is gloo on the CPU,
-with one thread per rank.
+study.py starts this file under torchrun as `ranks.py REQUEST.json`. Every batch is repeated several times. Each
+repetition takes three steps: one with the gather under a Meter, whose barriers add time, one without the gather (the
+loss compares the pairs of this rank alone), and one with the gather. Then it times collectives of other sizes, to which
+the links of the model are fitted. Because steps and collectives alternate, other load on the machine affects both. The
+backend is gloo on the CPU, with one thread per rank.
 """
 
 import sys
@@ -43,23 +43,32 @@ from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import Trainable, build_trainable
 
 REPEATS = 3
-"""Times that each batch is taken; the fastest counts, for what else the machine does can only delay it."""
+"""Number of repetitions of each batch. The fastest counts, because other load on the machine can only add time."""
 CALIBRATION_BYTES = (192, 3072, 24576, 196608)
-"""Of a rank's part, per collective that is timed on its own; no power of 2, which a step's parts are likely to be."""
+"""Sizes in bytes of a rank's part in the collectives that are timed outside of a step.
+
+None is a power of 2, because the sizes within a step are likely to be powers of 2.
+"""
 TOUCHED = 3_000_000
-"""Numbers that a rank changes before each of these: a collective that follows another one at once has all that it needs
-in the caches, and takes half as long as one that follows the layers of a model."""
+"""Number of float32 values that a rank changes before each of these collectives, to clear the CPU caches.
+
+Directly after another collective, with warm caches, a collective takes half as long as after the layers of a model.
+"""
 KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}
-"""Of torch.distributed -> of the model."""
+"""Function of torch.distributed -> kind of collective in the model."""
 COLUMNS = ("alone", "gathered", "metered", "waiting", "effective_alone", "effective", "hardest_share")
-"""Seconds of a step without the gather, with it, with it and barriers, the wait in these; then what the loss saw."""
+"""Columns of a measurement.
+
+The first four are seconds: a step without the gather, with it, with it and barriers, and the wait in these barriers.
+The others are statistics of the loss.
+"""
 
 
 def timed(call: Callable[[], object], group: dist.ProcessGroup) -> tuple[float, float]:
-    """Seconds of waiting for the other ranks of the group, before and after a call, and seconds of the call itself.
+    """Seconds of waiting for the other ranks of the group before and after a call, and seconds of the call itself.
 
-    Without the barrier behind it, ranks that share cores and are done first would go on to their backward, and keep
-    the others' collective from ending.
+    The barrier after the call is needed if ranks share cores: ranks that finish first would start their backward pass
+    and delay the collective of the others.
     """
     started = time.perf_counter()
     dist.barrier(group)
@@ -71,24 +80,25 @@ def timed(call: Callable[[], object], group: dist.ProcessGroup) -> tuple[float, 
 
 
 class Meter:
-    """Times the collectives of the loss, in their order."""
+    """Records kind, size and time of each collective of the loss, in the order of the calls."""
 
     def __init__(self) -> None:
         self.calls: list[Collective] = []
         self.waiting: list[float] = []
-        """Seconds, per call."""
+        """Seconds of waiting in the barriers around each call."""
         self.moving: list[float] = []
+        """Seconds of each call itself."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Stand between torch.distributed and the loss's collectives, through which nothing of megatron-core goes."""
-        stand_ins = {name: partial(self._measure, name) for name in KINDS}
-        stand_in = SimpleNamespace(**stand_ins, ReduceOp=dist.ReduceOp)
-        with mock.patch.object(collectives, "dist", stand_in), mock.patch.object(contrastive, "dist", stand_in):
+        """Replace torch.distributed in the modules of the loss while the block runs; megatron-core is not affected."""
+        wrappers = {name: partial(self._measure, name) for name in KINDS}
+        mocked = SimpleNamespace(**wrappers, ReduceOp=dist.ReduceOp)
+        with mock.patch.object(collectives, "dist", mocked), mock.patch.object(contrastive, "dist", mocked):
             yield
 
     def _measure(self, name: str, *args: object, group: dist.ProcessGroup) -> None:
-        # The gathered rows, those that are summed and scattered, or those that are reduced.
+        # The largest tensor is the output of an all-gather, and the input of a reduce-scatter or an all-reduce.
         whole = max(x.nbytes for x in args if isinstance(x, Tensor))
         waiting, moving = timed(partial(getattr(dist, name), *args, group=group), group)
         self.calls.append(Collective(KINDS[name], whole))
@@ -97,13 +107,14 @@ class Meter:
 
 
 def calibrate(group: dist.ProcessGroup) -> list[tuple[Collective, float]]:
-    """Every kind of collective in every size of CALIBRATION_BYTES, with seconds, each with cold caches.
+    """Time every kind of collective in every size of CALIBRATION_BYTES, with cold caches.
 
-    Nothing for a single rank.
+    Returns:
+        The collectives and their times in seconds; none for a single rank.
     """
     if group.size() == 1:
         return []
-    found, numbers = [], torch.zeros(TOUCHED)
+    samples, numbers = [], torch.zeros(TOUCHED)
     for size in CALIBRATION_BYTES:
         part = torch.zeros(size // FLOAT)
         whole = torch.zeros(group.size() * size // FLOAT)
@@ -114,14 +125,14 @@ def calibrate(group: dist.ProcessGroup) -> list[tuple[Collective, float]]:
         }
         for kind, call in calls.items():
             numbers.add_(1)
-            found.append((Collective(kind, whole.nbytes), timed(call, group)[1]))
-    return found
+            samples.append((Collective(kind, whole.nbytes), timed(call, group)[1]))
+    return samples
 
 
 def run_step(
     trainable: Trainable, batch: PairBatch, compare: Compare, watch: AbstractContextManager = nullcontext()
 ) -> tuple[float, LossShare]:
-    """Seconds of a training step on one micro batch, and what its loss saw; `watch` is on until the update."""
+    """Seconds of a training step on one micro batch, and its share of the loss; `watch` covers forward and backward."""
     dist.barrier()
     started = time.perf_counter()
     trainable.zero_gradients()
@@ -133,21 +144,21 @@ def run_step(
 
 
 def measure(cfg: RunConfig, steps: int, weights: str | None) -> dict[str, Any]:
-    """All steps on this rank.
+    """Measure all steps on this rank.
 
     Args:
-        cfg: of the run; its global batch over the ranks is one micro batch of each.
-        steps: batches that are measured, after one that is not; about so many, equally many of each subset.
-        weights: a run or checkpoint whose weights the model gets; None: random ones.
+        cfg: configuration of the run; each rank gets its share of the global batch as one micro batch.
+        steps: approximate number of batches measured after one warm-up batch; each subset has equally many.
+        weights: output directory of a run, or checkpoint, whose weights are loaded; None uses random weights.
 
     Returns:
-        The same on every rank. Seconds: the mean over ranks, of its repetitions the smallest, over batches the median.
-        What the loss saw: means.
+        The result, which is the same on every rank. Times in seconds are averaged over ranks; then the smallest of the
+        repetitions is taken, and the median over batches. Statistics of the loss are means.
     """
     ranks = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     stream = build_train_stream(cfg, build_processor(cfg.data, cfg.model), groups.dp.rank(), ranks, pad_to_multiple=1)
-    # All before the first step: pictures that are decoded meanwhile would take the cores from it.
+    # Read all batches before the first step, because decoding images would compete with the steps for the cores.
     batches = take_evenly(stream, list(cfg.data.subsets) or list(open_storage(cfg.data).read_index().subsets), steps)
     trainable = _build(cfg, weights, groups)
     pairs = cfg.train.global_batch_size // ranks
@@ -161,23 +172,24 @@ def measure(cfg: RunConfig, steps: int, weights: str | None) -> dict[str, Any]:
             rows.append(row)
             moving.append(meter.moving)
             alone.append([seconds for _, seconds in samples])
-    rows, moving, alone = (_mean_over_ranks(table[REPEATS:]) for table in (rows, moving, alone))  # after the warm-up
+    # The first REPEATS rows belong to the warm-up batch.
+    rows, moving, alone = (_mean_over_ranks(table[REPEATS:]) for table in (rows, moving, alone))
     times, seen = _typical(rows[:, :4]), rows[:, 4:].mean(axis=0)
     result = dict(zip(COLUMNS, [*times.tolist(), *seen.tolist()]))
-    kinds = [one for one, _ in samples]
+    calibrated = [collective for collective, _ in samples]
     return result | {
         "received": received_bytes(meter.calls, ranks),
         "subsets": [batch.subset for batch in batches[1:]],
         "collectives": _described(expected, _typical(moving)),
-        "calibration": _described(kinds, _typical(alone)),
+        "calibration": _described(calibrated, _typical(alone)),
     }
 
 
 def take_evenly(stream: Iterator[StepBuffer], subsets: Sequence[str], steps: int) -> list[PairBatch]:
-    """Batches of a stream: one to warm up, then equally many of each subset, at least one and about `steps` in all.
+    """Take one batch of a stream to warm up, then equally many of each subset: at least one, and about `steps` in all.
 
-    Subsets differ in how many of their negatives count, and which come first depends on the size of the batch: numbers
-    of processes would be compared on other kinds of pairs.
+    Subsets differ in their number of effective negatives, and the order of subsets in the stream depends on the batch
+    size. Without equal numbers, different numbers of processes would be compared on different kinds of pairs.
     """
     most = max(1, round(steps / len(subsets)))
     taken: list[PairBatch] = []
@@ -203,7 +215,7 @@ def _build(cfg: RunConfig, weights: str | None, groups: ProcessGroupCollection) 
 def _measure_batch(
     cfg: RunConfig, trainable: Trainable, batch: PairBatch, group: dist.ProcessGroup
 ) -> tuple[list[float], Meter]:
-    """This rank's COLUMNS for one batch, and its collectives."""
+    """Measure one batch: the COLUMNS of this rank, and the meter with the collectives."""
     loss = loss_of_subset(cfg, batch.subset)
     meter = Meter()
     metered, _ = run_step(trainable, batch, build_loss(loss, group), meter.watch())
@@ -214,25 +226,25 @@ def _measure_batch(
 
 
 def _mean_over_ranks(table: list[list[float]]) -> np.ndarray:
-    """[rows, columns], the same on every rank."""
+    """Average a table over the ranks; returns [rows, columns], the same on every rank."""
     whole = torch.tensor(table, dtype=torch.float64) / dist.get_world_size()
     dist.all_reduce(whole)
     return whole.numpy()
 
 
 def _typical(seconds: np.ndarray) -> np.ndarray:
-    """[columns] of [batches * REPEATS, columns]: the median over batches of the fastest repetition."""
+    """The median over batches of the fastest repetition: [batches * REPEATS, columns] -> [columns]."""
     batches = len(seconds) // REPEATS
     return np.median(seconds.reshape(batches, REPEATS, seconds.shape[1]).min(axis=1), axis=0)
 
 
 def _described(collectives: list[Collective], seconds: np.ndarray) -> list[tuple[str, int, float]]:
-    """For JSON."""
-    return [(one.kind, one.whole, float(time)) for one, time in zip(collectives, seconds)]
+    """Kind, size in bytes and seconds of each collective, for JSON."""
+    return [(call.kind, call.whole, float(time)) for call, time in zip(collectives, seconds)]
 
 
 def main() -> None:
-    """Do what the request asks for; the first rank writes the result where it says."""
+    """Measure what the request file asks for; the first rank writes the result to the file named there."""
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()

@@ -1,4 +1,4 @@
-"""Writes the results as tables and figures: communication.md, .csv and .png. Nothing is measured here."""
+"""Writes the results as tables and figures, in communication.md, .csv and .png. It measures nothing itself."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from megatron_llave.files import atomic_write, write_text
 from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, label_axes, save_png
 
 TOLERANCE = 0.25
-"""By which the model may be off before the report says that it is."""
+"""Relative deviation of the model from the measurement beyond which the report says that the model is off."""
 BYTES_NOTE = """
 Bytes a rank receives per step, exactly as measured: (N - 1) * (8 b d + 20 b + 16), for N ranks of b pairs, width d,
 float32. For each other rank: its b targets, and its part of the gradients of this rank's b targets (4 b d each); two
@@ -49,8 +49,8 @@ CLUSTER_NOTE = f"""
 {INSIDE.bandwidth / 1e9:.0f} GB/s (NVLink 4, one direction) and {1e6 * INSIDE.latency:.1f} us per hop, between nodes
 {BETWEEN.bandwidth / 1e9:.0f} GB/s for each GPU (an adapter of 400 Gb/s) and {1e6 * BETWEEN.latency:.1f} us: latencies
 of a ring's hop by NCCL's own tuning table. The step computes at an assumed {UTILISATION:.0%} of dense bfloat16, with a
-frozen tower and pairs like MMEB's. Every GPU is a data-parallel rank; a second forward, for several micro batches, is
-not counted. The gather is not hidden behind anything.
+frozen vision encoder and pairs like MMEB's. Every GPU is a data-parallel rank. The second forward pass that several
+micro batches need is not counted. The gather does not overlap with anything.
 
 Share of the gather in a step, %: in two levels (rings between nodes, then within them), and in brackets as one ring
 through all GPUs. In the head the seconds that the step computes.
@@ -63,58 +63,59 @@ trained parameters scattered, bfloat16 weights gathered. Most of it can be hidde
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of processes: what was measured, and what the model says."""
+    """The measurements with one number of processes, and the prediction of the model for it."""
 
     processes: int
     cores: int
     pairs: int
-    """Of a process."""
+    """Number of pairs per process."""
     steps: int
     checkpoint: str | None
     alone: float
     """Seconds of a step without the gather."""
     gathered: float
-    """Seconds of a step with it."""
+    """Seconds of a step with the gather."""
     metered: float
-    """Seconds of a step with it and with barriers around its collectives."""
+    """Seconds of a step with the gather and with barriers around its collectives."""
     waiting: float
-    """Of these, seconds in barriers."""
+    """Seconds of `metered` that are spent in the barriers."""
     moving: float
-    """Of these, seconds in the loss's collectives."""
+    """Seconds of `metered` that are spent in the loss's collectives."""
     modelled: float
-    """The same by the model, its links fitted at `fitted_at` processes."""
+    """Predicted seconds of the loss's collectives, with links fitted at `fitted_at` processes."""
     modelled_own: float
-    """The same, its links fitted at this number of processes."""
+    """Predicted seconds of the loss's collectives, with links fitted at this number of processes."""
     fitted_at: int
-    """0: a single process was all there was."""
+    """Number of processes at which the links of `modelled` were fitted; 0 if only a single process was measured."""
     received: int
-    """Bytes per rank and step."""
+    """Bytes that each rank receives per step."""
     effective_alone: float
+    """Effective number of negatives without the gather, see loss.SimilarityStatistics."""
     effective: float
-    """Negatives, see loss.SimilarityStatistics."""
+    """Effective number of negatives with the gather."""
     hardest_share: float
     subsets: list[str]
-    """Of the steps."""
+    """The subset of each measured batch."""
     channels: Mapping[str, Channel]
-    """Fitted, by kind of collective."""
+    """Kind of collective -> the channel fitted at `fitted_at` processes."""
 
     @property
     def share(self) -> float:
-        """Of the collectives in the step with barriers."""
+        """The fraction of the step with barriers that is spent in the loss's collectives."""
         return self.moving / self.metered
 
     @property
     def modelled_share(self) -> float:
-        """The same by the model: its collectives in place of the measured ones."""
+        """The fraction of the step if its collectives take the predicted time instead of the measured result."""
         return self.modelled / (self.metered - self.moving + self.modelled)
 
 
 def write_report(measured: Sequence[Measured], clusters: Sequence[ClusterStep], out: Path) -> None:
-    """Write communication.md, .csv and .png into a folder; a reader sees each as it was or as it is, never a half.
+    """Write communication.md, .csv and .png into a folder. Each file is replaced atomically.
 
     Args:
-        measured: in rising order of processes, at least one.
-        clusters: of every model, size and number of pairs of communication_model.
+        measured: at least one measurement, in rising order of processes.
+        clusters: a step for every model, cluster size and number of pairs in model.py.
         out: the folder.
     """
     parts = [*_measured_part(measured), *_model_part(measured), *_cluster_part(clusters)]
@@ -125,7 +126,7 @@ def write_report(measured: Sequence[Measured], clusters: Sequence[ClusterStep], 
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """In Markdown, numbers flush right."""
+    """Format a Markdown table with right-aligned columns."""
     lines = [heads, ["---:"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
@@ -143,19 +144,19 @@ def _measured_part(measured: Sequence[Measured]) -> Iterator[str]:
     heads += ["bytes received per rank and step", "negatives", "effective negatives without"]
     heads += ["effective negatives with", "hardest share with"]
     rows = []
-    for one in measured:
-        total = one.processes * one.pairs
-        times = one.alone, one.gathered, one.waiting / one.metered, one.share
-        seen = one.effective_alone, one.effective, one.hardest_share
-        numbers = [f"{x:.3f}" for x in times], [one.received, total - 1], [f"{x:.3f}" for x in seen]
-        rows.append([one.processes, total, *numbers[0], *numbers[1], *numbers[2]])
+    for result in measured:
+        total = result.processes * result.pairs
+        times = result.alone, result.gathered, result.waiting / result.metered, result.share
+        seen = result.effective_alone, result.effective, result.hardest_share
+        numbers = [f"{x:.3f}" for x in times], [result.received, total - 1], [f"{x:.3f}" for x in seen]
+        rows.append([result.processes, total, *numbers[0], *numbers[1], *numbers[2]])
     yield table(heads, rows)
     yield f"Subsets of the last row's batches: {', '.join(measured[-1].subsets)}."
     yield MEASURED_NOTE + BYTES_NOTE
 
 
 def _model_part(measured: Sequence[Measured]) -> Iterator[str]:
-    several = [one for one in measured if one.processes > 1]
+    several = [result for result in measured if result.processes > 1]
     if not several:
         return
     yield "## Modelled against measured"
@@ -164,10 +165,10 @@ def _model_part(measured: Sequence[Measured]) -> Iterator[str]:
     yield "The second has them from each number of processes itself.\n"
     heads = ["processes", "moving, ms per step", "modelled, ms", "ratio", "fitted at each, ms", "ratio of that"]
     rows = []
-    for one in several:
-        cells = [f"{1e3 * one.moving:.2f}", f"{1e3 * one.modelled:.2f}", f"{one.modelled / one.moving:.2f}"]
-        cells += [f"{1e3 * one.modelled_own:.2f}", f"{one.modelled_own / one.moving:.2f}"]
-        rows.append([one.processes, *cells])
+    for result in several:
+        cells = [f"{1e3 * result.moving:.2f}", f"{1e3 * result.modelled:.2f}", f"{result.modelled / result.moving:.2f}"]
+        cells += [f"{1e3 * result.modelled_own:.2f}", f"{result.modelled_own / result.moving:.2f}"]
+        rows.append([result.processes, *cells])
     yield table(heads, rows)
     yield _verdict(several)
     kinds = several[0].channels.items()
@@ -177,11 +178,11 @@ def _model_part(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _verdict(several: Sequence[Measured]) -> str:
-    """Which predictions are within TOLERANCE."""
+    """Say which predictions are within TOLERANCE of the measurements."""
     sentences = []
     ways = {f"Fitted at {several[0].fitted_at} processes": "modelled", "Fitted at each number": "modelled_own"}
     for way, name in ways.items():
-        off = [one.processes for one in several if abs(getattr(one, name) / one.moving - 1) > TOLERANCE]
+        off = [result.processes for result in several if abs(getattr(result, name) / result.moving - 1) > TOLERANCE]
         where = f"not at {', '.join(map(str, off))} processes" if off else "at all numbers of processes"
         sentences.append(f"{way}, the model is within {TOLERANCE:.0%} of the measurement: {where}.")
     return "\n".join(sentences) + "\n"
@@ -191,36 +192,36 @@ def _cluster_part(clusters: Sequence[ClusterStep]) -> Iterator[str]:
     yield "## Modelled clusters"
     yield CLUSTER_NOTE
     for model in MODELS:
-        own = {(one.gpus, one.pairs): one for one in clusters if one.model == model}
-        compute = [own[CLUSTERS[0], pairs].compute_seconds for pairs in PAIRS_PER_GPU]
+        modelled = {(step.gpus, step.pairs): step for step in clusters if step.model == model}
+        compute = [modelled[CLUSTERS[0], pairs].compute_seconds for pairs in PAIRS_PER_GPU]
         heads = [f"LLaVE-{model}: GPUs", *(f"{b} pairs, {s:.2f} s" for b, s in zip(PAIRS_PER_GPU, compute))]
         rows = []
         for gpus in CLUSTERS:
-            steps = [own[gpus, pairs] for pairs in PAIRS_PER_GPU]
+            steps = [modelled[gpus, pairs] for pairs in PAIRS_PER_GPU]
             rows.append([gpus, *(f"{100 * x.share:.2f} ({100 * x.one_ring_share:.2f})" for x in steps)])
         yield table(heads, rows)
     yield REDUCTION_NOTE.lstrip()
     for model in MODELS:
-        own = {(one.gpus, one.pairs): one for one in clusters if one.model == model}
+        modelled = {(step.gpus, step.pairs): step for step in clusters if step.model == model}
         heads = [f"LLaVE-{model}: GPUs", *(f"{b} pairs" for b in PAIRS_PER_GPU), "reduction, MB", "reduction, ms"]
         rows = []
         for gpus in CLUSTERS:
-            last = own[gpus, PAIRS_PER_GPU[-1]]
-            moved = [f"{own[gpus, pairs].gather_bytes / 1e6:.1f}" for pairs in PAIRS_PER_GPU]
+            last = modelled[gpus, PAIRS_PER_GPU[-1]]
+            moved = [f"{modelled[gpus, pairs].gather_bytes / 1e6:.1f}" for pairs in PAIRS_PER_GPU]
             rows.append([gpus, *moved, f"{last.reduction_bytes / 1e6:.0f}", f"{1e3 * last.reduction_seconds:.0f}"])
         yield table(heads, rows)
 
 
-def _measured_row(one: Measured) -> dict[str, Any]:
-    """Of the CSV file."""
-    row = {"part": "measured", **asdict(one), "share": one.share, "modelled_share": one.modelled_share}
-    row |= {"subsets": " ".join(one.subsets), "ratio": one.modelled / one.moving if one.moving else ""}
+def _measured_row(result: Measured) -> dict[str, Any]:
+    """The row of the CSV file for a measurement."""
+    row = {"part": "measured", **asdict(result), "share": result.share, "modelled_share": result.modelled_share}
+    row |= {"subsets": " ".join(result.subsets), "ratio": result.modelled / result.moving if result.moving else ""}
     return {name: value for name, value in row.items() if name != "channels"}
 
 
-def _cluster_row(one: ClusterStep) -> dict[str, Any]:
-    """Of the CSV file."""
-    return {"part": "cluster", **asdict(one), "share": one.share, "one_ring_share": one.one_ring_share}
+def _cluster_row(step: ClusterStep) -> dict[str, Any]:
+    """The row of the CSV file for a modelled step."""
+    return {"part": "cluster", **asdict(step), "share": step.share, "one_ring_share": step.one_ring_share}
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -232,17 +233,17 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(measured: Sequence[Measured], clusters: Sequence[ClusterStep]) -> Figure:
-    """Share of the step and effective negatives against processes, and the modelled share against GPUs."""
+    """Plot share of the step and effective negatives over processes, and the modelled share over GPUs."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     share, negatives, modelled = figure.subplots(1, 3)
-    numbers = [one.processes for one in measured]
-    share.plot(numbers, [100 * one.share for one in measured], color=BLUE, marker="o", label="measured")
-    predicted = [100 * one.modelled_share for one in measured]
+    numbers = [result.processes for result in measured]
+    share.plot(numbers, [100 * result.share for result in measured], color=BLUE, marker="o", label="measured")
+    predicted = [100 * result.modelled_share for result in measured]
     share.plot(numbers, predicted, color=ORANGE, marker="s", linestyle="--", label="modelled")
     label_axes(share, "gather in a step, here", "share of the step (%)", "processes")
-    effective = [one.effective for one in measured]
+    effective = [result.effective for result in measured]
     negatives.plot(numbers, effective, color=BLUE, marker="o", label="gathered")
-    alone = [one.effective_alone for one in measured]
+    alone = [result.effective_alone for result in measured]
     negatives.plot(numbers, alone, color=GREY, marker="s", linestyle="--", label="own pairs alone")
     label_axes(negatives, f"negatives that count, {measured[0].pairs} pairs each", "effective negatives", "processes")
     for axes in (share, negatives):
@@ -250,7 +251,7 @@ def draw(measured: Sequence[Measured], clusters: Sequence[ClusterStep]) -> Figur
         _powers(axes, numbers)
     for index, model in enumerate(MODELS):
         for pairs, style in ((PAIRS_PER_GPU[0], "-"), (PAIRS_PER_GPU[-1], "--")):
-            shares = [100 * one.share for one in clusters if (one.model, one.pairs) == (model, pairs)]
+            shares = [100 * step.share for step in clusters if (step.model, step.pairs) == (model, pairs)]
             colour = SUBSET_COLOURS[index]
             modelled.plot(CLUSTERS, shares, color=colour, linestyle=style, label=f"{model}, {pairs} pairs per GPU")
     modelled.set_yscale("log")
@@ -264,7 +265,7 @@ def draw(measured: Sequence[Measured], clusters: Sequence[ClusterStep]) -> Figur
 
 
 def _powers(axes: Axes, numbers: Sequence[int]) -> None:
-    """A horizontal axis of doubling numbers, each written out."""
+    """Make the horizontal axis logarithmic with base 2, and label each of the numbers."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(numbers), [str(number) for number in numbers])
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,7 +1,7 @@
-"""Measures what gathering the negatives costs and brings, and models it for clusters.
+"""Measures cost and benefit of gathering the negatives, and models the cost on clusters.
 
-`run_communication` starts ranks.py once per number of processes, predicts the measured times with model.py, and gives
-both to report.py. A number of processes is not measured again if its result exists and has the same settings.
+`run_communication` starts ranks.py once for each number of processes, predicts the measured times with model.py, and
+passes both to report.py. A result that already exists and has the same settings is not measured again.
 """
 
 import json
@@ -39,18 +39,18 @@ FIXED = (
     "train.micro_batch_size=null",
     "checkpoint.init=null",
 )
-"""Overrides of every launch: the paper's loss, whose collectives `model.loss_collectives` lists."""
+"""Overrides of every launch. They select the paper's loss, whose collectives `model.loss_collectives` lists."""
 TIMEOUT_SECONDS = 3600
-"""How long a launch may take."""
+"""Time limit of a launch."""
 END_SECONDS = 30
-"""How long torchrun may take to end its ranks."""
+"""Time within which torchrun must end its ranks before it is killed."""
 RANKS = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One number of processes."""
+    """The settings of a measurement with one number of processes."""
 
     cfg: RunConfig
     processes: int
@@ -60,20 +60,20 @@ class Launch:
 
     @property
     def result(self) -> Path:
-        """What the ranks write."""
+        """The JSON file that the ranks write."""
         return self.out / f"processes-{self.processes}.json"
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON gives it back."""
+        """Everything that the result depends on, in the form in which JSON returns it."""
         cores = len(os.sched_getaffinity(0))
         settings = {"config": asdict(self.cfg), "processes": self.processes, "cores": cores}
         return json.loads(json.dumps(settings | {"steps": self.steps, "checkpoint": self.checkpoint}))
 
     def is_done(self) -> bool:
-        """Whether the result is there, and of these settings."""
+        """Whether the result exists and has these settings."""
         try:
             return read_json(self.result)["settings"] == self.settings()
-        except (DataError, KeyError):  # none, or a damaged one: it is measured again
+        except (DataError, KeyError):  # a missing or damaged result is measured again
             return False
 
 
@@ -86,18 +86,17 @@ def plan_launches(
     steps: int,
     checkpoint: str | None,
 ) -> list[Launch]:
-    """What is to be measured, in rising order of processes.
+    """Plan the launches, in rising order of processes.
 
     Args:
-        config: YAML file of the model, the data and the loss; every rank is data parallel.
-        overrides: section.key=value, winning over the file; FIXED wins over them.
-        out: folder of the results.
-        processes: numbers of processes, each measured in a launch of its own.
-        pairs: of a process, at least 2.
-        steps: batches that are measured per number of processes, after one that is not; about so many, equally many
-            of each subset.
-        checkpoint: a run or checkpoint whose weights the model gets; None: random ones, whose effective negatives mean
-            little.
+        config: YAML file with the model, the data and the loss; every rank is data parallel.
+        overrides: section.key=value settings, which take precedence over the file; FIXED takes precedence over them.
+        out: folder for the results.
+        processes: numbers of processes; each is measured in its own launch.
+        pairs: number of pairs per process, at least 2.
+        steps: approximate number of batches measured per launch, after one warm-up batch; each subset has equally many.
+        checkpoint: output directory of a run, or checkpoint, whose weights are loaded; None uses random weights, with
+            which the number of effective negatives means little.
 
     Raises:
         ConfigError: the configuration cannot work with these numbers.
@@ -108,7 +107,9 @@ def plan_launches(
     launches = []
     for number in sorted(set(processes)):
         cfg = load_config(config, [*overrides, *FIXED, f"train.global_batch_size={number * pairs}"])
-        starts = [f"data.subsets.{name}.start_step=0" for name in cfg.data.subsets]  # the whole mixture at once
+        starts = [
+            f"data.subsets.{name}.start_step=0" for name in cfg.data.subsets
+        ]  # all subsets are in the mixture from the start
         rates = [f"optimizer.part_learning_rates.{part}=0" for part in cfg.optimizer.part_learning_rates]
         cfg = override_config(cfg, [*starts, *rates])
         layout = cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context
@@ -118,12 +119,12 @@ def plan_launches(
 
 
 def run_communication(launches: Sequence[Launch], out: Path, report: Callable[[str], None]) -> None:
-    """Measure, model, and write communication.md, .csv and .png into `out`, which is made if missing.
+    """Measure, model, and write communication.md, .csv and .png into `out`, which is created if it is missing.
 
-    The links are fitted at the smallest number of processes above 1; `report` is told of each launch in one line.
+    The links are fitted at the smallest number of processes above 1. `report` is called with a line for each launch.
 
     Raises:
-        UserError: a rank failed or hung; the message has its error, or names the file with its output.
+        UserError: a rank failed or hung; the message contains its error, or names the file with its output.
     """
     out.mkdir(parents=True, exist_ok=True)
     for launch in launches:
@@ -137,10 +138,10 @@ def run_communication(launches: Sequence[Launch], out: Path, report: Callable[[s
 
 
 def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
-    """Start the ranks under torchrun and wait until their result is there.
+    """Start the ranks under torchrun and wait until they have written their result.
 
     Raises:
-        UserError: one failed, or there is no end after `timeout` seconds.
+        UserError: a rank failed, or the ranks have not ended after `timeout` seconds.
     """
     name = f"processes-{launch.processes}"
     config, request, log = (launch.out / f"{name}.{ending}" for ending in ("yaml", "request.json", "log"))
@@ -151,7 +152,7 @@ def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
     command = [*torchrun, str(launch.processes), str(RANKS), str(request)]
     search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": search_path}
-    # A file, not a pipe: it never fills up, and a rank left behind does not hold it open.
+    # Use a file because a pipe can fill up, and because a surviving rank would hold a pipe open.
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)
     try:
@@ -170,20 +171,20 @@ def run_ranks(launch: Launch, timeout: float = TIMEOUT_SECONDS) -> None:
 
 
 def predict(results: Sequence[dict[str, Any]]) -> list[Measured]:
-    """The results beside what the model says of them.
+    """Combine the results with the predictions of the model.
 
     Args:
-        results: of communication_ranks.measure, in rising order of processes, with their settings.
+        results: results of ranks.measure with their settings, in rising order of processes.
     """
     several = [result for result in results if result["settings"]["processes"] > 1]
     reference = _fit(several[0]) if several else {}
-    found = []
+    measured = []
     for result in results:
         settings = result["settings"]
         ranks, cores = settings["processes"], settings["cores"]
         collectives = [Collective(kind, whole) for kind, whole, _ in result["collectives"]]
         slowdown = oversubscription(ranks, cores)
-        found.append(
+        measured.append(
             Measured(
                 processes=ranks,
                 cores=cores,
@@ -198,11 +199,11 @@ def predict(results: Sequence[dict[str, Any]]) -> list[Measured]:
                 **{name: value for name, value in result.items() if name in Measured.__dataclass_fields__},
             )
         )
-    return found
+    return measured
 
 
 def _fit(result: dict[str, Any]) -> dict[str, Channel]:
-    """Channels by the calibration of a launch; none for a single rank."""
+    """Fit the channels to the calibration of a launch; there are none for a single rank."""
     ranks = result["settings"]["processes"]
     samples = [(Collective(kind, whole), seconds) for kind, whole, seconds in result["calibration"]]
     return fit_channels(samples, ranks, oversubscription(ranks, result["settings"]["cores"]))

@@ -20,15 +20,15 @@ HEADER, LEAST_ENTRY, LARGEST_ENTRY = 16, 32, 4096
 
 def entries(data: bytearray, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
     """Kind, architecture, start and size of each entry; None if the bytes are no fat binary."""
-    found = []
+    parsed = []
     while start + LEAST_ENTRY <= end:
         kind, _, header, payload = struct.unpack_from("<HHIQ", data, start)
         size = header + payload
         if kind not in (PTX, MACHINE_CODE) or not LEAST_ENTRY <= header <= LARGEST_ENTRY or start + size > end:
             return None
-        found.append((kind, struct.unpack_from("<I", data, start + 28)[0], start, size))
+        parsed.append((kind, struct.unpack_from("<I", data, start + 28)[0], start, size))
         start += size
-    return found if start == end else None
+    return parsed if start == end else None
 
 
 def strip(data: bytearray, architecture: int) -> tuple[Counter, Counter]:
@@ -38,16 +38,16 @@ def strip(data: bytearray, architecture: int) -> tuple[Counter, Counter]:
         _, version, header, size = struct.unpack_from("<IHHQ", data, at)
         start, end = at + header, at + header + size
         is_complete = version == 1 and header == HEADER and end <= len(data)
-        found = entries(data, start, end) if is_complete else None
-        if found:
-            wanted = [entry for entry in found if entry[:2] == (MACHINE_CODE, architecture)]
-            for entry in found:
+        parsed = entries(data, start, end) if is_complete else None
+        if parsed:
+            wanted = [entry for entry in parsed if entry[:2] == (MACHINE_CODE, architecture)]
+            for entry in parsed:
                 (kept if entry in wanted else dropped)[entry[1]] += entry[3]
             if wanted:
                 body = b"".join(bytes(data[first : first + length]) for _, _, first, length in wanted)
                 data[start:end] = body + bytes(size - len(body))
                 struct.pack_into("<Q", data, at + 8, len(body))
-        at = data.find(MAGIC, end if found else at + len(MAGIC))
+        at = data.find(MAGIC, end if parsed else at + len(MAGIC))
     return kept, dropped
 
 
