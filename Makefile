@@ -32,6 +32,7 @@ help:
 	@echo "PYTHON=$(PYTHON)  interpreter for .venv, 3.11 or later"
 	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, or 2 without a GPU"
 	@echo "DATA=$(DATA)  OUT=$(OUT)  folder of the demo's data, output directory of its run"
+	@echo "WORKERS=$(WORKERS)  processes that share the tests; each may start four ranks"
 	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml for the demo"
 
 $(STAMP): requirements.txt setup.py

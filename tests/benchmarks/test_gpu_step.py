@@ -2,13 +2,14 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forking import run_script
+from forking import run_script, search_path
 
 pytest.importorskip("transformers")
 
@@ -96,7 +97,8 @@ def test_variants_wait_for_their_turn(tmp_path: Path) -> None:
     code = "import sys, pathlib; from benchmarks import gpu_step; gpu_step.take_turn(pathlib.Path(sys.argv[1]), 60)"
     with (tmp_path / "turn").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        env = {**os.environ, "PYTHONPATH": search_path()}
+        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(20)
-    assert waiting.wait(30) == 0
+            waiting.wait(8)
+    assert waiting.wait(120) == 0

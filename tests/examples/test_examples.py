@@ -151,7 +151,7 @@ def test_recipe_is_the_papers(name: str) -> None:
 
 def large_memory_overrides(name: str) -> list[str]:
     """What the file says to change on GPUs with 141 GB."""
-    return re.search(r"With 141 GB:\n# +(.+)\n", (EXAMPLES / f"{name}.yaml").read_text())[1].split()
+    return re.search(r"For 141 GB use:\n# +(.+)\n", (EXAMPLES / f"{name}.yaml").read_text())[1].split()
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])

@@ -1,14 +1,14 @@
-"""One reader per replica at several layouts, by counting decoded pictures."""
+"""One reader per replica at several layouts, by counting decoded images."""
 
 from pathlib import Path
 
 from run_ranks import run_ranks
 
-SCRIPT = Path(__file__).parent / "check_replica.py"
+SCRIPT = Path(__file__).parents[1] / "distributed" / "check_replica.py"
 READERS = {"2,2": 1, "2,1": 2, "1,2": 2, "1,1": 4}
 
 
-def test_pictures_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path) -> None:
+def test_images_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path) -> None:
     run_ranks(4, SCRIPT, str(openmoji_data), str(tmp_path), *READERS)
     for layout, readers in READERS.items():
         counts = sorted(int(file.read_text()) for file in (tmp_path / layout).iterdir())
