@@ -139,14 +139,15 @@ class RunLog:
             yield
         except OSError as error:
             if not self._has_warned:
-                logger.warning("log in %s cannot be written: %s; the run goes on without", self._output, error.strerror)
+                reason = error.strerror
+                logger.warning("log in %s cannot be written: %s; the run continues without it", self._output, reason)
             self._has_warned = True
 
     def _progress(self, record: dict[str, float | int | str]) -> str:
         """Progress line: metrics of this step, rates over the interval, and the remaining time at the mean pace."""
         interval, total = self._interval_sums, self._total
         seconds = max(interval.seconds, 1e-9)
-        left = (self._total_steps - record["step"]) * total.seconds / total.steps
+        remaining = (self._total_steps - record["step"]) * total.seconds / total.steps
         width = len(str(self._total_steps))
         return " | ".join(
             [
@@ -161,12 +162,12 @@ class RunLog:
                 f"{interval.tokens / seconds:8.0f} tokens/s",
                 f"pos {record['positive_similarity']:6.3f}",
                 f"neg {record['hardest_negative_similarity']:6.3f}",
-                f"waits {interval.data_seconds / seconds:4.0%}",
+                f"data wait {interval.data_seconds / seconds:4.0%}",
                 *([f"{record['tflops']:.3g} TFLOP/s"] if "tflops" in record else []),
                 *([f"MFU {record['mfu']:.0%}"] if "mfu" in record else []),
                 *([f"{record['memory_gb']:.1f} GB"] if "memory_gb" in record else []),
                 f"skipped {total.skipped}",
-                f"left {timedelta(seconds=round(left))}",
+                f"ETA {timedelta(seconds=round(remaining))}",
             ]
         )
 

@@ -55,7 +55,7 @@ def test_progress_line_holds_rates_of_the_interval_and_time_left(tmp_path, capsy
     assert "7.5 pairs/s" in fields and "300 tokens/s" in fields  # 30 pairs and 1200 tokens in 4 s
     assert "lr 1.25e+00" in fields and "tau 3.2500" in fields and "alpha 4.25" in fields
     assert "pos  7.250" in fields and "neg  8.250" in fields and "skipped 3" in fields
-    assert fields[-1] == "left 0:00:10"  # 5 steps of 2 s
+    assert fields[-1] == "ETA 0:00:10"  # 5 steps of 2 s
     log.step(record(3, pairs=50, seconds=0.5, skipped=1))
     log.step(record(4, pairs=50, seconds=0.5))
     line = capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_last_step_is_printed_even_off_the_interval(tmp_path, capsys):
     for step in (1, 2, 3):
         log.step(record(step))
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "step 3/3" in out and "left 0:00:00" in out
+    assert out.count("\n") == 1 and "step 3/3" in out and "ETA 0:00:00" in out
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_full_disk_costs_lines_and_not_the_run(tmp_path, caplog, monkeypatch):
     log.step(record(2))
     log.step(record(3))
     [warning] = [one.getMessage() for one in caplog.records]
-    assert warning == f"log in {tmp_path} cannot be written: No space left on device; the run goes on without"
+    assert warning == f"log in {tmp_path} cannot be written: No space left on device; the run continues without it"
     log.close()
     assert [one["step"] for one in read_log(tmp_path / LOG_FILE)] == [1]
 
