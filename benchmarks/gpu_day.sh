@@ -7,7 +7,7 @@
 # REHEARSAL=1 runs everything at a small size, with or without a GPU.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
-STATE=${STATE:-$HOME/gpu_day}; RESULTS=${RESULTS:-${OUT:-$STATE/results}}
+STATE=${STATE:-$HOME/gpu_day}; RESULTS=${RESULTS:-$STATE/results}
 SITE=$STATE/site; ENGINE=$STATE/engine; RAW=$RESULTS/raw.jsonl; python=${PYTHON:-python3}
 mkdir -p "$SITE" "$RESULTS" "$STATE/embeddings"
 [ -e "$STATE/raw.jsonl" ] && cp "$STATE/raw.jsonl" "$RESULTS/"

@@ -12,7 +12,7 @@ import sys
 from megatron_llave.batch import Side
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import load_model
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line
 from megatron_llave.training.logger import quiet_dependencies
 
 QUERY = "<image> Represent the given image with the following question: What is in the image"
@@ -25,7 +25,7 @@ moves a score by some thousandths in most directions and by at most 0.04; the tw
 
 def main() -> None:
     """Compute the scores, compare them, and print both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="LLaVE-0.5B: a Hugging Face folder or a checkpoint")
     parser.add_argument("--image", required=True, help="figures/example.jpg of the official LLaVE repository")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.precision=bf16")

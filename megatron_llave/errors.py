@@ -1,12 +1,13 @@
 """Errors that a user can fix: each message is one line that names what is wrong and says what would be right."""
 
+import argparse
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 SECONDS_FOR_FIRST_RANK = 10
 
@@ -33,6 +34,14 @@ class DivergedError(UserError):
 
 class NotFiniteError(DataError):
     """The embedding of an input is not finite, so that it has no score."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command-line parser that reports a wrong argument in one line, as all other errors for users are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with status 2."""
+        self.exit(2, f"error: {message}; --help explains all arguments\n")
 
 
 @contextmanager

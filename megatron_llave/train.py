@@ -3,7 +3,6 @@
 torchrun --nproc-per-node 2 -m megatron_llave.train --config examples/tiny.yaml loss.alpha=9
 """
 
-import argparse
 import logging
 import os
 import time
@@ -25,7 +24,7 @@ from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import CheckpointError, exit_with_one_line
+from megatron_llave.errors import CheckpointError, OneLineParser, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
@@ -52,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
-    parser = argparse.ArgumentParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
+    parser = OneLineParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
     parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
     parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
     parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")

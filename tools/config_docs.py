@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_llave.config.schema import RunConfig, SubsetConfig
+from megatron_llave.errors import OneLineParser
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -70,6 +71,6 @@ def make() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(make())
     print(f"wrote {FILE}")

@@ -16,7 +16,7 @@ from megatron_llave.convert import hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
 from megatron_llave.models import FAMILIES
 from megatron_llave.training.logger import quiet_dependencies
 
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 600
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     formats = [family.hf for family in FAMILIES.values()]
     layouts, presets = ([name for hf in formats for name in getattr(hf, kind)] for kind in ("layouts", "presets"))

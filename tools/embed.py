@@ -21,7 +21,7 @@ from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import LoadedModel, embed, load_model
 from megatron_llave.embedding.jsonl import count_lines, read_parts
 from megatron_llave.embedding.vector_files import embedding_file
-from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
 from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
@@ -31,7 +31,7 @@ PART = 4096
 
 def main() -> None:
     """Load the model at the parallel layout asked for and embed; the first rank prints or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
     )

@@ -27,7 +27,7 @@ from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line
 from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
 from megatron_llave.evaluation.scoring import TIES
@@ -37,7 +37,7 @@ from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
 
 
-class Commands(argparse.ArgumentParser):
+class Commands(OneLineParser):
     """The parser of the first argument. If it is not a command, the error message lists the commands in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -48,7 +48,7 @@ class Commands(argparse.ArgumentParser):
 def main() -> None:
     """Parse the command line and run the command."""
     parser = Commands(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
     for benchmark in BENCHMARKS.values():
         add_command(commands, benchmark)
     args, unknown = parser.parse_known_args()

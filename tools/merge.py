@@ -11,7 +11,7 @@ import argparse
 from megatron_llave.checkpoint.merge import merge
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
 from megatron_llave.training.logger import quiet_dependencies
 
 TIMEOUT_SECONDS = 600
@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 600
 
 def main() -> None:
     """Merge in this process alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", metavar="CKPT=SHARE", help="checkpoint or output directory, and its weight")
     parser.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
     args = parser.parse_args()

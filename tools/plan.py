@@ -8,27 +8,18 @@ prints the first combination that fits. docs/planner.md says what is counted and
 """
 
 import argparse
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.errors import OneLineParser, exit_with_one_line, require
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
 from megatron_llave.planning.plan import SMALL_PART, Plan, count_parameters, find_fit, make_plan
 from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a wrong argument in one line, like all other errors for users."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ConfigError with the message."""
-        raise ConfigError(f"{message}; --help explains all arguments")
 
 
 def main() -> None:

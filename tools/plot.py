@@ -10,14 +10,14 @@ import json
 import math
 from pathlib import Path
 
-from megatron_llave.errors import DataError, exit_with_one_line, require
+from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
 from megatron_llave.report.plots import plot_runs
 from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
 
 def main() -> None:
     """Parse the arguments, read the logs, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run (train.output)")
     parser.add_argument("--out", help="PNG file; default: curves.png in the run, or here if there are several")
     parser.add_argument("--along", choices=("step", "pairs", "hours"), default="step", help="horizontal axis")

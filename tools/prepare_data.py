@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS, Index, Subset
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line
 from megatron_llave.prepare import audit, jsonl, mmeb
 from megatron_llave.prepare.openmoji import clips, prepare
 from megatron_llave.prepare.shard_jobs import REPORT_FILE
@@ -34,7 +34,7 @@ Report = Callable[[str, int, int], None]
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `run` of the result is the function of the command."""
-    parser = argparse.ArgumentParser(description="Make training shards, inspect them, and verify them.")
+    parser = OneLineParser(description="Make training shards, inspect them, and verify them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_openmoji(commands)
     _add_mmeb(commands)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 from megatron_llave.report.paper_results import ABLATION_NOTES, ABLATIONS
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
@@ -24,7 +24,7 @@ from megatron_llave.study.write_up import write_up
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each variant runs with each")

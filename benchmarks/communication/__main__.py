@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.communication.study import plan_launches, run_communication
 from megatron_llave.config.load import load_config
-from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 
 PAIRS = 32
 """Number of pairs per process if train.micro_batch_size is null."""
@@ -23,7 +23,7 @@ STEPS = 8
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure, and write the report."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.communication",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

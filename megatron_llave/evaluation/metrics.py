@@ -71,6 +71,8 @@ def parse_depths(given: Sequence[str | int]) -> list[int]:
     return depths
 
 
+TIES_BY_INDEX = "equal similarities are ranked in the order in which the candidates are given"
+"""The rule for ties of the rankings that this file scores, as the results state it."""
 DEPTHS = (1, 5, 10)
 """Values of k for the recall of summarise_ranks."""
 

@@ -1,6 +1,7 @@
 """Scores a task: ranks each query's candidates, and applies the tie rule.
 
-Every Precision@1 of this package comes from `score_task`.
+Every Precision@1 of an evaluation set comes from `score_task`. Retrieval from a corpus and of videos has other metrics
+(metrics.py) and states their rule for ties, TIES_BY_INDEX, beside its scores.
 """
 
 import math

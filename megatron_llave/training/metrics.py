@@ -1,6 +1,6 @@
 """The record of a step for the run's log, reduced over micro batches and data-parallel ranks.
 
-The similarities need no forward pass of their local: they come from the statistics that the loss has kept.
+The similarities need no forward pass of their own: they come from the statistics that the loss has kept.
 """
 
 import resource

@@ -22,7 +22,7 @@ from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import read_lines
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, comma_list
-from megatron_llave.evaluation.metrics import parse_depths, score_ranking
+from megatron_llave.evaluation.metrics import TIES_BY_INDEX, parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
 from megatron_llave.files import atomic_write, write_json
 
@@ -165,7 +165,7 @@ def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[flo
             for (query, candidates), row in zip(ranking.items(), similarities):
                 for rank, (candidate, similarity) in enumerate(zip(candidates, row), start=1):
                     file.write(f"{query} Q0 {candidate} {rank} {similarity:.9g} megatron_llave\n")
-        write_json(out / SCORES_FILE, scores)
+        write_json(out / SCORES_FILE, {"ties": TIES_BY_INDEX, **scores})
     except OSError as error:
         raise DataError(f"{out}: the ranking cannot be written: {error.strerror}") from error
 
@@ -182,7 +182,8 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
 
     def evaluate(embedder: CachedEmbedder) -> list[str]:
         scores = evaluate_retrieval(embedder, data, depths)
-        return [*(f"{name:>14} {score:6.2f} %" for name, score in scores.items()), f"scores and ranking: {args.out}"]
+        table = [f"{name:>14} {score:6.2f} %" for name, score in scores.items()]
+        return [*table, f"ties: {TIES_BY_INDEX}", f"scores and ranking: {args.out}"]
 
     return evaluate
 

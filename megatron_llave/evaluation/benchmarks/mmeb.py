@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.inputs import Input
@@ -142,10 +143,11 @@ def _read_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def published_means(cfg: RunConfig) -> Mapping[str, float] | None:
-    """The means of PUBLISHED for the model whose language model has these sizes."""
-    sizes = cfg.model.language.hidden_size, cfg.model.language.num_layers
+    """The means of PUBLISHED for the model of the default family whose language model has these sizes."""
+    sizes = cfg.model.family, cfg.model.language.hidden_size, cfg.model.language.num_layers
     for name, means in PUBLISHED.items():
-        if sizes == (PRESETS[name]["language"]["hidden_size"], PRESETS[name]["language"]["num_layers"]):
+        language = PRESETS[name]["language"]
+        if sizes == (ModelConfig.family, language["hidden_size"], language["num_layers"]):
             return means
     return None
 

@@ -22,7 +22,7 @@ from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate
-from megatron_llave.evaluation.metrics import ranks_of_right, summarise_ranks
+from megatron_llave.evaluation.metrics import TIES_BY_INDEX, ranks_of_right, summarise_ranks
 from megatron_llave.files import write_json
 
 FORMATS = {".jsonl": "manifest", ".csv": "msrvtt-csv", ".json": "msrvtt-json", ".txt": "msvd"}
@@ -187,7 +187,7 @@ def evaluate_videos(
     if dist.get_rank() == 0:
         path = Path(embedder.folder) / SCORES_FILE
         try:
-            write_json(path, scores)
+            write_json(path, {"ties": TIES_BY_INDEX, **scores})
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
     dist.barrier()
@@ -211,6 +211,7 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
             figures = "  ".join(f"{name} {value:.1f}" for name, value in values.items())
             lines.append(f"{direction.replace('_', ' ')}: {figures}")
         num_captions = sum(len(video.captions) for video in videos)
+        lines.append(f"ties: {TIES_BY_INDEX}")
         return [*lines, f"{len(videos)} videos, {num_captions} captions; scores: {args.out}"]
 
     return evaluate

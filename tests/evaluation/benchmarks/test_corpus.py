@@ -16,6 +16,7 @@ from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation import ranking
 from megatron_llave.evaluation.benchmarks.corpus import evaluate_retrieval, read_retrieval
+from megatron_llave.evaluation.metrics import TIES_BY_INDEX
 from megatron_llave.evaluation.ranking import search
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,7 +52,8 @@ def write_files(folder: Path, num: int = 40, judgements: str | None = None) -> t
 def test_scores_and_the_files_written(groups, tmp_path):
     data = read_retrieval(*write_files(tmp_path))
     scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
-    assert scores == json.loads((tmp_path / "out" / "scores.json").read_text())
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written == {"ties": TIES_BY_INDEX, **scores} and "order" in TIES_BY_INDEX
     assert set(scores.values()) == {100.0}
     lines = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
     assert len(lines) == 40 * 5 and lines[0][:4] == ["q0", "Q0", "c0", "1"] and lines[0][5] == "megatron_llave"
