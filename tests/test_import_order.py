@@ -111,6 +111,8 @@ def family_offences(module: str, node: ast.AST) -> Iterator[str]:
     for name in imported_names(node, module):
         if name.startswith(f"{PACKAGE}.models.") and name.split(".")[2] in others and module != f"{PACKAGE}.models":
             yield f"{module}: imports {name}; models/__init__.py alone knows the families"
+    if isinstance(node, ast.Attribute) and node.attr in others and module != f"{PACKAGE}.models":
+        yield f"{module}: reaches the family {node.attr}; models/__init__.py alone knows the families"
     if isinstance(node, ast.Constant) and node.value in others and module not in MAY_NAME_FAMILIES:
         yield f"{module}: names the family {node.value}; ask models.family_of"
 
@@ -245,6 +247,7 @@ def test_no_cycles() -> None:
         ("convert.hf", "layout = 'llava_onevision'", "names the family llava_onevision"),
         ("models.llava_onevision.hf_config", "LAYOUTS = ('llava_onevision',)", None),
         ("config.model", "family: str = 'llava_onevision'", None),
+        ("convert.hf", "from megatron_llave import models\nmodels.llava_onevision.FAMILY", "reaches the family"),
         ("data.pipeline", "import torch.distributed as dist", "as ints"),
         ("data.pipeline", "from torch import distributed", "as ints"),
         ("data.pipeline", "import torch\nrank = torch.distributed.get_rank()", "as ints"),

@@ -46,7 +46,7 @@ def initialize_distributed(timeout_seconds: int) -> int:
 
 
 def _rendezvous() -> dict[str, Any]:
-    """Arguments of init_process_group for the meeting of the processes; none where torchrun's variables suffice."""
+    """Arguments of init_process_group for the rendezvous of the processes; none where torchrun's variables suffice."""
     env = os.environ
     if "RANK" not in env:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}

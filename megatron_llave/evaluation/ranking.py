@@ -109,7 +109,7 @@ def search(
         ValueError: k is below 1.
     """
     best = _best_keys(queries, candidates, k, offset, group, chunk)
-    ordered = best >> 32  # of ABSENT: below every similarity's
+    ordered = best >> 32  # the upper half of ABSENT is below that of every similarity
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     similarity = bits.to(torch.int32).view(torch.float32)
     return _indices(best), similarity.masked_fill(best == ABSENT, -math.inf)

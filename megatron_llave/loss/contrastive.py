@@ -114,7 +114,7 @@ class _Context:
     hard_counts: list[int]
     """Hard negatives of each rank."""
     ids: PairIds | None = None
-    """Those of all ranks: [B], [B] and [M]; only with mask_same_target."""
+    """Ids of the pairs and hard negatives of all ranks, [B], [B] and [M]; None without mask_same_target."""
     reward_query: Tensor | None = None
     """[b, d] by the reward model; None: the model judges hardness itself."""
     reward_columns: Tensor | None = None

@@ -206,7 +206,7 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
         work.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
     ]
-    # They exist while nothing of the micro batch is kept yet, or any more.
+    # These tensors exist before the activations of the micro batch are kept, or after they are freed.
     return max(in_layer, max(at_ends) - chunk.activations(batch, on_gpu))
 
 

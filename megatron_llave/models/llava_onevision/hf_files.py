@@ -169,8 +169,8 @@ def write_side_files(
 def room_for_image_tokens(model: ModelConfig, layout: str, folder: Path | None) -> ModelConfig:
     """`model` with a vocabulary that has rows for <image> and <video>, two tokens that transformers' layout needs.
 
-    An embedding cut to the tokenizer's size, as the released code cuts it in memory, has none left; rows of zeros are
-    added to it. They are never used: visual tokens take their place.
+    An embedding cut to the tokenizer's size, as the official LLaVE repository cuts it in memory, has none left; rows of
+    zeros are added to it. They are never used: visual tokens take their place.
 
     Args:
         model: sizes of the weights.
