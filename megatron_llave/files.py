@@ -48,9 +48,9 @@ def atomic_write(path: str | Path, only_writer: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, only_writer: bool = False) -> None:
     """Write a UTF-8 text file by `atomic_write`."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, only_writer) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -10,8 +10,10 @@ from forking import run_script
 from run_ranks import run_ranks
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.load import load_config
 from megatron_llave.data.index import Index, read_index, write_index
 from megatron_llave.data.shards import write_subset
+from megatron_llave.loss.schedules import temperature_at
 
 pytestmark = pytest.mark.long
 
@@ -45,6 +47,13 @@ def test_loss_is_the_same_at_another_layout(runs: dict[str, Path]) -> None:
         for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
             assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
         assert (other["pairs"], other["tokens"]) == (16, one["tokens"])
+
+
+def test_each_step_has_the_temperature_of_the_schedule(runs: dict[str, Path]) -> None:
+    config = load_config(runs["one"] / "config.yaml").loss
+    scheduled = [temperature_at(config, step) for step in range(len(log_of(runs["one"])))]
+    assert len(set(scheduled)) == len(scheduled) > 1
+    assert [record["temperature"] for record in log_of(runs["one"])] == scheduled
 
 
 def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError
-from megatron_llave.files import VERSION, atomic_write, read_json, write_json
+from megatron_llave.files import VERSION, read_json, write_json, write_text
 
 FOLDER = "checkpoints"
 POINTER = "latest"
@@ -77,8 +77,7 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
 
 
 def _point_to(final: Path) -> None:
-    with atomic_write(final.with_name(POINTER), only_writer=True) as temporary:
-        temporary.write_text(final.name + "\n")
+    write_text(final.with_name(POINTER), final.name + "\n", only_writer=True)
 
 
 def _size(path: Path) -> int:
