@@ -314,7 +314,7 @@ def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, m
 def test_kill_and_restart_of_the_tool(tmp_path):
     """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
     source = tmp_path / "data"
-    make_data_set(source, num_texts=6000)
+    make_data_set(source, num_texts=3500)
     common = [str(ROOT / "tools" / "evaluate.py"), "mmeb", "--checkpoint", str(ONEVISION)]
     common += ["--data", str(source), f"data.tokenizer={byte_tokenizer(tmp_path)}"]
     killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log.txt"
