@@ -17,15 +17,16 @@ from rich.table import Table
 
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.data.image_files import MAX_PIXELS
-from megatron_llave.data.index import META_TASKS, Index, Subset
+from megatron_llave.data.index import META_TASKS, Subset
 from megatron_llave.errors import OneLineParser, exit_with_one_line
 from megatron_llave.prepare import audit, jsonl, mmeb
 from megatron_llave.prepare.openmoji import clips, prepare
-from megatron_llave.prepare.shard_jobs import REPORT_FILE
+from megatron_llave.prepare.shard_jobs import REPORT_FILE, Prepared, check_arguments
 
 MODALITIES = ("text", "image", "both")
 MOST_WORKERS = 8
 """Upper limit of the default number of processes, which is otherwise that of cores; each needs some 300 MB."""
+DEFAULT_WORKERS = min(MOST_WORKERS, os.cpu_count() or 1)
 BAR = 24
 """Number of characters of the longest bar of a histogram."""
 
@@ -53,6 +54,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "verify", help="check every checksum and member of a folder of shards; status 1 if any is bad"
     )
     check.add_argument("directory", metavar="DIR")
+    check.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger images ({MAX_PIXELS})")
+    check.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help=f"({DEFAULT_WORKERS})")
     check.set_defaults(run=run_verify)
     return parser.parse_args(arguments)
 
@@ -74,7 +77,7 @@ def _add_mmeb(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--subsets", nargs="+", metavar="NAME", help="subsets to use (all in the folder)")
     train.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of each subset (all)")
     _add_image_limit(train)
-    _add_output(train, default_workers=min(MOST_WORKERS, os.cpu_count() or 1))
+    _add_output(train, default_workers=DEFAULT_WORKERS)
     train.set_defaults(run=run_mmeb)
 
 
@@ -84,7 +87,7 @@ def _add_jsonl(commands: argparse._SubParsersAction) -> None:
     pairs.add_argument("--source", required=True, nargs="+", metavar="FILE", help=files)
     pairs.add_argument("--meta-task", choices=META_TASKS, default="retrieval", help="for all subsets (retrieval)")
     _add_image_limit(pairs)
-    _add_output(pairs, default_workers=min(MOST_WORKERS, os.cpu_count() or 1))
+    _add_output(pairs, default_workers=DEFAULT_WORKERS)
     pairs.set_defaults(run=run_jsonl)
 
 
@@ -113,7 +116,7 @@ def run_openmoji(given: argparse.Namespace) -> int:
             hard_negatives=given.hard_negatives,
             progress=report,
         )
-    return _print_made(given.out, index, {})
+    return _print_made(given.out, Prepared(index, {}, {}))
 
 
 def run_mmeb(given: argparse.Namespace) -> int:
@@ -130,7 +133,7 @@ def run_mmeb(given: argparse.Namespace) -> int:
             overwrite=given.overwrite,
             progress=report,
         )
-    return _print_made(given.out, made.index, made.skipped)
+    return _print_made(given.out, made)
 
 
 def run_jsonl(given: argparse.Namespace) -> int:
@@ -145,7 +148,7 @@ def run_jsonl(given: argparse.Namespace) -> int:
             overwrite=given.overwrite,
             progress=report,
         )
-    return _print_made(given.out, made.index, made.skipped)
+    return _print_made(given.out, made)
 
 
 def run_clips(given: argparse.Namespace) -> int:
@@ -164,16 +167,26 @@ def run_inspect(given: argparse.Namespace) -> int:
         console.print(table)
     for note in inspection_notes(inspection):
         print(note)
+    _print_noticed(given.directory, inspection.noticed)
     return 0
 
 
 def run_verify(given: argparse.Namespace) -> int:
     """Print every problem of a folder of shards; returns 1 if there is any, else 0."""
     problems = 0
+    noticed: dict[tuple[str, str], list[str]] = {}
+    check_arguments(given.workers, given.max_pixels)
     with progress_bar() as report:
-        for problem in audit.verify(given.directory, report):
-            problems += 1
-            print(problem, flush=True)
+        for subset, check in audit.verify(given.directory, given.workers, given.max_pixels, report):
+            problems += len(check.problems)
+            print("".join(f"{problem}\n" for problem in check.problems), end="", flush=True)
+            for note, image in check.noticed:
+                noticed.setdefault((subset, note), []).append(image)
+    table = Table("subset", "images", "noticed", "the first of them")
+    for (subset, note), images in noticed.items():
+        table.add_row(subset, str(len(images)), note, images[0])
+    if table.rows:
+        Console().print(table)
     print(f"{problems} problems" if problems else f"{given.directory} is complete: every checksum and member is right")
     return 1 if problems else 0
 
@@ -188,18 +201,30 @@ def progress_bar() -> Iterator[Report]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def _print_made(directory: str, index: Index, skipped: dict[str, Counter[str]]) -> int:
+def _print_made(directory: str, made: Prepared) -> int:
     console = Console()
-    console.print(summary(index.subsets))
+    console.print(summary(made.index.subsets))
     reasons = Table("subset", "skipped", "reason")
-    for name, counts in skipped.items():
+    for name, counts in made.skipped.items():
         for reason, count in counts.most_common():
             reasons.add_row(name, str(count), reason)
     if reasons.rows:
         console.print(reasons)
         print(f"{directory}/{REPORT_FILE} lists each of them")
+    _print_noticed(directory, made.noticed)
     print(f"wrote {directory}")
     return 0
+
+
+def _print_noticed(directory: str, noticed: dict[str, Counter[str]]) -> None:
+    """Print how many images lose something when they are read, if there are any."""
+    table = Table("subset", "images", "noticed")
+    for name, counts in noticed.items():
+        for note, count in counts.most_common():
+            table.add_row(name, str(count), note)
+    if table.rows:
+        Console().print(table)
+        print(f"{directory}/{REPORT_FILE} names each of them; data.image_background and data.image_corrections apply")
 
 
 def summary(subsets: dict[str, Subset]) -> Table:

@@ -211,7 +211,8 @@ def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
         hint = "resume with the same model, or start a new run from its weights with checkpoint.init"
         raise CheckpointError(f"checkpoint {folder} is of another model: {'; '.join(changed)}; {hint}")
     sections = ("loss", "optimizer", "train")
-    return [
+    data = differences(asdict(saved.data), asdict(cfg.data))
+    return [f"data.{line}" for line in data if line.startswith("image_")] + [
         f"{section}.{line}"
         for section in sections
         for line in differences(asdict(getattr(saved, section)), asdict(getattr(cfg, section)))

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_llave.config.checks import validate
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.schema import EARLIER, RunConfig
 from megatron_llave.errors import ConfigError, one_of, require
 
 
@@ -26,7 +26,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
     Args:
         path: the YAML file.
         overrides: they take precedence over the file.
-        leave_out: sections of the file that are ignored, such as the parallel layout of a checkpoint.
+        leave_out: given for the configuration of a checkpoint: its sections that are ignored, such as the parallel
+            layout. Keys that an earlier version did not save then have the value that it worked with (schema.EARLIER).
 
     Raises:
         ConfigError: the file is missing or is not a mapping, a key is unknown, or a value has the wrong type or is
@@ -43,6 +44,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
     _check_keys(RunConfig, from_file, str(path))
     _check_keys(RunConfig, from_command_line, "the command line")
     from_file = {name: section for name, section in from_file.items() if name not in leave_out}
+    if leave_out:
+        from_file = OmegaConf.merge(EARLIER, from_file)
     return config_from_dict(OmegaConf.merge(from_file, from_command_line))
 
 

@@ -13,6 +13,7 @@ from megatron_llave.errors import at_least, one_of, require
 HARDNESS = ("in_batch", "hard_negatives", "all")
 DIRECTIONS = ("symmetric", "query_to_target")
 NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
+IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
 VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
 
 
@@ -113,7 +114,15 @@ class DataConfig:
     too_long: str = "cut"
     """What happens to a pair with a text beyond data.max_length: cut the text, or skip the pair like a bad one."""
     max_image_pixels: int = 89_000_000
-    """Images with more pixels (width x height) than this are not decoded, and their pairs are bad."""
+    """Images with more pixels (width x height) than this are not decoded, and their pairs are bad. A side may have at
+    most 1,000,000 pixels."""
+    image_background: list[int] | None = field(default_factory=lambda: [255, 255, 255])
+    """Colour (red, green, blue; 0 to 255) that transparent pixels are blended onto. null: alpha is dropped, as in the
+    official LLaVE repository, which shows the colour that is stored under it, often black."""
+    image_corrections: list[str] = field(default_factory=lambda: list(IMAGE_CORRECTIONS))
+    """What is done beyond the official repository when an image is read: exif_rotation (images are rotated and mirrored
+    as their EXIF orientation says) and bit_depth (16-bit grey, 32-bit integers and floats are scaled to 8 bits, as
+    docs/data.md says; without it, values above 255 become white)."""
     max_bad_fraction: float = 0.01
     """Training stops when a larger fraction of a rank's pairs is bad (damaged, missing, empty or too large). Fewer bad
     pairs are dropped, counted and logged. The fraction is taken of at least 1000 pairs, so 0.01 always allows 10 of
@@ -126,6 +135,11 @@ class DataConfig:
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
         one_of("data.video_newline", self.video_newline, VIDEO_NEWLINES)
         one_of("data.too_long", self.too_long, ("cut", "skip"))
+        for correction in self.image_corrections:
+            one_of("data.image_corrections", correction, IMAGE_CORRECTIONS)
+        colour = self.image_background
+        ok = colour is None or (len(colour) == 3 and all(0 <= value <= 255 for value in colour))
+        require(ok, f"data.image_background={colour} must be null or [red, green, blue], each from 0 to 255")
         at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
         at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
         allowed = 0 <= self.max_bad_fraction <= 1
@@ -135,6 +149,10 @@ class DataConfig:
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
             at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
             _is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)
+
+
+EARLIER = {"data": {"image_background": None, "image_corrections": []}}
+"""What earlier versions did where a key did not exist yet; a configuration that they saved lacks it."""
 
 
 @dataclass

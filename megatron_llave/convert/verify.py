@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from megatron_llave.batch import Side
 from megatron_llave.checkpoint.pretrained import find_pretrained
-from megatron_llave.data.image_files import decode_image
+from megatron_llave.data.image_files import decode_image, image_settings
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import embed, load_model
@@ -67,7 +67,8 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     process_groups.destroy_model_parallel()
     model.chunks.clear()  # the two models are not in memory together
     reference = weights.format.reference_model(transformers, weights)
-    theirs = _embed_with_transformers(reference, weights.format, encoded, decode_image(image_file).size)
+    size = decode_image(image_file, image_settings(model.cfg.data)).size
+    theirs = _embed_with_transformers(reference, weights.format, encoded, size)
     return _print_differences(list(sides), ours, theirs)
 
 

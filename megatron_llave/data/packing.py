@@ -66,6 +66,8 @@ class EncodedSequence:
     """Its images are placeholders of one tile each, which the vision encoder sees as zeros."""
     is_cut: bool = False
     """The text was cut to the processor's max_length."""
+    image_notes: tuple[str, ...] = ()
+    """What its images lost or are (notes of data.image_files.decode_image), in their order."""
 
     @property
     def length(self) -> int:

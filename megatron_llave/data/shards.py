@@ -6,7 +6,6 @@ read as raw bytes. Nothing is decoded by file extension, so nothing is ever unpi
 """
 
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
 from webdataset import TarWriter
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.data.image_files import BadImageError, open_image
 from megatron_llave.data.index import Shard, Subset
 from megatron_llave.data.tar_members import KEY, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
@@ -88,12 +87,12 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
     sizes = []
     for number, image in enumerate(side.images):
         try:
-            with Image.open(io.BytesIO(image)) as header:
-                image_format, size = header.format or "", header.size
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{where}: image {prefix}{number} is not an image that Pillow can read") from error
+            header = open_image(image)
+        except BadImageError as error:
+            raise DataError(f"{where}: image {prefix}{number} is not an image: {error}") from error
+        image_format = header.format or ""
         members[f"{prefix}{number}.{SUFFIXES.get(image_format, image_format.lower())}"] = image
-        sizes.append(list(size))
+        sizes.append(list(header.size))
     described = {"text": side.text, "images": list(members), "sizes": sizes}
     if members:
         described["crc32"] = [zlib.crc32(image) for image in members.values()]

@@ -1,19 +1,26 @@
 """Says what a finished folder of shards holds (`prepare_data.py inspect`) and whether it is intact (`verify`).
 
-inspect reads the JSON of the samples and decodes no image; verify reads every byte.
+inspect reads the JSON of the samples and decodes no image; verify reads every byte and decodes every image.
 """
 
 import hashlib
-import io
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.data.image_files import (
+    MAX_PIXELS,
+    BadImageError,
+    ImageSettings,
+    TooLargeError,
+    decode_image,
+    open_image,
+)
 from megatron_llave.data.index import Shard, Subset, check_size, read_index
 from megatron_llave.data.placeholders import remove_placeholders
 from megatron_llave.data.shards import unpack_json, unpack_pair
@@ -22,7 +29,8 @@ from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.files import AGAIN
 from megatron_llave.planning.pair_lengths import CHUNK, Sizes, TokenCounter, read_descriptions, sample_shards
-from megatron_llave.prepare.shard_jobs import Progress
+from megatron_llave.prepare.shard_jobs import JOBS_PER_WORKER, NOTICED, REPORT_FILE, Progress
+from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
 
 @dataclass
@@ -50,6 +58,18 @@ class Inspection:
     length. For pixels the length is the longer edge of an image, and images are counted."""
     not_encodable: int = 0
     """Number of inputs that training could not encode and would drop."""
+    noticed: dict[str, Counter[str]] = field(default_factory=dict)
+    """What was noticed about images when the folder was made: subset -> note -> number of images."""
+
+
+@dataclass
+class ShardCheck:
+    """The result of verify for one shard."""
+
+    problems: list[str] = field(default_factory=list)
+    """A line for every problem, with the file and, if there is one, the key of the sample."""
+    noticed: list[tuple[str, str]] = field(default_factory=list)
+    """A note of data.image_files.decode_image, and the key and member of the image, for each note on an image."""
 
 
 def token_counter(tokenizer: str | Path, preset: str) -> TokenCounter:
@@ -94,7 +114,28 @@ def inspect(
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise DataError(f"{where}: its .json member is malformed; the command verify says more") from error
         progress("shards", done, len(chosen))
+    result.noticed = read_noticed(directory)
     return result
+
+
+def read_noticed(directory: str | Path) -> dict[str, Counter[str]]:
+    """Return what the report of a folder's preparation noticed about images; empty without a report.
+
+    Raises:
+        DataError: the report is damaged.
+    """
+    file = Path(directory) / REPORT_FILE
+    noticed: dict[str, Counter[str]] = {}
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for line in map(json.loads, lines):
+                if line["reason"].startswith(NOTICED):
+                    noticed.setdefault(line["subset"], Counter())[line["reason"].removeprefix(NOTICED)] += 1
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged: {error!r}") from error
+    return noticed
 
 
 def _count(
@@ -146,24 +187,50 @@ def histogram(lengths: dict[str, Counter[int]]) -> list[tuple[int, int, dict[str
     ]
 
 
-def verify(directory: str | Path, progress: Progress = lambda what, done, total: None) -> Iterator[str]:
-    """Yield one line for every problem, with the file and, if there is one, the key of the sample.
+def verify(
+    directory: str | Path,
+    workers: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress = lambda what, done, total: None,
+) -> Iterator[tuple[str, ShardCheck]]:
+    """Yield the subset and the check of every shard, in the order of the index.
 
     Each shard must exist and have the size, the sha256 and the number of pairs that the index says. Each sample must be
-    complete and of its subset, and its images must have the CRC-32s (which old shards lack) and sizes in its JSON.
+    complete and of its subset, and its images must have the CRC-32s (which old shards lack) and sizes in its JSON, and
+    be decodable.
+
+    Args:
+        directory: a folder of shards.
+        workers: number of worker processes; 1: no worker processes.
+        max_pixels: images with more pixels are a problem.
+        progress: called after each shard.
 
     Raises:
-        DataError: the folder has no readable index.
+        DataError: the folder has no readable index, or a worker was killed.
     """
     directory = Path(directory)
     index = read_index(directory, check_shards=False)
-    shards = [(name, shard) for name, subset in index.subsets.items() for shard in subset.shards]
-    for done, (name, shard) in enumerate(shards, start=1):
-        yield from _shard_problems(directory, name, shard)
-        progress("shards", done, len(shards))
+    names = [name for name, subset in index.subsets.items() for _ in subset.shards]
+    jobs = [(directory, name, shard, max_pixels) for name, subset in index.subsets.items() for shard in subset.shards]
+    try:
+        with worker_pool(workers) as executor:
+            checks = run_in_order(executor, _check_shard, jobs, JOBS_PER_WORKER * workers)
+            for done, (name, check) in enumerate(zip(names, checks), start=1):
+                yield name, check
+                progress("shards", done, len(jobs))
+    except BrokenProcessPool as error:
+        raise DataError(f"a worker reading {directory} was killed; use fewer --workers if memory is short") from error
 
 
-def _shard_problems(directory: Path, subset: str, shard: Shard) -> Iterator[str]:
+def _check_shard(job: tuple[Path, str, Shard, int]) -> ShardCheck:
+    check = ShardCheck()
+    check.problems += _shard_problems(*job, check.noticed)
+    return check
+
+
+def _shard_problems(
+    directory: Path, subset: str, shard: Shard, max_pixels: int, noticed: list[tuple[str, str]]
+) -> Iterator[str]:
     path = directory / shard.file
     try:
         check_size(directory, shard)
@@ -191,14 +258,17 @@ def _shard_problems(directory: Path, subset: str, shard: Shard) -> Iterator[str]
                 except DataError as error:
                     yield str(error)
                     continue
-                yield from _sample_problems({"__key__": sample.key, **members}, subset, path)
+                sample = {"__key__": sample.key, **members}
+                yield from _sample_problems(sample, subset, path, max_pixels, noticed)
     except OSError as error:
         yield str(unreadable(path, error))
     except DataError as error:
         yield str(error)
 
 
-def _sample_problems(sample: dict[str, Any], subset: str, path: Path) -> Iterator[str]:
+def _sample_problems(
+    sample: dict[str, Any], subset: str, path: Path, max_pixels: int, noticed: list[tuple[str, str]]
+) -> Iterator[str]:
     where = f"{path}: sample {sample['__key__']}"
     try:
         pair = unpack_pair(sample, where)
@@ -210,14 +280,17 @@ def _sample_problems(sample: dict[str, Any], subset: str, path: Path) -> Iterato
     described = unpack_json(sample, where)
     for side in (described["query"], described["target"], *described.get("hard_negatives", [])):
         for name, size in zip(side["images"], _sizes_of(side)):
+            notes: list[str] = []
             try:
-                with Image.open(io.BytesIO(sample[name])) as header:
-                    actual = list(header.size)
-            except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
-                yield f"{where}: member {name} is no readable image ({' '.join(str(error).split())}); {AGAIN}"
-                continue
-            if actual != size:
-                yield f"{where}: member {name} is of size {actual}, its JSON says {size}; {AGAIN}"
+                image = open_image(sample[name], max_pixels)
+                if list(image.size) != size:
+                    yield f"{where}: member {name} is of size {list(image.size)}, its JSON says {size}; {AGAIN}"
+                decode_image(sample[name], ImageSettings(max_pixels), notes)
+            except TooLargeError as error:
+                yield f"{where}: member {name}: {error}; training drops its pair below that data.max_image_pixels"
+            except BadImageError as error:
+                yield f"{where}: member {name} is no readable image ({error}); {AGAIN}"
+            noticed += [(note, f"{sample['__key__']} {name}") for note in notes]
 
 
 def _sizes_of(side: dict[str, Any]) -> list[Any]:

@@ -7,12 +7,10 @@ When all shards are finished, the report of what was dropped and `index.json` ar
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import stat
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -21,10 +19,8 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.image_files import BadImageError, decode_image
+from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
@@ -37,7 +33,7 @@ REPORT_FILE = "report.jsonl"
 AGAIN = "the same command resumes after the shards that are finished"
 JOBS_PER_WORKER = 4
 """Number of jobs that are submitted ahead, so that workers never wait and not all rows are in memory at once."""
-SIDECAR_VERSION = 1
+SIDECAR_VERSION = 2
 """A part of every fingerprint. It must be raised when the way of making shards changes."""
 
 MISSING = "missing image"
@@ -49,6 +45,8 @@ EMPTY = "empty side"
 BAD_TEXT = "text is not Unicode"
 HARD_NEGATIVE = "hard negative left out: "
 """Prefix of the reason when only a hard negative is dropped and the pair itself is kept."""
+NOTICED = "noticed: "
+"""Prefix of the reason when nothing is dropped: an image loses something when it is read (data.image_files)."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
@@ -107,7 +105,7 @@ class FinishedShard:
     shard: Shard | None
     """The index's entry for the shard; None if every row was skipped."""
     skipped: list[dict[str, Any]]
-    """Lines of the report, each with subset, row, reason and detail."""
+    """Lines of the report, each with subset, row, reason and detail; also of what was noticed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,8 @@ class Prepared:
     index: Index
     skipped: dict[str, Counter[str]]
     """For each subset, how often something was dropped for each reason."""
+    noticed: dict[str, Counter[str]]
+    """For each subset, how many of its images had transparency, more than 8 bits per channel, or one colour."""
 
 
 class _LeftOutError(DataError):
@@ -197,7 +197,7 @@ def _collect(
     progress: Progress,
 ) -> Prepared:
     index = Index({name: Subset(meta_task, []) for name, meta_task in meta_tasks.items()})
-    skipped: dict[str, Counter[str]] = {name: Counter() for name in meta_tasks}
+    skipped, noticed = ({name: Counter() for name in meta_tasks} for _ in range(2))
     files: set[str] = set()
     progress("shards", 0, num_jobs)
     file = directory / REPORT_FILE
@@ -208,7 +208,7 @@ def _collect(
                 index.subsets[result.subset].shards.append(result.shard)
             for line in result.skipped:
                 report.write(json.dumps(line) + "\n")
-                skipped[result.subset][line["reason"]] += 1
+                count_reason(line, skipped, noticed)
             left_out = sum(reasons.total() for reasons in skipped.values())
             progress(f"shards ({left_out} left out)" if left_out else "shards", done, num_jobs)
     for name, subset in index.subsets.items():
@@ -217,7 +217,14 @@ def _collect(
             why = ", ".join(counts) or "it has no rows"
             raise DataError(f"nothing is left of subset {name}: {why}; see {file}")
     _finish(directory, files, index)
-    return Prepared(index, skipped)
+    return Prepared(index, skipped, noticed)
+
+
+def count_reason(line: dict[str, Any], skipped: dict[str, Counter[str]], noticed: dict[str, Counter[str]]) -> None:
+    """Count a line of the report under its subset, as something that was dropped or as something that was noticed."""
+    reason = line["reason"]
+    counts = noticed if reason.startswith(NOTICED) else skipped
+    counts[line["subset"]][reason.removeprefix(NOTICED)] += 1
 
 
 def _finish(directory: Path, files: set[str], index: Index) -> None:
@@ -293,29 +300,37 @@ def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedSha
 
 
 def _read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
-    """Yield the pairs that can be used; for each other pair a line is added to `skipped`."""
+    """Yield the pairs that can be used; `skipped` gets a line for each other one and for what images lose."""
     for row in job.rows:
 
-        def leave_out(error: _LeftOutError, prefix: str = "") -> None:
-            line = {"subset": job.subset, "row": row.row, "reason": prefix + error.reason, "detail": error.detail}
-            skipped.append(line)
+        def report(reason: str, detail: str) -> None:
+            skipped.append({"subset": job.subset, "row": row.row, "reason": reason, "detail": detail})
 
         try:
-            query, target = _read_side(row.query, "query", row, job), _read_side(row.target, "target", row, job)
+            (query, notes), (target, more) = (
+                _read_side(side, name, row, job) for side, name in ((row.query, "query"), (row.target, "target"))
+            )
         except _LeftOutError as error:
-            leave_out(error)
+            report(error.reason, error.detail)
             continue
+        notes += more
         negatives, ids = [], []
         for number, side in enumerate(row.hard_negatives):
             try:
-                negatives.append(_read_side(side, f"hard negative {number}", row, job))
-                ids.append(side.id)
+                negative, more = _read_side(side, f"hard negative {number}", row, job)
             except _LeftOutError as error:
-                leave_out(error, HARD_NEGATIVE)
+                report(HARD_NEGATIVE + error.reason, error.detail)
+                continue
+            negatives.append(negative)
+            ids.append(side.id)
+            notes += more
+        for note, detail in notes:
+            report(NOTICED + note, detail)
         yield Pair(row.key, job.subset, query, target, row.query.id, row.target.id, negatives, ids)
 
 
-def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> Side:
+def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> tuple[Side, list[tuple[str, str]]]:
+    """Return the side with the bytes of its images, and the notes about them, each with its detail."""
     if not side.text.strip() and not side.images:
         raise _LeftOutError(EMPTY, f"{name}: neither text nor image")
     try:
@@ -324,7 +339,12 @@ def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> Si
         raise _LeftOutError(BAD_TEXT, f"{name}: {error.reason} at character {error.start}") from error
     try:
         paths = [_locate(image, row.folder, job.is_confined) for image in side.images]
-        return Side(side.text, [_read_image(path, job.max_pixels) for path in paths])
+        images, noticed = [], []
+        for path, written in zip(paths, side.images):
+            notes: list[str] = []
+            images.append(_read_image(path, job.max_pixels, notes))
+            noticed += [(note, f"{name}: {written!r}") for note in notes]
+        return Side(side.text, images), noticed
     except _LeftOutError as error:
         raise _LeftOutError(error.reason, f"{name}: {error.detail}") from error
 
@@ -345,8 +365,11 @@ def _locate(image: str, folder: str, is_confined: bool) -> Path:
     return Path(folder, path)
 
 
-def _read_image(path: Path, max_pixels: int) -> bytes:
-    """Return the bytes of an image file after checking that training can decode them."""
+def _read_image(path: Path, max_pixels: int, notes: list[str]) -> bytes:
+    """Return the bytes of an image file after decoding them as training will; `notes` are those of decode_image.
+
+    A truncated JPEG passes a look at its header and Pillow's verify().
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _LeftOutError(MISSING, f"{str(path)!r} is not a file")
@@ -356,27 +379,13 @@ def _read_image(path: Path, max_pixels: int) -> bytes:
             raise _LeftOutError(MISSING, f"{str(path)!r}: {error.strerror}") from error
         # The storage has failed, not the image: skipping it would lose pairs that are intact.
         raise DataError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about what is checked here
-        _check_image(data, path, max_pixels)
-    return data
-
-
-def _check_image(data: bytes, path: Path, max_pixels: int) -> None:
-    """Decode the complete image as training will; a truncated JPEG passes a look at its header and verify()."""
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            width, height = header.size
-    except Image.DecompressionBombError as error:
+        decode_image(data, ImageSettings(max_pixels), notes)
+    except TooLargeError as error:
         raise _LeftOutError(TOO_LARGE, f"{str(path)!r}: {error}") from error
-    except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
-        raise _LeftOutError(CORRUPT, f"{str(path)!r}: not an image in a known format") from error
-    if width * height > max_pixels:
-        raise _LeftOutError(TOO_LARGE, f"{str(path)!r}: {width}x{height} exceeds {max_pixels} pixels")
-    try:
-        decode_image(data, max_pixels)
     except BadImageError as error:
         raise _LeftOutError(CORRUPT, f"{str(path)!r}: {error}") from error
+    return data
 
 
 def _unwritable(path: str | Path, error: OSError) -> DataError:

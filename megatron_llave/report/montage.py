@@ -3,7 +3,6 @@
 evaluation_report.py chooses the queries.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_llave.batch import Side
+from megatron_llave.data.image_files import decode_image
 from megatron_llave.files import atomic_write
 from megatron_llave.report.plots import GREEN, GREY, INK, PALE, RED, WHITE
 
@@ -117,13 +117,11 @@ def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], 
 
 
 def _scaled(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
-    """The decoded image on white, scaled up or down to fit into `limit`."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGBA")
-    flat = Image.new("RGBA", image.size, WHITE)
-    flat.alpha_composite(image)
-    scale = min(limit[0] / flat.width, limit[1] / flat.height)
-    size = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
-    return flat.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    """The decoded image, transparency on white, scaled up or down to fit into `limit`."""
+    image = decode_image(encoded)
+    scale = min(limit[0] / image.width, limit[1] / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

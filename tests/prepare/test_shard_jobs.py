@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forking import run_script
 from PIL import Image
@@ -19,6 +20,7 @@ from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import DataError
 from megatron_llave.prepare import shard_jobs
+from megatron_llave.prepare.audit import read_noticed
 from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide, cut_into_jobs, make_id, write_shards
 
 pytestmark = pytest.mark.long
@@ -108,9 +110,9 @@ LEFT_OUT = [
     (side("q", "\ud800.png"), "missing image", "cannot be the name of a file"),
     (side("q", "cut.jpg"), "corrupt image", "cut.jpg.*truncated"),
     (side("q", "cut.png"), "corrupt image", "cut.png"),
-    (side("q", "text.png"), "corrupt image", "not an image in a known format"),
-    (side("q", "empty.png"), "corrupt image", "not an image in a known format"),
-    (side("q", "large.png"), "image too large", "101x100 exceeds 10000 pixels"),
+    (side("q", "text.png"), "corrupt image", "not a readable image in a known format"),
+    (side("q", "empty.png"), "corrupt image", "not a readable image in a known format"),
+    (side("q", "large.png"), "image too large", "101x100 pixels exceeds the limit of 10000 pixels"),
     (side("q", "../secret.png"), "image path outside the source", "'../secret.png'"),
     (side("q", "x/../../secret.png"), "image path outside the source", "secret.png"),
     (side("q", "/etc/hostname"), "image path outside the source", "'/etc/hostname'"),
@@ -137,6 +139,26 @@ def test_what_cannot_be_used_is_reported_with_its_reason_and_the_others_stay(ima
         assert re.search(detail, line["detail"]), line
     assert sum(made.skipped["cats"].values()) == 2 * len(LEFT_OUT)
     assert made.skipped["cats"]["image is a URL"] == 4
+
+
+def test_images_that_lose_something_are_kept_counted_and_named(images, tmp_path):
+    for name, image in (
+        ("alpha.png", Image.merge("RGBA", [Image.linear_gradient("L").resize((8, 8))] * 4)),
+        ("deep.png", Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)),
+        ("black.png", Image.new("L", (8, 8))),
+    ):
+        image.save(images / name)
+    rows = [make_row(0, images, side("q", "alpha.png"), side("t", "deep.png", "good.png"), side("n", "black.png"))]
+    rows += [make_row(1, images, side("q", "alpha.png"), side("t", "none.png"))]  # dropped, not noticed
+    made = make(rows, tmp_path / "out")
+    kinds = ["image with transparency", "image of more than 8 bits per channel", "image of one colour"]
+    assert made.noticed["cats"] == dict.fromkeys(kinds, 1) and made.skipped["cats"] == {"missing image": 1}
+    *noticed, dropped = report_of(tmp_path / "out")
+    assert [line["reason"] for line in noticed] == [f"noticed: {kind}" for kind in kinds]
+    wanted = ["query: .*alpha.png", "target: .*deep.png", "hard negative 0: .*black.png"]
+    assert all(re.match(name, line["detail"]) for name, line in zip(wanted, noticed))
+    assert dropped["reason"] == "missing image"
+    assert read_noticed(tmp_path / "out") == made.noticed
 
 
 def test_a_bad_hard_negative_goes_alone(images, tmp_path):

@@ -11,7 +11,13 @@ from PIL import Image
 from megatron_llave.batch import Side
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import DataConfig
-from megatron_llave.data.image_files import MAX_PIXELS, decode_image
+from megatron_llave.data.image_files import (
+    BadImageError,
+    ImageSettings,
+    decode_image,
+    image_settings,
+    settings_of_embeddings,
+)
 from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
 from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -39,8 +45,8 @@ class LlavaOnevisionProcessor:
     """Number of tiles to whose patches a much larger feature map is interpolated; None: every patch is kept."""
     image_token_without_image: str = "blank"
     """What the qwen template does with placeholders in a text without any image: blank or remove."""
-    max_image_pixels: int = MAX_PIXELS
-    """Images with more pixels are refused before they are decoded."""
+    images: ImageSettings = ImageSettings()
+    """How image files become pixels, and the limits on their size."""
     too_long: str = "cut"
     """What happens to a text that exceeds max_length: cut, or skip (which raises a DataError)."""
     video_newline: str = "one_token"
@@ -64,7 +70,8 @@ class LlavaOnevisionProcessor:
         """
         if side.frames is not None:
             return self._encode_video(side.text, side.frames)
-        text, images = side.text, [decode_image(data, self.max_image_pixels) for data in side.images]
+        text, notes = side.text, []
+        images = [decode_image(data, self.images, notes) for data in side.images]
         layouts = [self._layout(*image.size, self.grids) for image in images]
         num_blank = 0
         if self.template == "qwen" and not images:
@@ -74,9 +81,13 @@ class LlavaOnevisionProcessor:
             layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
         visual_tokens = sum(map(len, layouts))
         tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
-        tiles = [anyres.cut_tiles(image, self.grids, self.tile_size) for image in images]
+        try:
+            tiles = [anyres.cut_tiles(image, self.grids, self.tile_size) for image in images]
+        except MemoryError as error:
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            raise BadImageError(f"the memory is too small for the tiles of images of {sizes} pixels") from error
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
-        return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut)
+        return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut, tuple(notes))
 
     def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
         """Encode a video: each frame is one squashed tile, and the prompt has one image for all of them."""
@@ -123,7 +134,7 @@ def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevis
         patch_size=cfg_model.vision.patch_size,
         anyres_max_tiles=cfg_model.anyres_max_tiles,
         image_token_without_image=cfg_data.image_token_without_image,
-        max_image_pixels=cfg_data.max_image_pixels,
+        images=image_settings(cfg_data),
         too_long=cfg_data.too_long,
         video_newline=cfg_data.video_newline,
     )
@@ -170,6 +181,7 @@ def input_settings(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
         "max_length": data.max_length,
         "image_token_without_image": data.image_token_without_image,
         "video_newline": data.video_newline,
+        **settings_of_embeddings(data),
     }
 
 
