@@ -4,7 +4,7 @@ python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg
 torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder. A line of the JSONL is
-{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/python.md.
+{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/data.md.
 """
 
 import argparse

@@ -4,7 +4,6 @@ tools/prepare_data.py runs this once. A first pass checks every line, so that a 
 after hours. A second pass makes the shards.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS
+from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError, one_of
 from megatron_llave.prepare.shard_jobs import (
@@ -30,7 +30,6 @@ from megatron_llave.prepare.shard_jobs import (
 )
 
 PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives")
-SIDE_KEYS = ("text", "images", "id")
 LONGEST_SUBSET = 60
 """The largest number of characters in the name of a subset; the keys made from it must fit into a tar file."""
 
@@ -45,15 +44,19 @@ class PairLine:
     id: str | None
     folder: Path
     """The folder that relative image paths start from."""
-    sides: list[tuple[str, list[str], str | None]]
-    """Text, image paths and id of the query, the target and the hard negatives, in this order."""
+    sides: list[Item]
+    """The query, the target and the hard negatives, in this order."""
 
     def to_row(self, number: int, common: str) -> SourceRow:
         """Return pair number `number` of its subset; ids contain image paths relative to folder `common`."""
         start = os.path.relpath(self.folder, common)
         query, target, *negatives = (
-            SourceSide(text, tuple(images), name or make_id(text, [_path_for_id(start, image) for image in images]))
-            for text, images, name in self.sides
+            SourceSide(
+                item.text,
+                item.images,
+                item.id or make_id(item.text, [_path_for_id(start, image) for image in item.images]),
+            )
+            for item in self.sides
         )
         key = self.id or default_key(self.subset, number)
         return SourceRow(key, self.where, str(self.folder), query, target, tuple(negatives))
@@ -157,27 +160,17 @@ def _check_id(line: PairLine, number: int, ids: set[tuple[str, str]]) -> None:
 
 def _read_all(paths: Sequence[Path]) -> Iterator[PairLine]:
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                for number, text in enumerate(file, start=1):
-                    if text.strip():
-                        yield parse_line(text, path, number)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        for _, where, values in read_jsonl(path):
+            yield parse_line(values, path, where)
 
 
-def parse_line(text: bytes, path: Path, number: int) -> PairLine:
-    """Check one line of a file and return its values.
+def parse_line(values: Any, path: Path, where: str) -> PairLine:
+    """Check the JSON value of one line of file `path` and return its values; `where` is FILE:LINE.
 
     Raises:
         DataError: the line does not follow the schema; the message has FILE:LINE and the wrong key.
     """
-    where = f"{path}:{number}"
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    _check_keys(values, PAIR_KEYS, f"{where}: the line")
+    check_keys(values, PAIR_KEYS, where)
     for key in ("query", "target"):
         if key not in values:
             raise DataError(f"{where}: {key} is missing")
@@ -193,27 +186,5 @@ def parse_line(text: bytes, path: Path, number: int) -> PairLine:
         raise DataError(f"{where}: hard_negatives must be a list, not {str(negatives)[:60]!r}")
     named = [("query", values["query"]), ("target", values["target"])]
     named += [(f"hard_negatives[{index}]", side) for index, side in enumerate(negatives)]
-    sides = [_parse_side(side, f"{where}: {key}") for key, side in named]
+    sides = [parse_item(side, f"{where}: {key}") for key, side in named]
     return PairLine(where, subset, name, path.parent, sides)
-
-
-def _parse_side(values: Any, where: str) -> tuple[str, list[str], str | None]:
-    _check_keys(values, SIDE_KEYS, where)
-    if "text" not in values and "images" not in values:
-        raise DataError(f"{where} needs text, images, or both")
-    text, images, name = values.get("text", ""), values.get("images", []), values.get("id")
-    if not isinstance(text, str):
-        raise DataError(f"{where}.text must be a string, not {str(text)[:60]!r}")
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise DataError(f"{where}.images must be a list of paths, not {str(images)[:60]!r}")
-    if name is not None and not (isinstance(name, str) and name and name.isprintable()):
-        raise DataError(f"{where}.id must be a string of printable characters, not {name!r}")
-    return text, images, name
-
-
-def _check_keys(values: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(values, dict):
-        raise DataError(f"{where} must be an object with {', '.join(known)}, not {str(values)[:60]!r}")
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise DataError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(known)}")

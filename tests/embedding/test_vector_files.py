@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_llave.embedding.jsonl import count_lines, read_parts
+from megatron_llave.embedding.inputs import Input
+from megatron_llave.embedding.jsonl import count_lines, read_lines, read_parts
 from megatron_llave.embedding.vector_files import embedding_file
 from megatron_llave.errors import DataError
 
@@ -35,13 +36,27 @@ def test_parts_keep_order_ids_and_pictures(tmp_path: Path) -> None:
     assert count_lines(write(tmp_path)) == 0 and list(read_parts(path, 2)) == []
 
 
+def test_blank_lines_do_not_count_and_numbers_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "inputs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "three"}\r\n{"text": "four", "id": 4}\r\n\r\n')
+    parts = list(read_parts(path, 2))
+    assert count_lines(path) == 3
+    assert [list(part) for part in parts] == [[f"{path}:1 one"], [f"{path}:3 three", f"{path}:4 four"]]
+    assert [line.id for part in parts for line in part.entries] == ["1", "3", "4"]
+
+
+def test_both_spellings_of_images_are_one(tmp_path: Path) -> None:
+    spellings = {"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}, {"images": "a.png"}
+    inputs = [line for _, line in read_lines(write(tmp_path, *spellings))]
+    assert inputs == [Input("", ("a.png",))] * 4
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "2: not JSON"),
-        ("", "2: not JSON"),
-        ([1], "2: must be an object with id, text, image"),
-        ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image"),
+        ([1], r"2: must be an object with id, text, image, images, not \[1\]"),
+        ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image, images"),
         ({"text": 3}, "2: text must be a string, not 3"),
         ({"image": [3]}, "2: image must be a file name or a list of them"),
         ({"text": ""}, "2: neither text nor image"),
@@ -59,7 +74,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing.jsonl cannot be read: No such file"):
         count_lines(tmp_path / "nothing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}\n')
-    with pytest.raises(DataError, match="latin.jsonl is not UTF-8"):
+    with pytest.raises(DataError, match="latin.jsonl:1: not JSON: it is not UTF-8"):
         count_lines(tmp_path / "latin.jsonl")
 
 

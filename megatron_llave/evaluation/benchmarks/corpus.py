@@ -63,20 +63,35 @@ class StoredRows:
         return torch.from_numpy(self.cache.rows(np.arange(self.first, self.last)[index]))
 
 
-def read_retrieval(queries: str | Path, corpus: str | Path, judgements: str | Path) -> RetrievalData:
-    """Read and check the three files.
+def read_retrieval(queries: str | Path, corpus: str | Path, judgements: str | Path | None = None) -> RetrievalData:
+    """Read and check the three files; without judgements, the candidate with the id of a query is its only right one.
+
+    The default id is the number of the line, so that line i of the queries then belongs to line i of the corpus.
 
     Raises:
         DataError: a line is malformed, an id is not unique, has white space or is unknown; names file and line.
     """
     collections = read_collection(queries, "queries"), read_collection(corpus, "corpus")
+    if judgements is None:
+        return RetrievalData(*collections, _judge_equal_ids(queries, corpus, *collections))
     return RetrievalData(*collections, read_judgements(judgements, *collections))
+
+
+def _judge_equal_ids(
+    path: str | Path, corpus_path: str | Path, queries: Collection, corpus: Collection
+) -> dict[str, dict[str, int]]:
+    known = set(corpus.ids)
+    for name in queries.ids:
+        if name not in known:
+            hint = "without --judgements each query needs the candidate that has its id"
+            raise DataError(f"{path}: no candidate in {corpus_path} has the id {name!r}; {hint}")
+    return {name: {name: 1} for name in queries.ids}
 
 
 def read_collection(path: str | Path, name: str) -> Collection:
     """Read the inputs of a JSONL file under the name `name`; raises as read_retrieval does."""
     path, entries, ids = Path(path), [], {}
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in read_lines(path):
         if line.id in ids:
             raise DataError(f"{path}:{number}: id {line.id!r} is that of line {ids[line.id]} too; ids must be unique")
         if not line.id or len(line.id.split()) != 1:
@@ -171,9 +186,12 @@ def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[flo
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--queries", required=True, help="JSONL of {id, text, image}, as tools/embed.py takes")
+    parser.add_argument(
+        "--queries", required=True, help="JSONL of {id, text, image}, as tools/embed.py takes (docs/data.md)"
+    )
     parser.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
-    parser.add_argument("--judgements", required=True, help="TREC qrels (query 0 candidate grade) or BEIR's table")
+    default = "default: a candidate with the id of the query (by default the number of its line) is right"
+    parser.add_argument("--judgements", help=f"TREC qrels (query 0 candidate grade) or BEIR's table; {default}")
     parser.add_argument("--k", type=comma_list, default="1,5,10", help="depths of recall@k and ndcg@k; default: 1,5,10")
 
 

@@ -106,6 +106,17 @@ def test_bad_files_are_named(tmp_path, which, text, message):
         read_retrieval(*paths)
 
 
+def test_without_judgements_equal_ids_are_right(tmp_path):
+    queries, corpus, _ = write_files(tmp_path, num=3)
+    with pytest.raises(
+        DataError, match=r"queries\.jsonl: no candidate in .*corpus\.jsonl has the id 'q0'; without --j"
+    ):
+        read_retrieval(queries, corpus)
+    for path in (queries, corpus):
+        path.write_text("".join(json.dumps({"text": f"{path.stem} {i}"}) + "\n" for i in range(3)))
+    assert read_retrieval(queries, corpus).judgements == {"1": {"1": 1}, "2": {"2": 1}, "3": {"3": 1}}
+
+
 def test_byte_order_marks_and_rare_line_ends_are_text(tmp_path):
     paths = write_files(tmp_path)
     queries = '{"id": "q0", "text": "two\u2028lines"}\n{"id": "q1", "text": "x"}\n'

@@ -1,0 +1,99 @@
+"""The one reader of JSONL files and of an item in them: an input of the model that a user has written down.
+
+An item is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, images, or both; `images` is another spelling of
+`image`. Each line of a file for tools/embed.py, and of the queries and the corpus of a retrieval, is an item
+(embedding/jsonl.py). The query, the target and the hard negatives of a training pair are items (prepare/jsonl.py).
+"""
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llave.errors import DataError
+
+KEYS = ("id", "text", "image", "images")
+LONGEST_LINE = 2**24
+"""The largest number of bytes of a line; a longer one is a sign of a file that is no JSONL."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text, images, or both, as they are written in a file."""
+
+    text: str
+    """"" where there is no text."""
+    images: tuple[str, ...]
+    """Image paths as they are written."""
+    id: str | None
+    """The user's name for it; None where there is none."""
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, str, Any]]:
+    """Yield (number of the line from 1, FILE:LINE, its JSON value) of each line that is not blank.
+
+    A byte order mark at the beginning of the file and line ends of Windows are accepted.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON or is too long; the message has FILE:LINE.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                where = f"{path}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{where}: a line has more than {LONGEST_LINE} bytes; is it a JSONL file?")
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, where, _parse_json(line, where)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse_json(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not JSON: it is not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+
+
+def parse_item(values: Any, where: str) -> Item:
+    """Check the JSON value of an item; whether text and images are empty or missing files is the caller's concern.
+
+    Raises:
+        DataError: it is not an item; the message begins with `where` and names the key.
+    """
+    check_keys(values, KEYS, where)
+    if not {"text", "image", "images"} & values.keys():
+        raise DataError(f"{where}: neither text nor image")
+    if {"image", "images"} <= values.keys():
+        raise DataError(f"{where}: image and images are two spellings of one key; give one of them")
+    key = "images" if "images" in values else "image"
+    text, images, name = values.get("text", ""), values.get(key, []), values.get("id")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(text, str):
+        raise DataError(f"{where}: text must be a string, not {_shown(text)}")
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise DataError(f"{where}: {key} must be a file name or a list of them, not {_shown(images)}")
+    name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+    if name is not None and not (isinstance(name, str) and name and name.isprintable()):
+        raise DataError(f"{where}: id must be a whole number or a string of printable characters, not {_shown(name)}")
+    return Item(text, tuple(images), name)
+
+
+def check_keys(values: Any, known: Sequence[str], where: str) -> None:
+    """Raise a DataError that begins with `where` unless `values` is a JSON object with no other keys than `known`."""
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: must be an object with {', '.join(known)}, not {_shown(values)}")
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise DataError(f"{where}: unknown key {unknown[0][:60]!r}; known keys: {', '.join(known)}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"
