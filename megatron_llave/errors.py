@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,31 @@ from typing import Any, NoReturn
 SECONDS_FOR_FIRST_RANK = 10
 
 
+LONGEST_WORD = 300
+LONGEST_MESSAGE = 2000
+
+
 class UserError(ValueError):
-    """Base class of the errors whose message is written for the person who started the run."""
+    """Base class of the errors whose message is written for the person who started the run: one line, never endless."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(to_one_line(message))
+
+
+def to_one_line(message: str) -> str:
+    """A message as one line that a terminal can show, without the middle of overlong words and of an overlong whole.
+
+    Names and values from files go into messages, and may hold line ends, terminal codes or megabytes.
+    """
+    line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", message.strip())
+    line = re.sub(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ud800-\udfff]", lambda code: repr(code[0])[1:-1], line)
+    line = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: _shortened(word[0], LONGEST_WORD), line)
+    return _shortened(line, LONGEST_MESSAGE)
+
+
+def _shortened(text: str, length: int) -> str:
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 class ConfigError(UserError):

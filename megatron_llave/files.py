@@ -8,13 +8,16 @@ without digits, because all ranks that fill it together must know its name; the 
 Nothing reads a `.partial`, so what a killed process leaves costs space and nothing else.
 """
 
+import codecs
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ VERSION = 1
 """Version of all of the package's own JSON formats."""
 AGAIN = "make it again or copy it again"
 """The advice at the end of messages about damaged data."""
+MAX_JSON_BYTES = 2**30
+"""The largest JSON file that is read, and the largest line of a JSONL file."""
+MAX_JSON_DEPTH = 100
+"""How deeply lists and objects may lie in each other in JSON."""
 
 
 @contextmanager
@@ -77,14 +84,7 @@ def read_json(
             or version.
     """
     path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as cause:
-        raise error(f"{path} does not exist; {hint}") from cause
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}; {hint}") from cause
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path} is not valid JSON ({cause}); {AGAIN}") from cause
+    value = _decode(read_bytes(path, MAX_JSON_BYTES, hint, error), str(path), error, f"; {AGAIN}")
     if not isinstance(value, dict):
         raise error(f"{path} holds a {type(value).__name__}, not one JSON object; {hint}")
     if file_format is None:
@@ -95,6 +95,131 @@ def read_json(
         version = value.get("version")
         raise error(f"{path} is {file_format!r} version {version!r}, this code reads version {VERSION}; make it again")
     return value
+
+
+def read_bytes(path: str | Path, limit: int, hint: str = AGAIN, error: type[UserError] = DataError) -> bytes:
+    """Read a regular file of at most `limit` bytes; a device or a named pipe might never end.
+
+    Args:
+        path: the file.
+        limit: number of bytes.
+        hint: the end of the message when the file is missing or cannot be read.
+        error: the kind of error to raise.
+
+    Raises:
+        UserError: of kind `error`; the file is missing, cannot be read, is no regular file or is too large.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise error(f"{path} cannot be read: it is not a regular file; {hint}")
+        if status.st_size > limit:
+            raise error(f"{path} has {status.st_size} bytes, more than the {limit} that are read; {hint}")
+        return path.read_bytes()
+    except FileNotFoundError as cause:
+        raise error(f"{path} does not exist; {hint}") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}; {hint}") from cause
+    except ValueError as cause:  # a name with a NUL or with half a surrogate pair
+        if isinstance(cause, UserError):
+            raise
+        raise error(f"{str(path)!r} cannot be the name of a file ({cause}); {hint}") from cause
+
+
+def parse_json(text: str | bytes, where: str, error: type[UserError] = DataError) -> Any:
+    """Parse JSON that somebody else has written, such as the line of a JSONL file.
+
+    Args:
+        text: the JSON, in UTF-8 if it is bytes.
+        where: the place that messages begin with, such as FILE:LINE.
+        error: the kind of error to raise.
+
+    Raises:
+        UserError: of kind `error`; it is not JSON, nests deeper than MAX_JSON_DEPTH, or has an integer of more than 64
+            bits, or a string with a NUL or with half a surrogate pair (a cut emoji), which is no text.
+    """
+    value = _decode(text, where, error, "")
+    if (b"\\u" if isinstance(text, bytes) else "\\u") in text or isinstance(text, str) and not text.isascii():
+        for string in _strings(value):
+            if "\0" in string or not string.isascii() and re.search("[\ud800-\udfff]", string):
+                wrong = "a NUL" if "\0" in string else "half a surrogate pair, as of a cut emoji"
+                raise error(f"{where}: the text {string!r} holds {wrong}, which is no character; remove it")
+    return value
+
+
+def read_lines(path: str | Path, error: type[UserError] = DataError) -> Iterator[tuple[int, bytes]]:
+    """Yield number, from 1, and bytes of each line of a text file that is not blank; a byte order mark is left out.
+
+    Raises:
+        UserError: of kind `error`; the file cannot be read, is no regular file, or has a line of MAX_JSON_BYTES.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise error(f"{path} cannot be read: it is not a regular file")
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES), b""), start=1):
+                if len(line) == MAX_JSON_BYTES:
+                    raise error(f"{path}:{number} is longer than {MAX_JSON_BYTES} bytes, so that it is no line of text")
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    except ValueError as cause:
+        if isinstance(cause, UserError):
+            raise
+        raise error(f"{str(path)!r} cannot be the name of a file ({cause})") from cause
+
+
+def _decode(text: str | bytes, where: str, error: type[UserError], hint: str) -> Any:
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")  # files that Windows programs have written begin with a mark
+        value = json.loads(text, parse_int=_parse_int)
+        if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+            _check_depth(value)
+    except UnicodeDecodeError as cause:
+        raise error(f"{where} is not UTF-8 text ({cause.reason} at byte {cause.start}){hint}") from cause
+    except RecursionError as cause:
+        raise error(f"{where} is not valid JSON (nested deeper than {MAX_JSON_DEPTH}){hint}") from cause
+    except ValueError as cause:
+        raise error(f"{where} is not valid JSON ({cause}){hint}") from cause
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"the integer {digits[:20]}... has more than 64 bits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for outer in level for inner in _inner(outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings of a parsed JSON, keys included."""
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, str):
+            yield current
+        elif isinstance(current, dict):
+            yield from current
+        waiting += _inner(current)
 
 
 @contextmanager

@@ -4,29 +4,38 @@ python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg
 torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder. A line of the JSONL is
-{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/data.md.
+{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/data.md. A command that
+was interrupted continues when it is given again.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.progress import track
 
 from megatron_llave.batch import Side
 from megatron_llave.distributed import process_groups
-from megatron_llave.embedding.embedder import LoadedModel, embed, load_model
-from megatron_llave.embedding.jsonl import count_lines, read_parts
-from megatron_llave.embedding.vector_files import embedding_file
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
+from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
+from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts, load_model
+from megatron_llave.embedding.inputs import Inputs
+from megatron_llave.embedding.jsonl import count_inputs, read_blocks
+from megatron_llave.embedding.vector_files import SUFFIXES, embedding_file
+from megatron_llave.errors import ConfigError, DataError, NotFiniteError, OneLineParser, exit_with_one_line
+from megatron_llave.files import lock_folder, write_text
 from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
-PART = 4096
-"""Number of inputs of a JSONL file that are embedded together."""
+BLOCK = 65536
+"""Number of inputs of a JSONL file that are in memory at a time."""
 
 
 def main() -> None:
@@ -40,6 +49,9 @@ def main() -> None:
     parser.add_argument("--instruction", default=INSTRUCTION, help="text that goes with each --image")
     parser.add_argument("--jsonl", help="file of inputs, instead of --text and --image; needs --out")
     parser.add_argument("--out", help="file to write, .npy or .parquet")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave inputs of --jsonl out that cannot be read, and list them"
+    )
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
     args = parser.parse_args()
@@ -49,44 +61,119 @@ def main() -> None:
             raise ConfigError("give either --jsonl, or --text and --image, as many as you like")
         if args.jsonl and not args.out:
             raise ConfigError("--jsonl needs --out FILE.npy or FILE.parquet")
-        num_rows = count_lines(args.jsonl) if args.jsonl else len(args.text) + len(args.image)
+        if args.out and Path(args.out).suffix not in SUFFIXES:
+            raise ConfigError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
+        num_rows = count_inputs(args.jsonl, BLOCK) if args.jsonl else 0
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
-        parts = embedded_file(model, args.jsonl, num_rows) if args.jsonl else embedded_arguments(model, args)
-        write_parts(parts, args.out, num_rows, model, args.checkpoint)
+        if args.jsonl:
+            embed_file(model, args, num_rows)
+        else:
+            embed_arguments(model, args)
         process_groups.destroy_distributed()
 
 
-def embedded_file(model: LoadedModel, path: str, num_rows: int) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Ids and embeddings of a JSONL file, part by part."""
-    parts = read_parts(path, PART)
-    if dist.get_rank() == 0:
-        parts = track(parts, "embedding", total=-(-num_rows // PART))
-    for part in parts:
-        yield [line.id for line in part.entries], embed(model, part)
+@dataclass(frozen=True)
+class FileEmbedder:
+    """Embeds a JSONL file block by block; what is embedded stays in a folder until the output is complete."""
+
+    model: LoadedModel
+    path: str
+    folder: Path
+    identity: dict[str, str]
+    skip_bad: bool
+
+    def caches(self) -> Iterator[tuple[CachedEmbedder, Inputs]]:
+        """Yield what embeds each block, and the block."""
+        for number, block in enumerate(read_blocks(self.path, BLOCK)):
+            embed = partial(embed_parts, self.model, skip_bad=self.skip_bad)
+            yield CachedEmbedder(embed, self.folder / f"{number:05d}", self.identity, self.model.groups.dp), block
+
+    def embed(self, num_rows: int) -> int:
+        """Embed what is missing; returns the number of rows that are not skipped, on the first rank."""
+        kept = 0
+        total = -(-num_rows // BLOCK)
+        for embedder, block in track(self.caches(), "embedding", total=total, disable=dist.get_rank() > 0):
+            (cache,) = embedder.embed([block])
+            kept += sum(len(rows) for _, rows in self.rows_of(cache)) if dist.get_rank() == 0 else 0
+        return kept
+
+    def rows_of(self, cache: EmbeddingCache) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Yield ids and embeddings of each part, without the inputs that could not be read."""
+        for part in range(cache.num_parts):
+            rows = cache.rows(np.arange(cache.bounds[part], cache.bounds[part + 1]))
+            kept = rows.any(axis=1)
+            ids = [item.id for item, is_kept in zip(cache.inputs_of(part).entries, kept) if is_kept]
+            yield ids, torch.from_numpy(rows[kept])
+
+    def rows(self) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Yield ids and embeddings of the whole file, part by part."""
+        for embedder, block in self.caches():
+            yield from self.rows_of(embedder.cache(block))
+
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """Yield id and problem of each input that could not be read; it is read again for its problem."""
+        for embedder, block in self.caches():
+            cache = embedder.cache(block)
+            for key, item, row in zip(block, block.entries, cache.rows(np.arange(len(block)))):
+                if not row.any():
+                    try:
+                        self.model.encoder.encode(block[key])
+                        problem = "it can be read now; give the command again"
+                    except DataError as error:
+                        problem = str(error)
+                    yield {"input": key, "id": item.id, "problem": problem}
 
 
-def embedded_arguments(model: LoadedModel, args: argparse.Namespace) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The command line's inputs as one part: the texts, then the images."""
+def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> None:
+    """Embed a JSONL file; a command that was interrupted continues when it is given again."""
+    folder, is_writer = Path(f"{args.out}.parts"), dist.get_rank() == 0
+    with lock_folder(folder) if is_writer else nullcontext():
+        embedder = FileEmbedder(model, args.jsonl, folder, model.identity(), args.skip_bad)
+        try:
+            kept = embedder.embed(num_rows)
+        except NotFiniteError:
+            raise
+        except DataError as error:
+            hint = "" if args.skip_bad else "; --skip-bad leaves such inputs out"
+            raise DataError(f"{error}; what is embedded stays in {folder} for the same command{hint}") from error
+        if is_writer:
+            skipped = list(embedder.skipped()) if kept < num_rows else []
+            if skipped and not args.skip_bad:
+                raise DataError(f"input {skipped[0]['input']}: {skipped[0]['problem']}; --skip-bad leaves it out")
+            listed = Path(f"{args.out}.skipped.jsonl")
+            listed.unlink(missing_ok=True)
+            if skipped:
+                write_text(listed, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
+            write_rows(embedder.rows(), args.out, kept, model, args.checkpoint)
+            if skipped:
+                print(f"{len(skipped)} of {num_rows} inputs were left out: {listed}")
+            shutil.rmtree(folder)
+    dist.barrier()
+
+
+def embed_arguments(model: LoadedModel, args: argparse.Namespace) -> None:
+    """Embed the command line's inputs: the texts, then the images."""
     names = [*args.text, *args.image]
     sides = [Side(text, []) for text in args.text] + [Side.read(args.instruction, image) for image in args.image]
-    yield names, embed(model, {f"{index} ({name})": side for index, (name, side) in enumerate(zip(names, sides), 1)})
+    rows = embed(model, {f"{index} ({name})": side for index, (name, side) in enumerate(zip(names, sides), 1)})
+    if dist.get_rank() == 0:
+        write_rows([(names, rows)], args.out, len(names), model, args.checkpoint)
 
 
-def write_parts(
-    parts: Iterator[tuple[list[str], torch.Tensor]], out: str | None, num_rows: int, model: LoadedModel, source: str
+def write_rows(
+    parts: Iterable[tuple[list[str], torch.Tensor]], out: str | None, num_rows: int, model: LoadedModel, source: str
 ) -> None:
-    """Write or print the embeddings on the first rank; all ranks iterate over the parts, since they embed them."""
-    is_writer = dist.get_rank() == 0
+    """Write ids and embeddings into a file, or print them."""
     width = model.cfg.model.language.hidden_size
-    with embedding_file(out, num_rows, width, source) if out and is_writer else nullcontext() as write:
+    if not out:
         for ids, embeddings in parts:
-            if write is not None:
-                write(ids, embeddings)
-            elif is_writer:
-                for name, row in zip(ids, embeddings.tolist()):
-                    print(json.dumps({"input": name, "embedding": row}, ensure_ascii=False))
-    if out and is_writer:
-        print(f"{num_rows} embeddings of {width} numbers: {out}")
+            for name, row in zip(ids, embeddings.tolist()):
+                print(json.dumps({"input": name, "embedding": row}, ensure_ascii=False))
+        return
+    with embedding_file(out, num_rows, width, source) as write:
+        for ids, embeddings in parts:
+            write(ids, embeddings)
+    print(f"{num_rows} embeddings of {width} numbers: {out}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ The tool only reads log.jsonl and evaluations.jsonl in the output directories, s
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
+from megatron_llave.files import parse_json
 from megatron_llave.report.plots import plot_runs
 from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
@@ -68,7 +68,7 @@ def read_evaluations(path: Path) -> list[tuple[int, float]]:
     means: dict[int, float] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, str(path))
             scores = [math.nan if score is None else score for score in record["precision_at_1"].values()]
             means[int(record["step"])] = sum(scores) / len(scores)
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

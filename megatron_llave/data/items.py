@@ -5,18 +5,17 @@ An item is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, images, o
 (embedding/jsonl.py). The query, the target and the hard negatives of a training pair are items (prepare/jsonl.py).
 """
 
-import codecs
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import parse_json, read_lines
 
 KEYS = ("id", "text", "image", "images")
-LONGEST_LINE = 2**24
-"""The largest number of bytes of a line; a longer one is a sign of a file that is no JSONL."""
+LONGEST_PATH = 4096
+"""The most bytes that a path may have on Linux."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +36,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, str, Any]]:
     A byte order mark at the beginning of the file and line ends of Windows are accepted.
 
     Raises:
-        DataError: the file cannot be read, or a line is not JSON or is too long; the message has FILE:LINE.
+        DataError: the file cannot be read, or a line is not JSON (files.parse_json); the message has FILE:LINE.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
-                where = f"{path}:{number}"
-                if len(line) > LONGEST_LINE:
-                    raise DataError(f"{where}: a line has more than {LONGEST_LINE} bytes; is it a JSONL file?")
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if line.strip():
-                    yield number, where, _parse_json(line, where)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not JSON: it is not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        yield number, where, parse_json(line, where)
 
 
 def parse_item(values: Any, where: str) -> Item:
@@ -80,6 +61,8 @@ def parse_item(values: Any, where: str) -> Item:
         raise DataError(f"{where}: text must be a string, not {_shown(text)}")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise DataError(f"{where}: {key} must be a file name or a list of them, not {_shown(images)}")
+    if any(len(image.encode()) > LONGEST_PATH for image in images):
+        raise DataError(f"{where}: {key} has a path of more than {LONGEST_PATH} bytes")
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
     if name is not None and not (isinstance(name, str) and name and name.isprintable()):
         raise DataError(f"{where}: id must be a whole number or a string of printable characters, not {_shown(name)}")

@@ -1,11 +1,14 @@
 """Marks in a text that say where an image goes: <image>, or <|image_1|>, <|image_2|>, ... as in MMEB.
 
-Training pairs are written with them whatever model is trained; a family's prompt replaces them.
+Training pairs are written with them whatever model is trained; a family's prompt replaces them. A backslash before a
+mark makes it ordinary text, so that texts about HTML or SVG can be written: `\\<image>`.
 """
 
 import re
 
-PLACEHOLDER = re.compile(r"<image>|<\|image_\d+\|>")
+_MARK = r"<image>|<\|image_\d+\|>"
+PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_MARK})")
+_LITERAL = re.compile(rf"\\(?={_MARK})")
 
 
 def count_placeholders(text: str) -> int:
@@ -21,3 +24,14 @@ def remove_placeholders(text: str) -> str:
     before, *rest = PLACEHOLDER.split(text)
     kept = before + "".join(part.lstrip() for part in rest)
     return kept.rstrip() if rest and not rest[-1].strip() else kept
+
+
+def split_literals(text: str) -> list[str]:
+    """Pieces of a text without placeholders that a tokenizer must encode one by one.
+
+    A mark that a backslash makes ordinary text is cut behind its first character, because the tokenizer of a model may
+    know the uncut mark as the special token of an image. The backslash is left out.
+    """
+    first, *rest = _LITERAL.split(text)  # each of the rest begins with a mark
+    starts = [*(part[:1] for part in rest), ""]
+    return [body + start for body, start in zip([first, *(part[1:] for part in rest)], starts)]

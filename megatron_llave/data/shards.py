@@ -20,7 +20,7 @@ from megatron_llave.data.image_files import BadImageError, open_image
 from megatron_llave.data.index import Shard, Subset
 from megatron_llave.data.tar_members import KEY, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
-from megatron_llave.files import AGAIN, atomic_write
+from megatron_llave.files import AGAIN, atomic_write, parse_json
 
 SUFFIXES = {"JPEG": "jpg"}
 
@@ -129,10 +129,7 @@ def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
     """
     if "json" not in sample:
         raise DataError(f"{where} has no .json member; {AGAIN}")
-    try:
-        described = json.loads(sample["json"])
-    except ValueError as error:
-        raise DataError(f"{where}: its .json member is not valid JSON ({error}); {AGAIN}") from error
+    described = parse_json(sample["json"], f"{where}: its .json member")
     if not isinstance(described, dict):
         raise DataError(f"{where}: its .json member must be an object")
     return described

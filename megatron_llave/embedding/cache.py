@@ -1,17 +1,21 @@
 """Embeddings of a data set's inputs, in parts: on disk, where a stopped evaluation finds them again, or in memory.
 
 A folder holds manifest.json (which model, which inputs, and the state of each part's files) and part-00000.npy ...,
-float32 [inputs of the part, d]. A part is complete or absent. How inputs are cut into parts does not depend on the
+float32 [inputs of the part, d] with a checksum behind it, so that a part that was changed is embedded again. A part is
+complete or absent. How inputs are cut into parts does not depend on the
 number of ranks, so that an evaluation resumes at any parallel layout.
 """
 
 import hashlib
+import io
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -130,8 +134,10 @@ class EmbeddingCache:
             logger.warning("%s: their images or videos have changed", what)
 
     def missing(self) -> list[int]:
-        """Numbers of the parts that are absent or damaged."""
-        return [part for part in range(self.num_parts) if self._open(part) is None]
+        """Numbers of the parts that are absent or damaged, or of another width than most."""
+        widths = {part: None if (rows := self._open(part)) is None else rows.shape[1] for part in range(self.num_parts)}
+        most_common = Counter(width for width in widths.values() if width is not None).most_common(1)
+        return [part for part, width in widths.items() if width is None or width != most_common[0][0]]
 
     def write(self, part: int, rows: np.ndarray) -> None:
         """Keep a part's embeddings, [inputs of the part, d] float32.
@@ -143,14 +149,16 @@ class EmbeddingCache:
         if self.folder is None:
             self._opened[part] = rows
             return
-        path = self._path(part)
+        path, content = self._path(part), io.BytesIO()
+        np.save(content, rows, allow_pickle=False)
         try:
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, rows, allow_pickle=False)
+                file.write(content.getbuffer())
+                file.write(hashlib.sha256(content.getbuffer()).digest())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+            raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Embeddings [n, d] float32 of the inputs with these numbers [n]; reads only what is asked for.
@@ -186,12 +194,22 @@ class EmbeddingCache:
         """The part's embeddings, mapped into memory; None where the part is absent or damaged."""
         if self.folder is None:
             return self._opened.get(part)
+        path = self._path(part)
         try:
-            stored = np.load(self._path(part), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            stored = np.lib.format.open_memmap(path, mode="r")
+            is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == len(self.inputs_of(part))
+            return stored if is_right and _has_checksum(path, stored) else None
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # all of which a damaged header can raise
             return None
-        is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == len(self.inputs_of(part))
-        return stored if is_right else None
+
+
+def _has_checksum(path: Path, stored: np.ndarray) -> bool:
+    """Whether the file ends with the SHA-256 of what stands before it; older files have none, but must be finite."""
+    content = np.memmap(path, np.uint8, "r")
+    end = stored.offset + stored.nbytes
+    if len(content) == end:
+        return bool(np.isfinite(stored).all())
+    return hashlib.sha256(content[:end]).digest() == content[end:].tobytes()
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -238,7 +256,7 @@ class CachedEmbedder:
 
     def cache(self, inputs: Inputs) -> EmbeddingCache:
         """The embeddings of `inputs`, as far as they exist."""
-        return EmbeddingCache(self.folder and Path(self.folder) / "embeddings" / inputs.name, inputs)
+        return EmbeddingCache(self.folder and Path(self.folder) / "embeddings" / inputs.name.replace("/", "-"), inputs)
 
     def embed(self, data_sets: Sequence[Inputs]) -> list[EmbeddingCache]:
         """Embed the parts that are missing; the ranks of `replicas` take them in turn. A collective over all ranks.

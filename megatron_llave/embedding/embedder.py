@@ -28,11 +28,12 @@ from megatron_llave.distributed import collectives, cpu_emulation, process_group
 from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
+from megatron_llave.embedding.embeddable import Embeddable, to_side
 from megatron_llave.errors import DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedModel:
     """A model ready to embed, at the parallel layout of this process group."""
 
@@ -61,14 +62,26 @@ class LoadedModel:
         """The length of a packed row, in tokens, must be a multiple of this number."""
         return row_multiple(self.cfg)
 
-    def embed(self, inputs: Sequence[str | Side]) -> Tensor:
-        """Embed texts, and texts with images, as [n, d] float32 of unit length in their order, on every rank.
+    def embed(self, inputs: Embeddable | Sequence[Embeddable]) -> Tensor:
+        """Embed inputs as float32 of unit length on every rank: a list of them as [n, d] in their order, one as [d].
+
+        Args:
+            inputs: an input or a list of them. An input is a text, a `pathlib.Path` of an image file, a PIL image, a
+                uint8 array [h, w] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA), the bytes of an image file, a mapping
+                with `text` and `image` (one of these, or a list of them), or a Side.
 
         Raises:
-            DataError: an input cannot be read; the message names its index.
+            DataError: an input is none of these or cannot be read; the message names its index.
+            NotFiniteError: an embedding is not finite.
         """
-        sides = [Side(item, []) if isinstance(item, str) else item for item in inputs]
-        return embed(self, {str(index): side for index, side in enumerate(sides)})
+        if not isinstance(inputs, (list, tuple)):
+            return self.embed([inputs])[0]
+        sides = {str(index): to_side(item, f"input {index}") for index, item in enumerate(inputs)}
+        return embed(self, sides)
+
+    def __repr__(self) -> str:
+        """One line, because a notebook shows it."""
+        return f"LoadedModel({self.cfg.model.preset or self.cfg.model.family}, {self.source and self.source.folder})"
 
 
 def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = False) -> LoadedModel:
@@ -131,15 +144,19 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
     places = torch.cat([torch.arange(rank, len(sides), groups.dp.size()) for rank in range(groups.dp.size())])
     embeddings = torch.empty_like(gathered)
     embeddings[places.to(gathered.device)] = gathered
+    require_finite(embeddings, sides)
     return embeddings
 
 
-def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iterator[Tensor | None]:
+def embed_parts(
+    model: LoadedModel, parts: Iterable[Mapping[str, Side]], skip_bad: bool = False
+) -> Iterator[Tensor | None]:
     """Embed parts of inputs one after the other on this replica alone; threads read and decode one part ahead.
 
     Args:
         model: the model; its data-parallel ranks may have different parts, and different numbers of them.
         parts: the parts, the same on all ranks of a replica.
+        skip_bad: whether an input that cannot be read gets a row of zeros, which no embedding is, and no error.
 
     Yields:
         [inputs of the part, d] float32 in their order, on one rank of the replica; None on its other ranks.
@@ -156,10 +173,19 @@ def embed_parts(model: LoadedModel, parts: Iterable[Mapping[str, Side]]) -> Iter
             if part is not None:
                 ahead.append([pool.submit(_encode, model, key, part) for key in part])
             if ahead and (part is None or len(ahead) > 1):
-                rows = embed_encoded(model, [future.result() for future in ahead.popleft()])
+                rows = _embed_readable(model, ahead.popleft(), skip_bad)
                 yield rows if has_result else None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _embed_readable(model: LoadedModel, inputs: Sequence[Future[EncodedSequence]], skip_bad: bool) -> Tensor:
+    """Embed encoded inputs as [n, d]; with `skip_bad` those that raised a DataError get rows of zeros."""
+    readable = [not (skip_bad and isinstance(future.exception(), DataError)) for future in inputs]
+    embedded = embed_encoded(model, [future.result() for future, is_readable in zip(inputs, readable) if is_readable])
+    rows = embedded.new_zeros(len(inputs), embedded.shape[1])
+    rows[torch.tensor(readable, device=rows.device)] = embedded
+    return rows
 
 
 def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:

@@ -6,6 +6,7 @@ embeddings.
 
 import hashlib
 import stat
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Inputs(Mapping[str, Side]):
         image_folder: str | Path,
         first: int = 0,
         hint: str = "",
-        separator: str = " ",
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Hold the inputs; no file is read yet.
 
@@ -64,15 +65,17 @@ class Inputs(Mapping[str, Side]):
             image_folder: folder that file names are relative to.
             first: number of the first entry in the data set, for a part of it.
             hint: end of the message about a missing file; says where files should be.
-            separator: stands between name and number in a key.
+            numbers: rising numbers of the lines that the entries come from; keys then begin with NAME:LINE.
         """
         self.name, self.entries, self.image_folder = name, entries, Path(image_folder)
-        self.first, self.hint, self.separator = first, hint, separator
+        self.first, self.hint, self.numbers = first, hint, numbers
+        self.separator = " " if numbers is None else ":"
 
     def key(self, index: int) -> str:
         """Key of the data set's input `index`: name, number, and the input's files or the beginning of its text."""
         item = self.entries[index - self.first]
-        return f"{self.name}{self.separator}{index} {' '.join(item.files) or item.text[:40]}"
+        number = index if self.numbers is None else self.numbers[index - self.first]
+        return f"{self.name}{self.separator}{number} {' '.join(item.files) or item.text[:40]}"
 
     def index(self, key: str) -> int:
         """Number of the input that `key` names.
@@ -85,6 +88,11 @@ class Inputs(Mapping[str, Side]):
         if not key.startswith(start) or not number.isdigit():
             raise KeyError(key)
         index = int(number)
+        if self.numbers is not None:
+            position = bisect_left(self.numbers, index)
+            if position == len(self.numbers) or self.numbers[position] != index:
+                raise KeyError(key)
+            return self.first + position
         if not self.first <= index < self.first + len(self):
             raise KeyError(key)
         return index
@@ -115,8 +123,9 @@ class Inputs(Mapping[str, Side]):
 
     def part(self, indices: range) -> "Inputs":
         """The inputs whose numbers lie in `indices`."""
-        chosen = self.entries[indices.start - self.first : indices.stop - self.first]
-        return Inputs(self.name, chosen, self.image_folder, indices.start, self.hint, self.separator)
+        chosen = slice(indices.start - self.first, indices.stop - self.first)
+        numbers = None if self.numbers is None else self.numbers[chosen]
+        return Inputs(self.name, self.entries[chosen], self.image_folder, indices.start, self.hint, numbers)
 
     @property
     def digest(self) -> str:

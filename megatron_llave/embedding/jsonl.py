@@ -4,6 +4,7 @@ A line is an item (data/items.py). Files are relative to the JSONL's folder; the
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from megatron_llave.data.items import parse_item, read_jsonl
@@ -12,7 +13,7 @@ from megatron_llave.errors import DataError
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Input]]:
-    """The number of each line that is not blank, and its input; image files are relative to the file's folder.
+    """Yield the number of each line that is not blank, and its input; image files are relative to the file's folder.
 
     A file that does not lie in that folder keeps its whole path.
 
@@ -32,29 +33,30 @@ def _relative(file: Path, folder: Path) -> str:
     return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
 
 
-def count_lines(path: str | Path) -> int:
+def read_blocks(path: str | Path, size: int) -> Iterator[Inputs]:
+    """Yield the file's inputs, `size` at a time, so that memory does not grow with the file; keys begin with FILE:LINE.
+
+    Raises:
+        DataError: as `read_lines` does.
+    """
+    lines, first = read_lines(path), 0
+    while block := list(islice(lines, size)):
+        numbers, entries = zip(*block)
+        hint = f"they start from the folder of {path}"
+        yield Inputs(str(path), entries, Path(path).parent, first, hint, numbers)
+        first += len(block)
+
+
+def count_inputs(path: str | Path, size: int) -> int:
     """Number of inputs. Checks each line and that its images exist, before hours of work and not after.
 
     Raises:
-        DataError: a line is malformed, or an image does not exist.
+        DataError: a line is malformed, an image does not exist, or there is no input.
     """
     count = 0
-    for number, line in read_lines(path):
-        count += 1
-        for image in line.files:
-            if not (Path(path).parent / image).is_file():
-                raise DataError(f"{path}:{number}: image {Path(path).parent / image} does not exist")
+    for block in read_blocks(path, size):
+        block.require_files()
+        count += len(block)
+    if not count:
+        raise DataError(f"{path} has no lines")
     return count
-
-
-def read_parts(path: str | Path, size: int) -> Iterator[Inputs]:
-    """The file's inputs, at most `size` at a time; their keys begin with FILE:LINE. A blank line ends a part."""
-    first, part = 1, []
-    for number, line in read_lines(path):
-        if part and (len(part) == size or number != first + len(part)):
-            yield Inputs(str(path), part, Path(path).parent, first, separator=":")
-            part = []
-        first = first if part else number
-        part.append(line)
-    if part:
-        yield Inputs(str(path), part, Path(path).parent, first, separator=":")

@@ -20,8 +20,9 @@ Write = Callable[[list[str], Tensor], None]
 def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
     """Open a file of embeddings for writing; it takes its name when it is complete.
 
-    .npy: float32 [num_rows, width]. Parquet: columns id (string) and embedding (fixed-size list of float32), one
-    row group per part, `model` in the schema's metadata.
+    .npy: float32 [num_rows, width]; a text file beside it that ends in .ids has the id of each row on a line. Parquet:
+    columns id (string) and embedding (fixed-size list of float32), one row group per part, `model` in the schema's
+    metadata.
 
     Yields:
         write(ids, embeddings [n, width]) for each part in turn.
@@ -45,10 +46,16 @@ def embedding_file(path: str | Path, num_rows: int, width: int, model: str) -> I
 @contextmanager
 def _open_npy(path: Path, num_rows: int, width: int, model: str) -> Iterator[Write]:
     # Written in order, not through a memory map: on a full disk a memory map ends the process without an error.
-    with open(path, "wb") as file:
+    names = path.with_name(path.name.removeprefix(".").removesuffix(".partial")).with_suffix(".ids")
+    with atomic_write(names, only_writer=True) as temporary, open(path, "wb") as file, open(temporary, "wb") as id_file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, width)}
         np.lib.format.write_array_header_1_0(file, header)
-        yield lambda ids, embeddings: file.write(embeddings.cpu().numpy().astype("<f4").tobytes())
+
+        def write(ids: list[str], embeddings: Tensor) -> None:
+            file.write(embeddings.cpu().numpy().astype("<f4").tobytes())
+            id_file.writelines(f"{name}\n".encode() for name in ids)
+
+        yield write
 
 
 @contextmanager

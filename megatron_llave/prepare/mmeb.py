@@ -4,7 +4,6 @@ tools/prepare_data.py runs this once. It reads the columns that the official LLa
 qry_image_path, pos_text, pos_image_path) in the order of the file, and also the hard negatives, which that ignores.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.files import MAX_JSON_BYTES, parse_json, read_bytes
 from megatron_llave.prepare.shard_jobs import (
     PAIRS_PER_SHARD,
     Prepared,
@@ -199,10 +199,7 @@ def _count_rows(path: Path) -> int:
 
 
 def _load_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
+    records = parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} must be a list of objects with {', '.join(COLUMNS)}")
     for number, record in enumerate(records):

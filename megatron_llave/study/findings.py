@@ -4,7 +4,6 @@ This is the third step of a study. A run has an evaluation (report.json) and, un
 a run does not have, or that was not finite, is NaN.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import read_json
 from megatron_llave.study.paired import Comparison, compare
 from megatron_llave.study.run_folder import EVALUATION, is_finished
 from megatron_llave.study.variants import START, UNTRAINED, Run, Study, run_name
@@ -107,7 +107,7 @@ def read_finding(folder: Path, variant: str, seed: int, chosen: Sequence[str]) -
     """
     file = folder / EVALUATION / "report.json"
     try:
-        sets = {result["name"]: result for result in json.loads(file.read_text())["sets"]}
+        sets = {result["name"]: result for result in read_json(file)["sets"]}
         missing = [name for name in chosen if name not in sets]
         if missing:
             raise DataError(f"{file} has no set {missing[0]!r} (evaluate.sets), only {', '.join(sets)}")

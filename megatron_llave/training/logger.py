@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import parse_json
 from megatron_llave.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def read_log(path: str | Path) -> list[dict[str, float | int | str | None]]:
     # The text after the last line end is empty or an incomplete record.
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, str(path))
             step = int(record["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} line {number} is not a step's record; delete that line") from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_llave.embedding.inputs import Input
-from megatron_llave.embedding.jsonl import count_lines, read_lines, read_parts
+from megatron_llave.embedding.jsonl import count_inputs, read_blocks, read_lines
 from megatron_llave.embedding.vector_files import embedding_file
 from megatron_llave.errors import DataError
 
@@ -26,22 +26,23 @@ def test_parts_keep_order_ids_and_pictures(tmp_path: Path) -> None:
     (tmp_path / "sub" / "b.png").write_bytes(b"B")
     two = {"text": "three", "image": ["a.png", "sub/b.png"], "id": 7}
     path = write(tmp_path, {"text": "one"}, {"image": "a.png", "id": "x"}, two, {"text": "f\u00fcnf"}, {"text": "five"})
-    assert count_lines(path) == 5
-    parts = list(read_parts(path, 2))
+    assert count_inputs(path, 2) == 5
+    parts = list(read_blocks(path, 2))
     assert [[line.id for line in part.entries] for part in parts] == [["1", "x"], ["7", "4"], ["5"]]
     assert [list(part) for part in parts][1] == [f"{path}:3 a.png sub/b.png", f"{path}:4 f\u00fcnf"]
     side = parts[1][f"{path}:3"]
     assert side.text == "three" and side.images == [b"A", b"B"]
     assert parts[0][f"{path}:2"].images == [b"A"] and parts[1][f"{path}:4"].text == "f\u00fcnf"
-    assert count_lines(write(tmp_path)) == 0 and list(read_parts(path, 2)) == []
+    with pytest.raises(DataError, match="inputs.jsonl has no lines"):
+        count_inputs(write(tmp_path), 2)
 
 
 def test_blank_lines_do_not_count_and_numbers_are_those_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "inputs.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "three"}\r\n{"text": "four", "id": 4}\r\n\r\n')
-    parts = list(read_parts(path, 2))
-    assert count_lines(path) == 3
-    assert [list(part) for part in parts] == [[f"{path}:1 one"], [f"{path}:3 three", f"{path}:4 four"]]
+    parts = list(read_blocks(path, 2))
+    assert count_inputs(path, 2) == 3
+    assert [list(part) for part in parts] == [[f"{path}:1 one", f"{path}:3 three"], [f"{path}:4 four"]]
     assert [line.id for part in parts for line in part.entries] == ["1", "3", "4"]
 
 
@@ -54,28 +55,35 @@ def test_both_spellings_of_images_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "2: not JSON"),
+        ("{", "2 is not valid JSON"),
+        ('{"text": "a cut emoji \\ud83d"}', "2: the text .* holds half a surrogate pair"),
+        ('{"text": "a\\u0000b"}', "2: the text .* holds a NUL"),
+        ('{"image": "a\\u0000b"}', "2: the text .* holds a NUL"),
+        ("[" * 100_000, r"2 is not valid JSON .nested deeper than 100"),
         ([1], r"2: must be an object with id, text, image, images, not \[1\]"),
         ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image, images"),
+        ({"image": "a" * 5000}, "2: image has a path of more than 4096 bytes"),
+        ({"image": "a.png", "images": ["a.png"]}, "2: image and images are two spellings of one key"),
+        ({"text": "a", "id": {}}, "2: id must be a whole number or a string"),
         ({"text": 3}, "2: text must be a string, not 3"),
         ({"image": [3]}, "2: image must be a file name or a list of them"),
         ({"text": ""}, "2: neither text nor image"),
-        ({"image": "nothing.png"}, "2: image .*nothing.png does not exist"),
+        ({"image": "nothing.png"}, ".*input '2': .*nothing.png does not exist"),
     ],
 )
 def test_wrong_line_is_named(tmp_path: Path, line: object, message: str) -> None:
     path = write(tmp_path, {"text": "fine"}, line)
-    with pytest.raises(DataError, match=f"{path}:{message}") as caught:
-        count_lines(path)
+    with pytest.raises(DataError, match=f"{path}:?{message}") as caught:
+        count_inputs(path, 2)
     assert "\n" not in str(caught.value)
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing.jsonl cannot be read: No such file"):
-        count_lines(tmp_path / "nothing.jsonl")
+        count_inputs(tmp_path / "nothing.jsonl", 2)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}\n')
-    with pytest.raises(DataError, match="latin.jsonl:1: not JSON: it is not UTF-8"):
-        count_lines(tmp_path / "latin.jsonl")
+    with pytest.raises(DataError, match="latin.jsonl:1 is not UTF-8"):
+        count_inputs(tmp_path / "latin.jsonl", 2)
 
 
 def test_npy_and_parquet_hold_the_same(tmp_path: Path) -> None:
@@ -92,7 +100,8 @@ def test_npy_and_parquet_hold_the_same(tmp_path: Path) -> None:
     assert table["id"].to_pylist() == list("abcde") and table.schema.metadata[b"model"] == b"runs/tiny"
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), rows.numpy())
     assert pq.ParquetFile(tmp_path / "deep/out.parquet").num_row_groups == 2
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out.npy", "out.parquet"]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out.ids", "out.npy", "out.parquet"]
+    assert (tmp_path / "deep/out.ids").read_text().split() == list("abcde")
 
 
 @pytest.mark.parametrize("name", ["out.npy", "out.parquet"])

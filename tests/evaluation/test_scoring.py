@@ -299,6 +299,46 @@ def test_stored_rows_come_back_in_any_order(tmp_path):
     np.testing.assert_array_equal(EmbeddingCache(tmp_path, task.inputs).rows(chosen), rows[chosen])
 
 
+@pytest.mark.parametrize("harm", ["bit", "nan", "npz", "header", "width", "cut", "checksum"])
+def test_a_changed_part_is_embedded_again(tmp_path, harm):
+    task = task_of([[f"text {number}" for number in range(100)]])
+    store = EmbeddingCache(tmp_path, task.inputs)
+    rows = np.random.default_rng(0).normal(size=(len(task.inputs), 8)).astype(np.float32)
+    for part in range(store.num_parts):
+        store.write(part, rows[store.bounds[part] : store.bounds[part + 1]])
+    path = tmp_path / "part-00001.npy"
+    content = bytearray(path.read_bytes())
+    if harm == "bit":
+        content[200] ^= 1
+    elif harm == "nan":
+        content[128:132] = np.float32(np.nan).tobytes()
+    elif harm == "header":
+        content[20:40] = b"(" * 20
+    elif harm == "cut":
+        content = content[:-40]
+    elif harm == "checksum":
+        content[-1] ^= 1
+    elif harm == "width":
+        store.write(1, rows[store.bounds[1] : store.bounds[2], :4])
+        content = bytearray(path.read_bytes())
+    elif harm == "npz":
+        np.savez(tmp_path / "other.npz", rows)
+        content = bytearray((tmp_path / "other.npz").read_bytes())
+    path.write_bytes(content)
+    assert EmbeddingCache(tmp_path, task.inputs).missing() == [1]
+
+
+def test_parts_of_earlier_versions_have_no_checksum_and_are_read_if_finite(tmp_path):
+    task = task_of([["a", "b"]])
+    store = EmbeddingCache(tmp_path, task.inputs)
+    rows = np.ones((len(task.inputs), 4), np.float32)
+    np.save(tmp_path / "part-00000.npy", rows)
+    assert store.missing() == [] and (store.rows(np.array([0])) == 1).all()
+    rows[1, 2] = np.inf
+    np.save(tmp_path / "part-00000.npy", rows)
+    assert EmbeddingCache(tmp_path, task.inputs).missing() == [0]
+
+
 def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, monkeypatch):
     task = task_of([["a"]])
     store = EmbeddingCache(tmp_path, task.inputs)

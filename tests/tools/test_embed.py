@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from forking import run_script
 from golden_model import ONEVISION, byte_tokenizer
 from PIL import Image
 from run_ranks import run_ranks
+from safetensors.numpy import load_file, save_file
 
+from megatron_llave.batch import Side
+from megatron_llave.embedding.embeddable import to_side
 from megatron_llave.embedding.embedder import load_model
-from megatron_llave.errors import DataError
+from megatron_llave.errors import DataError, NotFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL, CHECK = ROOT / "tools" / "embed.py", ROOT / "examples" / "first_check.py"
@@ -73,7 +77,81 @@ def test_jsonl_on_one_and_two_ranks(model: Path, tmp_path: Path) -> None:
     assert table["id"].to_pylist() == ["1", "p", "3"]
     run_ranks(2, TOOL, "--checkpoint", str(model), "--jsonl", str(inputs), "--out", str(npy))
     np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), np.load(npy), atol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "out.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ids", "out.npy", "out.parquet"]
+    assert (tmp_path / "out.ids").read_text() == "1\np\n3\n"
+
+
+def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, tmp_path: Path) -> None:
+    image = (model.parent / "picture.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(image[: len(image) // 2])
+    lines = [{"id": f"t{i}", "text": "x" * i} for i in range(1, 600)] + [{"id": "bad", "image": "bad.png"}]
+    inputs, npy = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    inputs.write_text("\ufeff\n" + "\n\n".join(map(json.dumps, lines)))
+    command = [TOOL, "--checkpoint", model, "--jsonl", inputs, "--out", npy]
+    done = run_script(*command)
+    wrong = f"error: input {inputs}:1200 bad.png cannot be embedded: not a readable image"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(wrong), done.stderr
+    assert (
+        f"what is embedded stays in {npy}.parts for the same command; --skip-bad leaves such inputs out" in done.stderr
+    )
+    parts = {path: path.stat().st_mtime_ns for path in Path(f"{npy}.parts").rglob("part-*.npy")}
+    assert parts and not npy.exists()
+    done = run_script(*command, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert f"1 of 600 inputs were left out: {npy}.skipped.jsonl" in done.stdout
+    (skipped,) = [json.loads(line) for line in Path(f"{npy}.skipped.jsonl").read_text().splitlines()]
+    assert skipped["id"] == "bad" and "not a readable image" in skipped["problem"]
+    assert (tmp_path / "out.ids").read_text().split() == [line["id"] for line in lines[:-1]]
+    rows = np.load(npy)
+    assert rows.shape == (599, 64) and not Path(f"{npy}.parts").exists()
+    np.testing.assert_allclose(rows[[0, -1]], load_model(model).embed(["x", "x" * 599]), atol=1e-5)
+
+
+def test_embeddings_that_are_not_finite_are_not_written(model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    next(value for name, value in tensors.items() if name.endswith("layers.1.mlp.down_proj.weight"))[0, 0] = np.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    done = run_script(TOOL, "--checkpoint", broken, "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out.npy")
+    assert done.returncode == 2 and "in.jsonl:1 a has no finite embedding" in done.stderr
+    assert not (tmp_path / "out.npy").exists()
+    with pytest.raises(NotFiniteError, match="input 0 has no finite embedding .2 of 2 inputs"):
+        load_model(broken).embed(["a", "b"])
+
+
+def test_everything_that_is_an_input_is_embedded_alike(model: Path) -> None:
+    loaded, path = load_model(model), model.parent / "picture.png"
+    image = Image.open(path)
+    given = [path, image, np.asarray(image), path.read_bytes(), {"image": path}, {"images": [str(path)], "text": ""}]
+    rows = loaded.embed([*given, Side("", [path.read_bytes()]), "a cat"])
+    np.testing.assert_allclose(rows[:-1], rows[:1].expand(7, -1), atol=1e-6)
+    assert loaded.embed("a cat").shape == (64,) and loaded.embed(path).shape == (64,)
+    np.testing.assert_allclose(loaded.embed("a cat"), rows[-1], atol=1e-6)
+    with_text = loaded.embed([{"text": "what is it", "image": image}, Side("what is it", [path.read_bytes()])])
+    np.testing.assert_allclose(with_text[0], with_text[1], atol=1e-6)
+    assert (with_text[0] - rows[0]).abs().max() > 1e-3 and "\n" not in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "input 1 is of type NoneType; give a text, a pathlib.Path of an image, a PIL image"),
+        (3, "input 1 is of type int; give"),
+        (torch.zeros(3, 4, 4), "input 1 is of type Tensor; give"),
+        (np.zeros((4, 4, 3), np.float32), r"input 1: an array must be uint8 \[h, w\], .* not float32 \[4, 4, 3\]"),
+        (np.zeros((3, 4, 5), np.uint8), r"not uint8 \[3, 4, 5\]"),
+        (Path("nowhere.png"), "input 1: image nowhere.png cannot be read: No such file"),
+        (Path("a\0b"), "input 1: image .* cannot be read: embedded null byte"),
+        ({"txt": "a"}, "input 1: the key 'txt' is unknown; a mapping has text, image, or both"),
+        (Side("a", "picture.png"), r"input 1: a Side has a text and a list of images; Side.read"),
+        ("photo.png", r"input 1: 'photo.png' is the name of an image file; pathlib.Path\('photo.png'\) embeds"),
+    ],
+)
+def test_anything_else_is_one_clear_error(value: object, message: str) -> None:
+    Path("photo.png").touch()
+    with pytest.raises(DataError, match=message):
+        to_side(value, "input 1")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_llave import files
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.inputs import Inputs
@@ -26,7 +27,7 @@ from megatron_llave.evaluation.metrics import TIES_BY_INDEX, parse_depths, score
 from megatron_llave.evaluation.ranking import search
 from megatron_llave.files import atomic_write, write_json
 
-GRADE = re.compile(r"-?[0-9]+")
+GRADE = re.compile(r"-?[0-9]{1,9}")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
 
 
@@ -107,11 +108,11 @@ def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -
     """Read query id -> candidate id -> grade; raises as read_retrieval does."""
     known = [(set(queries.ids), "query"), (set(corpus.ids), "candidate")]
     judgements: dict[str, dict[str, int]] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at rarer characters too
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, raw in files.read_lines(path):
+        try:
+            line = raw.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number} is not UTF-8 text") from error
         fields = line.split()
         if not fields or (number == 1 and len(fields) == 3 and _is_name(fields[2])):
             continue
@@ -139,7 +140,15 @@ def _is_name(field: str) -> bool:
     return False
 
 
-def evaluate_retrieval(embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int]) -> dict[str, float]:
+def queries_in_corpus(data: RetrievalData) -> set[str]:
+    """Ids of the queries that are candidates under the same id and that nobody judged relevant to themselves."""
+    both = set(data.queries.ids) & set(data.corpus.ids)
+    return {query for query in both if data.judgements.get(query, {}).get(query, 0) <= 0}
+
+
+def evaluate_retrieval(
+    embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int], same_id: str = "leave_out"
+) -> dict[str, float]:
     """Embed the missing inputs, search and score; the first rank writes scores.json and ranking.trec.
 
     Equal similarities are ranked in the order of the corpus.
@@ -148,6 +157,9 @@ def evaluate_retrieval(embedder: CachedEmbedder, data: RetrievalData, depths: Se
         embedder: embeds the queries and the corpus; its folder gets the results. All ranks search.
         data: see read_retrieval.
         depths: values of k for recall@k and nDCG@k; max(depths) candidates per query are written.
+        same_id: what happens to a query that is in the corpus under its own id (ArguAna, Quora, an image among images):
+            leave_out takes it out of its own ranking, as BEIR and MTEB do, for it would always be found first; keep
+            ranks it. A query whose judgements say that it is relevant to itself is always ranked.
 
     Returns:
         The scores of metrics.score_ranking; the same on all ranks.
@@ -162,27 +174,50 @@ def evaluate_retrieval(embedder: CachedEmbedder, data: RetrievalData, depths: Se
     world = dist.group.WORLD
     bounds = [len(data.corpus.ids) * rank // world.size() for rank in range(world.size() + 1)]
     first, last = bounds[world.rank()], bounds[world.rank() + 1]
-    places, similarities = search(queries, StoredRows(corpus_cache, first, last), max(depths), first, world)
-    ranking = {
-        query: [data.corpus.ids[place] for place in row if place >= 0]
-        for query, row in zip(data.queries.ids, places.tolist())
-    }
-    scores = score_ranking(ranking, data.judgements, depths)
+    left_out = queries_in_corpus(data) if same_id == "leave_out" else set()
+    k = max(depths) + bool(left_out)
+    places, similarities = search(queries, StoredRows(corpus_cache, first, last), k, first, world)
+    ranking: dict[str, list[tuple[str, float]]] = {}
+    for query, row, values in zip(data.queries.ids, places.tolist(), similarities.tolist()):
+        found = [(data.corpus.ids[place], value) for place, value in zip(row, values) if place >= 0]
+        found = [(name, value) for name, value in found if name != query or query not in left_out]
+        ranking[query] = found[: max(depths)]
+    names = {query: [name for name, _ in found] for query, found in ranking.items()}
+    scores = score_ranking(names, data.judgements, depths)
     if dist.get_rank() == 0:
-        _write(Path(embedder.folder), ranking, similarities.tolist(), scores)
+        _write(Path(embedder.folder), ranking, {"queries_left_out_of_their_own_ranking": len(left_out), **scores})
     dist.barrier()
     return scores
 
 
-def _write(out: Path, ranking: dict[str, list[str]], similarities: list[list[float]], scores: dict[str, float]) -> None:
+def _write(out: Path, ranking: dict[str, list[tuple[str, float]]], scores: dict[str, float]) -> None:
     try:
         with atomic_write(out / RANKING_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
-            for (query, candidates), row in zip(ranking.items(), similarities):
-                for rank, (candidate, similarity) in enumerate(zip(candidates, row), start=1):
+            for query, found in ranking.items():
+                for rank, (candidate, similarity) in enumerate(found, start=1):
                     file.write(f"{query} Q0 {candidate} {rank} {similarity:.9g} megatron_llave\n")
         write_json(out / SCORES_FILE, {"ties": TIES_BY_INDEX, **scores})
     except OSError as error:
         raise DataError(f"{out}: the ranking cannot be written: {error.strerror}") from error
+
+
+def _same_inputs(data: RetrievalData, same_id: str) -> list[str]:
+    """Lines about queries that are in the corpus under the same id, and about those that are there under another id."""
+    lines, both = [], queries_in_corpus(data)
+    if both:
+        what = "are left out of their own ranking" if same_id == "leave_out" else "can find themselves"
+        lines.append(f"{len(both)} queries are in the corpus under the same id and {what} (--same-id)")
+    contents = {item: name for item, name in zip(data.corpus.inputs.entries, data.corpus.ids)}
+    again = [
+        query
+        for item, query in zip(data.queries.inputs.entries, data.queries.ids)
+        if contents.get(item, query) != query and data.judgements.get(query, {}).get(contents[item], 0) <= 0
+    ]
+    if again:
+        lines.append(
+            f"{len(again)} queries are in the corpus under another id, {again[0]!r} is the first; they are ranked"
+        )
+    return lines
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +227,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
     default = "default: a candidate with the id of the query (by default the number of its line) is right"
     parser.add_argument("--judgements", help=f"TREC qrels (query 0 candidate grade) or BEIR's table; {default}")
+    parser.add_argument(
+        "--same-id",
+        choices=("leave_out", "keep"),
+        default="leave_out",
+        help="a query that is in the corpus itself, under the same id: leave_out (default) takes it out of its own "
+        "ranking, unless it is judged relevant to itself; keep ranks it",
+    )
     parser.add_argument("--k", type=comma_list, default="1,5,10", help="depths of recall@k and ndcg@k; default: 1,5,10")
 
 
@@ -199,9 +241,9 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
 
     def evaluate(embedder: CachedEmbedder) -> list[str]:
-        scores = evaluate_retrieval(embedder, data, depths)
+        scores = evaluate_retrieval(embedder, data, depths, args.same_id)
         table = [f"{name:>14} {score:6.2f} %" for name, score in scores.items()]
-        return [*table, f"ties: {TIES_BY_INDEX}", f"scores and ranking: {args.out}"]
+        return [*table, *_same_inputs(data, args.same_id), f"ties: {TIES_BY_INDEX}", f"scores and ranking: {args.out}"]
 
     return evaluate
 

@@ -7,7 +7,6 @@ that of a video is any of its captions. Equal similarities are ranked in the ord
 import argparse
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -23,7 +22,7 @@ from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX, ranks_of_right, summarise_ranks
-from megatron_llave.files import write_json
+from megatron_llave.files import MAX_JSON_BYTES, parse_json, read_bytes, write_json
 
 FORMATS = {".jsonl": "manifest", ".csv": "msrvtt-csv", ".json": "msrvtt-json", ".txt": "msvd"}
 """Suffix of an annotation file -> its format."""
@@ -80,7 +79,7 @@ def _manifest(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = parse_json(line, where)
             video = CaptionedVideo(str(value["id"]), value["video"], value["captions"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{where}: must be {{"id": ..., "video": FILE, "captions": [...]}} ({error})') from error
@@ -106,7 +105,7 @@ def _msrvtt_csv(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
 
 def _msrvtt_json(path: Path, folder: Path) -> Iterable[CaptionedVideo]:
     try:
-        value: dict[str, Any] = json.loads(_read(path))
+        value: dict[str, Any] = parse_json(_read(path), str(path))
         splits = {video["video_id"]: video.get("split", "test") for video in value["videos"]}
         sentences = [(sentence["video_id"], sentence["caption"]) for sentence in value["sentences"]]
         is_test = [splits.get(video) == "test" for video, _ in sentences]
@@ -154,9 +153,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # as spreadsheets save it
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return read_bytes(path, MAX_JSON_BYTES, "choose another").decode("utf-8-sig")  # as spreadsheets save it
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def evaluate_videos(

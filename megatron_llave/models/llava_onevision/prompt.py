@@ -5,7 +5,7 @@ There are two templates: `qwen` of the released models, in which the pooled last
 """
 
 from megatron_llave.data.packing import IMAGE
-from megatron_llave.data.placeholders import PLACEHOLDER
+from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders, split_literals
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
 
@@ -25,17 +25,23 @@ def user_content(text: str, num_images: int) -> str:
         DataError: the text has more placeholders than there are images.
     """
     content = PLACEHOLDER.sub(IMAGE_TEXT, text)
-    written = content.count(IMAGE_TEXT)
+    written = count_placeholders(content)
     if written > num_images:
-        raise DataError(f"text has {written} image placeholders for {num_images} images: {text[:60]!r}")
+        what = f"text has {written} image placeholders for {num_images} images: {text[:60]!r}"
+        raise DataError(f"{what}; a backslash before a placeholder makes it ordinary text: \\{IMAGE_TEXT}")
     if written == 1 and not content.startswith(IMAGE_TEXT):
-        content = f"{IMAGE_TEXT}\n{content.replace(IMAGE_TEXT, '').strip()}".strip()
+        content = f"{IMAGE_TEXT}\n{PLACEHOLDER.sub('', content).strip()}".strip()
     return f"{IMAGE_TEXT}\n" * (num_images - written) + content
 
 
 def qwen_prompt(content: str) -> str:
     """Return the chat template of the released models around a user turn; the assistant's turn is one newline."""
     return QWEN_HEAD + content + QWEN_TAIL
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text without placeholders, in which marks behind a backslash are ordinary text."""
+    return [token for piece in split_literals(text) for token in tokenizer.encode(piece)]
 
 
 def encode_prompt(
@@ -51,14 +57,14 @@ def encode_prompt(
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.
     """
     if template == "plain":
-        words = tokenizer.encode(PLACEHOLDER.sub("", text).strip())
+        words = encode_text(PLACEHOLDER.sub("", text).strip(), tokenizer)
         head, tail = [], [tokenizer.eos_id]
         body = [IMAGE] * num_images + words
     else:
-        pieces = qwen_prompt(user_content(text, num_images)).split(IMAGE_TEXT)
-        ids = tokenizer.encode(pieces[0])
+        pieces = PLACEHOLDER.split(qwen_prompt(user_content(text, num_images)))
+        ids = encode_text(pieces[0], tokenizer)
         for piece in pieces[1:]:
-            ids += [IMAGE, *tokenizer.encode(piece)]
+            ids += [IMAGE, *encode_text(piece, tokenizer)]
         if len(ids) - num_images + visual_tokens <= max_length:
             return ids
         # Special tokens bound what the tokenizer joins, so the tail's ids do not depend on the text before them.

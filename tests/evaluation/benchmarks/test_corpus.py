@@ -15,6 +15,7 @@ from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation import ranking
+from megatron_llave.evaluation.benchmarks import corpus
 from megatron_llave.evaluation.benchmarks.corpus import evaluate_retrieval, read_retrieval
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX
 from megatron_llave.evaluation.ranking import search
@@ -53,7 +54,8 @@ def test_scores_and_the_files_written(groups, tmp_path):
     data = read_retrieval(*write_files(tmp_path))
     scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert written == {"ties": TIES_BY_INDEX, **scores} and "order" in TIES_BY_INDEX
+    assert written == {"ties": TIES_BY_INDEX, "queries_left_out_of_their_own_ranking": 0, **scores}
+    assert "order" in TIES_BY_INDEX
     assert set(scores.values()) == {100.0}
     lines = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
     assert len(lines) == 40 * 5 and lines[0][:4] == ["q0", "Q0", "c0", "1"] and lines[0][5] == "megatron_llave"
@@ -80,9 +82,39 @@ def test_beirs_table_and_grades(groups, tmp_path):
     assert scores["precision@1"] == 100.0 and scores["ndcg@1"] == 50.0  # one query is judged relevant to anything
 
 
+def test_queries_that_are_in_the_corpus_do_not_find_themselves(groups, tmp_path):
+    """As BEIR and MTEB score ArguAna and Quora; a query that is judged relevant to itself stays."""
+    paths = write_files(tmp_path, num=6)
+    paths[0].write_text(paths[1].read_text())
+    paths[2].write_text("".join(f"c{i} 0 c{i ^ 1} 1\n" for i in range(6)) + "c5 0 c5 1\n")
+    data = read_retrieval(*paths)
+
+    def first(same_id: str) -> tuple[dict[str, float], list[str]]:
+        embed = CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp)
+        scores = evaluate_retrieval(embed, data, [1, 2], same_id)
+        rows = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
+        assert len(rows) == 6 * 2
+        return scores, [row[2] for row in rows if row[3] == "1"]
+
+    kept, found = first("keep")
+    assert found == [f"c{i}" for i in range(6)] and kept["precision@1"] == pytest.approx(100 / 6)
+    _, found = first("leave_out")
+    assert not any(name == f"c{i}" for i, name in enumerate(found[:5])) and found[5] == "c5"
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["queries_left_out_of_their_own_ranking"] == 5
+    assert corpus._same_inputs(data, "leave_out")[0].startswith("5 queries are in the corpus under the same id and are")
+    paths[0].write_text(paths[0].read_text().replace('"c', '"q'))
+    paths[2].write_text("q0 0 c0 1\n")
+    assert corpus._same_inputs(read_retrieval(*paths), "keep") == [
+        "5 queries are in the corpus under another id, 'q1' is the first; they are ranked"
+    ]
+
+
 @pytest.mark.parametrize(
     ("which", "text", "message"),
     [
+        (2, f"q0 0 c0 {'1' * 5000}\n", r"qrels\.txt:1: .* is neither"),
+        (2, "q0 0 c0 1\n\x00\ud83d", r"qrels\.txt:2 is not UTF-8 text"),
+        (1, "[" * 100_000, r"corpus\.jsonl:1 is not valid JSON .nested deeper than 100"),
         (0, '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n', r"queries\.jsonl:2: id 'a' is that of line 1 too"),
         (1, '{"id": "a b", "text": "x"}\n', r"corpus\.jsonl:1: id 'a b' must be without white space"),
         (1, "", r"corpus\.jsonl has no lines"),
@@ -101,7 +133,7 @@ def test_beirs_table_and_grades(groups, tmp_path):
 )
 def test_bad_files_are_named(tmp_path, which, text, message):
     paths = write_files(tmp_path)
-    paths[which].write_text(text)
+    paths[which].write_text(text, errors="surrogatepass")
     with pytest.raises(DataError, match=message):
         read_retrieval(*paths)
 

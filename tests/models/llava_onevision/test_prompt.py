@@ -72,6 +72,21 @@ def test_more_placeholders_than_images_is_an_error(tokenizer):
         encode_prompt("<|image_1|> and <|image_2|>", 1, tokenizer, "qwen", 4096, 1)
 
 
+@pytest.mark.parametrize("template", ["qwen", "plain"])
+def test_a_backslash_makes_a_placeholder_ordinary_text(tokenizer, template):
+    def literal(text: str, images: int = 0) -> list[int]:
+        return encode_prompt(text, images, tokenizer, template, 4096, images)
+
+    ids = literal(r"Is \<image> or \<|image_1|> right?")
+    assert IMAGE not in ids and ids != literal("Is <image> or <|image_1|> right?", 2)
+    words = [part for piece in ("Is <", "image> or <", "|image_1|> right?") for part in tokenizer.encode(piece)]
+    assert str(words)[1:-1] in str(ids), "the mark is encoded in pieces, none of which is a special token"
+    both = literal(r"a screenshot of \<image> in XML", 1)
+    assert both.count(IMAGE) == 1 and count_placeholders(r"\<image>") == 0
+    assert str(tokenizer.encode("image> in XML"))[1:-1] in str(both)
+    assert remove_placeholders(r"see \<image>, <image> not") == r"see \<image>, not"
+
+
 @pytest.mark.parametrize(
     ("written", "left"),
     [
