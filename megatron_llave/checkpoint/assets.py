@@ -98,4 +98,5 @@ def read_assets(folder: Path) -> Assets:
             unused = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
     except Exception as error:  # safetensors and json raise their own types; each means that an export is incomplete
         raise CheckpointError(f"{assets} is damaged: {' '.join(str(error).split())}") from error
-    return Assets(assets, read_hf_config(assets), dtypes, {name: (unused[name], dtypes[name]) for name in unused})
+    config = read_hf_config(assets, with_other_files=False)  # which were compared when the weights were imported
+    return Assets(assets, config, dtypes, {name: (unused[name], dtypes[name]) for name in unused})

@@ -10,6 +10,8 @@ from megatron_llave.errors import at_least, one_of, require
 PARTS = ("vision", "projector", "language")
 PRECISIONS = ("fp32", "bf16", "fp8")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+MOST_TILES = 1024
+"""Number of tiles of the largest grid, which take 450 MB of memory per image at 384 pixels."""
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -107,4 +109,5 @@ class ModelConfig:
         for grid in self.image_grids:
             ok = len(grid) == 2 and min(grid) >= 1
             require(ok, f"model.image_grids: {grid} is not a pair of [columns, rows], both at least 1")
+            require(grid[0] * grid[1] <= MOST_TILES, f"model.image_grids: {grid} has more than {MOST_TILES} tiles")
         at_least(self, "model", 1, ("anyres_max_tiles",))

@@ -108,16 +108,23 @@ def build_processor(data: DataConfig, model: ModelConfig) -> Processor:
     return family_of(model).build_processor(data, model)
 
 
-def read_hf_config(folder: str | Path) -> HfConfig:
-    """Read config.json of a Hugging Face folder of any family.
+def read_hf_config(folder: str | Path, with_other_files: bool = True) -> HfConfig:
+    """Read config.json of a Hugging Face folder of any family, and check that its other files agree with it.
+
+    Args:
+        folder: an HF folder, or the assets of a checkpoint.
+        with_other_files: whether files of the processor and the tokenizer are compared with config.json.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or describes a model that we cannot run.
+        CheckpointError: a file is missing or damaged, describes a model that we cannot run, or contradicts another.
     """
     top = read_config_json(folder)
     for family in FAMILIES.values():
         if family.hf.layout_of(top.values) is not None:
-            return family.hf.read_config(top)
+            config = family.hf.read_config(top)
+            if with_other_files:
+                family.hf.check_files(config, top.file.parent)
+            return config
     layouts = [layout for family in FAMILIES.values() for layout in family.hf.layouts]
     raise top.refuse("model_type", " or ".join(layouts))
 

@@ -13,6 +13,8 @@ from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
+LONGEST_VALUE = 200
+"""Number of characters of a value that a message repeats."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers writes the first since 4.56, and the second before 5."""
 
@@ -52,6 +54,7 @@ class Section:
     def refuse(self, key: str, right: str) -> CheckpointError:
         """Return the error to raise for the value of `key`."""
         value = repr(self.values[key]) if key in self.values else "(missing)"
+        value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
         return CheckpointError(f"{self.file}: {self.prefix}{key}={value} is not supported; it must be {right}")
 
     def number(self, key: str, default: float) -> float:

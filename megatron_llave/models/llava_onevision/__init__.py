@@ -2,7 +2,7 @@
 
 from megatron_llave.models.family import Family
 from megatron_llave.models.hf.weights import HfFormat
-from megatron_llave.models.llava_onevision import hf_config, hf_files, hf_reference, hf_weights, processor
+from megatron_llave.models.llava_onevision import hf_checks, hf_config, hf_files, hf_reference, hf_weights, processor
 from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
 
 FAMILY = Family(
@@ -31,5 +31,6 @@ FAMILY = Family(
         write_files=hf_files.write_side_files,
         reference_model=hf_reference.reference_model,
         reference_inputs=hf_reference.reference_inputs,
+        check_files=hf_checks.check_files,
     ),
 )

@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 from megatron_llave.config.checks import require_same_model
-from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import MOST_TILES, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.presets import SIGLIP_SO400M
 from megatron_llave.config.schema import DataConfig, RunConfig
 from megatron_llave.errors import one_of, require
@@ -30,13 +30,19 @@ from megatron_llave.models.llava_onevision.hf_keys import (
     LANGUAGE_KEYS,
     ONEVISION_FIXED,
     QWEN_FIXED,
+    QWEN_REFUSED,
     QWEN_UNUSED,
     QWEN_VISION_SECTION,
+    TOP_FIXED,
     VISION_FIXED,
     VISION_KEYS,
 )
 
 LAYOUTS = ("llava_onevision", "llava_qwen")
+MOST_GRIDS = 1024
+"""Number of grids that a file may list; the released models have at most 36."""
+LONGEST_LIST = 4000
+"""Number of characters of a list of grids that is written as a string."""
 SIGLIP_NAME = "siglip-so400m-patch14-384"
 
 
@@ -65,7 +71,7 @@ def _says(
 
 
 def _read_onevision(top: Section) -> HfConfig:
-    top.check(ONEVISION_FIXED)
+    top.check(ONEVISION_FIXED | TOP_FIXED)
     text = top.inner("text_config") or Section(top.file, "text_config.", {})
     text.check({"model_type": ("qwen2", "qwen2")})
     section = top.inner("vision_config")
@@ -95,7 +101,7 @@ def _read_onevision(top: Section) -> HfConfig:
 
 
 def _read_qwen(top: Section) -> HfConfig:
-    top.check(QWEN_FIXED)
+    top.check(QWEN_FIXED | TOP_FIXED | {key: (QWEN_UNUSED[key], QWEN_UNUSED[key]) for key in QWEN_REFUSED})
     section = top.inner(QWEN_VISION_SECTION)
     if section is not None:
         vision = _read_vision(section)
@@ -165,26 +171,33 @@ def _written_pinpoints(top: Section, tile: int) -> Any:
     written = top.values.get("image_grid_pinpoints")
     if not isinstance(written, str):
         return written
+    if len(written) > LONGEST_LIST:
+        raise top.refuse("image_grid_pinpoints", f"a string of at most {LONGEST_LIST} characters")
     if "x" in written:
         ends = re.findall(r"\((\d+)x(\d+)\)", written)
         if not ends:
             raise top.refuse("image_grid_pinpoints", 'a list of pairs, or a range like "(1x1),...,(2x2)"')
         (left, upper), (right, lower) = ([int(end) for end in pair] for pair in (ends[0], ends[-1]))
+        if (right - left + 1) * (lower - upper + 1) > MOST_GRIDS:
+            raise top.refuse("image_grid_pinpoints", f"a range of at most {MOST_GRIDS} grids")
         # As in the official repository: every grid of the rectangle, whatever is between its ends, widths outermost.
         return [[i * tile, j * tile] for i in range(left, right + 1) for j in range(upper, lower + 1)]
     try:
         return ast.literal_eval(written)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise top.refuse("image_grid_pinpoints", "a list of pairs") from error
 
 
 def _grids(top: Section, pinpoints: Any, tile: int) -> list[list[int]]:
     """Convert pixels to tiles. The order of the pairs, and within them, stays, since it decides between equals."""
-    is_list = isinstance(pinpoints, list | tuple) and len(pinpoints) > 0
+    is_list = isinstance(pinpoints, list | tuple) and 0 < len(pinpoints) <= MOST_GRIDS
     pairs = [list(pair) if isinstance(pair, list | tuple) else [] for pair in pinpoints] if is_list else [[]]
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(side, int) and side >= tile and side % tile == 0 for side in pair):
-            raise top.refuse("image_grid_pinpoints", f"a list of pairs of multiples of the tile size, {tile} pixels")
+            right = f"a list of at most {MOST_GRIDS} pairs of multiples of the tile size, {tile} pixels"
+            raise top.refuse("image_grid_pinpoints", right)
+        if pair[0] * pair[1] > MOST_TILES * tile**2:
+            raise top.refuse("image_grid_pinpoints", f"a list of grids of at most {MOST_TILES} tiles")
     return [[side // tile for side in pair] for pair in pairs]
 
 

@@ -216,12 +216,16 @@ def make_tokenizer_json(folder: str | Path) -> str:
     spec = json.loads(model.to_str())
     for name in ("tokenizer_config.json", "added_tokens.json"):
         if (folder / name).is_file():
-            _add_tokens(spec, _listed_tokens(folder / name), folder / "vocab.json", name)
+            _add_tokens(spec, listed_tokens(folder / name), folder / "vocab.json", name)
     return json.dumps(spec, ensure_ascii=False, indent=2)
 
 
-def _listed_tokens(file: Path) -> list[dict]:
-    """Return the added tokens that tokenizer_config.json or added_tokens.json lists."""
+def listed_tokens(file: Path) -> list[dict]:
+    """Return the added tokens that tokenizer_config.json or added_tokens.json lists, each with its id.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     values = read_json(file, error=CheckpointError)
     try:
         if file.name == "added_tokens.json":

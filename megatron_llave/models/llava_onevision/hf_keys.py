@@ -27,10 +27,18 @@ VISION_KEYS = {
 DEFAULT_ROPE_THETA = 10000.0
 
 # Key -> (value of a missing key, the only value that we run).
-LANGUAGE_FIXED = {"hidden_act": ("silu", "silu")}
+LANGUAGE_FIXED = {
+    "hidden_act": ("silu", "silu"),
+    "attention_bias": (True, True),
+    "attention_dropout": (0.0, 0.0),
+    "is_causal": (True, True),
+    "mlp_bias": (False, False),
+    "partial_rotary_factor": (1.0, 1.0),
+}
 VISION_FIXED = {
     "model_type": ("siglip_vision_model", "siglip_vision_model"),
     "hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),
+    "attention_dropout": (0.0, 0.0),
     "num_channels": (3, 3),
     "layer_norm_eps": (1e-6, 1e-6),
 }
@@ -39,6 +47,7 @@ ONEVISION_FIXED = {
     "projector_hidden_act": ("gelu", "gelu"),
     "multimodal_projector_bias": (True, True),
 }
+TOP_FIXED = {"quantization_config": (None, None), "use_image_newline_parameter": (True, True)}
 QWEN_FIXED = {
     "mm_projector_type": ("linear", "mlp2x_gelu"),
     "mm_patch_merge_type": ("flat", "spatial_unpad"),
@@ -70,6 +79,9 @@ QWEN_UNUSED = {
     "use_pos_skipping": False,
     "vision_tower_pretrained": None,
 }
+
+QWEN_REFUSED = ("add_faster_video", "mm_spatial_pool_mode", "use_pos_skipping")
+"""Those of QWEN_UNUSED that do affect embeddings, of videos or in training, if they have another value."""
 
 QWEN_VISION_SECTION = "vision_config"
 """A llava_qwen file names its vision encoder; if that is not the released one, its sizes are under this key."""
