@@ -53,7 +53,7 @@ demo: $(STAMP) $(DATA)/index.json
 	@echo "Training examples/tiny.yaml on $(PROCS) processes; the output directory is $(OUT)."
 	@PROCS=$(PROCS) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/pretrain_llave_tiny.sh data.path=$(DATA) train.output=$(OUT) $(ARGS)
 	@echo "Evaluating the checkpoint in $(OUT) on held-out data."
-	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py prepared --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report $(filter parallel.%,$(ARGS))
+	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py prepared --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report --before initial $(filter parallel.%,$(ARGS))
 	@echo "The results table and the figures are in $(OUT)/report:"
 	@ls -1 $(OUT)/report
 

@@ -71,6 +71,8 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
             str(openmoji_data),
             "--out",
             str(out),
+            "--before",
+            "initial",
         ]
         run_ranks(world, EVALUATE, *arguments, *layout)
         reports.append(json.loads((out / "report.json").read_text()))
@@ -78,7 +80,13 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
     for other in reports[1:]:
         for one, two in zip(reports[0]["sets"], other["sets"], strict=True):
             assert one["name"] == two["name"]
-            assert two["precision_at_1"] == pytest.approx(one["precision_at_1"], abs=100 / one["num_queries"] + 1e-6)
+            for key in ("precision_at_1", "before_training"):
+                assert two[key] == pytest.approx(one[key], abs=100 / one["num_queries"] + 1e-6)
+    about = [report["evaluation"] for report in reports]
+    for key in ("step", "model", "fingerprint of the sets", "training", "prompt"):
+        assert about[0][key] == about[1][key], key
+    assert about[0]["step"] == 3 and "1.041 M parameters" in about[0]["model"] and about[1]["processes"] == 2
+    assert "--before initial" in about[0]["command"] and "torch 2" in about[0]["versions"]
 
 
 @pytest.fixture(scope="module")

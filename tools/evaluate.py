@@ -15,9 +15,10 @@ import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from rich.progress import Progress, TextColumn
@@ -27,14 +28,22 @@ from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
-from megatron_llave.errors import OneLineParser, exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line, require
+from megatron_llave.evaluation.before_training import INITIAL, initial_model, read_scores, with_scores
 from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
 from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import Task
 from megatron_llave.files import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
+from megatron_llave.report.provenance import describe_evaluation
 from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
+
+BEFORE = (
+    "Precision@1 before training, shown beside that of the checkpoint: the report.json of an earlier evaluation of the "
+    "weights that the training started from; or, where embeddings are not kept, `initial`, which evaluates those "
+    "weights now (checkpoint.init, or the random weights of train.seed)"
+)
 
 
 class Commands(OneLineParser):
@@ -75,6 +84,7 @@ def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> N
         parser.add_argument("--out", help="folder of the report; default: CKPT/evaluation, or CKPT/evaluation-average")
     if benchmark.read_tasks is not None:
         rules = " ".join(f"{name}: {rule}" for name, rule in TIES.items())
+        parser.add_argument("--before", metavar="REPORT|initial", help=BEFORE)
         parser.add_argument("--ties", choices=TIES, default=benchmark.ties, help=f"{rules} Default: {benchmark.ties}")
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
@@ -94,25 +104,55 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     """Read the data, load the model at the parallel layout asked for, embed and score; the first rank reports."""
     is_ranked = benchmark.read_tasks is not None
     data = benchmark.read_tasks(args) if is_ranked else benchmark.read_evaluation(args)
+    before = scores_before(benchmark, args, data) if is_ranked else {}
     overrides = [*benchmark.overrides(args), *args.overrides]
     model = load_model(args.checkpoint, overrides=overrides, average=args.average)
+    initial = initial_model(model) if is_ranked and args.before == INITIAL else None
     folder, identity = (args.out, model.identity()) if benchmark.is_kept else (None, {})
     with progress_bar() as progress:
+        if initial is not None:
+            embedder = CachedEmbedder(partial(embed_parts, initial), None, {}, model.groups.dp, progress)
+            scored = evaluate_tasks(embedder, data, args.ties).results
+            before = {result.name: result.precision_at_1 for result in scored}
         embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
+    lines = done
+    if is_ranked:
+        about = describe_evaluation(model, data, str(getattr(args, "data", "")))
+        done = replace(done, results=with_scores(done.results, before))
+        lines = report(done, data, args, benchmark.published(model.cfg), about) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:
-        print("\n".join(report(done, data, args, benchmark.published(model.cfg)) if is_ranked else done))
+        print("\n".join(lines))
+
+
+def scores_before(benchmark: Benchmark, args: argparse.Namespace, tasks: list[Task]) -> dict[str, float]:
+    """Precision@1 before training by set, from the report that --before names; empty if it names none.
+
+    Raises:
+        UserError: the report does not belong to these sets, or `initial` is asked for where embeddings are kept.
+    """
+    if args.before is None:
+        return {}
+    if args.before != INITIAL:
+        return read_scores(args.before, tasks, args.ties)
+    hint = "evaluate the weights before training into another --out, and give its report.json"
+    require(not benchmark.is_kept, f"--before {INITIAL}: {benchmark.name} keeps the embeddings of one model; {hint}")
+    return {}
 
 
 def report(
-    done: Evaluated, tasks: list[Task], args: argparse.Namespace, published: Mapping[str, float] | None
+    done: Evaluated,
+    tasks: list[Task],
+    args: argparse.Namespace,
+    published: Mapping[str, float] | None,
+    about: Mapping[str, Any],
 ) -> list[str]:
     """Write the report and print its table; returns lines to print below it."""
     log = Path(args.checkpoint) / LOG_FILE
     records = read_log(log) if log.is_file() else []
     inputs = ChainMap(*{task.inputs.name: task.inputs for task in tasks}.values())
     work = {"inputs": done.num_inputs, "inputs_embedded": done.num_embedded, "sets_finished": done.num_finished}
-    write_report(done.results, args.ties, records, inputs, args.out, published, {"work": work})
+    write_report(done.results, args.ties, records, inputs, args.out, published, about, {"work": work})
     print_table(done.results, args.ties)
     embedded = f"{done.num_embedded} of {done.num_inputs} inputs were embedded now"
     return [

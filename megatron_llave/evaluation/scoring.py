@@ -15,7 +15,7 @@ from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.evaluation.ranking import Ranking, alignment, hub_share, rank_candidates, uniformity
 from megatron_llave.evaluation.task import SetResult, Task
-from megatron_llave.loss.similarities import overlap_coefficient
+from megatron_llave.loss.similarities import mean_margin, order_auc, overlap_coefficient
 
 TIES = {
     "first": "A query whose right candidate is exactly as similar as the best wrong one counts as right, "
@@ -57,10 +57,12 @@ def score_task(task: Task, rows: Rows, ties: str, group: dist.ProcessGroup) -> S
         precision_at_1=100.0 * int(is_right.sum()) / len(is_right),
         chance=task.chance,
         num_queries=len(is_right),
-        num_candidates=len(candidates),
+        num_candidates=task.num_candidates,
         overlap=overlap_coefficient(positive, hardest),
+        margin=_finite(mean_margin(positive, hardest)),
+        auc=_finite(order_auc(positive, hardest)),
         alignment=alignment(positive),
-        uniformity=spread if math.isfinite(spread) else None,
+        uniformity=_finite(spread),
         hub_share=hub_share(top[:, 0]),
         num_ties=int(is_tie.sum()),
         positive=positive.tolist(),
@@ -70,6 +72,10 @@ def score_task(task: Task, rows: Rows, ties: str, group: dist.ProcessGroup) -> S
         queries=[task.inputs.key(number) for number in task.queries.tolist()],
         candidates=[task.inputs.key(number) for number in shown.tolist()],
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _rank_shared(task: Task, rows: Rows, group: dist.ProcessGroup) -> Ranking:

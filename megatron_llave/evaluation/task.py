@@ -42,6 +42,11 @@ class Task:
         return self.candidates if self.bounds is None else self.candidates[self.bounds[query] : self.bounds[query + 1]]
 
     @property
+    def num_candidates(self) -> int:
+        """Number of different candidates of all queries."""
+        return len(self.candidates) if self.bounds is None else len(np.unique(self.candidates))
+
+    @property
     def chance(self) -> float:
         """Expected Precision@1 of guessing, in percent."""
         counts = len(self.candidates) if self.bounds is None else np.diff(self.bounds)
@@ -108,6 +113,10 @@ class SetResult:
     num_candidates: int
     overlap: float
     """Overlap coefficient of `positive` and `hardest_negative`, 0 to 1."""
+    margin: float | None
+    """Mean of `positive` minus `hardest_negative` of the same query; None if no query has a wrong candidate."""
+    auc: float | None
+    """Probability that a random query's `positive` is above a random query's `hardest_negative`; None as for margin."""
     alignment: float
     """Mean squared distance of queries and their right candidates."""
     uniformity: float | None
@@ -128,3 +137,5 @@ class SetResult:
     """Keys of the queries' inputs."""
     candidates: list[str]
     """Keys of the inputs of all candidates that `top` and `positives` name."""
+    before_training: float | None = None
+    """Precision@1 in percent of the weights that the training started from; None if it is not known."""

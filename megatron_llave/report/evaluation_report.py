@@ -5,7 +5,7 @@ montage.png, mistakes.png and, with records, loss.png.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,22 @@ from megatron_llave.files import write_json, write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts
 from megatron_llave.report.html_page import Section, html_page
 from megatron_llave.report.montage import Panel, Row, draw_montage
-from megatron_llave.report.plots import BLUE, GREEN, GREY, ORANGE, label_axes, plot_loss, save_png
+from megatron_llave.report.plots import BLUE, GREEN, GREY, ORANGE, RED, label_axes, plot_loss, save_png
 
-COLUMNS = ("data set", "meta-task", "split", "queries", "candidates", "chance", "Precision@1")
+COLUMNS = ("data set", "Precision@1", "before training", "chance", "meta-task", "split", "queries", "candidates")
+"""The scores come first, so that a narrow screen shows them."""
 LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
-DIAGNOSTICS = ("data set", "positive", "hardest negative", "overlap", "alignment", "uniformity", "hub (%)", "ties")
-NOTE = "Chance and Precision@1 in percent. Seen sets were trained on: they test memory and are in no mean."
+DIAGNOSTICS = (
+    *("data set", "positive", "hardest negative", "margin", "AUC", "overlap"),
+    *("alignment", "uniformity", "hub (%)", "ties"),
+)
+NOTE = (
+    "Precision@1 in percent, of this model, of the weights that its training started from, and of guessing. Seen sets "
+    "were trained on: they test memory and are in no mean."
+)
+NO_BEFORE = " The scores before training are not known; --before adds them."
+SPLITS = {"ind": (BLUE, "in distribution"), "ood": (ORANGE, "out of distribution"), "seen": (GREY, "seen in training")}
+"""Split -> colour of its bars, and their name in the legend."""
 NUMBER = re.compile(r"\**-?[0-9.]*(e[+-]?[0-9]+)?\**")
 """A cell with a number, in bold or not; also an empty one, and a dash."""
 PAPER_NOTE = (
@@ -37,11 +47,14 @@ PAPER_NOTE = (
     "sets of a mean were evaluated."
 )
 DIAGNOSTICS_NOTE = (
-    "Mean cosine of the right candidate and of the most similar wrong one, and how far the two samples overlap (0 to "
-    "1). Alignment: mean squared distance of queries and right candidates, 0 is best. Uniformity: log of the mean of "
-    "exp(-2 squared distance) between candidates, lower is more evenly spread. Hub: percentage of queries won by the "
-    "most frequent best candidate. Ties: queries in which the most similar wrong candidate is exactly as similar as "
-    "the right one."
+    "Mean cosine of the right candidate and of the most similar wrong one. Margin: mean difference of the two, per "
+    "query. AUC: probability that a random query's right candidate is more similar than a random query's most similar "
+    "wrong one. Both are low where a model fails: wrong candidates are then the more similar ones, the margin is "
+    "below 0 and the AUC below 0.5. Overlap: how far the two samples overlap, 0 to 1; it is small where they differ "
+    "in either direction. Alignment: mean squared distance of queries and right candidates, 0 is best. Uniformity: "
+    "log of the mean of exp(-2 squared distance) between candidates, lower is more evenly spread. Hub: percentage of "
+    "queries won by the most frequent best candidate. Ties: queries in which the most similar wrong candidate is "
+    "exactly as similar as the right one."
 )
 
 
@@ -51,18 +64,28 @@ def summarise(results: list[SetResult]) -> dict[str, Any]:
     Returns:
         {"meta_tasks": {meta-task: mean}, "ind": mean, "ood": mean, "held_out": mean over both}; None where no set is.
     """
+    return _summarise(results, lambda result: result.precision_at_1)
+
+
+def _summarise(results: list[SetResult], score: Callable[[SetResult], float | None]) -> dict[str, Any]:
+    """Means as of `summarise`, of another score; None also where a set has no such score."""
     held_out = [result for result in results if result.split != "seen"]
     meta_tasks = dict.fromkeys(result.meta_task for result in held_out)
+
+    def mean(chosen: Iterable[SetResult]) -> float | None:
+        scores = [score(result) for result in chosen]
+        return None if not scores or None in scores else sum(scores) / len(scores)
+
     return {
-        "meta_tasks": {task: _mean([r for r in held_out if r.meta_task == task]) for task in meta_tasks},
-        "ind": _mean([result for result in held_out if result.split == "ind"]),
-        "ood": _mean([result for result in held_out if result.split == "ood"]),
-        "held_out": _mean(held_out),
+        "meta_tasks": {task: mean(r for r in held_out if r.meta_task == task) for task in meta_tasks},
+        "ind": mean(result for result in held_out if result.split == "ind"),
+        "ood": mean(result for result in held_out if result.split == "ood"),
+        "held_out": mean(held_out),
     }
 
 
-def _mean(results: list[SetResult]) -> float | None:
-    return sum(result.precision_at_1 for result in results) / len(results) if results else None
+def _before(results: list[SetResult]) -> dict[str, Any]:
+    return _summarise(results, lambda result: result.before_training)
 
 
 def write_numbers(results: list[SetResult], path: str | Path, extra: dict[str, Any]) -> None:
@@ -73,7 +96,7 @@ def write_numbers(results: list[SetResult], path: str | Path, extra: dict[str, A
         for name in ("positive", "hardest_negative"):
             metrics[f"{name}_histogram"] = cosine_counts(torch.tensor(getattr(result, name), dtype=torch.float64))
         sets.append(metrics)
-    write_json(path, {**extra, "means": summarise(results), "sets": sets})
+    write_json(path, {**extra, "means": summarise(results), "means_before_training": _before(results), "sets": sets})
 
 
 def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
@@ -81,17 +104,23 @@ def _set_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
     rows = []
     for result in results:
         counts = (str(result.num_queries), str(result.num_candidates))
-        scores = (f"{result.chance:.3g}", f"{result.precision_at_1:.1f}")
-        rows.append((result.name, result.meta_task, result.split, *counts, *scores))
+        scores = (f"{result.precision_at_1:.1f}", _decimal(result.before_training), f"{result.chance:.3g}")
+        rows.append((result.name, *scores, result.meta_task, result.split, *counts))
     return rows
 
 
 def _mean_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
     """A row of COLUMNS per mean over held-out sets."""
-    means = summarise(results)
-    named = [(f"mean {task}", mean) for task, mean in means["meta_tasks"].items()]
-    named += [("mean IND", means["ind"]), ("mean OOD", means["ood"]), ("mean of all held-out sets", means["held_out"])]
-    return [(name, "", "", "", "", "", f"{mean:.1f}") for name, mean in named if mean is not None]
+    means, before = summarise(results), _before(results)
+    named = [(f"mean {task}", mean, before["meta_tasks"][task]) for task, mean in means["meta_tasks"].items()]
+    titles = {"ind": "mean IND", "ood": "mean OOD", "held_out": "mean of all held-out sets"}
+    named += [(title, means[key], before[key]) for key, title in titles.items()]
+    scores = [(name, _decimal(mean), _decimal(start)) for name, mean, start in named if mean is not None]
+    return [(*row, "", "", "", "", "") for row in scores]
+
+
+def _decimal(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def scores_section(results: list[SetResult], ties: str) -> Section:
@@ -99,7 +128,8 @@ def scores_section(results: list[SetResult], ties: str) -> Section:
 
     `ties` is the tie rule, a key of TIES.
     """
-    return Section("Scores", f"{NOTE} Ties: {ties}. {TIES[ties]}", COLUMNS, _set_rows(results), _mean_rows(results))
+    note = NOTE + (NO_BEFORE if all(result.before_training is None for result in results) else "")
+    return Section("Scores", f"{note} Ties: {ties}. {TIES[ties]}", COLUMNS, _set_rows(results), _mean_rows(results))
 
 
 def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], means: Sequence[Sequence[str]] = ()) -> str:
@@ -114,7 +144,7 @@ def print_table(results: list[SetResult], ties: str) -> None:
     """Print the sets and the means to the terminal, with the tie rule (a key of TIES) in the title."""
     table = Table(title=f"Precision@1 (%), ties: {ties}")
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 3 else "right")
+        table.add_column(column, justify="left" if index in (0, 4, 5) else "right")
     for row in _set_rows(results):
         table.add_row(*row)
     table.add_section()
@@ -122,7 +152,7 @@ def print_table(results: list[SetResult], ties: str) -> None:
         table.add_row(*row, style="bold")
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a log file has no width; rich would assume 80 and cut names
+        console.width = 140  # a log file has no width; rich would assume 80 and cut names
     console.print(table, markup=False)
 
 
@@ -139,7 +169,7 @@ def plot_similarities(results: list[SetResult], path: str | Path) -> None:
             weights = np.full(len(sample), 100 / max(1, len(sample)))
             colours = {"facecolor": (colour, 0.35), "edgecolor": colour}
             axes.hist(sample, edges, weights=weights, histtype="stepfilled", linewidth=1.4, label=label, **colours)
-        label_axes(axes, f"{result.name}\noverlap {result.overlap:.2f}", "", "")
+        label_axes(axes, f"{result.name}\nAUC {_decimal(result.auc, 2)}, overlap {result.overlap:.2f}", "", "")
         if index % across == 0:
             axes.set_ylabel("share of queries (%)")
         if index + across >= len(results):
@@ -151,23 +181,29 @@ def plot_similarities(results: list[SetResult], path: str | Path) -> None:
 
 
 def plot_scores(results: list[SetResult], path: str | Path) -> None:
-    """Draw Precision@1 of each set as a bar with a mark at chance, grouped by meta-task, as PNG."""
+    """Draw Precision@1 of each set as a bar, with marks at chance and before training, grouped by meta-task, as PNG."""
     meta_tasks = list(dict.fromkeys(result.meta_task for result in results))
     ordered = sorted(results, key=lambda result: meta_tasks.index(result.meta_task))
     figure = Figure(figsize=(9, 1.4 + 0.27 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(ordered))
-    colours = [{"ind": BLUE, "ood": ORANGE}.get(result.split, GREY) for result in ordered]
-    scores = [result.precision_at_1 for result in ordered]
-    axes.barh(places, scores, color=colours, height=0.7)
-    chances = [result.chance for result in ordered]
-    axes.plot(chances, places, "|", color=GREEN, markersize=9, markeredgewidth=2, label="chance")
-    for place, score in zip(places, scores):
-        axes.text(score + 0.8, place, f"{score:.1f}", va="center", fontsize=8, color=GREY)
+    for split, (colour, label) in SPLITS.items():
+        chosen = [place for place, result in zip(places, ordered) if result.split == split]
+        if chosen:
+            scores = [ordered[place].precision_at_1 for place in chosen]
+            axes.barh(chosen, scores, color=colour, height=0.7, label=label)
+    marks = {"chance": (GREEN, [result.chance for result in ordered])}
+    marks["before training"] = (RED, [np.nan if r.before_training is None else r.before_training for r in ordered])
+    for label, (colour, values) in marks.items():
+        if not np.isnan(values).all():
+            axes.plot(values, places, "|", color=colour, markersize=9, markeredgewidth=2, label=label)
+    for place, result in zip(places, ordered):
+        end = np.nanmax([result.precision_at_1, *(values[place] for _, values in marks.values())])
+        axes.text(end + 1.2, place, f"{result.precision_at_1:.1f}", va="center", fontsize=8, color=GREY)
     axes.set_yticks(places, [f"{result.name}  ({result.meta_task})" for result in ordered], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
-    label_axes(axes, "Precision@1: blue in distribution, orange out of it, grey seen in training", "", "percent")
+    label_axes(axes, "Precision@1", "", "percent")
     if ordered:
         axes.legend(frameon=False, loc="lower right")
     save_png(figure, path)
@@ -218,8 +254,8 @@ def diagnostic_rows(results: list[SetResult]) -> list[tuple[str, ...]]:
     for result in results:
         samples = (result.positive, result.hardest_negative)
         means = [np.mean([x for x in sample if np.isfinite(x)] or [np.nan]) for sample in samples]
-        spread = "-" if result.uniformity is None else f"{result.uniformity:.2f}"
-        metrics = [*(f"{mean:.3f}" for mean in means), f"{result.overlap:.2f}", f"{result.alignment:.3f}", spread]
+        metrics = [*(f"{mean:.3f}" for mean in means), _decimal(result.margin, 3), _decimal(result.auc, 2)]
+        metrics += [f"{result.overlap:.2f}", f"{result.alignment:.3f}", _decimal(result.uniformity, 2)]
         rows.append((result.name, *metrics, f"{result.hub_share:.1f}", str(result.num_ties)))
     return rows
 
@@ -239,6 +275,7 @@ def write_report(
     inputs: Mapping[str, Side],
     directory: str | Path,
     paper: Mapping[str, float] | None = None,
+    about: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all files of the report into `directory`; each replaces an old one when it is complete.
@@ -250,6 +287,7 @@ def write_report(
         inputs: the inputs by the keys in the results; only those shown in figures are read.
         directory: folder of the report, made if missing.
         paper: published means to compare with.
+        about: where the numbers come from (provenance.py), by name; the entry `evaluation` of report.json.
         extra: further entries of report.json.
 
     Raises:
@@ -258,7 +296,7 @@ def write_report(
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_files(results, ties, records, inputs, directory, paper or {}, extra or {})
+        _write_files(results, ties, records, inputs, directory, paper or {}, about or {}, extra or {})
     except OSError as error:
         file = error.filename2 or error.filename or directory
         raise DataError(f"report: {file} cannot be written: {error.strerror or error}") from error
@@ -271,6 +309,7 @@ def _write_files(
     inputs: Mapping[str, Side],
     directory: Path,
     paper: Mapping[str, float],
+    about: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> None:
     figures = {"Precision@1": "scores.png", "Similarities": "similarities.png", "Examples": "montage.png"}
@@ -283,20 +322,27 @@ def _write_files(
     draw_montage(example_panels(results, inputs), directory / "montage.png")
     draw_montage(mistake_panels(results, inputs), directory / "mistakes.png")
     steps = {"steps": records[-1]["step"]} if records else {}
-    head = {**steps, "ties": ties, **extra, **({"paper": paper} if paper else {})}
+    head = {"evaluation": dict(about)} if about else {}
+    head |= {**steps, "ties": ties, **extra, **({"paper": paper} if paper else {})}
     write_numbers(results, directory / "report.json", head)
     tables = [scores_section(results, ties)]
     if paper:
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
+    if about:
+        rows = [(name, "none" if value is None else str(value)) for name, value in about.items()]
+        tables.append(Section("About this evaluation", "", ("what", "value"), rows))
     drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in figures.items())
-    write_text(directory / "report.md", "# Evaluation\n" + "".join(map(markdown, tables)) + drawn)
+    names = ("checkpoint", "step", "data", "date")
+    what = ", ".join([f"{len(results)} evaluation sets", *(f"{name} {about[name]}" for name in names if name in about)])
+    write_text(directory / "report.md", f"# Evaluation\n\n{what}\n" + "".join(map(markdown, tables)) + drawn)
     shown = [Section(title, figures=[directory / file]) for title, file in figures.items()]
-    page = html_page("Evaluation", f"{len(results)} evaluation sets.", [*tables, *shown])
+    page = html_page("Evaluation", what, [*tables, *shown])
     write_text(directory / "report.html", page)
 
 
 def markdown(section: Section) -> str:
     """Return a section of the report in Markdown: its title, what it is about, and its table."""
     table = markdown_rows(section.columns, section.rows, section.means)
-    return f"\n## {section.title}\n\n{section.about}\n\n{table}"
+    about = f"{section.about}\n\n" if section.about else ""
+    return f"\n## {section.title}\n\n{about}{table}"

@@ -16,7 +16,11 @@ h1 { font-size: 1.6rem; } summary { font-size: 1.2rem; font-weight: 600; cursor:
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
 tr.mean td { font-weight: 600; background: #f6f6f6; } p { max-width: 75ch; color: #444; }
-img { max-width: 100%; height: auto; }
+td:last-child, th:last-child { white-space: normal; overflow-wrap: anywhere; } img { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; } body { color: #ddd; background: #181818; } p { color: #bbb; }
+  th, td { border-color: #444; } tr.mean td { background: #262626; }
+}
 """
 
 

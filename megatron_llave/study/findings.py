@@ -23,7 +23,8 @@ from megatron_llave.training.logger import LOG_FILE, read_log
 IND, OOD, ALL = "in distribution", "out of distribution", "all held out"
 OUTCOMES = (ALL, IND, OOD)
 """Means of Precision@1 in percent over the evaluation sets; the first one decides a study."""
-OVERLAP = "overlap"
+DIAGNOSTICS = {"overlap": "overlap", "margin": "margin", "AUC": "auc"}
+"""Name of a mean over the evaluation sets -> key of the report, which reports of earlier versions may lack."""
 LAST_STEPS = 50
 HISTOGRAMS = ("positive_histogram", "hardest_negative_histogram")
 
@@ -40,6 +41,7 @@ TRAINING: dict[str, Callable[[Log], float]] = {
     "gradient norm, largest": lambda log: _of(max, log, "gradient_norm"),
     f"effective negatives, last {LAST_STEPS} steps": _last("effective_negatives"),
     f"overlap in the batch, last {LAST_STEPS} steps": _last("similarity_overlap"),
+    f"AUC in the batch, last {LAST_STEPS} steps": _last("similarity_auc"),
     "steps not finite": lambda log: float(sum(record.get("loss") is None for record in log)),
     "seconds per step, median": lambda log: _of(statistics.median, log, "seconds"),
 }
@@ -53,7 +55,7 @@ class Finding:
     variant: str
     seed: int
     values: Mapping[str, float]
-    """Values named in OUTCOMES, OVERLAP and TRAINING; empty for a run that is not finished."""
+    """Values named in OUTCOMES, DIAGNOSTICS and TRAINING; empty for a run that is not finished."""
     sets: Mapping[str, float]
     """Evaluation set -> Precision@1 in percent."""
     histograms: tuple[np.ndarray, np.ndarray] | None
@@ -119,7 +121,7 @@ def read_finding(folder: Path, variant: str, seed: int, chosen: Sequence[str]) -
         values = {
             name: _mean(result["precision_at_1"] for result in part) for name, part in ({ALL: used} | splits).items()
         }
-        values[OVERLAP] = _mean(result["overlap"] for result in used)
+        values |= {name: _mean(result.get(key) for result in used) for name, key in DIAGNOSTICS.items()}
         counts = tuple(np.sum([result[name] for result in used], axis=0) for name in HISTOGRAMS)
         scores = {name: float(result["precision_at_1"]) for name, result in sets.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

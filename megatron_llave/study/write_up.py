@@ -19,7 +19,7 @@ from megatron_llave.files import write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.report.evaluation_report import markdown_rows
 from megatron_llave.report.plots import BLUE, INK, ORANGE, label_axes, plot_runs, save_png
-from megatron_llave.study.findings import OUTCOMES, OVERLAP, TRAINING, Finding, Log, by_seed, comparisons
+from megatron_llave.study.findings import DIAGNOSTICS, OUTCOMES, TRAINING, Finding, Log, by_seed, comparisons
 from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
 from megatron_llave.study.variants import UNTRAINED, Study
 
@@ -88,7 +88,7 @@ def _means(
     for variant in variants:
         runs = [run for run in findings if run.variant == variant]
         cells = []
-        for name in (*OUTCOMES, OVERLAP, *TRAINING):
+        for name in (*OUTCOMES, *DIAGNOSTICS, *TRAINING):
             values = list(by_seed(findings, variant, name).values())
             is_spread = len(values) > 1 and name in OUTCOMES
             spread = f" ± {statistics.stdev(values):.1f}" if is_spread else ""
@@ -97,7 +97,7 @@ def _means(
         finished = f"{sum(not run.problem for run in runs)} of {len(runs)}"
         rows.append([variant, finished, *cells[: len(OUTCOMES)], *reported, *cells[len(OUTCOMES) :]])
     heads = [f"paper: {name}" for name in OUTCOMES if paper]
-    return ["variant", "runs", *OUTCOMES, *heads, OVERLAP, *TRAINING], rows
+    return ["variant", "runs", *OUTCOMES, *heads, *DIAGNOSTICS, *TRAINING], rows
 
 
 def _differences(findings: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
@@ -126,7 +126,7 @@ def _sets(done: Sequence[Finding], variants: Sequence[str]) -> tuple[list[str], 
 
 
 def _runs(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
-    names = [*OUTCOMES, OVERLAP, *TRAINING]
+    names = [*OUTCOMES, *DIAGNOSTICS, *TRAINING]
     rows = []
     for run in findings:
         values = [_number(name, run.values.get(name, math.nan)) for name in names]
@@ -135,7 +135,7 @@ def _runs(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
 
 
 def _run_table(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
-    names = [*OUTCOMES, OVERLAP, *TRAINING]
+    names = [*OUTCOMES, *DIAGNOSTICS, *TRAINING]
     sets = list(dict.fromkeys(name for run in findings for name in run.sets))
     rows = []
     for run in findings:
@@ -148,7 +148,7 @@ def _comparison_table(findings: Sequence[Finding], study: Study) -> tuple[list[s
     """Comparisons of all values, not only of the outcomes."""
     sets = list(dict.fromkeys(name for run in findings for name in run.sets))
     rows = []
-    for name in (*OUTCOMES, OVERLAP, *TRAINING, *sets):
+    for name in (*OUTCOMES, *DIAGNOSTICS, *TRAINING, *sets):
         for variant, comparison in comparisons(findings, study, name).items():
             if comparison is not None:
                 numbers = (comparison.mean, comparison.low, comparison.high, comparison.p_value)
@@ -210,8 +210,9 @@ def plot_similarities(done: Sequence[Finding], variants: Sequence[str], path: Pa
             counts = np.sum([run.histograms[side] for run in runs], axis=0)
             shares = 100 * counts / max(1, counts.sum())
             axes.stairs(shares, edges, fill=True, facecolor=(colour, 0.35), edgecolor=colour, label=label)
-        overlap = statistics.fmean(run.values[OVERLAP] for run in runs)
-        label_axes(axes, f"{variant}\noverlap {overlap:.2f}, {len(runs)} run{'s' * (len(runs) > 1)}", "", "")
+        auc, overlap = (statistics.fmean(run.values[name] for run in runs) for name in ("AUC", "overlap"))
+        title = f"{variant}\nAUC {auc:.2f}, overlap {overlap:.2f}, {len(runs)} run{'s' * (len(runs) > 1)}"
+        label_axes(axes, title, "", "")
         if index % across == 0:
             axes.set_ylabel("share of queries (%)")
         if index + across >= len(variants):

@@ -15,7 +15,7 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.config.schema import LossConfig, RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
-from megatron_llave.loss.similarities import cosine_counts, overlap_coefficient
+from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
 from megatron_llave.planning.flops import Work, achieved
 
 MEANS = {
@@ -25,6 +25,9 @@ MEANS = {
     "hardest_share": "hardest_share",
 }
 """Field of the similarity statistics -> name of its mean over the queries in the record."""
+
+COMPARISONS = {"overlap": overlap_coefficient, "margin": mean_margin, "auc": order_auc}
+"""Name in the record, after `similarity_` -> comparison of the cosines of positives and hardest negatives."""
 
 
 @dataclass
@@ -73,9 +76,9 @@ def collect(
 
 
 def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float | int]:
-    """Loss, mean similarities and their overlap over the step's pairs, and counts, over all data-parallel ranks.
+    """Loss, mean similarities and how they compare over the step's pairs, and counts, over all data-parallel ranks.
 
-    Without shares of the loss, as on all pipeline stages but the last, everything but the counts is 0.
+    Without shares of the loss, as on all pipeline stages but the last, everything but the counts is 0 or NaN.
     """
     device = batches[0].query_ids.device
     counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
@@ -94,9 +97,10 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     loss, *totals = totals.tolist()
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
-    overlap = {"similarity_overlap": overlap_coefficient(*similarities(shares, group, device))}
+    samples = similarities(shares, group, device)
+    compared = {f"similarity_{name}": compare(*samples) for name, compare in COMPARISONS.items()}
     names = ("tokens", "tiles", "squared_lengths", "pairs", "hard_negatives", "skipped", "cut")
-    return {"loss": loss / group.size(), **means, **overlap, **dict(zip(names, map(int, counts)))}
+    return {"loss": loss / group.size(), **means, **compared, **dict(zip(names, map(int, counts)))}
 
 
 def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from run_ranks import run_ranks
 
 from megatron_llave.evaluation import ranking
 from megatron_llave.evaluation.ranking import rank_candidates
-from megatron_llave.loss.similarities import cosine_counts, overlap_coefficient
+from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
 
 CHECK = Path(__file__).parents[1] / "distributed" / "check_retrieval.py"
 
@@ -115,6 +115,28 @@ def test_bfloat16_embeddings_are_ranked_in_float32():
 def test_candidates_spread_over_ranks(world):
     output = run_ranks(world, CHECK, timeout=120)
     assert output.count("all rankings equal") == world
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 0.4])
+def test_auc_and_margin_have_a_sign_where_overlap_has_none(shift):
+    generator = torch.Generator().manual_seed(0)
+    hardest = torch.randn(150, generator=generator).mul(0.2).round(decimals=1)  # many equal ones
+    positive = torch.randn(200, generator=generator).mul(0.2).round(decimals=1) + shift
+    slow = [(float(a) > float(b)) + (float(a) == float(b)) / 2 for a in positive for b in hardest]
+    assert order_auc(positive, hardest) == pytest.approx(sum(slow) / len(slow))
+    assert order_auc(hardest, positive) == pytest.approx(1 - sum(slow) / len(slow))
+    slow = [float(a) - float(b) for a, b in zip(positive[:150], hardest)]
+    assert mean_margin(positive[:150], hardest) == pytest.approx(sum(slow) / 150, abs=1e-7)
+    # The worse model overlaps as little as the better one; only the other two tell them apart.
+    better, worse = (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), (torch.tensor([0.1]), torch.tensor([0.9]))
+    assert overlap_coefficient(*better) == overlap_coefficient(*worse) == 0
+    assert (order_auc(*better), order_auc(*worse)) == (1, 0) and mean_margin(*worse) < 0 < mean_margin(*better)
+
+
+def test_auc_and_margin_leave_out_what_is_not_finite():
+    positive, hardest = torch.tensor([0.5, 0.5]), torch.tensor([-torch.inf, 0.25])
+    assert order_auc(positive, hardest) == 1 and mean_margin(positive, hardest) == 0.25
+    assert math.isnan(order_auc(positive[:1], hardest[:1])) and math.isnan(mean_margin(positive[:1], hardest[:1]))
 
 
 def test_overlap_coefficient():

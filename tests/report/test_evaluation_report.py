@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -29,6 +30,8 @@ def set_result(name="names", meta_task="retrieval", split="ind", precision=50.0,
         "num_queries": 2,
         "num_candidates": 3,
         "overlap": 0.25,
+        "margin": 0.2,
+        "auc": 0.75,
         "alignment": 0.6,
         "uniformity": -2.0,
         "hub_share": 50.0,
@@ -110,11 +113,13 @@ def markdown_table(results):
 
 def test_markdown_table():
     lines = markdown_table(MIXED).splitlines()
-    assert lines[0] == "| data set | meta-task | split | queries | candidates | chance | Precision@1 |"
+    assert (
+        lines[0] == "| data set | Precision@1 | before training | chance | meta-task | split | queries | candidates |"
+    )
     assert lines[1].count("|") == lines[0].count("|")
-    assert lines[2] == "| a | classification | ind | 2 | 3 | 33.3 | 40.0 |"
-    assert lines[5] == "| d | retrieval | seen | 2 | 3 | 33.3 | 99.0 |"
-    means = {line.split("|")[1].strip(" *"): line.split("|")[-2].strip(" *") for line in lines[6:]}
+    assert lines[2] == "| a | 40.0 | - | 33.3 | classification | ind | 2 | 3 |"
+    assert lines[5] == "| d | 99.0 | - | 33.3 | retrieval | seen | 2 | 3 |"
+    means = {line.split("|")[1].strip(" *"): line.split("|")[2].strip(" *") for line in lines[6:]}
     assert means == {
         "mean classification": "25.0",
         "mean retrieval": "60.0",
@@ -124,6 +129,26 @@ def test_markdown_table():
     }
     assert r"| a\|b |" in markdown_table([set_result("a|b")])
     assert len(markdown_table([]).splitlines()) == 2
+
+
+def test_scores_before_training_stand_beside_the_scores(tmp_path, capsys):
+    before = dict(zip("abcd", (11.0, 10.5, None, 1.0)))
+    results = [replace(result, before_training=before[result.name]) for result in MIXED]
+    lines = markdown_table(results).splitlines()
+    assert lines[2].startswith("| a | 40.0 | 11.0 | 33.3 |") and lines[4].startswith("| c | 60.0 | - | 33.3 |")
+    means = {line.split("|")[1].strip(" *"): line.split("|")[3].strip(" *") for line in lines[6:]}
+    assert (means["mean classification"], means["mean OOD"]) == ("10.8", "10.5")
+    # A mean over other sets than those of the column beside it would mislead.
+    assert means["mean retrieval"] == means["mean IND"] == means["mean of all held-out sets"] == "-"
+    evaluation_report.print_table(results, "strict")
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("before training", "11.0", "10.8"))
+    evaluation_report.write_numbers(results, tmp_path / "report.json", {})
+    value = json.loads((tmp_path / "report.json").read_text())
+    assert [scored["before_training"] for scored in value["sets"]] == list(before.values())
+    assert value["means_before_training"]["meta_tasks"] == {"classification": 10.75, "retrieval": None}
+    note = evaluation_report.scores_section(results, "first").about
+    assert "--before" not in note and "--before" in evaluation_report.scores_section(MIXED, "first").about
 
 
 def test_terminal_table_is_not_cut_in_a_log_file(capsys):
@@ -156,10 +181,13 @@ def test_json_has_the_numbers_but_not_the_long_lists(tmp_path):
         "num_queries": 2,
         "num_candidates": 3,
         "overlap": 0.25,
+        "margin": 0.2,
+        "auc": 0.75,
         "alignment": 0.6,
         "uniformity": -2.0,
         "hub_share": 50.0,
         "num_ties": 0,
+        "before_training": None,
     }
 
 
@@ -239,17 +267,21 @@ class Page(HTMLParser):
 def test_html_report_holds_everything_and_fetches_nothing(tmp_path):
     named = [set_result('<b>&"', "vqa", "ind", 12.5, num_ties=7), *MIXED]
     paper = {"classification": 57.4, "grounding": 82.9, "overall": 59.1}
-    evaluation_report.write_report(named, "first", log_records(), INPUTS, tmp_path, paper, {"work": 3})
+    about = {"step": 7, "date": "<today>"}
+    evaluation_report.write_report(named, "first", log_records(), INPUTS, tmp_path, paper, about, {"work": 3})
     page = Page((tmp_path / "report.html").read_text())
     assert page.links == []
-    assert ['<b>&"', "vqa", "ind", "2", "3", "33.3", "12.5"] in page.rows
-    assert ["mean classification", "25.0"] in page.rows and ["mean of all held-out sets", "30.6"] in page.rows
+    assert ['<b>&"', "12.5", "-", "33.3", "vqa", "ind", "2", "3"] in page.rows
+    assert ["mean classification", "25.0", "-"] in page.rows and ["mean of all held-out sets", "30.6", "-"] in page.rows
     assert ["classification", "25.0", "57.4"] in page.rows and ["grounding", "-", "82.9"] in page.rows
-    assert ['<b>&"', "0.700", "0.500", "0.25", "0.600", "-2.00", "50.0", "7"] in page.rows
+    assert ['<b>&"', "0.700", "0.500", "0.200", "0.75", "0.25", "0.600", "-2.00", "50.0", "7"] in page.rows
     files = ("scores.png", "similarities.png", "montage.png", "mistakes.png", "loss.png")
     assert page.pictures == [(tmp_path / name).read_bytes() for name in files]
     written = json.loads((tmp_path / "report.json").read_text())
     assert (written["ties"], written["work"], written["paper"]) == ("first", 3, paper)
+    assert written["evaluation"] == about and ["date", "<today>"] in page.rows
+    assert "5 evaluation sets, step 7, date <today>" in (tmp_path / "report.md").read_text()
+    assert "prefers-color-scheme: dark" in (tmp_path / "report.html").read_text()
     assert "| grounding | - | 82.9 |" in (tmp_path / "report.md").read_text()
     for name in ("report.html", "report.md"):
         assert f"Ties: first. {TIES['first']}" in (tmp_path / name).read_text()

@@ -21,7 +21,7 @@ def write_run(out: Path, variant: str, seed: int, ind: float, ood: float, steps:
     (folder / "evaluation").mkdir(parents=True)
     counts = [1] * HISTOGRAM_BINS
     sets = [
-        {"name": name, "split": split, "precision_at_1": score, "overlap": 0.5}
+        {"name": name, "split": split, "precision_at_1": score, "overlap": 0.5, "margin": -0.25, "auc": 0.4}
         | {"positive_histogram": counts, "hardest_negative_histogram": counts}
         for name, split, score in (("a", "ind", ind), ("b", "ood", ood), ("c", "ind", 99.0), ("s", "seen", 100.0))
     ]
@@ -82,7 +82,17 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
         "",
     )
     compared = list(csv.DictReader((tmp_path / "comparisons.csv").open()))
-    assert {row["number"] for row in compared} >= {ALL, IND, OOD, "overlap", "a", "s", "loss, last 50 steps"}
+    assert {row["number"] for row in compared} >= {
+        ALL,
+        IND,
+        OOD,
+        "overlap",
+        "margin",
+        "AUC",
+        "a",
+        "s",
+        "loss, last 50 steps",
+    }
     for name in ("precision.png", "similarities.png", "curves.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 

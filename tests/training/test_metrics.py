@@ -33,6 +33,8 @@ def test_means_overlap_and_counts(groups) -> None:
     assert record["hardest_share"] == pytest.approx(0.375)
     # One positive of four and one hardest negative of four share the bin at 0.3.
     assert record["similarity_overlap"] == pytest.approx(0.25)
+    assert record["similarity_margin"] == pytest.approx(0.45)
+    assert record["similarity_auc"] == pytest.approx(15.5 / 16)  # of 16 pairs, one of equal ones
 
 
 def test_nothing_seen_before_the_last_stage(groups) -> None:

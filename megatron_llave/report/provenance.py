@@ -1,0 +1,90 @@
+"""Where the numbers of an evaluation come from: which weights, data, settings and program versions."""
+
+import hashlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llave import __version__
+from megatron_llave.checkpoint.folders import require_complete
+from megatron_llave.embedding.embedder import LoadedModel
+from megatron_llave.evaluation.task import Task
+from megatron_llave.models import family_of
+
+ROOT = Path(__file__).resolve().parents[2]
+FINGERPRINT = 16
+"""Number of hexadecimal digits of the fingerprint of the evaluation sets."""
+
+
+def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) -> dict[str, Any]:
+    """What a report says about its evaluation, by name; every rank must call it.
+
+    Args:
+        model: the model that was evaluated, as `load_model` returns it.
+        tasks: the evaluation sets; their fingerprint depends on inputs and on the order of queries and candidates.
+        data: where the sets were read from.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete any more.
+    """
+    assert model.source is not None
+    cfg, source = model.cfg, model.source
+    parameters = count_parameters(model)
+    step = None if source.is_hf else require_complete(source.folder)["step"]
+    digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()
+    about = {
+        "checkpoint": str(source.folder),
+        "step": step,
+        "averaged weights": model.average,
+        "model": f"{cfg.model.family}, preset {cfg.model.preset or 'none'}, {parameters / 1e6:,.4g} M parameters",
+        "data": data,
+        "fingerprint of the sets": digest[:FINGERPRINT],
+        "command": shlex.join(sys.argv),
+        "processes": dist.get_world_size(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": f"megatron_llave {__version__}{commit(ROOT)}, torch {torch.__version__}, "
+        f"megatron-core {version('megatron-core')}, Python {sys.version.split()[0]}",
+        "precision": cfg.model.precision,
+        **family_of(cfg.model).input_settings(cfg.data, cfg.model),
+    }
+    if step:
+        loss = cfg.loss
+        about["training"] = (
+            f"seed {cfg.train.seed}, {cfg.train.global_batch_size} pairs per step, negatives {loss.negatives}, "
+            f"hard negatives {cfg.data.hard_negatives}, temperature {loss.temperature:g}, alpha {loss.alpha:g}, "
+            f"learning rate {cfg.optimizer.learning_rate:g}, started from {cfg.checkpoint.init or 'random weights'}"
+        )
+    return about
+
+
+def count_parameters(model: LoadedModel) -> int:
+    """Number of parameters of the complete model, with its vocabulary padded for tensor parallelism."""
+    groups = model.groups
+    count = 0
+    for chunk in model.chunks:
+        for parameter in chunk.parameters():
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            count += parameter.numel() * (groups.tp.size() if is_split else 1)
+    total = torch.tensor(count, dtype=torch.int64, device=next(model.chunks[0].parameters()).device)
+    dist.all_reduce(total, group=groups.pp)
+    return int(total)
+
+
+def commit(root: Path) -> str:
+    """` (git COMMIT)` of a clone, with `-dirty` where files differ from it; "" outside of a clone or without git."""
+    if not (root / ".git").exists():  # an installed package may lie within someone else's repository
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" (git {done.stdout.strip()})"
