@@ -4,17 +4,16 @@ An unknown key, a value of the wrong type or an impossible combination is a Conf
 `save_config` writes the merged configuration beside the checkpoint, so that a checkpoint records how it was made.
 """
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_llave.config.checks import validate
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.parse import TypedReader, read_overrides, read_yaml
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import EARLIER, RunConfig
 from megatron_llave.errors import ConfigError, one_of, require
@@ -34,19 +33,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
             impossible.
     """
     path = Path(path)
-    require(path.is_file(), f"configuration file {path} does not exist")
-    try:
-        from_file = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # yaml has many kinds of errors, which mean the same to the user
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    require(isinstance(from_file, dict), f"{path} must hold sections such as `model:` and `train:`")
-    from_command_line = _read_overrides(overrides)
-    _check_keys(RunConfig, from_file, str(path))
-    _check_keys(RunConfig, from_command_line, "the command line")
+    from_file = TypedReader(str(path)).read(RunConfig, read_yaml(path))
     from_file = {name: section for name, section in from_file.items() if name not in leave_out}
     if leave_out:
-        from_file = OmegaConf.merge(EARLIER, from_file)
-    return config_from_dict(OmegaConf.merge(from_file, from_command_line))
+        from_file = OmegaConf.to_container(OmegaConf.merge(EARLIER, from_file))
+    return config_from_dict(_merge(from_file, overrides))
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -55,26 +46,25 @@ def override_config(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is impossible.
     """
-    given = _read_overrides(overrides)
-    _check_keys(RunConfig, given, "the command line")
-    return config_from_dict(OmegaConf.merge(OmegaConf.structured(cfg), given))
+    return config_from_dict(_merge(asdict(cfg), overrides))
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict:
-    tree = OmegaConf.create({})
-    for override_config in overrides:
-        require(override_config.find("=") > 0, f"override {override_config!r} must look like section.key=value")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override_config]))
-        except Exception as error:  # yaml has many kinds of errors, which mean the same to the user
-            raise ConfigError(f"override {override_config!r} has a value that is not valid YAML") from error
-    return OmegaConf.to_container(tree)
+def _merge(given: dict, overrides: Sequence[str]) -> DictConfig:
+    """The given values with the overrides, which first empty the mappings that they set to null or {}."""
+    from_command_line, emptied = read_overrides(overrides)
+    for key in emptied:
+        *sections, name = key.split(".")
+        section = given
+        for part in sections:
+            section = section.get(part, {})
+        section.pop(name, None)
+    return OmegaConf.merge(given, TypedReader("the command line").read(RunConfig, from_command_line))
 
 
 def config_from_dict(given: dict | DictConfig) -> RunConfig:
     """Merge the defaults, the preset and the given values, in this order; the result is typed and checked.
 
-    Unknown keys are not looked for here: `_check_keys` does that.
+    Unknown keys are not looked for here: `TypedReader` does that.
 
     Raises:
         ConfigError: a value has the wrong type or is impossible.
@@ -107,25 +97,6 @@ def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
             except OmegaConfBaseException:
                 return f"{section}.{key}"
     return "configuration"
-
-
-def _check_keys(section: Any, given: dict, source: str, prefix: str = "") -> None:
-    """Refuse a key that the dataclass does not have, and name the closest one that it has."""
-    hints = get_type_hints(section)
-    for key, value in given.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {prefix}{key} in {source}; {hint}")
-        inner = hints[key]
-        if is_dataclass(inner):
-            require(isinstance(value, dict), f"{prefix}{key} in {source} must be a section with keys, not {value!r}")
-            _check_keys(inner, value, source, f"{prefix}{key}.")
-        elif isinstance(value, dict) and get_args(inner) and is_dataclass(get_args(inner)[-1]):
-            for name, item in value.items():
-                what = f"{prefix}{key}.{name} in {source}"
-                require(isinstance(item, dict), f"{what} must be a section ({{}} for its defaults)")
-                _check_keys(get_args(inner)[-1], item, source, f"{prefix}{key}.{name}.")
 
 
 def save_config(cfg: RunConfig, path: str | Path) -> None:

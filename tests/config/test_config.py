@@ -2,13 +2,16 @@
 
 import ast
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_llave.config import model, schema
 from megatron_llave.config.checks import validate
-from megatron_llave.config.load import config_from_dict, load_config, save_config
+from megatron_llave.config.load import config_from_dict, load_config, override_config, save_config
+from megatron_llave.config.parse import Plain, TypedReader
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.errors import ConfigError
@@ -71,9 +74,31 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("train.steps=1.5", ["train.steps", "1.5"]),
         ("train.steps=-1", ["train.steps", "-1"]),
         ("train=3", ["train", "section", "3"]),
+        ("train.steps=12:30:45", ["train.steps=12:30:45 must be a whole number"]),
+        ("train.steps=1e3", ["train.steps=1e3 must be a whole number"]),
+        ("train.steps=0x10", ["train.steps=0x10 must be a whole number"]),
+        ("train.steps=true", ["train.steps=true must be a whole number"]),
+        (f"train.steps={'9' * 5000}", ["must be a whole number"]),
+        ("optimizer.learning_rate=12:30", ["optimizer.learning_rate=12:30 must be a number"]),
+        (f"parallel.sequence={10**26}", ["parallel.sequence=1", "must be true or false"]),
+        ("parallel.sequence=1", ["parallel.sequence=1 must be true or false"]),
+        ("train.steps=???", ["train.steps=??? is no value"]),
+        ("train.output=???", ["train.output=??? is no value"]),
+        ("train.output=${oc.env:HOME}", ["train.output=${oc.env:HOME}", "is not resolved"]),
+        ("model.preset=${oc.env:NOPE}", ["model.preset=${oc.env:NOPE}", "is not resolved"]),
+        ("data.subsets={a: {weight: '${train.seed}'}}", ["data.subsets=", "is not resolved"]),
+        ("optimizer.part_start_steps=- 1", ["optimizer.part_start_steps", "must be a mapping"]),
+        ("optimizer.part_start_steps=[1]", ["optimizer.part_start_steps", "must be a mapping"]),
+        ("model.freeze=vision", ["model.freeze", "must be a list such as [a, b]"]),
+        ("model.freeze={vision: 1}", ["model.freeze", "must be a list such as [a, b]"]),
+        ("data.subsets.a=3", ["data.subsets.a", "section", "3"]),
+        ("data.subsets={a: 1, a: 2}", ["data.subsets", "the key a is given twice"]),
+        ("data.subsets={[1]: 2}", ["data.subsets", "a key must be a word"]),
+        (f"data.subsets={'[' * 100_000}", ["data.subsets=", "not valid YAML"]),
+        ("train.steps=null", ["train.steps", "null"]),
         ("model.preset=3b", ["model.preset", "3b", "tiny, 0.5b, 2b, 7b"]),
         ("model.freeze=[vison]", ["model.freeze", "vison", "vision, projector, language"]),
-        ("model.image_grids=[[1,1],3]", ["model.image_grids: Invalid value"]),
+        ("model.image_grids=[[1,1],3]", ["model.image_grids[1]", "must be a list", "3"]),
         ("model.image_grids=[[1,2,3]]", ["model.image_grids", "[1, 2, 3]"]),
         ("model.language.num_heads=3", ["model.language.hidden_size=128", "num_heads=3"]),
         ("parallel.tensor=0", ["parallel.tensor=0", "at least 1"]),
@@ -89,6 +114,92 @@ def test_values_that_cannot_work(tmp_path: Path, override: str, parts: list[str]
     text = message(write(tmp_path, TINY + STEPS), override)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a b",
+            " a",
+            "a # b",
+            "a: b",
+            "'",
+            "~x",
+            "yes",
+            "no",
+            "@a",
+            "%a",
+            "*a",
+            "&a",
+            "!a",
+            "1e3",
+            "010",
+            "12:30:45",
+            "1_0",
+        ),
+        *("[a", "{a", "-", "- a", "> a", "| a", "a,b", "true", "0", "2026-11-26", "=a", "a=b", "\u00e4\u2028b"),
+    ],
+)
+def test_a_text_arrives_as_it_was_written(tmp_path: Path, text: str) -> None:
+    """On the command line as it stands, also in quotes of YAML; and saved and loaded again."""
+    path = write(tmp_path, TINY + STEPS)
+    for given in (text, json.dumps(text)):
+        cfg = load_config(path, [f"train.output={given}"])
+        assert cfg.train.output == text
+        save_config(cfg, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == cfg
+    if text == text.strip() and re.fullmatch(r"[\w:-]+", text) and text != "-":
+        assert load_config(write(tmp_path, TINY + f"train: {{steps: 3, output: {text}}}\n")).train.output == text
+
+
+def test_a_mapping_of_the_file_is_emptied_or_replaced_from_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY + STEPS + "data: {subsets: {a: {weight: 2}, b: {}}}\n")
+    assert set(load_config(path).data.subsets) == {"a", "b"}
+    for nothing in ("null", "{}", ""):
+        assert load_config(path, [f"data.subsets={nothing}"]).data.subsets == {}
+        cfg = load_config(path, [f"data.subsets={nothing}", "data.subsets.c.weight=3"])
+        assert {name: subset.weight for name, subset in cfg.data.subsets.items()} == {"c": 3}
+    assert set(load_config(path, ["data.subsets.c={}"]).data.subsets) == {"a", "b", "c"}
+    assert override_config(load_config(path), ["data.subsets=null"]).data.subsets == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {steps: 3, steps: 4}", "the key steps is given twice"),
+        ("train: {steps: 12:30:45}", "train.steps=12:30:45 must be a whole number"),
+        ("train: {steps: 3, output: '${oc.env:HOME}'}", "is not resolved"),
+        ("train: {steps: '3'}", "train.steps=3 must be a whole number"),
+        ("train: {output: !!python/object:os.system {}}", "not valid YAML"),
+        ("train: {output: !!int 3}", "train.output in .* must be a text, not 3"),
+        ("train: [1]", "train in .* must be a section with keys"),
+        ("optimizer: {part_start_steps: [1]}", "must be a mapping of names"),
+        ("? [1]\n: 2", "a key must be a word"),
+        ("[" * 100_000, "not valid YAML"),
+        ("{" * 100_000, "not valid YAML"),
+        ("x" * (2**20 + 1), "more than the 1048576 that are read"),
+        ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]", "unknown key a"),
+    ],
+)
+def test_files_that_say_something_else_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert re.search(said, message(write(tmp_path, text)))
+
+
+def test_aliases_that_stand_for_too_much_are_refused(tmp_path: Path) -> None:
+    row = "[" + ",".join(["[1, 1]"] * 300) + "]"
+    wide = f"model: {{preset: tiny, image_grids: &g {row}}}\n" + STEPS + "data: {subsets: {"
+    text = wide + ", ".join(f"s{i}: {{weight: 1}}" for i in range(3)) + "}}\n"
+    assert len(load_config(write(tmp_path, text)).data.subsets) == 3
+    nested = "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{x: *{'a' if i == 0 else f'b{i - 1}'}}}\n" for i in range(20))
+    assert "unknown key" in message(write(tmp_path, nested))
+    reader = TypedReader("a.yaml")
+    with pytest.raises(ConfigError, match="a.yaml has more than 100000 values"):
+        reader.read(list[int], [Plain("1")] * 100_001, "k")
+
+
+def test_a_device_in_place_of_a_file_is_refused() -> None:
+    assert message(Path("/dev/zero")).startswith("/dev/zero cannot be read: it is not a regular file")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
