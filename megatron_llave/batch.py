@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megatron_llave.errors import DataError
@@ -21,10 +22,24 @@ class Side:
     """One input of the model: a query, a target or a hard negative, with text, images, or both."""
 
     text: str
-    images: list[bytes]
-    """The bytes of encoded image files (PNG, JPEG, ...), as stored in the shard."""
+    """Placeholders and special tokens in it count as such unless a backslash escapes them (data/placeholders.py)."""
+    images: list[bytes | Image.Image]
+    """The bytes of encoded image files (PNG, JPEG, ...), as stored in the shard, or Pillow images."""
     frames: np.ndarray | None = None
     """[frames, height, width, 3] uint8 RGB, the frames of a video; an input with a video has no images."""
+
+    def __post_init__(self) -> None:
+        """Raise a DataError unless the text is Unicode text and the images are a list of what they may be."""
+        if not isinstance(self.text, str):
+            raise DataError(f"the text of a Side must be a string, not {self.text!r:.60}")
+        if not isinstance(self.images, list) or not all(isinstance(x, (bytes, Image.Image)) for x in self.images):
+            right = "a list of the bytes of image files or of PIL images; Side.read(text, FILE) reads files"
+            raise DataError(f"the images of a Side must be {right}, not {self.images!r:.60}")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{self.text[error.start]!a} at character {error.start + 1}"
+            raise DataError(f"the text holds half a surrogate pair, as of a cut emoji ({half}); remove it") from error
 
     @staticmethod
     def read(text: str, *images: str | Path) -> "Side":
@@ -37,6 +52,8 @@ class Side:
             return Side(text, [Path(image).read_bytes() for image in images])
         except OSError as error:
             raise DataError(f"image {error.filename} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # a NUL, or half of a surrogate pair
+            raise DataError(f"image {', '.join(map(str, images))} cannot be read: {error}") from error
 
 
 @dataclass

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from rich.progress import track
 
 from megatron_llave.batch import Side
+from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts, load_model
@@ -154,7 +155,8 @@ def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> N
 def embed_arguments(model: LoadedModel, args: argparse.Namespace) -> None:
     """Embed the command line's inputs: the texts, then the images."""
     names = [*args.text, *args.image]
-    sides = [Side(text, []) for text in args.text] + [Side.read(args.instruction, image) for image in args.image]
+    sides = [Side(mark_user_text(text, 0), []) for text in args.text]
+    sides += [Side.read(mark_user_text(args.instruction, 1), image) for image in args.image]
     rows = embed(model, {f"{index} ({name})": side for index, (name, side) in enumerate(zip(names, sides), 1)})
     if dist.get_rank() == 0:
         write_rows([(names, rows)], args.out, len(names), model, args.checkpoint)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 from megatron_llave.files import parse_json, read_lines
 
@@ -23,7 +24,7 @@ class Item:
     """A text, images, or both, as they are written in a file."""
 
     text: str
-    """"" where there is no text."""
+    """As `mark_user_text` has marked it; "" where there is no text."""
     images: tuple[str, ...]
     """Image paths as they are written."""
     id: str | None
@@ -66,7 +67,10 @@ def parse_item(values: Any, where: str) -> Item:
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
     if name is not None and not (isinstance(name, str) and name and name.isprintable()):
         raise DataError(f"{where}: id must be a whole number or a string of printable characters, not {_shown(name)}")
-    return Item(text, tuple(images), name)
+    try:
+        return Item(mark_user_text(text, len(images)), tuple(images), name)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def check_keys(values: Any, known: Sequence[str], where: str) -> None:

@@ -1,14 +1,22 @@
-"""Marks in a text that say where an image goes: <image>, or <|image_1|>, <|image_2|>, ... as in MMEB.
+r"""Marks in a text: placeholders that say where an image goes, and special tokens of tokenizers.
 
-Training pairs are written with them whatever model is trained; a family's prompt replaces them. A backslash before a
-mark makes it ordinary text, so that texts about HTML or SVG can be written: `\\<image>`.
+A placeholder is <image>, or <|image_1|>, <|image_2|>, ... as in MMEB. Pairs are written with them whatever model is
+trained; a family's prompt replaces them. A backslash before a mark, as in \<image>, makes it ordinary text. What users
+write goes through `mark_user_text`, so that their texts hold no mark by accident; the texts of MMEB are taken as they
+are, as in the official LLaVE repository.
 """
 
 import re
 
-_MARK = r"<image>|<\|image_\d+\|>"
-PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_MARK})")
-_LITERAL = re.compile(rf"\\(?={_MARK})")
+from megatron_llave.errors import DataError
+
+_PLACEHOLDER = r"<image>|<\|image_\d+\|>"
+_SPECIAL = r"<video>|<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk)>"
+PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_PLACEHOLDER})")
+MARK = re.compile(rf"{_PLACEHOLDER}|{_SPECIAL}")
+_BARE_MARK = re.compile(rf"(?<!\\)(?:{_PLACEHOLDER}|{_SPECIAL})")
+_BARE_SPECIAL = re.compile(rf"(?<!\\)(?!{_PLACEHOLDER})(?:{_SPECIAL})")
+_ESCAPED = re.compile(rf"\\(?={_PLACEHOLDER}|{_SPECIAL})")
 
 
 def count_placeholders(text: str) -> int:
@@ -26,12 +34,30 @@ def remove_placeholders(text: str) -> str:
     return kept.rstrip() if rest and not rest[-1].strip() else kept
 
 
-def split_literals(text: str) -> list[str]:
-    """Pieces of a text without placeholders that a tokenizer must encode one by one.
+def mark_user_text(text: str, num_images: int) -> str:
+    r"""Put a backslash before each mark that a user can only have meant literally; doing it twice changes nothing.
 
-    A mark that a backslash makes ordinary text is cut behind its first character, because the tokenizer of a model may
-    know the uncut mark as the special token of an image. The backslash is left out.
+    Special tokens are always literal. Placeholders are literal in a text without images; with images they place them.
+
+    Raises:
+        DataError: there are images, but more placeholders than images.
     """
-    first, *rest = _LITERAL.split(text)  # each of the rest begins with a mark
-    starts = [*(part[:1] for part in rest), ""]
-    return [body + start for body, start in zip([first, *(part[1:] for part in rest)], starts)]
+    if num_images == 0:
+        return _BARE_MARK.sub(r"\\\g<0>", text)
+    written = count_placeholders(text)
+    if written > num_images:
+        raise DataError(
+            f"text has {written} image placeholders for {num_images} images: {text[:60]!r}; write \\<image> where "
+            "<image> is literal text"
+        )
+    return _BARE_SPECIAL.sub(r"\\\g<0>", text)
+
+
+def has_literals(text: str) -> bool:
+    """Whether a mark in the text is escaped by a backslash."""
+    return _ESCAPED.search(text) is not None
+
+
+def unescape(text: str) -> str:
+    """The text without the backslash before each escaped mark."""
+    return _ESCAPED.sub("", text)

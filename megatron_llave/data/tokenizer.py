@@ -6,6 +6,7 @@ model: it lists the special tokens that a model has added (<|im_end|>, <image>),
 lacks, and transformers reads it first as well.
 """
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_llave.config.schema import DataConfig
+from megatron_llave.data.placeholders import MARK
 from megatron_llave.errors import DataError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -42,6 +44,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text, with nothing added before or after them."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of the text, in which special tokens such as <|im_end|> are ordinary text."""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model; it has only those special tokens that the model file defines."""
@@ -67,6 +72,10 @@ class SentencePieceTokenizer:
         """Return the ids of the text."""
         return list(self._ids(text))
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of the text; SentencePiece never finds control pieces in a text."""
+        return self.encode(text)
+
 
 class HuggingFaceTokenizer:
     """A tokenizer.json; special tokens in the text become special ids, as in the official LLaVE repository."""
@@ -86,6 +95,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"{path} has none of the end-of-sequence tokens {', '.join(END_TOKENS)}")
         self.eos_id: int = known_ids[0]
         self._ids = _cached(lambda text: self._model.encode(text, add_special_tokens=False).ids)
+        self._plain: tokenizers.Tokenizer | None = None
         self._path = path
 
     def __reduce__(self) -> tuple:
@@ -95,6 +105,15 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
         return list(self._ids(text))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of the text by a copy of the tokenizer that knows no special tokens; made at the first use."""
+        if self._plain is None:
+            described = json.loads(self._model.to_str())
+            added = described["added_tokens"]
+            described["added_tokens"] = [t for t in added if not t["special"] and not MARK.fullmatch(t["content"])]
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(described))
+        return self._plain.encode(text, add_special_tokens=False).ids
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

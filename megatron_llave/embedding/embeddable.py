@@ -1,7 +1,7 @@
 """Turns what users pass to LoadedModel.embed into inputs of the model: texts, image files, PIL images and arrays."""
 
-from collections.abc import Mapping
-from io import BytesIO
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,72 +9,104 @@ import numpy as np
 from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.data.items import KEYS
+from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 
-Embeddable: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any] | Side
+ImageLike: TypeAlias = os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
+Embeddable: TypeAlias = str | ImageLike | Mapping[str, Any] | tuple[str, ImageLike] | Side
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 RIGHT = (
     "give a text, a pathlib.Path of an image, a PIL image, a uint8 array [h, w], [h, w, 3] or [h, w, 4], the bytes of "
-    'an image file, {"text": ..., "image": ...}, or a Side'
+    'an image file, {"text": ..., "image": ...}, a pair (text, image), a Side, or a list of these'
 )
 
 
+def to_sides(inputs: Embeddable | Iterable[Embeddable]) -> tuple[list[Side], bool]:
+    """Return the inputs, and whether it was a single one, which a tuple of a text and an image is too.
+
+    Raises:
+        DataError: as `to_side` does, or `inputs` is neither an input nor an iterable of them in a certain order.
+    """
+    is_text_array = isinstance(inputs, np.ndarray) and inputs.ndim == 1 and inputs.dtype.kind in "UO"
+    if _is_pair(inputs) or isinstance(inputs, (str, ImageLike, Mapping, Side)) and not is_text_array:
+        return [to_side(inputs, "the input")], True
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (set, frozenset)) or hasattr(inputs, "detach"):
+        raise DataError(f"the input is of {_kind(inputs)}; {RIGHT}")
+    return [to_side(value, f"input {index}") for index, value in enumerate(inputs)], False
+
+
 def to_side(value: Embeddable, where: str) -> Side:
-    """Return the input that a user has passed, which LoadedModel.embed describes.
+    """Return the input that a user has passed, which LoadedModel.embed describes; its text is marked as a user's.
 
     Raises:
         DataError: it is of another kind, or its image file cannot be read; the message begins with `where`.
     """
+    try:
+        if isinstance(value, Side):
+            num_images = len(value.images) if value.frames is None else 1
+            return Side(mark_user_text(value.text, num_images), value.images, value.frames)
+        text, images = _parts(value)
+        return Side(mark_user_text(text, len(images)), [_to_image(image) for image in images])
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], ImageLike)
+    )
+
+
+def _parts(value: Any) -> tuple[str, list[Any]]:
+    """Text and images of an input."""
     if isinstance(value, str):
-        return Side(_checked_text(value, where), [])
-    if isinstance(value, Side):
-        if not isinstance(value.text, str) or not isinstance(value.images, list):
-            raise DataError(f"{where}: a Side has a text and a list of images; Side.read(text, FILE) reads files")
-        return Side(value.text, [_image_bytes(image, where) for image in value.images], value.frames)
+        _refuse_file_name(value)
+        return str(value), []
     if isinstance(value, Mapping):
-        unknown = sorted(map(str, value.keys() - {"text", "image", "images"}))
-        if unknown or not value:
-            what = f"the key {unknown[0]!r} is unknown" if unknown else "the mapping is empty"
-            raise DataError(f"{where}: {what}; a mapping has text, image, or both")
-        text, images = value.get("text", ""), value.get("images", value.get("image", []))
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        images = [Path(image) if isinstance(image, str) else image for image in images]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: text must be a str, not {type(text).__name__}")
-        return Side(text, [_image_bytes(image, where) for image in images])
-    return Side("", [_image_bytes(value, where)])
+        return _parts_of_item(value)
+    if _is_pair(value):
+        return value[0], [value[1]]
+    return "", [value]
 
 
-def _checked_text(text: str, where: str) -> str:
+def _parts_of_item(item: Mapping[Any, Any]) -> tuple[str, list[Any]]:
+    unknown = sorted(map(str, item.keys() - set(KEYS)))
+    if unknown:
+        raise DataError(f"the key {unknown[0]!r} is unknown; a mapping has text, image, or both")
+    if {"image", "images"} <= item.keys():
+        raise DataError("image and images are two spellings of one key; give one of them")
+    text, images = item.get("text", ""), item.get("images", item.get("image", []))
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not isinstance(text, str):
+        raise DataError(f"text must be a string, not of {_kind(text)}")
+    if not text and not images:
+        raise DataError("the mapping has neither text nor image")
+    return text, [Path(image) if isinstance(image, str) else image for image in images]
+
+
+def _refuse_file_name(text: str) -> None:
     """Refuse a text that is the name of an image file on this machine: embedding the name itself helps nobody."""
-    if len(text) < 4096 and "\0" not in text and Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file():
-        right = f"pathlib.Path({text!r}) embeds the image, Side({text!r}, []) these words"
-        raise DataError(f"{where}: {text!r} is the name of an image file; {right}")
-    return text
+    if os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(text):
+        right = f'pathlib.Path({text!r}) embeds the image, {{"text": {text!r}}} these words'
+        raise DataError(f"{text!r} is the name of an image file; {right}")
 
 
-def _image_bytes(image: Any, where: str) -> bytes:
-    """The bytes of an image file that holds this image."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Path):
-        try:
-            return image.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{where}: image {image} cannot be read: {reason}") from error
+def _to_image(image: Any) -> bytes | Image.Image:
+    if isinstance(image, os.PathLike):
+        return Side.read("", image).images[0]
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
     if isinstance(image, np.ndarray):
         shape_is_right = image.ndim == 2 or image.ndim == 3 and image.shape[2] in (3, 4)
         if image.dtype != np.uint8 or not shape_is_right or image.size == 0:
-            raise DataError(f"{where}: an array must be uint8 [h, w], [h, w, 3] or [h, w, 4], not {_kind(image)}")
-        image = Image.fromarray(image)
+            kind = f"{image.dtype} {list(image.shape)}"
+            raise DataError(f"an array must be uint8 [h, w], [h, w, 3] or [h, w, 4], not {kind}")
+        return Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
-        raise DataError(f"{where} is of type {type(image).__name__}; {RIGHT}")
-    content = BytesIO()
-    image.save(content, "PNG" if image.mode in PNG_MODES else "TIFF")  # neither loses anything
-    return content.getvalue()
+        raise DataError(f"it is of {_kind(image)}; {RIGHT}")
+    return image
 
 
-def _kind(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"
+def _kind(value: Any) -> str:
+    return f"type {type(value).__name__}"

@@ -28,7 +28,7 @@ from megatron_llave.distributed import collectives, cpu_emulation, process_group
 from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
-from megatron_llave.embedding.embeddable import Embeddable, to_side
+from megatron_llave.embedding.embeddable import Embeddable, to_sides
 from megatron_llave.errors import DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
 
@@ -62,22 +62,22 @@ class LoadedModel:
         """The length of a packed row, in tokens, must be a multiple of this number."""
         return row_multiple(self.cfg)
 
-    def embed(self, inputs: Embeddable | Sequence[Embeddable]) -> Tensor:
+    def embed(self, inputs: Embeddable | Iterable[Embeddable]) -> Tensor:
         """Embed inputs as float32 of unit length on every rank: a list of them as [n, d] in their order, one as [d].
 
         Args:
-            inputs: an input or a list of them. An input is a text, a `pathlib.Path` of an image file, a PIL image, a
-                uint8 array [h, w] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA), the bytes of an image file, a mapping
-                with `text` and `image` (one of these, or a list of them), or a Side.
+            inputs: an input, or an iterable of them. An input is a text, a `pathlib.Path` of an image file, a PIL
+                image, a uint8 array [h, w] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA), the bytes of an image file, a
+                mapping with `text` and `image` (one of these or a file's name, or a list of them), a tuple (text,
+                image), or a Side.
 
         Raises:
             DataError: an input is none of these or cannot be read; the message names its index.
             NotFiniteError: an embedding is not finite.
         """
-        if not isinstance(inputs, (list, tuple)):
-            return self.embed([inputs])[0]
-        sides = {str(index): to_side(item, f"input {index}") for index, item in enumerate(inputs)}
-        return embed(self, sides)
+        sides, is_single = to_sides(inputs)
+        rows = embed(self, {str(index): side for index, side in enumerate(sides)})
+        return rows[0] if is_single else rows
 
     def __repr__(self) -> str:
         """One line, because a notebook shows it."""

@@ -154,7 +154,7 @@ class Inputs(Mapping[str, Side]):
     def _state(self, file: str) -> str:
         try:
             status = (self.image_folder / file).stat()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: the name has a NUL or half a surrogate pair
             return ""
         return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
 

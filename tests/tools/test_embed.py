@@ -18,6 +18,7 @@ from run_ranks import run_ranks
 from safetensors.numpy import load_file, save_file
 
 from megatron_llave.batch import Side
+from megatron_llave.data.packing import IMAGE
 from megatron_llave.embedding.embeddable import to_side
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import DataError, NotFiniteError
@@ -131,21 +132,54 @@ def test_everything_that_is_an_input_is_embedded_alike(model: Path) -> None:
     with_text = loaded.embed([{"text": "what is it", "image": image}, Side("what is it", [path.read_bytes()])])
     np.testing.assert_allclose(with_text[0], with_text[1], atol=1e-6)
     assert (with_text[0] - rows[0]).abs().max() > 1e-3 and "\n" not in repr(loaded)
+    pair = ("<image>\nwhat is it", path)
+    for several in ([pair, "a cat", "b"], (value for value in (pair, {"text": "a cat", "id": 7}, "b"))):
+        vectors = loaded.embed(several)
+        np.testing.assert_allclose(vectors[0], loaded.embed(pair), atol=1e-6)
+        np.testing.assert_allclose(vectors[1], rows[-1], atol=1e-6)
+    np.testing.assert_allclose(loaded.embed(np.array(["a cat", "b"])), vectors[1:], atol=1e-6)
+    np.testing.assert_allclose(loaded.embed(("a cat", "b")), vectors[1:], atol=1e-6)
+    np.testing.assert_allclose(loaded.embed([bytearray(path.read_bytes()), image.convert("RGBA")]), rows[:2], atol=1e-6)
+    for several in ({"a", "b"}, torch.zeros(2, 3), 3, None):
+        with pytest.raises(DataError, match=f"the input is of type {type(several).__name__}; give a text"):
+            loaded.embed(several)
+
+
+@pytest.mark.parametrize("images", ["photo.png", b"bytes", ["photo.png"], [Path("photo.png")], None])
+def test_a_side_has_a_list_of_images(images: object) -> None:
+    with pytest.raises(DataError, match="images of a Side must be a list of the bytes of image files or of PIL images"):
+        Side("a", images)
+
+
+def test_literal_marks_in_texts(model: Path) -> None:
+    """The tokenizer has an id for each byte and <|im_end|>; the embedding is that of the text as it is written."""
+    loaded = load_model(model)
+    for text in ("How do I use the <image> tag?", "an <|im_end|> or <video>", "one <|image_1|>"):
+        tokens = loaded.encoder.encode(to_side(text, "")).tokens
+        assert IMAGE not in tokens
+        plain = loaded.encoder.tokenizer.encode_plain(text)
+        assert str(plain)[1:-1] in str(tokens) and len(plain) == len(text.encode())
+    both = loaded.encoder.encode(to_side(("<image>\nthe \\<image> tag", model.parent / "picture.png"), "")).tokens
+    assert both.count(IMAGE) == 1
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "input 1 is of type NoneType; give a text, a pathlib.Path of an image, a PIL image"),
-        (3, "input 1 is of type int; give"),
-        (torch.zeros(3, 4, 4), "input 1 is of type Tensor; give"),
+        (None, "input 1: it is of type NoneType; give a text, a pathlib.Path of an image, a PIL image"),
+        (3, "input 1: it is of type int; give"),
+        (torch.zeros(3, 4, 4), "input 1: it is of type Tensor; give"),
         (np.zeros((4, 4, 3), np.float32), r"input 1: an array must be uint8 \[h, w\], .* not float32 \[4, 4, 3\]"),
         (np.zeros((3, 4, 5), np.uint8), r"not uint8 \[3, 4, 5\]"),
         (Path("nowhere.png"), "input 1: image nowhere.png cannot be read: No such file"),
         (Path("a\0b"), "input 1: image .* cannot be read: embedded null byte"),
         ({"txt": "a"}, "input 1: the key 'txt' is unknown; a mapping has text, image, or both"),
-        (Side("a", "picture.png"), r"input 1: a Side has a text and a list of images; Side.read"),
         ("photo.png", r"input 1: 'photo.png' is the name of an image file; pathlib.Path\('photo.png'\) embeds"),
+        ((("a", "photo.png"),), "input 1: it is of type tuple; give"),
+        (["a"], "input 1: it is of type list; give"),
+        ("half \ud83d", r"input 1: the text holds half a surrogate pair, as of a cut emoji .'.ud83d' at character 6"),
+        (("<image> <image>", b""), r"input 1: text has 2 image placeholders for 1 images: .*; write .<image> where"),
+        ({"text": "", "id": "x"}, "input 1: the mapping has neither text nor image"),
     ],
 )
 def test_anything_else_is_one_clear_error(value: object, message: str) -> None:

@@ -153,6 +153,8 @@ def _parse_set(value: dict[str, Any]) -> EvaluationSet:
     lists = {field: list(value[field]) for field in ("queries", "candidates", "positives")}
     if not all(isinstance(positive, int) for positive in lists["positives"]):
         raise TypeError(f"positives of {value['name']!r} must be integers")
+    if not all(isinstance(key, str) for key in (*lists["queries"], *lists["candidates"])):
+        raise TypeError(f"queries and candidates of {value['name']!r} must be strings")
     return EvaluationSet(str(value["name"]), str(value["meta_task"]), str(value["split"]), **lists)
 
 

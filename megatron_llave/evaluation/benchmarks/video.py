@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
@@ -175,7 +176,9 @@ def evaluate_videos(
         DataError: see CachedEmbedder.embed, or the scores cannot be written.
     """
     captions = [(caption, number) for number, video in enumerate(videos) for caption in video.captions]
-    texts = Inputs("captions", [Input(TEXT_PROMPT.format(caption)) for caption, _ in captions], folder)
+    texts = Inputs(
+        "captions", [Input(mark_user_text(TEXT_PROMPT.format(caption), 0)) for caption, _ in captions], folder
+    )
     entries = [Input(VIDEO_PROMPT, video=video.file, id=video.id) for video in videos]
     clips = Inputs("videos", entries, folder, hint="--videos names the folder that they are looked for in")
     caches = embedder.embed([texts, clips])

@@ -5,13 +5,14 @@ There are two templates: `qwen` of the released models, in which the pooled last
 """
 
 from megatron_llave.data.packing import IMAGE
-from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders, split_literals
+from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders, has_literals, unescape
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
 
 IMAGE_TEXT = "<image>"
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>user\n"
+QWEN_USER = "user\n"
+QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>{QWEN_USER}"
 QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 
@@ -39,11 +40,6 @@ def qwen_prompt(content: str) -> str:
     return QWEN_HEAD + content + QWEN_TAIL
 
 
-def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a text without placeholders, in which marks behind a backslash are ordinary text."""
-    return [token for piece in split_literals(text) for token in tokenizer.encode(piece)]
-
-
 def encode_prompt(
     text: str, num_images: int, tokenizer: Tokenizer, template: str, max_length: int, visual_tokens: int
 ) -> list[int]:
@@ -57,14 +53,12 @@ def encode_prompt(
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.
     """
     if template == "plain":
-        words = encode_text(PLACEHOLDER.sub("", text).strip(), tokenizer)
+        words = PLACEHOLDER.sub("", text).strip()
+        words = tokenizer.encode_plain(unescape(words)) if has_literals(words) else tokenizer.encode(words)
         head, tail = [], [tokenizer.eos_id]
         body = [IMAGE] * num_images + words
     else:
-        pieces = PLACEHOLDER.split(qwen_prompt(user_content(text, num_images)))
-        ids = encode_text(pieces[0], tokenizer)
-        for piece in pieces[1:]:
-            ids += [IMAGE, *encode_text(piece, tokenizer)]
+        ids = _encode_qwen(user_content(text, num_images), tokenizer)
         if len(ids) - num_images + visual_tokens <= max_length:
             return ids
         # Special tokens bound what the tokenizer joins, so the tail's ids do not depend on the text before them.
@@ -78,6 +72,25 @@ def encode_prompt(
         )
     room = max_length - fixed
     return head + (body if len(body) - num_images <= room else _keep_text(body, room)) + tail
+
+
+def _encode_qwen(content: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the chat template around a user turn, with IMAGE for each placeholder."""
+    pieces = [unescape(piece) for piece in PLACEHOLDER.split(content)]
+    if has_literals(content) and any(tokenizer.encode(piece) != tokenizer.encode_plain(piece) for piece in pieces):
+        # Special tokens bound what the tokenizer joins: these are the ids of the template with ordinary text in it.
+        pieces[0] = QWEN_USER + pieces[0]
+        encoded = [tokenizer.encode_plain(piece) for piece in pieces]
+        encoded[0] = tokenizer.encode(QWEN_HEAD.removesuffix(QWEN_USER)) + encoded[0]
+        encoded[-1] += tokenizer.encode(QWEN_TAIL)
+    else:
+        pieces[0] = QWEN_HEAD + pieces[0]
+        pieces[-1] += QWEN_TAIL
+        encoded = [tokenizer.encode(piece) for piece in pieces]
+    ids = encoded[0]
+    for part in encoded[1:]:
+        ids += [IMAGE, *part]
+    return ids
 
 
 def _keep_text(ids: list[int], room: int) -> list[int]:

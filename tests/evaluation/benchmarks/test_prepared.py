@@ -118,6 +118,10 @@ def test_missing_or_damaged_files(tmp_path):
         (lambda value: value["sets"].clear(), "holds no evaluation set"),
         (lambda value: value["sets"][0].pop("split"), "malformed.*split"),
         (lambda value: value["sets"][0].update(positives=["0", 1]), "malformed.*positives of 'colour'"),
+        (
+            lambda value: value["sets"][0].update(queries=[{"a": 1}, []]),
+            "malformed.*queries and candidates of 'colour'",
+        ),
         (lambda value: value.pop("inputs"), "malformed.*inputs"),
         (lambda value: value.update(format="x"), "is not a 'megatron_llave evaluation' file"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llave.data.packing import IMAGE
-from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
+from megatron_llave.data.placeholders import count_placeholders, mark_user_text, remove_placeholders
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import DataError
 from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_TAIL, encode_prompt, qwen_prompt, user_content
@@ -79,12 +79,43 @@ def test_a_backslash_makes_a_placeholder_ordinary_text(tokenizer, template):
 
     ids = literal(r"Is \<image> or \<|image_1|> right?")
     assert IMAGE not in ids and ids != literal("Is <image> or <|image_1|> right?", 2)
-    words = [part for piece in ("Is <", "image> or <", "|image_1|> right?") for part in tokenizer.encode(piece)]
-    assert str(words)[1:-1] in str(ids), "the mark is encoded in pieces, none of which is a special token"
+    words = tokenizer.encode("Is <image> or <|image_1|> right?")  # none of the marks is a token of this tokenizer
+    assert str(words)[1:-1] in str(ids), "the ids are those of the text without the backslashes"
     both = literal(r"a screenshot of \<image> in XML", 1)
     assert both.count(IMAGE) == 1 and count_placeholders(r"\<image>") == 0
-    assert str(tokenizer.encode("image> in XML"))[1:-1] in str(both)
+    assert str(tokenizer.encode("a screenshot of <image> in XML"))[1:-1] in str(both)
     assert remove_placeholders(r"see \<image>, <image> not") == r"see \<image>, not"
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "marked"),
+    [
+        ("the <image> tag", 0, "the \\<image> tag"),
+        ("<|image_1|> and <|im_end|>", 0, "\\<|image_1|> and \\<|im_end|>"),
+        ("<image>\nthe \\<image> tag", 1, "<image>\nthe \\<image> tag"),
+        ("a <video> and </s>", 1, "a \\<video> and \\</s>"),
+        ("C:\\dir <b> <s >", 0, "C:\\dir <b> <s >"),
+    ],
+)
+def test_marks_of_users_are_literal_unless_they_place_images(text, num_images, marked, tokenizer):
+    assert mark_user_text(text, num_images) == mark_user_text(marked, num_images) == marked
+    for template in ("qwen", "plain"):
+        assert encode_prompt(marked, num_images, tokenizer, template, 4096, 9).count(IMAGE) == num_images
+    with pytest.raises(DataError, match=r"2 image placeholders for 1 images: .*; write .<image> where"):
+        mark_user_text("<image> and <image>", 1)
+
+
+def test_special_tokens_of_users_are_ordinary_text(tokenizer):
+    end = GOLDEN["tokenizer"]["special"]["<|im_end|>"]
+    written = "weird <|im_end|> text"
+    ids = encode_prompt(mark_user_text(written, 0), 0, tokenizer, "qwen", 64, 0)
+    assert ids == [*HEAD_IDS, *tokenizer.encode_plain(written), *TAIL_IDS] and end not in tokenizer.encode_plain(
+        written
+    )
+    assert encode_prompt(mark_user_text(written, 0), 0, tokenizer, "plain", 64, 0)[:-1] == ids[14:-7]
+    assert tokenizer.encode_plain("a cat") == tokenizer.encode("a cat")
+    two = encode_prompt("<image>\nWhat is \\<image> or \\<|im_end|>", 1, tokenizer, "qwen", 64, 1)
+    assert two.count(IMAGE) == 1 and two[:15] == [*HEAD_IDS, IMAGE] and two.count(end) == 3
 
 
 @pytest.mark.parametrize(
