@@ -54,8 +54,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "verify", help="check every checksum and member of a folder of shards; status 1 if any is bad"
     )
     check.add_argument("directory", metavar="DIR")
-    check.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger images ({MAX_PIXELS})")
-    check.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help=f"({DEFAULT_WORKERS})")
+    check.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger images are problems ({MAX_PIXELS})"
+    )
+    check.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check.set_defaults(run=run_verify)
     return parser.parse_args(arguments)
 

@@ -4,7 +4,6 @@ inspect reads the JSON of the samples and decodes no image; verify reads every b
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,7 @@ from megatron_llave.data.shards import unpack_json, unpack_pair
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.files import AGAIN
+from megatron_llave.files import AGAIN, parse_json, read_lines
 from megatron_llave.planning.pair_lengths import CHUNK, Sizes, TokenCounter, read_descriptions, sample_shards
 from megatron_llave.prepare.shard_jobs import JOBS_PER_WORKER, NOTICED, REPORT_FILE, Progress
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
@@ -126,15 +125,13 @@ def read_noticed(directory: str | Path) -> dict[str, Counter[str]]:
     """
     file = Path(directory) / REPORT_FILE
     noticed: dict[str, Counter[str]] = {}
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
-                if line["reason"].startswith(NOTICED):
-                    noticed.setdefault(line["subset"], Counter())[line["reason"].removeprefix(NOTICED)] += 1
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is damaged: {error!r}") from error
+    for number, written in read_lines(file) if file.exists() else ():
+        line = parse_json(written, f"{file}:{number}")
+        try:
+            if line["reason"].startswith(NOTICED):
+                noticed.setdefault(line["subset"], Counter())[line["reason"].removeprefix(NOTICED)] += 1
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{file}:{number} must be an object with subset, row, reason and detail") from error
     return noticed
 
 

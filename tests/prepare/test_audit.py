@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden_model import byte_tokenizer
 from PIL import Image
@@ -135,6 +136,44 @@ def problems(folder):
 
 def test_whole_folder_has_no_problem(folder):
     assert problems(folder) == []
+
+
+def lossy_pairs():
+    """Two pairs whose images lose something when they are read."""
+    kinds = {"alpha": Image.new("RGBA", (9, 9)), "deep": Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))}
+    for key, image in kinds.items():
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        yield Pair(key, "cats", Side("", [data.getvalue()]), Side("t", []), "q", "t")
+
+
+def test_verify_decodes_every_image_and_says_what_it_loses(tmp_path):
+    cut = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(cut, "JPEG")
+    bad = Pair("cut", "cats", Side("", [cut.getvalue()[:-300]]), Side("", [picture((200, 100))]), "q", "t")
+    shard = write_subset([*lossy_pairs(), bad], tmp_path, "cats", "vqa")
+    write_index(tmp_path, Index({"cats": shard}))
+    ((name, check),) = audit.verify(tmp_path, workers=1, max_pixels=10_000)
+    assert name == "cats"
+    truncated, too_large = check.problems
+    assert "sample cut: member query.0.jpg is no readable image" in truncated and "truncated" in truncated
+    assert "sample cut: member target.0.png: image of 200x100 pixels exceeds the limit of 10000 pixels" in too_large
+    assert check.noticed == [
+        ("image with transparency", "alpha query.0.png"),
+        ("image of one colour", "alpha query.0.png"),
+        ("image of more than 8 bits per channel", "deep query.0.png"),
+    ]
+
+
+def test_inspect_counts_what_the_report_noticed(folder):
+    line = {"subset": "cats", "row": 0, "reason": "noticed: image of one colour", "detail": "query: 'a.png'"}
+    missing = json.dumps(line | {"reason": "missing image"})
+    (folder / "report.jsonl").write_text(f"{json.dumps(line)}\n{missing}\n{json.dumps(line)}\n")
+    assert audit.inspect(folder).noticed == {"cats": {"image of one colour": 2}}
+    for damaged, words in (("[" * 9000, "report.jsonl:1"), ("3\n", "report.jsonl:1 must be an object")):
+        (folder / "report.jsonl").write_text(damaged)
+        with pytest.raises(DataError, match=words):
+            audit.inspect(folder)
 
 
 def test_flipped_byte_of_an_image_is_found_twice(folder):

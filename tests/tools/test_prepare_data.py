@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_llave.planning import pair_lengths
 from tools import prepare_data
@@ -107,6 +108,18 @@ def test_verify_ends_with_status_1_where_something_is_wrong(golden_shards, capsy
     assert f"shard {shard}: its sha256 is" in out and out.splitlines()[-1].endswith("problems")
     status, _, err = run(capsys, "verify", golden_shards / "nowhere")
     assert status == 2 and "nowhere does not exist" in err
+
+
+def test_images_that_lose_something_are_told_by_every_command(tmp_path, capsys):
+    Image.new("RGBA", (8, 8)).save(tmp_path / "sticker.png")
+    (tmp_path / "a.jsonl").write_text('{"query": {"images": ["sticker.png"]}, "target": {"text": "t"}}\n')
+    given = ["jsonl", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--workers", 1]
+    for command in (given, ["inspect", tmp_path / "out"], ["verify", tmp_path / "out"]):
+        status, out, _ = run(capsys, *command)
+        rows = [row[:3] for row in cells(out)]
+        assert status == 0
+        assert ["a", "1", "image with transparency"] in rows and ["a", "1", "image of one colour"] in rows
+    assert "a-00000000 query.0.png" in out
 
 
 @pytest.mark.parametrize("command", ["openmoji", "mmeb", "jsonl", "inspect", "verify"])

@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from megatron_llave.data.image_files import RELEASED, decode_image
+from megatron_llave.batch import Side
+from megatron_llave.data.image_files import HIGH_BITS, RELEASED, TRANSPARENT, BadImageError, decode_image
 from megatron_llave.data.packing import NEWLINE
+from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.models.blocks.siglip import normalise
+from megatron_llave.models.llava_onevision import processor as processor_module
 from megatron_llave.models.llava_onevision.anyres import cut_tiles, feature_map, num_visual_tokens, place, visual_layout
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 GOLDEN = Path(__file__).parents[2] / "golden/anyres"
+TOKENIZER = GOLDEN.parent / "prompts" / "qwen_subset_tokenizer.json"
 GEOMETRY = json.loads((GOLDEN / "geometry.json").read_text())
 TILES = json.loads((GOLDEN / "images.json").read_text())["images"]
 TILE, SIDE = GEOMETRY["tile"], GEOMETRY["patches_per_side"]
@@ -240,3 +245,20 @@ def test_first_frame_is_taken_and_exif_rotation_is_not():
     with_exif, without = (encoded(noise("RGB"), "JPEG", exif=exif) for exif in (rotated(), Image.Exif()))
     assert Image.open(io.BytesIO(with_exif)).getexif()[0x0112] == 6
     np.testing.assert_array_equal(*(np.asarray(decode_image(data, RELEASED)) for data in (with_exif, without)))
+
+
+def test_extreme_sides_take_little_memory_and_short_memory_is_a_bad_image(monkeypatch):
+    processor = LlavaOnevisionProcessor(load_tokenizer(TOKENIZER), "plain", 4096, grids_up_to(2), 28, 14)
+    for size in ((1_000_000, 1), (1, 1_000_000)):
+        encoded_side = processor.encode(Side("", [encoded(Image.linear_gradient("L").resize(size), "PNG")]))
+        assert len(encoded_side.tiles[0]) > 1 and len(encoded_side.layouts[0]) < 40
+    monkeypatch.setattr(processor_module.anyres, "cut_tiles", lambda *given: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(BadImageError, match="memory is too small for the tiles of images of 90x40 pixels"):
+        processor.encode(Side("", [encoded(noise("RGB"), "PNG")]))
+
+
+def test_the_processor_notes_what_images_lose():
+    processor = LlavaOnevisionProcessor(load_tokenizer(TOKENIZER), "plain", 4096, (), 28, 14)
+    images = [encoded(noise(mode), "PNG") for mode in ("RGB", "RGBA", "I;16")]
+    assert processor.encode(Side("", images)).image_notes == (TRANSPARENT, HIGH_BITS)
+    assert processor.encode(Side("", [noise("RGBA")])).image_notes == (TRANSPARENT,)
