@@ -86,19 +86,19 @@ def train(cfg: RunConfig) -> str:
     cfg = with_steps(cfg)
     resumed = find_checkpoint(cfg)
     watchdog = Watchdog(cfg.parallel.timeout_seconds)
-    watchdog.progress("opening the data")
+    announce(watchdog, f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
     steps = broadcast_steps(open_data(cfg, groups, position), groups.mp, process_groups.device())
     is_new = pretrained is None and resumed is None
-    watchdog.progress("building the model")
+    announce(watchdog, f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
     if pretrained is not None and resumed is None:
-        watchdog.progress(f"loading {cfg.checkpoint.init}")
+        announce(watchdog, f"loading {cfg.checkpoint.init}")
         pretrained.load(chunks, groups)
     watchdog.progress("building the optimizer")
     average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
-    watchdog.progress(f"loading {resumed}" if resumed else "making the output directory")
+    announce(watchdog, f"loading {resumed}" if resumed else f"making the output directory {cfg.train.output}")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
     is_reporting = process_groups.is_reporting_rank(groups)
@@ -111,6 +111,13 @@ def train(cfg: RunConfig) -> str:
     watchdog.close()
     process_groups.destroy_distributed()
     return reason
+
+
+def announce(watchdog: Watchdog, doing: str) -> None:
+    """Tell the watchdog, and on the first rank the user, what is done before the first step, which may take long."""
+    watchdog.progress(doing)
+    if dist.get_rank() == 0:
+        logger.info("%s", doing)
 
 
 def run_steps(
@@ -127,6 +134,8 @@ def run_steps(
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
     evaluate = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
     report_state(cfg, "running" if done < last else "finished", done)
+    if done < last:
+        announce(watchdog, f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
     reason, step = "", done
     for step in range(done + 1, last + 1):
         watchdog.progress(f"waiting for the data of step {step}")

@@ -1,4 +1,4 @@
-"""Draw the curves of one or several runs: loss, learning rate, similarities, overlap, throughput, data wait, scores.
+"""Draw the curves of one or several runs: loss, also by subset, learning rate, similarities, throughput, scores.
 
 python tools/plot.py runs/a runs/b [--out runs.png] [--along step|pairs|hours]
 

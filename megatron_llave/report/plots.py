@@ -3,6 +3,7 @@
 evaluation_report.py draws one run beside its evaluation, tools/plot.py several runs together.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +29,15 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
     ("gradient norm, before clipping", "gradient norm", lambda record: record["gradient_norm"]),
     ("similarity of pairs", "mean cosine", lambda record: record["positive_similarity"]),
     ("similarity of hardest negatives", "mean cosine", lambda record: record["hardest_negative_similarity"]),
+    ("margin of these two", "mean cosine", lambda r: r["positive_similarity"] - r["hardest_negative_similarity"]),
+    ("AUC of these two", "probability", lambda record: record["similarity_auc"]),
     ("overlap of these two", "overlap coefficient", lambda record: record["similarity_overlap"]),
     ("throughput", "pairs per second", lambda record: record["pairs"] / record["seconds"]),
     ("wait for data", "share of the step (%)", lambda record: 100 * record["data_seconds"] / record["seconds"]),
 ]
-"""Title, vertical axis, and value of a step's record, for each panel of plot_runs except the last."""
+"""Title, vertical axis, and value of a step's record, for each panel of plot_runs; evaluations and subsets follow."""
+ACROSS = 3
+"""Panels side by side."""
 
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
@@ -86,33 +91,44 @@ def plot_runs(
 ) -> None:
     """Draw several runs over each other as a PNG, a panel per quantity: faint values and their running mean.
 
+    The last panels have the loss of one subset each, because the level of the loss differs between subsets.
+
     Args:
         runs: records of each run's log, by the run's name in the legend.
         evaluations: (step, mean Precision@1 in percent) of the evaluations during training, by the run's name.
         path: file to write.
         along: quantity of the horizontal axis: step, pairs or hours.
     """
-    figure = Figure(figsize=(15, 11), layout="constrained")
-    axes = figure.subplots(3, 3)
+    subsets = sorted({record["subset"] for records in runs.values() for record in records if "subset" in record})
+    down = -(-(len(PANELS) + 1 + len(subsets)) // ACROSS)
+    figure = Figure(figsize=(15, 3.6 * down), layout="constrained")
+    axes = list(figure.subplots(down, ACROSS).flat)
+    scores, by_subset = axes[len(PANELS)], axes[len(PANELS) + 1 :]
     for index, (name, records) in enumerate(runs.items()):
         colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
         style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
         places = _places(records, along)
-        for panel, (title, _, value) in zip(axes.flat, PANELS):
+        for panel, (title, _, value) in zip(axes, PANELS):
             values = np.array([_number(value, record) for record in records], dtype=float)
             if title == "learning rate":  # has no noise
                 panel.plot(places, values, color=colour, linestyle=style, linewidth=2)
             else:
                 _dots_and_mean(panel, places, values, colour, name, style)
+        for panel, subset in zip(by_subset, subsets):
+            chosen = np.array([record.get("subset") == subset for record in records])
+            _dots_and_mean(panel, places[chosen], _column(records, "loss")[chosen], colour, name, style)
         where = {record["step"]: place for record, place in zip(records, places)}
         points = [(where[step], score) for step, score in evaluations.get(name, []) if step in where]
-        axes.flat[-1].plot(*zip(*points or [(np.nan, np.nan)]), color=colour, linestyle=style, marker="o", markersize=4)
-    for panel, (title, quantity, _) in zip(axes.flat, PANELS):
+        scores.plot(*zip(*points or [(np.nan, np.nan)]), color=colour, linestyle=style, marker="o", markersize=4)
+    for panel, (title, quantity, _) in zip(axes, PANELS):
         label_axes(panel, title, quantity, along)
-    label_axes(axes.flat[-1], "evaluation while training", "mean Precision@1 (%)", along)
-    axes.flat[-1].set_visible(any(evaluations.values()))
+    label_axes(scores, "evaluation while training", "mean Precision@1 (%)", along)
+    scores.set_visible(any(evaluations.values()))
+    for panel, subset in itertools.zip_longest(by_subset, subsets):
+        label_axes(panel, f"loss of subset {subset}", "contrastive loss (nats)", along)
+        panel.set_visible(subset is not None)
     if runs:
-        handles, labels = axes.flat[0].get_legend_handles_labels()
+        handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     save_png(figure, path)
 

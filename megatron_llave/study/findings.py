@@ -110,9 +110,12 @@ def read_finding(folder: Path, variant: str, seed: int, chosen: Sequence[str]) -
     file = folder / EVALUATION / "report.json"
     try:
         sets = {result["name"]: result for result in read_json(file)["sets"]}
-        missing = [name for name in chosen if name not in sets]
-        if missing:
-            raise DataError(f"{file} has no set {missing[0]!r} (evaluate.sets), only {', '.join(sets)}")
+    except (DataError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
+    missing = [name for name in chosen if name not in sets]
+    if missing:
+        raise DataError(f"{file} has no set {missing[0]!r} (evaluate.sets), only {', '.join(sets)}")
+    try:
         used = [sets[name] for name in chosen] or [result for result in sets.values() if result["split"] != "seen"]
         splits = {
             IND: [result for result in used if result["split"] == "ind"],
@@ -124,13 +127,15 @@ def read_finding(folder: Path, variant: str, seed: int, chosen: Sequence[str]) -
         values |= {name: _mean(result.get(key) for result in used) for name, key in DIAGNOSTICS.items()}
         counts = tuple(np.sum([result[name] for result in used], axis=0) for name in HISTOGRAMS)
         scores = {name: float(result["precision_at_1"]) for name, result in sets.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{file} is damaged: {type(error).__name__} {error}; remove it to evaluate again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
     log = read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else []
     values |= {name: value(log) if log else math.nan for name, value in TRAINING.items()}
     return Finding(variant, seed, values, scores, counts, log)
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file} is damaged: {type(error).__name__} {error}; remove it to evaluate again")
 
 
 def _mean(values: Any) -> float:

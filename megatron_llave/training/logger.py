@@ -19,12 +19,16 @@ from typing import Any
 
 from megatron_llave.errors import DataError
 from megatron_llave.files import parse_json
-from megatron_llave.training.trackers import Tracker
+from megatron_llave.training.trackers import Tracker, scalars_of
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+LINE_WIDTH = 80
+"""Largest number of columns of a progress line."""
+NOTABLE_WAIT = 0.05
+"""Share of an interval that was spent waiting for data, from which the progress line says so."""
 
 
 def quiet_dependencies() -> None:
@@ -42,8 +46,9 @@ def quiet_dependencies() -> None:
 class _Interval:
     """Sums over the steps since the last progress line."""
 
+    steps: int = 0
+    loss: float = 0.0
     pairs: int = 0
-    tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
 
@@ -84,7 +89,7 @@ class RunLog:
             self._file = path.open("ab", buffering=0)
 
     def step(self, record: dict[str, float | int | str]) -> None:
-        """Append the record of a step, and print a progress line at the end of an interval.
+        """Append the record of a step; print a progress line at the end of an interval and after the first step.
 
         Args:
             record: from `metrics.collect`. A number that is not finite is written as null, because JSON has none.
@@ -94,20 +99,21 @@ class RunLog:
         finite = {key: None if _is_broken(value) else value for key, value in record.items()}
         with self._survived():
             _append_line(self._file, finite)
-        numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float)) and key != "step"}
+        scalars = scalars_of(finite)
         with self._survived():
             for tracker in self._trackers:
-                tracker.step(record["step"], numbers)
+                tracker.step(record["step"], scalars)
         total, interval = self._total, self._interval_sums
         total.steps += 1
         total.skipped += record["skipped"]
         total.seconds += record["seconds"]
+        interval.steps += 1
+        interval.loss += record["loss"]
         interval.pairs += record["pairs"]
-        interval.tokens += record["tokens"]
         interval.seconds += record["seconds"]
         interval.data_seconds += record.get("data_seconds", 0.0)
-        is_last = record["step"] == self._total_steps
-        if self._interval > 0 and (record["step"] % self._interval == 0 or is_last):
+        is_end = total.steps == 1 or record["step"] == self._total_steps
+        if self._interval > 0 and (record["step"] % self._interval == 0 or is_end):
             print(self._progress(record), flush=True)
             self._interval_sums = _Interval()
 
@@ -145,32 +151,27 @@ class RunLog:
             self._has_warned = True
 
     def _progress(self, record: dict[str, float | int | str]) -> str:
-        """Progress line: metrics of this step, rates over the interval, and the remaining time at the mean pace."""
+        """Progress line of at most LINE_WIDTH columns: remaining time at the mean pace, then means of the interval.
+
+        Where it would be wider, the learning rate, then the throughput, and then the wait for data are left out.
+        """
         interval, total = self._interval_sums, self._total
         seconds = max(interval.seconds, 1e-9)
+        waiting = interval.data_seconds / seconds
         remaining = (self._total_steps - record["step"]) * total.seconds / total.steps
-        width = len(str(self._total_steps))
-        return " | ".join(
-            [
-                f"step {record['step']:{width}d}/{self._total_steps}",
-                f"{record['subset']:<12}",
-                f"loss {record['loss']:7.4f}",
-                f"lr {record['learning_rate']:.2e}",
-                f"grad {record['gradient_norm']:6.2f}",
-                f"tau {record['temperature']:.4f}",
-                f"alpha {record['alpha']:.2f}",
-                f"{interval.pairs / seconds:7.1f} pairs/s",
-                f"{interval.tokens / seconds:8.0f} tokens/s",
-                f"pos {record['positive_similarity']:6.3f}",
-                f"neg {record['hardest_negative_similarity']:6.3f}",
-                f"data wait {interval.data_seconds / seconds:4.0%}",
-                *([f"{record['tflops']:.3g} TFLOP/s"] if "tflops" in record else []),
-                *([f"MFU {record['mfu']:.0%}"] if "mfu" in record else []),
-                *([f"{record['memory_gb']:.1f} GB"] if "memory_gb" in record else []),
-                f"skipped {total.skipped}",
-                f"ETA {timedelta(seconds=round(remaining))}",
-            ]
-        )
+        fields = [
+            f"step {record['step']:{len(str(self._total_steps))}d}/{self._total_steps}",
+            f"ETA {_duration(remaining)}",
+            f"loss {interval.loss / interval.steps:.4g}",
+            f"{interval.pairs / seconds:.1f} pairs/s",
+            f"lr {record['learning_rate']:.2g}",
+            *([f"skipped {total.skipped}"] if total.skipped else []),
+            *([f"data wait {waiting:.0%}"] if waiting >= NOTABLE_WAIT else []),
+        ]
+        for optional in (4, 3, -1):
+            if len(" | ".join(fields)) > LINE_WIDTH:
+                del fields[optional]
+        return " | ".join(fields)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -229,6 +230,12 @@ def _remove_partial_line(path: Path) -> None:
         if end < len(content):
             with path.open("r+b") as file:
                 file.truncate(end)
+
+
+def _duration(seconds: float) -> str:
+    """H:MM:SS, or from a day on the days and hours as `3d 04h`."""
+    hours = int(seconds // 3600)
+    return str(timedelta(seconds=round(seconds))) if hours < 24 else f"{hours // 24}d {hours % 24:02d}h"
 
 
 def _is_broken(value: float | int | str) -> bool:

@@ -7,12 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from omegaconf import OmegaConf
+
 from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 
+GROUPS = {
+    "train": ("learning_rate", "gradient_norm", "temperature", "alpha", "bad_steps"),
+    "similarity": (
+        *("positive_similarity", "hardest_negative_similarity"),
+        *("similarity_margin", "similarity_auc", "similarity_overlap", "effective_negatives", "hardest_share"),
+    ),
+    "data": ("pairs", "hard_negatives", "tokens", "tiles", "squared_lengths", "skipped", "cut", "data_seconds"),
+    "performance": ("seconds", "save_seconds", "tflops", "mfu", "memory_gb"),
+}
+"""Group -> keys of a record; the name of a scalar is GROUP/KEY. `scalars_of` adds the groups' further scalars."""
+GROUP_OF = {key: group for group, keys in GROUPS.items() for key in keys}
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb_run_id"
 """File in the output directory with the id of the run, so that a resumed run continues it."""
+
+
+def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Names and values of a step's scalars, the same for every tracker.
+
+    The loss is `loss/all` and `loss/SUBSET`, because its level differs between subsets. The throughput is
+    `performance/pairs_per_second` and `performance/tokens_per_second`. Lists, texts and None are left out; a number
+    without a group gets the group `train`.
+    """
+    numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+    scalars = {}
+    if "loss" in numbers:
+        loss = numbers.pop("loss")
+        scalars = {"loss/all": loss, **({f"loss/{record['subset']}": loss} if "subset" in record else {})}
+    scalars |= {f"{GROUP_OF.get(key, 'train')}/{key}": value for key, value in numbers.items()}
+    for key in ("pairs", "tokens"):
+        if key in numbers and numbers.get("seconds", 0) > 0:
+            scalars[f"performance/{key}_per_second"] = numbers[key] / numbers["seconds"]
+    return scalars
 
 
 class Tracker(Protocol):
@@ -26,15 +58,17 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes scalars into event files; steps that a resumed run repeats replace the earlier ones."""
+    """Writes scalars into event files, and the configuration as text; repeated steps replace the earlier ones."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, config: Mapping[str, Any]) -> None:
         """Open the tracker, or raise ConfigError where the package is missing."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("log.tensorboard=true needs the package tensorboard (pip install tensorboard)") from error
         self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+        self._writer.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()), first_step)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker."""
@@ -84,7 +118,7 @@ def open_trackers(cfg: LogConfig, output: Path, first_step: int, config: Mapping
     """
     trackers: list[Tracker] = []
     if cfg.tensorboard:
-        trackers.append(TensorBoard(output / TENSORBOARD_FOLDER, first_step))
+        trackers.append(TensorBoard(output / TENSORBOARD_FOLDER, first_step, config))
     if cfg.wandb_project:
         trackers.append(WeightsAndBiases(output, cfg.wandb_project, config))
     return trackers

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from forking import run_script
+from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_llave.errors import DataError
@@ -21,8 +22,16 @@ def write_run(folder: Path, steps: int = 30, **other: float) -> Path:
     folder.mkdir(parents=True)
     lines = []
     for step in range(1, steps + 1):
-        record = {"step": step, "loss": 4 / step, "learning_rate": 1e-5, "gradient_norm": 2.0, "pairs": 8}
+        record = {
+            "step": step,
+            "subset": ("a", "b")[step % 2],
+            "loss": 4 / step,
+            "learning_rate": 1e-5,
+            "gradient_norm": 2.0,
+            "pairs": 8,
+        }
         record |= {"positive_similarity": 0.5, "hardest_negative_similarity": 0.3, "similarity_overlap": 0.2}
+        record["gradient_norm"] = 2.0
         lines.append(json.dumps(record | {"seconds": 2.0, "data_seconds": 0.5, "save_seconds": 0.0} | other))
     (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
     return folder
@@ -49,6 +58,22 @@ def test_each_run_has_its_colour_and_name(tmp_path: Path) -> None:
     assert {rgb(colour) for colour in plots.SUBSET_COLOURS[:2]} <= colours(out)
     assert rgb(plots.SUBSET_COLOURS[2]) not in colours(out)
     assert plot.read_evaluations(one / "evaluations.jsonl") == [(10, 25.0), (20, 30.0)]
+
+
+def test_each_subset_has_a_panel_with_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def keep(figure: Figure, path: Path) -> None:
+        for axes in figure.axes:
+            if axes.get_visible():
+                drawn[axes.get_title(loc="left")] = [line.get_xdata().tolist() for line in axes.lines]
+
+    monkeypatch.setattr(plots, "save_png", keep)
+    subsets = [{"step": step, "loss": 1.0, "subset": ("a", "b")[step % 2]} for step in range(1, 7)]
+    plots.plot_runs({"new": subsets, "old": [{"step": 1, "loss": 2.0}]}, {}, tmp_path / "x.png", "step")
+    assert drawn["loss of subset a"] == [[2, 4, 6], []] and drawn["loss of subset b"] == [[1, 3, 5], []]
+    assert drawn["loss"] == [[1, 2, 3, 4, 5, 6], [1]] and "loss of subset None" not in drawn
+    assert "evaluation while training" not in drawn
 
 
 def test_horizontal_axis_counts_what_is_asked_for() -> None:

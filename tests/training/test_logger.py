@@ -43,31 +43,43 @@ def test_each_step_is_one_line_that_is_there_at_once(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_progress_line_holds_rates_of_the_interval_and_time_left(tmp_path, capsys):
-    log = RunLog(tmp_path, interval=2, total_steps=7, enabled=True)
-    log.step(record(1, pairs=10, tokens=500, seconds=1.0, skipped=3))
+def test_progress_line_holds_means_of_the_interval_and_time_left(tmp_path, capsys):
+    log = RunLog(tmp_path, interval=3, total_steps=7, enabled=True)
+    log.step(record(1, pairs=10, seconds=1.0))
+    assert capsys.readouterr().out == "step 1/7 | ETA 0:00:06 | loss 0.25 | 10.0 pairs/s | lr 1.2\n"  # there at once
+    log.step(record(2, pairs=10, seconds=1.0, skipped=3, data_seconds=0.5))
     assert capsys.readouterr().out == ""
-    log.step(record(2, pairs=20, tokens=700, seconds=3.0, loss=1.5))
+    log.step(record(3, pairs=20, seconds=3.0, loss=1.5))
+    line = capsys.readouterr().out.rstrip("\n")
+    # 30 pairs in 4 s; the mean of two losses; 4 steps of 5/3 s.
+    assert line == "step 3/7 | ETA 0:00:07 | loss 0.875 | 7.5 pairs/s | skipped 3 | data wait 12%" and len(line) <= 80
+    for step in (4, 5, 6):
+        log.step(record(step, pairs=50, seconds=0.5, skipped=1))
     line = capsys.readouterr().out
-    assert line.count("\n") == 1
-    fields = [field.strip() for field in line.strip().split(" | ")]
-    assert fields[:3] == ["step 2/7", "i2t", "loss  1.5000"]
-    assert "7.5 pairs/s" in fields and "300 tokens/s" in fields  # 30 pairs and 1200 tokens in 4 s
-    assert "lr 1.25e+00" in fields and "tau 3.2500" in fields and "alpha 4.25" in fields
-    assert "pos  7.250" in fields and "neg  8.250" in fields and "skipped 3" in fields
-    assert fields[-1] == "ETA 0:00:10"  # 5 steps of 2 s
-    log.step(record(3, pairs=50, seconds=0.5, skipped=1))
-    log.step(record(4, pairs=50, seconds=0.5))
-    line = capsys.readouterr().out
-    assert "100.0 pairs/s" in line and "skipped 4" in line  # rates start anew, the count does not
+    assert "100.0 pairs/s" in line and "skipped 6" in line and "data wait" not in line  # the count goes on
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 0.5, 80.0, 9999.0])
+@pytest.mark.parametrize("loss", [1e-12, 9.87654321, 12345.678, math.inf, math.nan])
+@pytest.mark.parametrize("skipped", [0, 1, 9_999_999])
+def test_progress_line_fits_a_terminal_of_80_columns(tmp_path, capsys, seconds, loss, skipped):
+    log = RunLog(tmp_path, interval=1, total_steps=2_000_000, enabled=True)
+    for step in (999_999, 1_000_000):
+        waits = {"data_seconds": seconds} if skipped else {}
+        log.step(
+            record(step, seconds=seconds, loss=loss, skipped=skipped, pairs=4096, learning_rate=9.8765e-6, **waits)
+        )
+    for line in capsys.readouterr().out.splitlines():
+        assert len(line) <= 80 and "/2000000 | ETA " in line and "loss " in line, line
+        assert "skipped " in line if skipped else "skipped" not in line
 
 
 def test_last_step_is_printed_even_off_the_interval(tmp_path, capsys):
     log = RunLog(tmp_path, interval=10, total_steps=3, enabled=True)
     for step in (1, 2, 3):
         log.step(record(step))
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "step 3/3" in out and "ETA 0:00:00" in out
+    first, last = capsys.readouterr().out.splitlines()
+    assert "step 1/3" in first and "step 3/3" in last and "ETA 0:00:00" in last
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):

@@ -5,11 +5,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
-from megatron_llave.config.schema import LogConfig
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.schema import LogConfig, LossConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.training.logger import RunLog
-from megatron_llave.training.trackers import open_trackers
+from megatron_llave.training.metrics import StepResult, collect
+from megatron_llave.training.trackers import GROUP_OF, open_trackers
 
 
 class FakeWriter:
@@ -19,10 +22,14 @@ class FakeWriter:
 
     def __init__(self, folder: str, purge_step: int, flush_secs: int) -> None:
         self.folder, self.purge_step, self.scalars, self.is_closed = folder, purge_step, [], False
+        self.texts = []
         FakeWriter.made.append(self)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.scalars.append((name, value, step))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.texts.append((name, text, step))
 
     def close(self) -> None:
         self.is_closed = True
@@ -36,16 +43,32 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members) -> None:
 
 def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path: Path, monkeypatch) -> None:
     fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=FakeWriter)
-    trackers = open_trackers(LogConfig(tensorboard=True), tmp_path, 3, {})
-    values = {"loss": 0.5, "subset": "birds", "seconds": 1.0, "pairs": 4, "tokens": 9, "skipped": 0, "histogram": [1]}
+    trackers = open_trackers(LogConfig(tensorboard=True), tmp_path, 3, {"loss": {"alpha": 9.0}})
+    values = {"loss": 0.5, "subset": "birds", "seconds": 2.0, "pairs": 4, "tokens": 9, "skipped": 0, "histogram": [1]}
     log = RunLog(tmp_path, 0, 9, True, trackers)
     log.step({"step": 3, **values, "gradient_norm": float("nan")})
     log.evaluation(3, {"names": 40.0}, seconds=1.0)
     log.close()
     [writer] = FakeWriter.made
     assert writer.folder == str(tmp_path / "tensorboard") and writer.purge_step == 3 and writer.is_closed
-    expected = {("loss", 0.5, 3), ("pairs", 4, 3), ("seconds", 1.0, 3), ("tokens", 9, 3), ("skipped", 0, 3)}
-    assert set(writer.scalars) == expected | {("precision_at_1/names", 40.0, 3)}
+    expected = {"loss/all": 0.5, "loss/birds": 0.5, "data/pairs": 4, "data/tokens": 9, "data/skipped": 0}
+    expected |= {"performance/seconds": 2.0, "performance/pairs_per_second": 2.0, "performance/tokens_per_second": 4.5}
+    assert set(writer.scalars) == {(name, value, 3) for name, value in expected.items()} | {
+        ("precision_at_1/names", 40.0, 3)
+    }
+    assert writer.texts == [("configuration", "    loss:\n      alpha: 9.0\n", 3)]
+
+
+def test_every_number_of_a_step_has_a_group(groups) -> None:
+    """Of a real record, so that a number that is added later is given a group."""
+    row = SimpleNamespace(cu_seqlens=torch.tensor([0, 2, 4]), num_sequences=2, num_tokens=4, tiles=[])
+    counts = dict.fromkeys(("num_pairs", "num_hard_negatives", "num_skipped", "num_cut"), 1)
+    batch = SimpleNamespace(subset="birds", query_ids=torch.zeros(1), sequences=row, **counts)
+    result = StepResult(LossConfig(), [batch], [], 1.0, 1e-3)
+    cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}})
+    record = collect(cfg, 1, result, groups.dp, 0.0, 0.0) | {"save_seconds": 0.0, "bad_steps": 0}
+    numbers = {key for key, value in record.items() if isinstance(value, (int, float))} - {"step", "loss"}
+    assert numbers <= GROUP_OF.keys(), numbers - GROUP_OF.keys()
 
 
 def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch) -> None:
