@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.data.tokenizer import END_TOKENS, TOKENIZERS
+from megatron_llave.data.tokenizer import END_TOKENS, TOKENIZERS, load_tokenizer
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
-from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_SYSTEM, QWEN_TAIL
+from megatron_llave.models.llava_onevision.prompt import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, QWEN_HEAD, QWEN_TAIL
 
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -40,26 +40,6 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-# The prompt of prompt.py for apply_chat_template: images come first in a turn, a line each, then the text. The token
-# that is pooled is the last one when the messages end with an assistant's turn that is one newline.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    f"{{{{ {QWEN_SYSTEM!r} }}}}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}"
-    "{% for kind in ['image', 'video'] %}{% for part in message['content'] if part['type'] == kind %}"
-    "{{ '<' + kind + '>\\n' }}"
-    "{% endfor %}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 CARD_TEXT = """A LLaVE model: a SigLIP vision encoder, a two-layer projector, and a Qwen2 decoder of {layers} layers.
 It maps a text, an image, or both to one L2-normalised embedding of {size} numbers. Compare embeddings by their dot
@@ -151,16 +131,21 @@ def write_side_files(
         generation = {key: language[key] for key in keys if language.get(key) is not None}
         write_json(out / "generation_config.json", generation)
     notes = []
+    is_trained, has_tokenizer = training_config is not None, (out / "tokenizer.json").is_file()
     for name in CHAT_TEMPLATES:  # a processor's template has <image>, a tokenizer's has not; a layout has one of them
-        if (out / name).is_file() and ("<image>" in (out / name).read_text("utf-8")) != (layout == "llava_onevision"):
-            (out / name).unlink()
+        kept = out / name
+        of_layout = kept.is_file() and ("<image>" in kept.read_text("utf-8")) == (layout == "llava_onevision")
+        if is_trained or not of_layout:  # a trained model has the prompt of its run, whatever its weights came with
+            kept.unlink(missing_ok=True)
     if layout == "llava_qwen":
         (out / "video_preprocessor_config.json").unlink(missing_ok=True)
-    elif (out / "tokenizer.json").is_file():
+    elif has_tokenizer:
         _add_image_tokens(out, config)
         _write_processor(out, config)
     else:
         notes.append("There is no tokenizer.json, so transformers cannot make a processor of this folder.")
+    if has_tokenizer:
+        _write_chat_template(out, layout, _is_plain(training_config), is_trained)
     card = _model_card(layout, config, training_config, notes, _base_model(source))
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
@@ -320,8 +305,29 @@ def _write_processor(out: Path, config: dict) -> None:
     }
     write_json(out / "preprocessor_config.json", image_processor)
     write_json(out / "processor_config.json", processor)
-    if not any((out / name).is_file() for name in CHAT_TEMPLATES):
-        write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # the name that all versions read
+
+
+def _write_chat_template(out: Path, layout: str, is_plain: bool, is_trained: bool) -> None:
+    """Write the prompt as the chat template of the processor and of the tokenizer, unless another one is kept."""
+    settings_file, template = out / "tokenizer_config.json", CHAT_TEMPLATE
+    if is_plain:
+        end = load_tokenizer(out / "tokenizer.json").eos_id
+        token = Tokenizer.from_file(str(out / "tokenizer.json")).id_to_token(end)
+        template = PLAIN_CHAT_TEMPLATE.replace("END", repr(token))
+    has_file = any((out / name).is_file() for name in CHAT_TEMPLATES)
+    if layout == "llava_onevision" and not has_file:
+        write_json(out / "chat_template.json", {"chat_template": template})  # the name that all versions read
+    if settings_file.is_file():
+        settings = read_json(settings_file, error=CheckpointError)
+    else:
+        settings = _tokenizer_config(set(Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab()))
+    if is_trained or "chat_template" not in settings and (layout == "llava_onevision" or not has_file):
+        write_json(settings_file, settings | {"chat_template": template})
+
+
+def _is_plain(training_config: str | None) -> bool:
+    """Whether the weights were trained with data.prompt=plain."""
+    return training_config is not None and OmegaConf.select(OmegaConf.create(training_config), "data.prompt") == "plain"
 
 
 def _model_card(layout: str, config: dict, training_config: str | None, notes: list[str], base: str | None) -> str:
@@ -334,10 +340,7 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
     lines = ["---", *header, "---", "", "# Multimodal embedding model", ""]
     lines += [CARD_TEXT.format(size=language["hidden_size"], layers=language["num_hidden_layers"]), *notes, ""]
     lines += ["## How to embed", ""]
-    plain = (
-        training_config is not None and OmegaConf.select(OmegaConf.create(training_config), "data.prompt") == "plain"
-    )
-    if plain:
+    if _is_plain(training_config):
         lines += [CARD_PLAIN]
     elif layout == "llava_qwen" or notes:
         reason = [CARD_QWEN, ""] if layout == "llava_qwen" else []

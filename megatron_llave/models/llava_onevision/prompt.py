@@ -13,7 +13,48 @@ IMAGE_TEXT = "<image>"
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 QWEN_USER = "user\n"
 QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>{QWEN_USER}"
-QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+QWEN_ASSISTANT = "<|im_start|>assistant\n\n<|im_end|>\n"
+QWEN_TAIL = f"<|im_end|>\n{QWEN_ASSISTANT}"
+
+# The same prompts as Jinja templates, for apply_chat_template of transformers. A user's message alone is the whole
+# input of an embedding, so the assistant's turn is always closed after it: the last token is the one that is pooled,
+# with or without add_generation_prompt.
+_IMAGES_AND_TEXT = (
+    "{% set content = message['content'] %}"
+    "{% set parts = [] if content is string else content %}"
+    "{% set num_images = parts | selectattr('type', 'equalto', 'image') | list | length %}"
+    "{% set num_videos = parts | selectattr('type', 'equalto', 'video') | list | length %}"
+    "{% set text = content if content is string else"
+    " parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    f"{{{{ {QWEN_SYSTEM!r} }}}}"
+    "{% endif %}"
+    f"{_IMAGES_AND_TEXT}"
+    "{% set written = text.count('<image>') %}"
+    "{% if written == 1 and not text.startswith('<image>') %}"
+    "{% set text = ('<image>\n' + text.replace('<image>', '').strip()).strip() %}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ '<image>\n' * (num_images - written) + '<video>\n' * num_videos + text }}"
+    "{{ '<|im_end|>\n' }}"
+    "{% if loop.last and message['role'] == 'user' %}"
+    f"{{{{ {QWEN_ASSISTANT!r} }}}}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+"""The template of data.prompt=qwen."""
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{_IMAGES_AND_TEXT}"
+    "{% set images = [num_images, text.count('<image>')] | max %}"
+    "{{ '<image>' * images + '<video>' * num_videos + text.replace('<image>', '').strip() }}"
+    "{% endfor %}"
+    "{{ END }}"
+)
+"""The template of data.prompt=plain; END is the tokenizer's end-of-sequence token as a quoted text."""
 
 
 def user_content(text: str, num_images: int) -> str:

@@ -25,7 +25,11 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from megatron_llave.batch import Side
+from megatron_llave.data.packing import IMAGE
+from megatron_llave.data.tokenizer import Tokenizer as OurTokenizer
 from megatron_llave.data.tokenizer import load_tokenizer
+from megatron_llave.embedding.embedder import LoadedModel, load_model
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models import read_hf_config
 from megatron_llave.models.llava_onevision.hf_config import build_config_json
@@ -35,7 +39,13 @@ from megatron_llave.models.llava_onevision.hf_files import (
     make_tokenizer_json,
     write_side_files,
 )
-from megatron_llave.models.llava_onevision.prompt import QWEN_HEAD, QWEN_TAIL, qwen_prompt, user_content
+from megatron_llave.models.llava_onevision.prompt import (
+    QWEN_HEAD,
+    QWEN_TAIL,
+    encode_prompt,
+    qwen_prompt,
+    user_content,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CORPUS = ["system user assistant You are a helpful assistant.", "Find an image that matches the caption", "1234 a-b c"]
@@ -172,10 +182,101 @@ def test_chat_template_is_the_prompt(text: str, num_images: int, exported: Path)
     expected = qwen_prompt(user_content(text, num_images))
     processor = load_processor(exported)
     assert processor.apply_chat_template(messages) == expected
-    begun = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
-    assert expected == begun + "\n<|im_end|>\n"
+    assert processor.apply_chat_template(messages[:1]) == expected
+    assert processor.apply_chat_template(messages[:1], add_generation_prompt=True) == expected
     own = {"role": "system", "content": "Be brief."}
     assert processor.apply_chat_template([own]) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+IMAGE_PART = {"type": "image"}
+INPUTS = {
+    "text": ("You're helpful \u00e9", "You're helpful \u00e9", 0),
+    "text in a list": ([{"type": "text", "text": " a-b  c\n"}], " a-b  c\n", 0),
+    "image": ([IMAGE_PART], "", 1),
+    "image and text": ([IMAGE_PART, {"type": "text", "text": "Find it"}], "Find it", 1),
+    "text and two images": ([{"type": "text", "text": "Both"}, IMAGE_PART, IMAGE_PART], "Both", 2),
+    "image in a text": ("<image>\nFind it", "<image>\nFind it", 1),
+    "image inside a text": ([IMAGE_PART, {"type": "text", "text": "Is <image> it? "}], "Is <image> it? ", 1),
+}
+
+
+@pytest.fixture(scope="module", params=["qwen", "plain"])
+def trained(
+    request: pytest.FixtureRequest, parts: Path, config: dict, exported: Path, groups: object
+) -> tuple[Path, LoadedModel]:
+    """The folder of a model that a run with this prompt trained from one with another chat template, and our model."""
+    source = shutil.copytree(parts, exported.parent / f"{request.param}-source")
+    (source / "chat_template.json").write_text('{"chat_template": "theirs <image>"}')
+    out = exported.parent / request.param
+    out.mkdir()
+    write_side_files(out, "llava_onevision", config, source, f"data:\n  prompt: {request.param}\n")
+    (out / "model.safetensors").symlink_to(exported / "model.safetensors")
+    return out, load_model(out, [f"data.prompt={request.param}"])
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_chat_template_gives_our_ids_and_our_vector(name: str, trained: tuple[Path, LoadedModel]) -> None:
+    folder, ours = trained
+    content, text, num_images = INPUTS[name]
+    images = [Image.linear_gradient("L").convert("RGB").resize((100, 60 + 50 * index)) for index in range(num_images)]
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files):
+        image.save(file, "PNG")
+    side = Side(text, [file.getvalue() for file in files])
+    encoded, layouts = ours.encoder.encode(side), iter(ours.encoder.encode(side).layouts)
+    expected = [id for token in encoded.tokens for id in ([511] * len(next(layouts)) if token == IMAGE else [token])]
+
+    processor, messages = load_processor(folder), [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt == processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == processor.tokenizer.apply_chat_template(messages, tokenize=False)
+    inputs = processor(text=prompt, images=images or None, return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == expected
+
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        state = model.model(**inputs).last_hidden_state[0, -1]
+    vector = torch.nn.functional.normalize(state, dim=0)
+    torch.testing.assert_close(vector, ours.embed(side), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prompt", ["qwen", "plain"])
+def test_tokenizer_of_llava_qwen_has_the_prompt_too(prompt: str, parts: Path, tmp_path: Path) -> None:
+    source, ours = tmp_path / "source", load_tokenizer_of_parts(parts, tmp_path)
+    shutil.copytree(parts, source)
+    (source / "chat_template.jinja").write_text("text only")
+    out = tmp_path / "out"
+    out.mkdir()
+    raw = read_hf_config(GOLDEN / "hf_tiny_llava_qwen").raw
+    write_side_files(out, "llava_qwen", raw, source, f"data:\n  prompt: {prompt}\n")
+    theirs = AutoTokenizer.from_pretrained(out)
+    for content, text, num_images in INPUTS.values():
+        messages = [{"role": "user", "content": content}]
+        for begun in (False, True):
+            written = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=begun)
+            if prompt == "qwen":
+                assert written == qwen_prompt(user_content(text, num_images))
+            if num_images == 0:
+                assert theirs.encode(written) == encode_prompt(text, 0, ours, prompt, 1000, 0)
+
+
+def load_tokenizer_of_parts(parts: Path, folder: Path) -> OurTokenizer:
+    (folder / "tokenizer.json").write_text(make_tokenizer_json(parts), encoding="utf-8")
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+def test_embedding_as_the_guide_says(trained: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ours = trained
+    monkeypatch.chdir(folder.parent)
+    Image.linear_gradient("L").convert("RGB").resize((100, 60)).save("photo.png")
+    guide = (Path(__file__).parents[3] / "docs/conversion.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    if not is_torchvision_available():
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: load_processor(folder))
+    names: dict = {}
+    exec(compile(code.replace('"OUT"', repr(str(folder))), "conversion.md", "exec"), names)
+    expected = ours.embed({"text": "Represent the given image.", "image": Path("photo.png")})
+    torch.testing.assert_close(names["vector"], expected, atol=1e-5, rtol=0)
 
 
 def test_model_card_runs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
