@@ -89,7 +89,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLargeError(f"image is too large: {error}") from error
+        raise TooLargeError(f"image exceeds the limit of {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a readable image in a known format ({len(data)} bytes)") from error
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from megatron_llave.checkpoint import folders
 from megatron_llave.config.load import config_from_dict, load_config, save_config
 from megatron_llave.data import image_files
 from megatron_llave.data.image_files import (
@@ -267,6 +268,8 @@ def test_configurations_of_earlier_versions_keep_their_pixels(tmp_path):
     file.write_text("".join(earlier))
     assert image_files.image_settings(load_config(file, leave_out=["parallel"]).data) == RELEASED
     assert image_files.image_settings(load_config(file).data) == ImageSettings()
+    changed = folders.require_same_run(tmp_path, load_config(file))
+    assert changed[0] == "data.image_background was None, is [255, 255, 255]" and len(changed) == 2
 
 
 NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)

@@ -63,9 +63,9 @@ class HfFormat:
     """The module `transformers` and a folder's weights -> transformers' own model of them, in float32."""
     reference_inputs: Callable[[Module, EncodedSequence, tuple[int, int]], dict[str, Tensor]]
     """transformers' model, an input and (width, height) of its image -> keyword arguments of the model's forward."""
-    check_files: Callable[[HfConfig, Path], None] = lambda config, folder: None
-    """What config.json says, and a folder -> CheckpointError if another file of the folder says something else that we
-    do not run."""
+    check_files: Callable[[HfConfig, Path], list[str]] = lambda config, folder: []
+    """What config.json says, and a folder -> a line for each of its other files that is not used; CheckpointError if
+    one says something else than what is run."""
 
 
 @dataclass(frozen=True)

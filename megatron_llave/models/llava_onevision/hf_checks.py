@@ -17,13 +17,14 @@ from typing import Any
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.models.hf.config_json import HfConfig, Section
-from megatron_llave.models.llava_onevision.hf_files import listed_tokens
+from megatron_llave.models.llava_onevision.hf_files import CHAT_TEMPLATE, listed_tokens
 
 IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+TEMPLATE_FILES, TEMPLATE_TEXT = ("chat_template.json", PROCESSOR_FILE, "tokenizer_config.json"), "chat_template.jinja"
 MEAN, STD, BICUBIC = 0.5, 0.5, 3
 MISSING = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -43,8 +44,11 @@ STEPS = {
 TOKENIZER = {"add_prefix_space": (False, False), "split_special_tokens": (False, False)}
 
 
-def check_files(config: HfConfig, folder: Path) -> None:
+def check_files(config: HfConfig, folder: Path) -> list[str]:
     """Refuse a folder whose processor or tokenizer contradicts its config.json, or that is normalised otherwise.
+
+    Returns:
+        A line for each chat template that is not the one of an export: embeddings do not use it.
 
     Raises:
         CheckpointError: names the file and the key.
@@ -62,6 +66,15 @@ def check_files(config: HfConfig, folder: Path) -> None:
     if processor is not None:
         _check_processor(processor, config)
     _check_tokenizer(folder, config)
+    return _other_templates(folder)
+
+
+def _other_templates(folder: Path) -> list[str]:
+    found = {name: section.values.get("chat_template") for name in TEMPLATE_FILES if (section := _read(folder / name))}
+    if (folder / TEMPLATE_TEXT).is_file():
+        found[TEMPLATE_TEXT] = (folder / TEMPLATE_TEXT).read_text("utf-8", errors="replace")
+    others = [name for name, template in found.items() if template not in (None, CHAT_TEMPLATE)]
+    return [f"chat template in {name}: not used, since data.prompt is the prompt of embeddings" for name in others]
 
 
 def _read(file: Path) -> Section | None:

@@ -10,9 +10,10 @@ from transformers import LlavaOnevisionImageProcessorPil
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.convert.hf import export_hf, import_hf
+from megatron_llave.convert.inspect import inspect
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import open_hf, read_hf_config
-from megatron_llave.models.llava_onevision import hf_checks
+from megatron_llave.models.llava_onevision import hf_checks, hf_files
 from megatron_llave.models.llava_onevision.hf_files import SPECIAL_TOKEN
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -165,6 +166,15 @@ def test_an_export_writes_what_was_imported(groups, tmp_path: Path) -> None:
         written = json.loads((tmp_path / "out" / name).read_text())
         assert {key: written[key] for key in RIGHT[name]} == RIGHT[name]
     assert read_hf_config(tmp_path / "out").model == read_hf_config(path).model
+
+
+def test_inspect_names_a_chat_template_that_is_not_used(groups, capsys, tmp_path: Path) -> None:
+    path = folder(tmp_path / "hf", **{"tokenizer_config.json": {"chat_template": "{{ messages }}"}})
+    shutil.copyfile(GOLDEN / "hf_tiny" / "model.safetensors", path / "model.safetensors")
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": hf_files.CHAT_TEMPLATE}))
+    assert inspect(path, groups) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "chat template" in line]
+    assert notes == ["chat template in tokenizer_config.json: not used, since data.prompt is the prompt of embeddings"]
 
 
 def test_grids_are_bounded() -> None:
