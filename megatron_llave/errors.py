@@ -56,6 +56,10 @@ class DivergedError(UserError):
     """The losses or gradients of a run are no longer finite."""
 
 
+class BadInputError(DataError):
+    """An input of an embedding cannot be read: its image is missing or damaged, or it does not fit the model."""
+
+
 class NotFiniteError(DataError):
     """The embedding of an input is not finite, so that it has no score."""
 

@@ -30,13 +30,22 @@ from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts, l
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import count_inputs, read_blocks
 from megatron_llave.embedding.vector_files import SUFFIXES, embedding_file
-from megatron_llave.errors import ConfigError, DataError, NotFiniteError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import (
+    BadInputError,
+    ConfigError,
+    DataError,
+    NotFiniteError,
+    OneLineParser,
+    exit_with_one_line,
+)
 from megatron_llave.files import lock_folder, write_text
 from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
 BLOCK = 65536
 """Number of inputs of a JSONL file that are in memory at a time."""
+ROWS = 4096
+"""Number of embeddings that are in memory at a time; a row group of Parquet has as many."""
 
 
 def main() -> None:
@@ -64,7 +73,7 @@ def main() -> None:
             raise ConfigError("--jsonl needs --out FILE.npy or FILE.parquet")
         if args.out and Path(args.out).suffix not in SUFFIXES:
             raise ConfigError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
-        num_rows = count_inputs(args.jsonl, BLOCK) if args.jsonl else 0
+        num_rows = count_inputs(args.jsonl, BLOCK, requires_files=not args.skip_bad) if args.jsonl else 0
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
         if args.jsonl:
             embed_file(model, args, num_rows)
@@ -87,7 +96,9 @@ class FileEmbedder:
         """Yield what embeds each block, and the block."""
         for number, block in enumerate(read_blocks(self.path, BLOCK)):
             embed = partial(embed_parts, self.model, skip_bad=self.skip_bad)
-            yield CachedEmbedder(embed, self.folder / f"{number:05d}", self.identity, self.model.groups.dp), block
+            folder, requires_files = self.folder / f"{number:05d}", not self.skip_bad
+            replicas = self.model.groups.dp
+            yield CachedEmbedder(embed, folder, self.identity, replicas, requires_files=requires_files), block
 
     def embed(self, num_rows: int) -> int:
         """Embed what is missing; returns the number of rows that are not skipped, on the first rank."""
@@ -95,34 +106,44 @@ class FileEmbedder:
         total = -(-num_rows // BLOCK)
         for embedder, block in track(self.caches(), "embedding", total=total, disable=dist.get_rank() > 0):
             (cache,) = embedder.embed([block])
-            kept += sum(len(rows) for _, rows in self.rows_of(cache)) if dist.get_rank() == 0 else 0
+            kept += sum(len(ids) for ids, _ in rows_of(cache)) if dist.get_rank() == 0 else 0
         return kept
 
-    def rows_of(self, cache: EmbeddingCache) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Yield ids and embeddings of each part, without the inputs that could not be read."""
-        for part in range(cache.num_parts):
-            rows = cache.rows(np.arange(cache.bounds[part], cache.bounds[part + 1]))
-            kept = rows.any(axis=1)
-            ids = [item.id for item, is_kept in zip(cache.inputs_of(part).entries, kept) if is_kept]
-            yield ids, torch.from_numpy(rows[kept])
-
     def rows(self) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Yield ids and embeddings of the whole file, part by part."""
+        """Yield ids and embeddings of the whole file, as `rows_of` does."""
         for embedder, block in self.caches():
-            yield from self.rows_of(embedder.cache(block))
+            yield from rows_of(embedder.cache(block))
 
     def skipped(self) -> Iterator[dict[str, str]]:
         """Yield id and problem of each input that could not be read; it is read again for its problem."""
         for embedder, block in self.caches():
-            cache = embedder.cache(block)
-            for key, item, row in zip(block, block.entries, cache.rows(np.arange(len(block)))):
-                if not row.any():
-                    try:
-                        self.model.encoder.encode(block[key])
-                        problem = "it can be read now; give the command again"
-                    except DataError as error:
-                        problem = str(error)
-                    yield {"input": key, "id": item.id, "problem": problem}
+            keys = list(block)
+            for start, rows in slices_of(embedder.cache(block)):
+                for number in (start + np.flatnonzero(~rows.any(axis=1))).tolist():
+                    problem = self.problem_of(block, keys[number])
+                    yield {"input": keys[number], "id": block.entries[number].id, "problem": problem}
+
+    def problem_of(self, block: Inputs, key: str) -> str:
+        """Read an input again that could not be read, and return why."""
+        try:
+            self.model.encoder.encode(block[key])
+        except DataError as error:
+            return str(error)
+        return f"it can be read now; delete {self.folder} and give the command again"
+
+
+def slices_of(cache: EmbeddingCache) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the embeddings [up to ROWS, d] of a cache in their order, each time with the number of the first row."""
+    for start in range(0, len(cache.inputs), ROWS):
+        yield start, cache.rows(np.arange(start, min(start + ROWS, len(cache.inputs))))
+
+
+def rows_of(cache: EmbeddingCache) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Yield ids and embeddings of up to ROWS inputs at a time, without those that could not be read."""
+    for start, rows in slices_of(cache):
+        kept = rows.any(axis=1)
+        ids = [item.id for item, is_kept in zip(cache.inputs.entries[start:], kept) if is_kept]
+        yield ids, torch.from_numpy(rows[kept])
 
 
 def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> None:
@@ -135,21 +156,30 @@ def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> N
         except NotFiniteError:
             raise
         except DataError as error:
-            hint = "" if args.skip_bad else "; --skip-bad leaves such inputs out"
+            hint = "; --skip-bad leaves such inputs out" if isinstance(error, BadInputError) else ""
             raise DataError(f"{error}; what is embedded stays in {folder} for the same command{hint}") from error
         if is_writer:
-            skipped = list(embedder.skipped()) if kept < num_rows else []
-            if skipped and not args.skip_bad:
-                raise DataError(f"input {skipped[0]['input']}: {skipped[0]['problem']}; --skip-bad leaves it out")
-            listed = Path(f"{args.out}.skipped.jsonl")
-            listed.unlink(missing_ok=True)
-            if skipped:
-                write_text(listed, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
-            write_rows(embedder.rows(), args.out, kept, model, args.checkpoint)
-            if skipped:
-                print(f"{len(skipped)} of {num_rows} inputs were left out: {listed}")
-            shutil.rmtree(folder)
+            try:
+                finish(embedder, args, kept, num_rows)
+            except OSError as error:
+                raise DataError(f"{error.filename or args.out} cannot be written: {error.strerror or error}") from error
     dist.barrier()
+
+
+def finish(embedder: FileEmbedder, args: argparse.Namespace, kept: int, num_rows: int) -> None:
+    """Write the output, and the list of inputs that were left out; then remove the folder of what was embedded."""
+    listed = Path(f"{args.out}.skipped.jsonl")
+    skipped = list(embedder.skipped()) if kept < num_rows else []
+    if skipped and (kept == 0 or not args.skip_bad):
+        hint = "; no input can be read" if args.skip_bad else "; --skip-bad leaves it out"
+        raise DataError(f"input {skipped[0]['input']}: {skipped[0]['problem']}{hint}")
+    listed.unlink(missing_ok=True)
+    if skipped:
+        write_text(listed, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
+    write_rows(embedder.rows(), args.out, kept, embedder.model, args.checkpoint)
+    if skipped:
+        print(f"{len(skipped)} of {num_rows} inputs were left out: {listed}")
+    shutil.rmtree(embedder.folder)
 
 
 def embed_arguments(model: LoadedModel, args: argparse.Namespace) -> None:

@@ -1,9 +1,10 @@
 """Embeddings of a data set's inputs, in parts: on disk, where a stopped evaluation finds them again, or in memory.
 
 A folder holds manifest.json (which model, which inputs, and the state of each part's files) and part-00000.npy ...,
-float32 [inputs of the part, d] with a checksum behind it, so that a part that was changed is embedded again. A part is
-complete or absent. How inputs are cut into parts does not depend on the
-number of ranks, so that an evaluation resumes at any parallel layout.
+float32 [inputs of the part, d] with a checksum behind it, so that a part that was changed is embedded again. Folders of
+earlier versions have no checksums, which their manifest shows: their parts are read if they have the right shape and
+are finite. A part is complete or absent. How inputs are cut into parts does not depend on the number of ranks, so that
+an evaluation resumes at any parallel layout.
 """
 
 import hashlib
@@ -36,6 +37,10 @@ MANIFEST = "manifest.json"
 PART_COST = 512
 """Cost of a part's inputs together (Input.cost): about 56 inputs with an image, or 512 short texts."""
 
+OPEN_PARTS = 256
+"""Number of parts of a folder that are open at a time; each takes a file descriptor."""
+CHECKSUMS = "checksums"
+"""Key of a manifest whose parts all have checksums."""
 WAITS = (0, 1, 2, 4, 8, 16, 32)
 """Seconds before each look for a part that should exist; NFS may report a file as missing for up to a minute."""
 
@@ -56,6 +61,8 @@ class EmbeddingCache:
         self.num_embedded = 0
         """Number of inputs that CachedEmbedder.embed embedded for this cache, over all ranks."""
         self._opened: dict[int, np.ndarray] = {}
+        self._verified: set[int] = set()
+        self._requires_checksums = False
 
     @property
     def num_parts(self) -> int:
@@ -64,23 +71,30 @@ class EmbeddingCache:
 
     def inputs_of(self, part: int) -> Inputs:
         """The inputs of a part."""
-        return self.inputs.part(range(self.bounds[part], self.bounds[part + 1]))
+        first = self.inputs.first
+        return self.inputs.part(range(first + self.bounds[part], first + self.bounds[part + 1]))
 
-    def claim(self, identity: Identity) -> None:
+    def claim(self, identity: Identity, requires_files: bool = True) -> None:
         """Make the folder this model's, or check that it is; one rank calls it before any other uses the folder.
 
         Parts whose images or videos have changed since are removed, so that they are embedded again.
+
+        Args:
+            identity: of the model.
+            requires_files: whether a missing image or video is an error.
 
         Raises:
             DataError: the folder holds embeddings of another model or of other inputs (the message names what
                 differs), or parts without a manifest; it cannot be written; or an image or video is missing.
         """
+        states = self.inputs.require_files() if requires_files else self.inputs.file_states()
         if self.folder is None:
-            self.inputs.require_files()
             return
         path = self.folder / MANIFEST
         manifest = {"format": FORMAT, "version": VERSION, "model": identity, "inputs": self.inputs.digest}
         before = self._read_manifest(path)
+        if before is None or CHECKSUMS in before:
+            manifest[CHECKSUMS] = "sha256"
         if before is not None:
             require_same_model(path, before.get("model"), identity)
             if before.get("inputs") != manifest["inputs"]:
@@ -88,7 +102,7 @@ class EmbeddingCache:
                     f"{self.folder} holds embeddings of other inputs than those of data set {self.inputs.name} now; "
                     f"choose another --out, or delete {self.folder} to embed again"
                 )
-        states = self._part_states(self.inputs.require_files())
+        states = self._part_states(states)
         try:
             if before is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,9 +149,16 @@ class EmbeddingCache:
 
     def missing(self) -> list[int]:
         """Numbers of the parts that are absent or damaged, or of another width than most."""
+        if self.folder is not None and (self.folder / MANIFEST).is_file():
+            self._requires_checksums = CHECKSUMS in read_json(self.folder / MANIFEST)
         widths = {part: None if (rows := self._open(part)) is None else rows.shape[1] for part in range(self.num_parts)}
         most_common = Counter(width for width in widths.values() if width is not None).most_common(1)
-        return [part for part, width in widths.items() if width is None or width != most_common[0][0]]
+        missing = [part for part, width in widths.items() if width is None or width != most_common[0][0]]
+        damaged = [] if self.folder is None else [part for part in missing if self._path(part).is_file()]
+        if damaged:
+            names = f"{len(damaged)} of {self.num_parts} parts of {self.folder}"
+            logger.warning("%s are damaged or changed and are embedded again; %d is the first", names, damaged[0])
+        return missing
 
     def write(self, part: int, rows: np.ndarray) -> None:
         """Keep a part's embeddings, [inputs of the part, d] float32.
@@ -149,6 +170,7 @@ class EmbeddingCache:
         if self.folder is None:
             self._opened[part] = rows
             return
+        self._verified.discard(part)
         path, content = self._path(part), io.BytesIO()
         np.save(content, rows, allow_pickle=False)
         try:
@@ -172,8 +194,13 @@ class EmbeddingCache:
             if part not in self._opened:
                 self._opened[part] = self._await(part)
             stored = self._opened[part]
+            if self.folder is not None and len(self._opened) > OPEN_PARTS:
+                del self._opened[next(iter(self._opened))]
             if rows is None:
                 rows = np.empty((len(indices), stored.shape[1]), np.float32)
+            if stored.shape[1] != rows.shape[1]:
+                widths = f"{stored.shape[1]} numbers and not {rows.shape[1]} as others do"
+                raise DataError(f"the embeddings of {self._path(part)} have {widths}; delete {self.folder}")
             chosen = of_part == part
             rows[chosen] = stored[indices[chosen] - self.bounds[part]]
         return rows
@@ -198,18 +225,20 @@ class EmbeddingCache:
         try:
             stored = np.lib.format.open_memmap(path, mode="r")
             is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == len(self.inputs_of(part))
-            return stored if is_right and _has_checksum(path, stored) else None
+            if not is_right or part not in self._verified and not self._is_unchanged(path, stored):
+                return None
         except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # all of which a damaged header can raise
             return None
+        self._verified.add(part)
+        return stored
 
-
-def _has_checksum(path: Path, stored: np.ndarray) -> bool:
-    """Whether the file ends with the SHA-256 of what stands before it; older files have none, but must be finite."""
-    content = np.memmap(path, np.uint8, "r")
-    end = stored.offset + stored.nbytes
-    if len(content) == end:
-        return bool(np.isfinite(stored).all())
-    return hashlib.sha256(content[:end]).digest() == content[end:].tobytes()
+    def _is_unchanged(self, path: Path, stored: np.ndarray) -> bool:
+        """Whether a file ends with the SHA-256 of what stands before it; older files have none, but must be finite."""
+        content = np.memmap(path, np.uint8, "r")
+        end = stored.offset + stored.nbytes
+        if len(content) == end:
+            return not self._requires_checksums and bool(np.isfinite(stored).all())
+        return hashlib.sha256(content[:end]).digest() == content[end:].tobytes()
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -253,6 +282,8 @@ class CachedEmbedder:
     """Data-parallel group that the parts are dealt to."""
     progress: Progress = lambda what, done, total: None
     """Called after each part of this rank."""
+    requires_files: bool = True
+    """Whether a missing image or video is an error before any work is done, and not when it is read."""
 
     def cache(self, inputs: Inputs) -> EmbeddingCache:
         """The embeddings of `inputs`, as far as they exist."""
@@ -271,12 +302,12 @@ class CachedEmbedder:
         caches = [self.cache(inputs) for inputs in data_sets]
         if dist.get_rank() == 0:
             for cache in caches:
-                cache.claim(self.identity)
+                cache.claim(self.identity, self.requires_files)
         missing = _find_missing(caches)
         parts = [cache.inputs_of(part) for cache, part in missing]
         size = self.replicas.size()
         mine = range(self.replicas.rank(), len(missing), size)
-        for number in mine:
+        for number in mine if self.requires_files else ():
             parts[number].require_files()
         dist.barrier()  # a missing image ends the run before any work is done
         embedded = self.embed_parts(parts[number] for number in mine)

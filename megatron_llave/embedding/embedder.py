@@ -29,7 +29,7 @@ from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.embedding.embeddable import Embeddable, to_sides
-from megatron_llave.errors import DataError, NotFiniteError
+from megatron_llave.errors import BadInputError, DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
 
 
@@ -180,8 +180,8 @@ def embed_parts(
 
 
 def _embed_readable(model: LoadedModel, inputs: Sequence[Future[EncodedSequence]], skip_bad: bool) -> Tensor:
-    """Embed encoded inputs as [n, d]; with `skip_bad` those that raised a DataError get rows of zeros."""
-    readable = [not (skip_bad and isinstance(future.exception(), DataError)) for future in inputs]
+    """Embed encoded inputs as [n, d]; with `skip_bad` those that raised a BadInputError get rows of zeros."""
+    readable = [not (skip_bad and isinstance(future.exception(), BadInputError)) for future in inputs]
     embedded = embed_encoded(model, [future.result() for future, is_readable in zip(inputs, readable) if is_readable])
     rows = embedded.new_zeros(len(inputs), embedded.shape[1])
     rows[torch.tensor(readable, device=rows.device)] = embedded
@@ -219,7 +219,7 @@ def _encode(model: LoadedModel, key: str, sides: Mapping[str, Side]) -> EncodedS
     try:
         return model.encoder.encode(sides[key])
     except DataError as error:
-        raise DataError(f"input {key} cannot be embedded: {error}") from error
+        raise BadInputError(f"input {key} cannot be embedded: {error}") from error
 
 
 def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[PackedSequences]:

@@ -47,15 +47,16 @@ def read_blocks(path: str | Path, size: int) -> Iterator[Inputs]:
         first += len(block)
 
 
-def count_inputs(path: str | Path, size: int) -> int:
-    """Number of inputs. Checks each line and that its images exist, before hours of work and not after.
+def count_inputs(path: str | Path, size: int, requires_files: bool = True) -> int:
+    """Number of inputs. Checks each line and, if asked, that its images exist, before hours of work and not after.
 
     Raises:
         DataError: a line is malformed, an image does not exist, or there is no input.
     """
     count = 0
     for block in read_blocks(path, size):
-        block.require_files()
+        if requires_files:
+            block.require_files()
         count += len(block)
     if not count:
         raise DataError(f"{path} has no lines")

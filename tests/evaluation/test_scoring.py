@@ -339,6 +339,44 @@ def test_parts_of_earlier_versions_have_no_checksum_and_are_read_if_finite(tmp_p
     assert EmbeddingCache(tmp_path, task.inputs).missing() == [0]
 
 
+def test_folders_with_checksums_take_no_part_without_one(tmp_path, monkeypatch, caplog):
+    """The manifest says that all parts have checksums; that of an earlier version does not."""
+    task = task_of([[f"text {number}" for number in range(100)]])
+    rows = np.random.default_rng(0).normal(size=(len(task.inputs), 8)).astype(np.float32)
+
+    def fill(folder: Path) -> EmbeddingCache:
+        store = EmbeddingCache(folder, task.inputs)
+        store.claim({"weights": "w"})
+        for part in store.missing():
+            store.write(part, rows[store.bounds[part] : store.bounds[part + 1]])
+        return store
+
+    store = fill(tmp_path / "new")
+    np.save(tmp_path / "new/part-00001.npy", store.rows(np.arange(store.bounds[1], store.bounds[2])) * 2)
+    assert EmbeddingCache(tmp_path / "new", task.inputs).missing() == [1]
+    assert (
+        "1 of 6 parts of" in caplog.text and "damaged or changed and are embedded again; 1 is the first" in caplog.text
+    )
+    store = fill(tmp_path / "new")  # the folder is claimed again and stays one with checksums
+    assert EmbeddingCache(tmp_path / "new", task.inputs).missing() == []
+    manifest = json.loads((tmp_path / "new/manifest.json").read_text())
+    assert manifest.pop("checksums") == "sha256"
+    (tmp_path / "new/manifest.json").write_text(json.dumps(manifest))
+    np.save(tmp_path / "new/part-00001.npy", rows[store.bounds[1] : store.bounds[2]])
+    assert fill(tmp_path / "new").missing() == [], "a folder of an earlier version"
+    assert "checksums" not in json.loads((tmp_path / "new/manifest.json").read_text())
+    # Few parts are open at a time, and one of another width is named.
+    monkeypatch.setattr(cache, "OPEN_PARTS", 2)
+    store = EmbeddingCache(tmp_path / "new", task.inputs)
+    chosen = np.random.default_rng(0).permutation(len(task.inputs))
+    np.testing.assert_array_equal(store.rows(chosen), rows[chosen])
+    assert len(store._opened) == 2
+    store.write(0, rows[: store.bounds[1], :4])
+    store._opened.clear()
+    with pytest.raises(DataError, match="part-00001.npy have 8 numbers and not 4 as others do; delete"):
+        store.rows(chosen)
+
+
 def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, monkeypatch):
     task = task_of([["a"]])
     store = EmbeddingCache(tmp_path, task.inputs)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,9 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from megatron_llave.batch import Side
 from megatron_llave.data.packing import IMAGE
+from megatron_llave.distributed import process_groups
+from megatron_llave.embedding import cache
 from megatron_llave.embedding.embeddable import to_side
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import DataError, NotFiniteError
+from tools import embed as embed_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL, CHECK = ROOT / "tools" / "embed.py", ROOT / "examples" / "first_check.py"
@@ -106,6 +110,46 @@ def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, t
     rows = np.load(npy)
     assert rows.shape == (599, 64) and not Path(f"{npy}.parts").exists()
     np.testing.assert_allclose(rows[[0, -1]], load_model(model).embed(["x", "x" * 599]), atol=1e-5)
+
+
+def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """In this process: several blocks, several parts in each, an image that is missing, one that is damaged."""
+    image = (model.parent / "picture.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(image[: len(image) // 2])
+    lines = [{"id": f"t{i}", "text": "x" * i} for i in range(1, 12)]
+    lines[4]["image"], lines[9]["image"] = "bad.png", "nowhere.png"
+    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    kept = [line["id"] for line in lines if "image" not in line]
+    monkeypatch.setattr(embed_tool, "BLOCK", 4)
+    monkeypatch.setattr(embed_tool, "ROWS", 3)
+    monkeypatch.setattr(cache, "PART_COST", 2)
+    monkeypatch.setattr(process_groups, "destroy_distributed", lambda: None)
+
+    def run(*options: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["embed.py", "--checkpoint", str(model), *map(str, options)])
+        embed_tool.main()
+
+    def last_line_of_error(*options: str | Path) -> str:
+        with pytest.raises(SystemExit):
+            run(*options)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    command = ["--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out.parquet"]
+    assert "nowhere.png does not exist, 1 of" in last_line_of_error(*command)
+    run(*command, "--skip-bad")
+    skipped = [json.loads(line) for line in (tmp_path / "out.parquet.skipped.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in skipped] == ["t5", "t10"] and f"{tmp_path}/in.jsonl:9 " in skipped[0]["input"]
+    assert "not a readable image" in skipped[0]["problem"] and "No such file" in skipped[1]["problem"]
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["id"].to_pylist() == kept
+    texts = [line["text"] for line in lines if "image" not in line]
+    rows = np.array(table["embedding"].to_pylist())
+    np.testing.assert_allclose(rows, load_model(model).embed(texts), atol=1e-5)
+    monkeypatch.setattr(embed_tool, "write_text", Mock(side_effect=OSError(28, "No space left on device", "the list")))
+    assert last_line_of_error(*command, "--skip-bad") == "error: the list cannot be written: No space left on device"
+    (tmp_path / "in.jsonl").write_text('{"image": "bad.png"}')
+    (tmp_path / "out.parquet.parts").rename(tmp_path / "old")
+    assert "not a readable image" in (line := last_line_of_error(*command, "--skip-bad")) and "no input can be" in line
 
 
 def test_embeddings_that_are_not_finite_are_not_written(model: Path, tmp_path: Path) -> None:
