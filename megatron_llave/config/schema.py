@@ -77,7 +77,8 @@ class DataConfig:
     http(s)://HOST/FOLDER, or pipe:COMMAND with {file} in the command, such as pipe:aws s3 cp s3://bucket/pairs/{file}
     -"""
     cache: str | None = None
-    """Local folder for copies of the shards on the network; null: a folder in the system's temporary folder."""
+    """Local folder for copies of the shards on the network, in which each user's are private; null: a folder of the
+    user in the system's temporary folder."""
     cache_gb: float = 200.0
     """Gigabytes of shard copies that are kept on each node."""
     retries: int = 5

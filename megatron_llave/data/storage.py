@@ -3,17 +3,23 @@
 `data.path` is a folder, `http(s)://host/folder`, or `pipe:COMMAND` in which `{file}` stands for the name of the shard,
 such as `pipe:aws s3 cp s3://bucket/pairs/{file} -`. These are the URLs that webdataset can open. The shell runs the
 command, which comes from the run's configuration alone. The index may only name plain files.
+
+Copies are in a folder that belongs to this user alone: whoever could write there could put other pairs into a training,
+or links that make this process overwrite another file. Links are not followed, and each process compares the SHA-256 of
+a copy with the index before it reads it for the first time.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
+import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +29,8 @@ from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.index import INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
 from megatron_llave.files import AGAIN, atomic_write
+
+logger = logging.getLogger(__name__)
 
 REMOTE = re.compile(r"(https?://|pipe:)")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -82,9 +90,9 @@ class Storage:
             return Path(self.path) / shard.file
         self._url(shard.file)  # refuses a name that is not plain
         target = self._folder() / shard.file
-        with open(target.with_name(f"{shard.file}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, however it ends
-            if not target.is_file():
+        with _locked(target.with_name(f"{shard.file}.lock")):
+            if not _is_copy(target, shard):
+                target.unlink(missing_ok=True)
                 self._attempt(shard.file, lambda: self._copy(shard, target))
                 self._make_room(target)
         now = time.time_ns()
@@ -93,7 +101,14 @@ class Storage:
 
     def _folder(self) -> Path:
         folder = self.cache / hashlib.sha256(self.path.encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.cache == _default_cache():
+                _require_private(self.cache)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _require_private(folder)
+        except OSError as error:
+            raise ConfigError(f"data.cache={self.cache} cannot be made: {error.strerror}; choose another") from error
         return folder
 
     def _url(self, file: str) -> str:
@@ -126,7 +141,7 @@ class Storage:
         copies = []
         for file in newest.parent.glob("*.tar"):
             with suppress(FileNotFoundError):  # another process is removing copies too
-                copies.append((file.stat().st_mtime, file.stat().st_size, file))
+                copies.append((file.lstat().st_mtime, file.lstat().st_size, file))
         excess = sum(size for _, size, _ in copies) - self.cache_bytes
         for _, size, file in sorted(copies):
             if excess > 0 and file != newest:
@@ -135,13 +150,14 @@ class Storage:
 
 
 def _download(url: str, target: Path) -> str:
-    """Write the contents of `url` to `target` and return their SHA-256.
+    """Write the contents of `url` to a new file `target` and return their SHA-256.
 
     Raises:
         OSError: `url` cannot be read, or the disk is full.
     """
     digest = hashlib.sha256()
-    with gopen(url, bufsize=CHUNK) as source, open(target, "wb") as file:
+    target.unlink(missing_ok=True)  # what a killed process has left, or a link
+    with gopen(url, bufsize=CHUNK) as source, open(target, "xb") as file:
         while block := source.read(CHUNK):
             digest.update(block)
             file.write(block)
@@ -158,5 +174,71 @@ def open_storage(cfg: DataConfig) -> Storage:
         return Storage(cfg.path, None)
     if cfg.path.startswith("pipe:") and "{file}" not in cfg.path:
         raise ConfigError(f"data.path={cfg.path} must say where the name of the shard goes: {{file}}")
-    cache = Path(cfg.cache) if cfg.cache else Path(tempfile.gettempdir()) / f"megatron_llave-{os.getuid()}"
+    if not cfg.cache and os.path.lexists(_default_cache()):
+        _require_private(_default_cache())
+    cache = Path(cfg.cache) if cfg.cache else _default_cache()
     return Storage(cfg.path, cache, int(cfg.cache_gb * 1e9), cfg.retries)
+
+
+def _default_cache() -> Path:
+    """Return a folder in the system's temporary folder, where every user may have made it, so that it is checked."""
+    return Path(tempfile.gettempdir()) / f"megatron_llave-{os.getuid()}"
+
+
+def _require_private(folder: Path) -> None:
+    """Refuse a folder for copies that is a link or belongs to somebody else; take its permissions from all others.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        what = (
+            f"belongs to user {status.st_uid}" if stat.S_ISDIR(status.st_mode) else "is not a folder but a link or file"
+        )
+        raise ConfigError(f"{folder} {what}: copies of shards need a folder of your own; set data.cache to one")
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        folder.chmod(0o700)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lock a file, which is made if it is missing; a link is not followed.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be opened: {error.strerror}; set data.cache to another folder") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when this process ends, however it ends
+        yield
+    finally:
+        os.close(descriptor)
+
+
+_compared: set[tuple[int, int, int, str]] = set()
+"""Device, inode, size and SHA-256 of the copies that this process has compared with the index."""
+
+
+def _is_copy(file: Path, shard: Shard) -> bool:
+    """Whether a file is a complete copy of a shard. Its SHA-256 is computed once in each process."""
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as copy:
+            status = os.fstat(copy.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size != shard.bytes:
+                return False
+            key = (status.st_dev, status.st_ino, status.st_size, shard.sha256)
+            if key not in _compared:
+                digest = hashlib.sha256()
+                while block := copy.read(CHUNK):
+                    digest.update(block)
+                if digest.hexdigest() != shard.sha256:
+                    logger.warning("%s is not what the index says; it is fetched again", file)
+                    return False
+                _compared.add(key)
+            return True
+    except OSError:  # it is missing, or a link
+        return False

@@ -1,7 +1,11 @@
 """Shards from a folder, over HTTP and through a command: copied once, checked, tried again, never more than allowed."""
 
 import functools
+import hashlib
 import http.server
+import os
+import stat
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,7 +47,7 @@ def server(folder):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     Handler.url = f"http://127.0.0.1:{httpd.server_port}"
     yield Handler
@@ -128,3 +132,72 @@ def test_least_recently_used_copies_make_room(server, tmp_path):
     storage.fetch(found[3])
     assert len(held.read()) == size  # what is open stays readable
     held.close()
+
+
+@pytest.fixture
+def shared(server, tmp_path, monkeypatch):
+    """A storage whose copies are in a temporary folder that other users write into, and the folder of the copies."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    storage = open_storage(DataConfig(path=server.url))
+    return storage, storage.cache / hashlib.sha256(server.url.encode()).hexdigest()[:16]
+
+
+def test_the_folder_of_the_copies_is_private(shared):
+    storage, folder = shared
+    [first, *_] = shards(storage)
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    storage.fetch(first)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (storage.cache, folder)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("which", ["cache", "folder"])
+@pytest.mark.parametrize("how", ["link", "other user", "file"])
+def test_a_folder_that_somebody_else_made_is_refused(shared, tmp_path, monkeypatch, which, how):
+    storage, folder = shared
+    [first, *_] = shards(storage)
+    place = storage.cache if which == "cache" else folder
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    if how == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    elif how == "file":
+        place.write_text("")
+    else:
+        place.mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="data.cache"):
+        storage.fetch(first)
+    if which == "cache":
+        with pytest.raises(ConfigError, match=f"{place} .*set data.cache to one"):
+            open_storage(DataConfig(path=storage.path))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_links_in_the_folder_of_the_copies_are_not_followed(shared, tmp_path):
+    storage, folder = shared
+    first, second, third, _ = shards(storage)
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    folder.mkdir(parents=True)
+    (folder / f".{first.file}.partial").symlink_to(victim)
+    (folder / second.file).symlink_to(victim)
+    for shard in (first, second):
+        copy = storage.fetch(shard)
+        assert not copy.is_symlink() and copy.stat().st_size == shard.bytes
+    (folder / f"{third.file}.lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match=f"{third.file}.lock cannot be opened: .*set data.cache to another folder"):
+        storage.fetch(third)
+    assert victim.read_text() == "precious"
+
+
+def test_a_planted_or_changed_copy_is_fetched_again(shared, server, folder, caplog):
+    storage, cache = shared
+    first, second, *_ = shards(storage)
+    cache.mkdir(parents=True)
+    (cache / first.file).write_bytes(bytes(first.bytes))
+    (cache / second.file).write_bytes(b"short")
+    for shard in (first, second, first):
+        assert storage.fetch(shard).read_bytes() == (folder / shard.file).read_bytes()
+    assert caplog.text.count("is not what the index says; it is fetched again") == 1
+    assert sorted(server.asked) == sorted([first.file, second.file, "index.json"])
