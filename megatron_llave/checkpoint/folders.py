@@ -11,7 +11,8 @@ replacing `latest` atomically. A save that is killed leaves the previous checkpo
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -280,8 +281,23 @@ def failure(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise a one-line CheckpointError for whatever occurs while checkpoint `path` is read inside.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
+        raise unusable(path, error) from error
+
+
 def unusable(path: str | Path, error: BaseException) -> CheckpointError:
     """Return a one-line CheckpointError for an error that occurred while checkpoint `path` was read."""
     error = failure(error)
+    if isinstance(error, CheckpointError):
+        return error
     reason = " ".join(str(error).split()) or type(error).__name__
     return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}")

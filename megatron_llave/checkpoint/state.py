@@ -17,10 +17,10 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module, Parameter
 
-from megatron_llave.checkpoint.folders import AVERAGE, unusable
+from megatron_llave.checkpoint.folders import AVERAGE, reading
+from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
 
@@ -62,12 +62,13 @@ class TrainingState:
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
         """
-        with _own_settings(self.trainable.optimizer):
-            loaded = self._load_all(folder, is_same_layout)
-        if self.average is not None:
-            self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
-        if is_same_layout and "random" in loaded:
-            _restore_random(loaded["random"])
+        with reading(folder):
+            with _own_settings(self.trainable.optimizer):
+                loaded = self._load_all(folder, is_same_layout)
+            if self.average is not None:
+                self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
+            if is_same_layout and "random" in loaded:
+                _restore_random(loaded["random"])
         self.trainable.schedule.num_steps = 0
         self.trainable.schedule.step(increment=step)
 
@@ -133,6 +134,11 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
     Raises:
         CheckpointError: the files are damaged, hold another model, or have no averaged weights.
     """
+    with reading(path):
+        _load_weights(path, chunks, groups, average)
+
+
+def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool) -> None:
     metadata = state_metadata(groups)
     loaded = _load(path, _model_state(chunks, metadata))
     for key, chunk in zip(_model_keys(chunks), chunks):
@@ -157,10 +163,9 @@ def state_metadata(groups: ProcessGroupCollection) -> dict:
 
 
 def _load(path: str | Path, state: dict) -> dict:
-    try:
+    check_objects(Path(path))
+    with safe_reads():
         return dist_checkpointing.load(state, str(path))
-    except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
-        raise unusable(path, error) from error
 
 
 def _model_keys(chunks: list[Module]) -> list[str]:

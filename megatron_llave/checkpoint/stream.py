@@ -37,6 +37,7 @@ from torch.futures import Future
 from torch.nn import Module
 
 from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.safe_reads import WeightsReader, check_objects, safe_reads
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.load import save_config
 from megatron_llave.config.schema import RunConfig
@@ -184,6 +185,8 @@ def read_weights(
     state = embedder.sharded_state_dict(metadata=state_metadata(groups))
     apply_factories(state)
     parts = _parts(state)
+    check_objects(folder)
+    reader = WeightsReader(folder)
     for _, layer in groupby(embedder.named_parameters(), lambda item: _layer_of(item[0])):
         values, requests = {}, []
         for name, parameter in layer:
@@ -193,11 +196,8 @@ def read_weights(
             halves = values[name].chunk(len(parts[name]))
             prefix = folders.AVERAGE if is_average else ""
             requests += [(prefix + part.key, part, half) for part, half in zip(parts[name], halves)]
-        try:
-            reader = torch_checkpoint.FileSystemReader(folder)
+        with folders.reading(folder), safe_reads():
             torch_checkpoint.load({}, storage_reader=reader, planner=_ReadPlanner(requests), no_dist=True)
-        except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
-            raise folders.unusable(folder, error) from error
         for name in list(values):
             yield name, values.pop(name)
 

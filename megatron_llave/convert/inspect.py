@@ -5,13 +5,12 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.safe_reads import check_all, safe_reads
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.errors import CheckpointError
 from megatron_llave.models import family_of, model_without_memory, open_hf
 from megatron_llave.models.hf.mapping import hf_shapes
 
@@ -72,12 +71,9 @@ def _inspect_hf(pretrained: Pretrained, shapes: dict[str, tuple[int, ...]]) -> l
 
 
 def _inspect_checkpoint(pretrained: Pretrained, embedder: object, groups: ProcessGroupCollection) -> list[str]:
-    try:
+    check_all(pretrained.folder)
+    with folders.reading(pretrained.folder), safe_reads():
         held = dist_checkpointing.load_tensors_metadata(str(pretrained.folder))
-    except (Exception, CheckpointException) as error:  # of many types; each means that the checkpoint is unusable
-        raise CheckpointError(
-            f"checkpoint {pretrained.folder} cannot be read: {' '.join(str(error).split())}"
-        ) from error
     state = embedder.sharded_state_dict(metadata=state_metadata(groups))
     apply_factories(state)
     parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,228 @@
+"""A checkpoint from elsewhere runs no code, whatever reads it, and changed values are noticed; good ones load."""
+
+import collections
+import io
+import os
+import pickle
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import ONEVISION
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megatron_llave.checkpoint.merge import merge
+from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.checkpoint.safe_reads import check_all, read_metadata
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.convert.hf import export_hf, import_hf
+from megatron_llave.convert.inspect import inspect
+from megatron_llave.errors import CheckpointError
+from megatron_llave.models import build_model
+
+METADATA, DATA, COMMON = ".metadata", "__0_0.distcp", "common.pt"
+CLASS = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n"
+
+
+class Canary:
+    """Makes the folder `sung` in the working directory when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("sung",)
+
+
+class Getter:
+    """Reaches for what is not named in the pickle."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (Metadata, "__init__")
+
+
+class Items:
+    """Lets an allowed container take its items from a canary."""
+
+    def __reduce__(self) -> tuple:
+        return collections.OrderedDict, (), None, None, iter([("key", Canary())])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(groups: ProcessGroupCollection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_hf(ONEVISION, tmp_path_factory.mktemp("good") / "checkpoint", groups)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to do harm to."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def load(folder: Path, out: Path, groups: ProcessGroupCollection) -> None:
+    """As load_model, embed, evaluate, verify, checkpoint.init do, and a resumed run does for its weights."""
+    pretrained = find_pretrained(folder)
+    chunks = build_model(pretrained.cfg.model, ParallelConfig(), groups, torch.device("cpu"), seed=None)
+    pretrained.load(chunks, groups)
+
+
+TOOLS: dict[str, Callable[[Path, Path, ProcessGroupCollection], object]] = {
+    "load": load,
+    "inspect": lambda folder, out, groups: inspect(folder, groups),
+    "export": lambda folder, out, groups: export_hf(folder, out, groups),
+    "merge": lambda folder, out, groups: merge([(folder, 0.5), (folder, 0.5)], out, groups),
+}
+
+
+def write_metadata(folder: Path, metadata: object) -> None:
+    (folder / METADATA).write_bytes(metadata if isinstance(metadata, bytes) else pickle.dumps(metadata))
+
+
+def into_metadata(folder: Path) -> None:
+    """Into a field that nobody reads, so that the rest works on."""
+    metadata = FileSystemReader(folder).read_metadata()
+    metadata.planner_data = {"harmless": Canary()}
+    write_metadata(folder, metadata)
+
+
+def replace_item(folder: Path, kind: type, value: object) -> None:
+    """Append `value` to the data file, and let the first item of this kind be there."""
+    metadata, data = FileSystemReader(folder).read_metadata(), io.BytesIO()
+    torch.save(value, data)
+    keys = [key for key, described in metadata.state_dict_metadata.items() if isinstance(described, kind)]
+    index = next(index for index in metadata.storage_data if index.fqn == keys[0])
+    place = metadata.storage_data[index]
+    moved = replace(place, offset=(folder / DATA).stat().st_size, length=len(data.getvalue()))
+    metadata.storage_data[index] = moved
+    with open(folder / DATA, "ab") as file:
+        file.write(data.getvalue())
+    write_metadata(folder, metadata)
+
+
+def into_state(*values: object) -> Callable[[Path], None]:
+    return lambda folder: replace_item(folder, BytesStorageMetadata, list(values))
+
+
+def as_te_writes(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+class Inner:
+    """Bytes that Transformer Engine's unpickling would give to torch.load, which unpickles them once more."""
+
+    def __reduce__(self) -> tuple:
+        data = io.BytesIO()
+        torch.save(Canary(), data)
+        return torch.storage._load_from_bytes, (data.getvalue(),)
+
+
+ATTACKS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "metadata": (METADATA, lambda folder: write_metadata(folder, [Canary()])),
+    "metadata that works on": (METADATA, into_metadata),
+    "metadata with getattr": (METADATA, lambda folder: write_metadata(folder, Getter())),
+    "metadata with a container": (METADATA, lambda folder: write_metadata(folder, Items())),
+    "metadata with a path through a class": (
+        METADATA,
+        lambda folder: write_metadata(
+            folder, b"\x80\x04\x8c\x26torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93."
+        ),
+    ),
+    "metadata that changes a class": (
+        METADATA,
+        lambda folder: write_metadata(folder, CLASS + b"N}U\x04harmK\x01s\x86b."),
+    ),
+    "extra state": (DATA, into_state(Canary())),
+    "extra state, nested": (DATA, into_state({"a": [(Canary(),)]})),
+    "extra state in a container": (DATA, into_state(Items())),
+    "extra state of Transformer Engine": (DATA, into_state(as_te_writes(pickle.dumps({"recipe": Canary()})))),
+    "the same in pickle's first protocol": (DATA, into_state(as_te_writes(pickle.dumps(Canary(), 0)))),
+    "the same as other numbers": (DATA, into_state(as_te_writes(pickle.dumps(Canary())).view(torch.int8))),
+    "the same with a tensor in it": (DATA, into_state(as_te_writes(pickle.dumps({"scale": Inner()})))),
+    "the same as a file": (DATA, into_state(io.BytesIO(pickle.dumps(Canary())))),
+    "tensor": (DATA, lambda folder: replace_item(folder, TensorStorageMetadata, Canary())),
+    "common": (COMMON, lambda folder: torch.save({"step": 0, "optimizer": Canary()}, folder / COMMON)),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_tool_runs_what_a_checkpoint_holds(folder: Path, groups, capsys, attack: str) -> None:
+    file, harm = ATTACKS[attack]
+    harm(folder)
+    assert not Path("sung").exists()
+    for name, tool in TOOLS.items():
+        with pytest.raises(CheckpointError, match=file) as error:
+            tool(folder, folder.parent / "out", groups)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500, name
+        assert not Path("sung").exists() and not (folder.parent / "out").exists(), name
+    assert "complete" not in capsys.readouterr().out and not hasattr(Metadata, "harm")
+    if attack in ("metadata", "metadata that works on"):
+        pickle.loads((folder / METADATA).read_bytes())
+        assert Path("sung").exists(), "the canary of this test does not sing"
+
+
+def test_environment_cannot_bring_pickles_back(folder: Path, groups, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"step": 0, "optimizer": Canary()}, folder / COMMON)
+    with pytest.raises(CheckpointError, match="common.pt is refused: it holds posix.mkdir"):
+        load(folder, folder, groups)
+    assert not Path("sung").exists()
+
+
+def test_fp8_state_of_transformer_engine_is_read(folder: Path, groups, capsys, monkeypatch) -> None:
+    recipe = types.ModuleType("transformer_engine.common.recipe")
+    recipe.DelayedScaling = type("DelayedScaling", (), {"__module__": recipe.__name__})
+    for name in ("transformer_engine", "transformer_engine.common", recipe.__name__):
+        monkeypatch.setitem(sys.modules, name, recipe)
+    state = {"recipe": recipe.DelayedScaling(), "scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}
+    state["recipe"].margin = 0
+    data = pickle.dumps(state)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent)
+    into_state(as_te_writes(data))(folder)
+    assert inspect(folder, groups) == 0 and "complete: every tensor is there" in capsys.readouterr().out
+    load(folder, folder, groups)
+    into_state(torch.empty(0, dtype=torch.uint8))(folder)  # what the other recipes write
+    load(folder, folder, groups)
+
+
+def test_a_changed_value_is_noticed(folder: Path, groups) -> None:
+    metadata = read_metadata(folder)
+    index, place = next(
+        (index, place)
+        for index, place in metadata.storage_data.items()
+        if "projector" in index.fqn and "weight" in index.fqn
+    )
+    check_all(folder)
+    with open(folder / DATA, "r+b") as file:
+        file.seek(place.offset + place.length // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    for tool in TOOLS.values():
+        with pytest.raises(CheckpointError, match=f"{DATA}.* is damaged: Bad CRC-32"):
+            tool(folder, folder.parent / "out", groups)
+    assert index.fqn
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda place: replace(place, relative_path="../copy/__0_0.distcp"), "places .* not in a .distcp"),
+        (lambda place: replace(place, relative_path="__9_9.distcp"), "__9_9.distcp is missing"),
+        (lambda place: replace(place, length=10**400), "too few"),
+        (lambda place: replace(place, offset=-1), "too few"),
+        (lambda place: replace(place, transform_descriptors=["zstd"]), "compressed"),
+        (lambda place: None, ".metadata is damaged"),
+    ],
+)
+def test_places_out_of_the_folder_or_file_are_refused(folder: Path, change: Callable, named: str) -> None:
+    metadata = read_metadata(folder)
+    index = next(iter(metadata.storage_data))
+    metadata.storage_data[index] = change(metadata.storage_data[index])
+    write_metadata(folder, metadata)
+    with pytest.raises(CheckpointError, match=named):
+        read_metadata(folder)
