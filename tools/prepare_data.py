@@ -1,7 +1,8 @@
 """Make a folder of training shards, inspect one, or verify one: `prepare_data.py COMMAND ...`. See docs/data.md.
 
 This is the first tool of a run. Its sources are `openmoji`, the data that comes with pip packages (extra `demo`),
-`mmeb`, the published MMEB-train, and `jsonl`, the user's own pairs. `clips` makes short videos for an evaluation.
+`mmeb`, the published MMEB-train, and the user's own: images with captions (`folder` and `csv`; docs/own_data.md) or any
+pairs (`jsonl`). `tokenizer` trains a tokenizer, and `clips` makes short videos for an evaluation.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,10 +20,12 @@ from rich.table import Table
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS, Subset
-from megatron_llave.errors import OneLineParser, exit_with_one_line
-from megatron_llave.prepare import audit, jsonl, mmeb
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
+from megatron_llave.prepare import audit, captions, jsonl, mmeb
 from megatron_llave.prepare.openmoji import clips, prepare
+from megatron_llave.prepare.own_pairs import TRAIN, Options
 from megatron_llave.prepare.shard_jobs import REPORT_FILE, Prepared, check_arguments
+from megatron_llave.prepare.tokenizer import TRAINED_FILE, VOCABULARY, texts_of, write_trained
 
 MODALITIES = ("text", "image", "both")
 MOST_WORKERS = 8
@@ -29,6 +33,11 @@ MOST_WORKERS = 8
 DEFAULT_WORKERS = min(MOST_WORKERS, os.cpu_count() or 1)
 BAR = 24
 """Number of characters of the longest bar of a histogram."""
+
+HELD_OUT = 0.1
+"""Default fraction of images with captions that are held out."""
+NEXT = "bash examples/pretrain_llave_tiny.sh --config examples/own_data.yaml data.path={} train.output=runs/own"
+"""The command that trains on a folder of one's own."""
 
 Report = Callable[[str, int, int], None]
 
@@ -39,7 +48,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_openmoji(commands)
     _add_mmeb(commands)
+    _add_folder(commands)
+    _add_csv(commands)
     _add_jsonl(commands)
+    _add_tokenizer(commands)
     clips = commands.add_parser("clips", help="short videos of moving emoji, for tools/evaluate.py video")
     clips.add_argument("--out", required=True, metavar="DIR", help="output directory")
     clips.add_argument("--count", type=int, default=60, metavar="N", help="number of videos (60)")
@@ -83,14 +95,51 @@ def _add_mmeb(commands: argparse._SubParsersAction) -> None:
     train.set_defaults(run=run_mmeb)
 
 
+def _add_folder(commands: argparse._SubParsersAction) -> None:
+    images = commands.add_parser("folder", help="a folder of your own images with captions (docs/own_data.md)")
+    images.add_argument("--source", required=True, metavar="DIR", help="folder of images, with subfolders")
+    where = "auto: metadata.jsonl, captions.txt or photo.txt beside photo.jpg; names: the names of the images (auto)"
+    images.add_argument("--captions", choices=captions.SOURCES, default="auto", help=where)
+    _add_own(images, held_out=HELD_OUT)
+    images.set_defaults(run=run_folder)
+
+
+def _add_csv(commands: argparse._SubParsersAction) -> None:
+    table = commands.add_parser("csv", help="CSV or TSV files with columns of image paths and captions")
+    files = "files with a line of names first; image paths are relative to their folder"
+    table.add_argument("--source", required=True, nargs="+", metavar="FILE", help=files)
+    known = ", ".join(" ".join(pair) for pair in captions.COLUMNS)
+    table.add_argument("--columns", nargs=2, default=(), metavar=("IMAGE", "CAPTION"), help=f"their names ({known})")
+    _add_own(table, held_out=HELD_OUT)
+    table.set_defaults(run=run_csv)
+
+
 def _add_jsonl(commands: argparse._SubParsersAction) -> None:
     pairs = commands.add_parser("jsonl", help="your own pairs, one JSON object per line (docs/data.md)")
     files = "JSONL files; image paths are relative to their folder"
     pairs.add_argument("--source", required=True, nargs="+", metavar="FILE", help=files)
     pairs.add_argument("--meta-task", choices=META_TASKS, default="retrieval", help="for all subsets (retrieval)")
-    _add_image_limit(pairs)
-    _add_output(pairs, default_workers=DEFAULT_WORKERS)
+    _add_own(pairs, held_out=0)
     pairs.set_defaults(run=run_jsonl)
+
+
+def _add_own(command: argparse.ArgumentParser, held_out: float) -> None:
+    share = f"fraction of the pairs that are held out as evaluation sets ({held_out:g})"
+    command.add_argument("--held-out", type=float, default=held_out, metavar="X", help=share)
+    kept = "tokenizer file, data folder, checkpoint or Hugging Face folder to copy the tokenizer from (train one)"
+    command.add_argument("--tokenizer", default=TRAIN, metavar="FROM", help=kept)
+    _add_image_limit(command)
+    _add_output(command, default_workers=DEFAULT_WORKERS)
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser("tokenizer", help="train a tokenizer on the texts of a folder of shards, or of a file")
+    train.add_argument("--source", required=True, metavar="PATH", help="folder of shards, or file with a text per line")
+    train.add_argument("--out", metavar="FILE", help="SentencePiece model to write (tokenizer.model in the folder)")
+    size = f"largest number of pieces; that of the model is model.language.vocab_size ({VOCABULARY})"
+    train.add_argument("--vocabulary", type=int, default=VOCABULARY, metavar="N", help=size)
+    train.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    train.set_defaults(run=run_tokenizer)
 
 
 def _add_image_limit(command: argparse.ArgumentParser) -> None:
@@ -138,19 +187,43 @@ def run_mmeb(given: argparse.Namespace) -> int:
     return _print_made(given.out, made)
 
 
-def run_jsonl(given: argparse.Namespace) -> int:
-    """Make shards of the user's own pairs; returns the exit status."""
+def run_folder(given: argparse.Namespace) -> int:
+    """Make a data folder of a folder of images with captions; returns the exit status."""
     with progress_bar() as report:
-        made = jsonl.prepare(
-            given.source,
-            given.out,
-            meta_task=given.meta_task,
-            workers=given.workers,
-            max_pixels=given.max_pixels,
-            overwrite=given.overwrite,
-            progress=report,
-        )
-    return _print_made(given.out, made)
+        made = captions.prepare_folder(given.source, given.out, given.captions, _options(given), report)
+    return _print_own(given.out, made)
+
+
+def run_csv(given: argparse.Namespace) -> int:
+    """Make a data folder of CSV or TSV files; returns the exit status."""
+    with progress_bar() as report:
+        made = captions.prepare_csv(given.source, given.out, given.columns, _options(given), report)
+    return _print_own(given.out, made)
+
+
+def run_jsonl(given: argparse.Namespace) -> int:
+    """Make a data folder of the user's own pairs; returns the exit status."""
+    with progress_bar() as report:
+        made = jsonl.prepare(given.source, given.out, given.meta_task, _options(given), report)
+    return _print_own(given.out, made)
+
+
+def _options(given: argparse.Namespace) -> Options:
+    return Options(given.held_out, given.tokenizer, given.workers, given.max_pixels, given.overwrite)
+
+
+def run_tokenizer(given: argparse.Namespace) -> int:
+    """Train a tokenizer; returns the exit status."""
+    source = Path(given.source)
+    if given.out is None and not source.is_dir():
+        raise ConfigError("--source is no folder, so that --out FILE.model is needed")
+    file = Path(given.out or source / TRAINED_FILE)
+    if file.suffix != ".model":
+        raise ConfigError(f"--out {file} must end in .model")
+    if file.exists() and not given.overwrite:
+        raise ConfigError(f"{file} exists already; choose another or pass --overwrite")
+    print(f"wrote {file}: {write_trained(texts_of(source), file, given.vocabulary)} pieces")
+    return 0
 
 
 def run_clips(given: argparse.Namespace) -> int:
@@ -216,6 +289,19 @@ def _print_made(directory: str, made: Prepared) -> int:
     _print_noticed(directory, made.noticed)
     print(f"wrote {directory}")
     return 0
+
+
+def _print_own(directory: str, made: Prepared) -> int:
+    """Print what was made, the evaluation sets, and the command that comes next."""
+    status = _print_made(directory, made)
+    table = Table("held out", "meta-task", "queries", "candidates", "chance (%)")
+    for held_out in made.evaluation:
+        counts = (str(len(held_out.queries)), str(len(held_out.candidates)), f"{100 / len(held_out.candidates):.3g}")
+        table.add_row(held_out.name, held_out.meta_task, *counts)
+    if table.rows:
+        Console().print(table)
+    print(f"next: {NEXT.format(directory)}")
+    return status
 
 
 def _print_noticed(directory: str, noticed: dict[str, Counter[str]]) -> None:

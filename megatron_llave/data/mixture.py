@@ -50,7 +50,10 @@ def build_mixture(cfg: RunConfig, index: Index) -> Mixture:
     sources = {}
     for name in sorted(subsets):
         if name not in index.subsets:
-            raise ConfigError(f"data.subsets.{name} is not in the index, which has {', '.join(sorted(index.subsets))}")
+            raise ConfigError(
+                f"data.subsets.{name} is not in the index, which has {', '.join(sorted(index.subsets))[:200]}; "
+                "data.subsets={} uses all of them, and data.subsets.NAME.weight=1 adds one by name"
+            )
         pairs, weight = index.subsets[name].pairs, subsets[name].weight
         if pairs < batch_size:
             sub = f" / data.sub_batches={cfg.data.sub_batches}" if cfg.data.sub_batches > 1 else ""

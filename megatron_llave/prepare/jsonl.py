@@ -12,22 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError, one_of
-from megatron_llave.prepare.shard_jobs import (
-    PAIRS_PER_SHARD,
-    Prepared,
-    Progress,
-    ShardJob,
-    SourceRow,
-    SourceSide,
-    check_arguments,
-    make_id,
-    write_shards,
-)
+from megatron_llave.prepare.own_pairs import Options, write_own_pairs
+from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, SourceSide, check_arguments, make_id
 
 PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives")
 LONGEST_SUBSET = 60
@@ -75,59 +65,44 @@ def prepare(
     files: Sequence[str | Path],
     directory: str | Path,
     meta_task: str = "retrieval",
-    workers: int = 2,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
+    options: Options = Options(),
     progress: Progress = lambda what, done, total: None,
 ) -> Prepared:
-    """Make shards, index and report of JSONL files.
+    """Make shards, index and report of JSONL files, and the evaluation sets and the tokenizer that `options` ask for.
 
     Args:
         files: the files, which are read in this order.
         directory: output directory; it is made when missing.
         meta_task: the meta-task of all subsets in the files.
-        workers: number of worker processes; 1: no worker processes.
-        max_pixels: images with more pixels are skipped.
-        overwrite: replace a finished folder.
+        options: what else the user chooses.
         progress: called after each shard.
 
     Raises:
         ConfigError: an argument is out of range.
-        DataError: a line does not follow the schema, and the message has its FILE:LINE; or `write_shards` fails.
+        DataError: a line does not follow the schema, and the message has its FILE:LINE; or `write_own_pairs` fails.
     """
-    check_arguments(workers, max_pixels)
+    check_arguments(options.workers, options.max_pixels)
     one_of("--meta-task", meta_task, META_TASKS)
     paths = [Path(file) for file in files]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("--source names a file twice")
     progress("checking lines", 0, 1)
-    sizes = check_lines(paths)
-    if not sizes:
+    if not check_lines(paths):
         raise DataError(f"{', '.join(map(str, paths))}: no line with a pair")
-    num_jobs = sum(-(-count // PAIRS_PER_SHARD) for count in sizes.values())
-    jobs = _make_jobs(paths, directory, max_pixels)
-    meta_tasks = dict.fromkeys(sorted(sizes), meta_task)
-    return write_shards(jobs, num_jobs, directory, meta_tasks, workers, overwrite, progress)
+    return write_own_pairs(lambda: read_rows(paths), directory, meta_task, options, progress)
 
 
-def _make_jobs(paths: list[Path], directory: str | Path, max_pixels: int) -> Iterator[ShardJob]:
-    """Yield a job whenever a subset has enough lines for a shard, so that mixed subsets need no sorting."""
+def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, SourceRow]]:
+    """Yield each pair of the files with the name of its subset.
+
+    Raises:
+        DataError: a line does not follow the schema; the message has FILE:LINE.
+    """
     common = os.path.commonpath([path.parent.absolute() for path in paths])
-    waiting: dict[str, list[SourceRow]] = {}
     seen: Counter[str] = Counter()
-
-    def make_job(subset: str) -> ShardJob:
-        number = (seen[subset] - 1) // PAIRS_PER_SHARD
-        return ShardJob(str(directory), subset, number, tuple(waiting.pop(subset)), False, max_pixels)
-
     for line in _read_all(paths):
-        rows = waiting.setdefault(line.subset, [])
-        rows.append(line.to_row(seen[line.subset], common))
+        yield line.subset, line.to_row(seen[line.subset], common)
         seen[line.subset] += 1
-        if len(rows) == PAIRS_PER_SHARD:
-            yield make_job(line.subset)
-    for subset in list(waiting):
-        yield make_job(subset)
 
 
 def check_lines(paths: Sequence[Path]) -> Counter[str]:

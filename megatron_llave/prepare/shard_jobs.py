@@ -24,6 +24,7 @@ from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLar
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
 from megatron_llave.files import atomic_write, read_json, write_json
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
@@ -117,6 +118,8 @@ class Prepared:
     """For each subset, how often something was dropped for each reason."""
     noticed: dict[str, Counter[str]]
     """For each subset, how many of its images had transparency, more than 8 bits per channel, or one colour."""
+    evaluation: tuple[EvaluationSet, ...] = ()
+    """The evaluation sets of held-out pairs."""
 
 
 class _LeftOutError(DataError):
@@ -160,6 +163,7 @@ def write_shards(
     workers: int,
     overwrite: bool,
     progress: Progress,
+    write_rest: Callable[[], list[dict[str, Any]]] = list,
 ) -> Prepared:
     """Do all jobs, then write report and index. The written bytes depend on neither `workers` nor interruptions.
 
@@ -171,6 +175,7 @@ def write_shards(
         workers: number of worker processes; 1: no worker processes.
         overwrite: replace a finished folder.
         progress: called after each shard.
+        write_rest: writes what else belongs into the folder, and returns lines for the report.
 
     Raises:
         DataError: the folder is finished already, or another process is writing into it; no pair of a subset can be
@@ -181,7 +186,7 @@ def write_shards(
     try:
         with fill_folder(directory, overwrite), worker_pool(workers) as executor:
             finished = run_in_order(executor, write_one_shard, jobs, JOBS_PER_WORKER * workers)
-            return _collect(finished, num_jobs, directory, meta_tasks, progress)
+            return _collect(finished, num_jobs, directory, meta_tasks, progress, write_rest())
     except BrokenProcessPool as error:
         hint = f"{AGAIN}, with fewer --workers if memory is short"
         raise DataError(f"a worker making {directory} was killed; {hint}") from error
@@ -195,6 +200,7 @@ def _collect(
     directory: Path,
     meta_tasks: Mapping[str, str],
     progress: Progress,
+    lines: list[dict[str, Any]],
 ) -> Prepared:
     index = Index({name: Subset(meta_task, []) for name, meta_task in meta_tasks.items()})
     skipped, noticed = ({name: Counter() for name in meta_tasks} for _ in range(2))
@@ -206,9 +212,11 @@ def _collect(
             files.add(result.file)
             if result.shard:
                 index.subsets[result.subset].shards.append(result.shard)
-            for line in result.skipped:
+            lines += result.skipped
+            for line in lines:
                 report.write(json.dumps(line) + "\n")
                 count_reason(line, skipped, noticed)
+            lines = []
             left_out = sum(reasons.total() for reasons in skipped.values())
             progress(f"shards ({left_out} left out)" if left_out else "shards", done, num_jobs)
     for name, subset in index.subsets.items():
@@ -224,7 +232,7 @@ def count_reason(line: dict[str, Any], skipped: dict[str, Counter[str]], noticed
     """Count a line of the report under its subset, as something that was dropped or as something that was noticed."""
     reason = line["reason"]
     counts = noticed if reason.startswith(NOTICED) else skipped
-    counts[line["subset"]][reason.removeprefix(NOTICED)] += 1
+    counts.setdefault(line["subset"], Counter())[reason.removeprefix(NOTICED)] += 1
 
 
 def _finish(directory: Path, files: set[str], index: Index) -> None:
@@ -253,7 +261,7 @@ def write_one_shard(job: ShardJob) -> FinishedShard:
     if finished:
         return finished
     skipped: list[dict[str, Any]] = []
-    pairs = _read_pairs(job, skipped)
+    pairs = read_pairs(job, skipped)
     try:
         sidecar.unlink(missing_ok=True)
         first = next(pairs, None)
@@ -299,7 +307,7 @@ def _read_sidecar(sidecar: Path, job: ShardJob, fingerprint: str) -> FinishedSha
         return None
 
 
-def _read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
+def read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
     """Yield the pairs that can be used; `skipped` gets a line for each other one and for what images lose."""
     for row in job.rows:
 

@@ -11,7 +11,8 @@ from shard_pairs import read_shard
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.prepare import jsonl, shard_jobs
+from megatron_llave.prepare import jsonl, own_pairs, shard_jobs
+from megatron_llave.prepare.own_pairs import Options
 from megatron_llave.prepare.shard_jobs import make_id
 
 
@@ -41,7 +42,8 @@ def contents(folder):
 
 
 def prepare(files, out, **options):
-    return jsonl.prepare(files, out, **{"workers": 1, **options})
+    meta_task = options.pop("meta_task", "retrieval")
+    return jsonl.prepare(files, out, meta_task, Options(**{"workers": 1, **options}))
 
 
 def test_every_value_comes_back(tmp_path):
@@ -82,7 +84,7 @@ def test_ids_tell_files_of_two_folders_apart(tmp_path):
 
 
 def test_mixed_subsets_of_several_files_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "PAIRS_PER_SHARD", 10)
+    monkeypatch.setattr(own_pairs, "PAIRS_PER_SHARD", 10)
     first = [text_pair(n, subset="ab"[n % 2]) for n in range(43)]
     second = [text_pair(n, subset="b") for n in range(43, 60)]
     files = [write_lines(tmp_path / "1.jsonl", *first), write_lines(tmp_path / "2.jsonl", *second)]

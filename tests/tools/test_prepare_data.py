@@ -51,7 +51,9 @@ def test_jsonl_prints_what_it_made(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
     (tmp_path / "b.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n' * 2)
     files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    status, out, _ = run(capsys, "jsonl", "--source", *files, "--out", tmp_path / "out", "--meta-task", "grounding")
+    status, out, _ = run(
+        capsys, "jsonl", "--source", *files, "--out", tmp_path / "out", "--meta-task", "grounding", "--workers", 1
+    )
     assert status == 0 and "skipped" not in out
     assert cells(out)[1:] == [
         ["a", "grounding", "1", "1", "0.0"],
@@ -65,6 +67,32 @@ def test_jsonl_error_is_one_line_with_file_and_line(tmp_path, capsys):
     status, out, err = run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", tmp_path / "out")
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == f"error: {tmp_path / 'a.jsonl'}:2: target is missing"
+
+
+def test_jsonl_holds_out_makes_a_tokenizer_and_says_what_comes_next(tmp_path, capsys):
+    lines = [json.dumps({"query": {"text": f"question {n}"}, "target": {"text": f"answer {n}"}}) for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    status, printed, _ = run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", out, "--held-out", 0.1)
+    assert status == 0 and ["a_query_to_target", "retrieval", "3", "3", "33.3"] in cells(printed)
+    assert ["a", "retrieval", "27", "1", "0.0"] in cells(printed)
+    assert printed.splitlines()[-1] == f"next: {prepare_data.NEXT.format(out)}"
+    trained = (out / "tokenizer.model").read_bytes()
+    status, printed, err = run(capsys, "tokenizer", "--source", out)
+    assert (status, printed) == (2, "") and "tokenizer.model exists already" in err
+    status, printed, _ = run(capsys, "tokenizer", "--source", out, "--overwrite")
+    assert status == 0 and (out / "tokenizer.model").read_bytes() == trained  # trained on the same texts
+    text = tmp_path / "text"
+    text.write_text("a red car\n\na blue car\n")
+    assert run(capsys, "tokenizer", "--source", text)[::2] == (
+        2,
+        "error: --source is no folder, so that --out FILE.model is needed\n",
+    )
+    status, printed, _ = run(capsys, "tokenizer", "--source", text, "--out", tmp_path / "t.model", "--vocabulary", 500)
+    assert status == 0 and re.fullmatch(rf"wrote {tmp_path}/t.model: [0-9]+ pieces\n", printed)
+    (tmp_path / "bare").write_text("\n")
+    _, _, err = run(capsys, "tokenizer", "--source", tmp_path / "bare", "--out", tmp_path / "b.model")
+    assert "there is no text to train the tokenizer" in err and not (tmp_path / "b.model").exists()
 
 
 @pytest.fixture
@@ -122,7 +150,7 @@ def test_images_that_lose_something_are_told_by_every_command(tmp_path, capsys):
     assert "a-00000000 query.0.png" in out
 
 
-@pytest.mark.parametrize("command", ["openmoji", "mmeb", "jsonl", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["openmoji", "mmeb", "folder", "csv", "jsonl", "tokenizer", "inspect", "verify"])
 def test_no_command_has_more_than_eight_flags(command, capsys):
     _, out, _ = run(capsys, command, "--help")
     flags = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))

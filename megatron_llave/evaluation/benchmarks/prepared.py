@@ -86,6 +86,13 @@ def write_evaluation(directory: str | Path, inputs: dict[str, Side], sets: list[
     write_json(path, value)
 
 
+def remove_evaluation(directory: str | Path) -> None:
+    """Remove what an earlier `write_evaluation` has written into a folder; other files in its `eval` stay."""
+    folder = Path(directory) / FOLDER
+    for path in [folder / SETS_FILE, *folder.glob("inputs-*.tar")]:
+        path.unlink(missing_ok=True)
+
+
 def is_prepared(directory: str | Path) -> bool:
     """Whether a folder looks like one that `read_evaluation` reads, and not like MMEB-eval."""
     return (Path(directory) / FOLDER).is_dir() or not any(Path(directory).glob("*/test-*.parquet"))

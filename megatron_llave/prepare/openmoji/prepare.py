@@ -4,7 +4,6 @@ tools/prepare_data.py runs this once. It makes the catalogue, the evaluation set
 `index.json` last, so that an interrupted folder is never taken for a complete one.
 """
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-
-import sentencepiece
 
 from megatron_llave.batch import Pair
 from megatron_llave.data.index import Index, Shard, Subset, fill_folder, write_index
@@ -33,6 +30,7 @@ from megatron_llave.prepare.openmoji.tasks import (
     subgroup_text,
     training_answers,
 )
+from megatron_llave.prepare.tokenizer import VOCABULARY, train_sentencepiece
 from megatron_llave.prepare.worker_pool import worker_pool
 
 SUBSETS = {
@@ -47,8 +45,6 @@ SUBSETS = {
 """Meta-task and number of pairs of each subset. name_to_image has no augmentation, so at most one pair per name."""
 
 PAIRS_PER_SHARD = 1000
-VOCABULARY = 1200
-"""Number of pieces of the tokenizer."""
 SMALLEST_IMAGE = 16
 
 Progress = Callable[[str, int, int], None]
@@ -215,15 +211,4 @@ def train_tokenizer(world: World) -> bytes:
     texts += sorted({subgroup_text(emoji.subgroup) for emoji in world.emoji})
     for task, instruction in INSTRUCTIONS.items():
         texts += [instruction.format(words) for words in fill_in.get(task, [""])]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=VOCABULARY,
-        character_coverage=1.0,
-        num_threads=1,
-        shuffle_input_sentence=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece(texts, VOCABULARY, "unigram")
