@@ -37,6 +37,7 @@ from megatron_llave.evaluation.task import Task
 from megatron_llave.files import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.report.provenance import describe_evaluation
+from megatron_llave.report.retrieval_report import write_retrieval_report
 from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
 
 BEFORE = (
@@ -116,7 +117,9 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
             before = {result.name: result.precision_at_1 for result in scored}
         embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
-    lines = done
+    lines = [] if is_ranked else done.lines
+    if not is_ranked and done.examples:
+        write_retrieval_report(done, f"{args.checkpoint}: {args.queries} in {args.corpus}", args.out)
     if is_ranked:
         about = describe_evaluation(model, data, str(getattr(args, "data", "")))
         done = replace(done, results=with_scores(done.results, before))

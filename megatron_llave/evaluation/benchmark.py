@@ -6,14 +6,28 @@ scores brings a function of its own.
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from megatron_llave.batch import Side
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.evaluation.task import Task
 
-Evaluate = Callable[[CachedEmbedder], list[str]]
-"""Embeds and scores, writes scores into the embedder's folder, and returns lines to print."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation with other scores than Precision@1 has found; it has written its scores itself."""
+
+    lines: list[str]
+    """To print."""
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    """Rows of the report's table: the name of a score, its value, and its value by chance, in percent."""
+    examples: list[tuple[Side, list[tuple[Side, bool]]]] = field(default_factory=list)
+    """Some queries with their best candidates and whether each is right; without any there is no report."""
+
+
+Evaluate = Callable[[CachedEmbedder], Evaluation]
+"""Embeds and scores, and writes scores into the embedder's folder."""
 
 
 @dataclass(frozen=True)

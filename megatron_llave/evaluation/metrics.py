@@ -52,7 +52,40 @@ def _score_query(ranked: Sequence[str], grades: Mapping[str, int], depths: Seque
     return scores
 
 
-def _discounted(gains: Sequence[int]) -> float:
+def chance_scores(judgements: Judgements, num_candidates: Mapping[str, int], depths: Sequence[int]) -> dict[str, float]:
+    """The expected scores of a random order, in percent: what `score_ranking` gives on average over all orders.
+
+    Args:
+        judgements: as for `score_ranking`.
+        num_candidates: query id -> number of candidates that it is ranked against; queries without a relevant one are
+            left out.
+        depths: as for `score_ranking`.
+
+    Raises:
+        ValueError: no query has a relevant candidate.
+    """
+    grades = {query: [grade for grade in judgements.get(query, {}).values() if grade > 0] for query in num_candidates}
+    rows = [_chance(values, num_candidates[query], depths) for query, values in grades.items() if values]
+    if not rows:
+        raise ValueError("no query has a relevant candidate")
+    return {name: 100.0 * math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _chance(grades: list[int], num: int, depths: Sequence[int]) -> dict[str, float]:
+    """Expected scores of a query with these grades of its relevant candidates among `num` candidates."""
+    ideal, relevant = sorted(grades, reverse=True), len(grades)
+    scores = {"precision@1": relevant / num, "mrr": 0.0}
+    none_before = 1.0  # probability that no candidate before the rank is relevant
+    for rank in range(1, min(max(depths), num) + 1):
+        scores["mrr"] += none_before * relevant / (num - rank + 1) / rank
+        none_before *= 1 - relevant / (num - rank + 1)
+    for k in depths:
+        scores[f"recall@{k}"] = min(k, num) / num
+        scores[f"ndcg@{k}"] = _discounted([sum(grades) / num] * min(k, num)) / _discounted(ideal[:k])
+    return scores
+
+
+def _discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(1 + rank) for rank, gain in enumerate(gains, start=1))
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megatron_llave.batch import Side
 from megatron_llave.data.image_files import decode_image
+from megatron_llave.data.placeholders import unescape
 from megatron_llave.files import atomic_write
 from megatron_llave.report.plots import GREEN, GREY, INK, PALE, RED, WHITE
 
@@ -98,7 +99,7 @@ def _draw_panel(canvas: Image.Image, corner: tuple[int, int], panel: Panel) -> N
 
 def _draw_side(canvas: Image.Image, side: Side, box: tuple[int, int, int, int], with_text: bool = True) -> None:
     """Draw the image and the text of an input side by side in a wide box, one above the other in a square box."""
-    text = side.text if with_text or not side.images else ""
+    text = unescape(side.text) if with_text or not side.images else ""
     text += f" (+{len(side.images) - 1} images)" if len(side.images) > 1 else ""
     draw = ImageDraw.Draw(canvas)
     draw.rectangle(box, fill=PALE)

@@ -1,10 +1,11 @@
 """Scores of a ranking with judgements, against trec_eval's definitions worked out by hand."""
 
+import itertools
 import math
 
 import pytest
 
-from megatron_llave.evaluation.metrics import score_ranking
+from megatron_llave.evaluation.metrics import chance_scores, score_ranking
 
 RANKING = {"q1": ["a", "b", "c", "d"], "q2": ["d", "c", "b", "a"], "q3": ["a", "b", "c", "d"]}
 
@@ -23,6 +24,14 @@ def test_binary_judgements():
             "ndcg@3": 50 * (1 + 1 / 2) / discount,
         }
     )
+
+
+@pytest.mark.parametrize("grades", [{"b": 1}, {"a": 3, "d": 1, "e": 0}, {"a": 1, "b": 1, "c": 2, "d": 1, "e": 1}])
+def test_chance_is_the_mean_over_all_orders(grades):
+    depths = [1, 2, 4]
+    orders = [score_ranking({"q": order}, {"q": grades}, depths) for order in itertools.permutations("abcde")]
+    mean = {name: sum(scores[name] for scores in orders) / len(orders) for name in orders[0]}
+    assert chance_scores({"q": grades}, {"q": 5, "unjudged": 5}, depths) == pytest.approx(mean)
 
 
 def test_graded_judgements_and_the_depth_of_mrr():

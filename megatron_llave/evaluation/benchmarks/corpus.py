@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave import files
+from megatron_llave.batch import Side
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import read_lines
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, comma_list
-from megatron_llave.evaluation.metrics import TIES_BY_INDEX, parse_depths, score_ranking
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, comma_list
+from megatron_llave.evaluation.metrics import TIES_BY_INDEX, chance_scores, parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
 from megatron_llave.files import atomic_write, write_json
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
+EXAMPLES, SHOWN = 8, 5
+"""Number of queries in the report, and of their best candidates."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Collection:
 
     inputs: Inputs
     ids: list[str]
+
+    def read(self, name: str) -> Side:
+        """The input with this id, its images read."""
+        return self.inputs[self.inputs.key(self.ids.index(name))]
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,16 @@ def queries_in_corpus(data: RetrievalData) -> set[str]:
     return {query for query in both if data.judgements.get(query, {}).get(query, 0) <= 0}
 
 
+def queries_under_another_id(data: RetrievalData) -> list[str]:
+    """Ids of the queries whose text and files are those of a candidate of another id that is not judged relevant."""
+    contents = {item: name for item, name in zip(data.corpus.inputs.entries, data.corpus.ids)}
+    return [
+        query
+        for item, query in zip(data.queries.inputs.entries, data.queries.ids)
+        if contents.get(item, query) != query and data.judgements.get(query, {}).get(contents[item], 0) <= 0
+    ]
+
+
 def evaluate_retrieval(
     embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int], same_id: str = "leave_out"
 ) -> dict[str, float]:
@@ -168,6 +186,13 @@ def evaluate_retrieval(
         ConfigError: a depth is below 1.
         DataError: see CachedEmbedder.embed, or the results cannot be written.
     """
+    return rank_and_score(embedder, data, depths, same_id)[1]
+
+
+def rank_and_score(
+    embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int], same_id: str
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Do what evaluate_retrieval does; returns the best candidates of each query too, by their ids."""
     depths = parse_depths(depths)
     query_cache, corpus_cache = embedder.embed([data.queries.inputs, data.corpus.inputs])
     queries = torch.from_numpy(query_cache.rows(np.arange(len(data.queries.ids)))).to(device())
@@ -185,12 +210,23 @@ def evaluate_retrieval(
     names = {query: [name for name, _ in found] for query, found in ranking.items()}
     scores = score_ranking(names, data.judgements, depths)
     if dist.get_rank() == 0:
-        _write(Path(embedder.folder), ranking, {"queries_left_out_of_their_own_ranking": len(left_out), **scores})
+        counts = {
+            "queries_left_out_of_their_own_ranking": len(left_out),
+            "queries_in_corpus_under_another_id": len(queries_under_another_id(data)),
+        }
+        _write(Path(embedder.folder), ranking, {**counts, "chance": chance_of(data, depths, same_id), **scores})
     dist.barrier()
-    return scores
+    return names, scores
 
 
-def _write(out: Path, ranking: dict[str, list[tuple[str, float]]], scores: dict[str, float]) -> None:
+def chance_of(data: RetrievalData, depths: Sequence[int], same_id: str) -> dict[str, float]:
+    """Expected scores of a random order of the candidates, in percent (metrics.chance_scores)."""
+    left_out = queries_in_corpus(data) if same_id == "leave_out" else set()
+    num_candidates = {query: len(data.corpus.ids) - (query in left_out) for query in data.queries.ids}
+    return chance_scores(data.judgements, num_candidates, depths)
+
+
+def _write(out: Path, ranking: dict[str, list[tuple[str, float]]], scores: dict[str, Any]) -> None:
     try:
         with atomic_write(out / RANKING_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
             for query, found in ranking.items():
@@ -203,16 +239,14 @@ def _write(out: Path, ranking: dict[str, list[tuple[str, float]]], scores: dict[
 
 def _same_inputs(data: RetrievalData, same_id: str) -> list[str]:
     """Lines about queries that are in the corpus under the same id, and about those that are there under another id."""
-    lines, both = [], queries_in_corpus(data)
+    lines, both, again = [], queries_in_corpus(data), queries_under_another_id(data)
     if both:
         what = "are left out of their own ranking" if same_id == "leave_out" else "can find themselves"
-        lines.append(f"{len(both)} queries are in the corpus under the same id and {what} (--same-id)")
-    contents = {item: name for item, name in zip(data.corpus.inputs.entries, data.corpus.ids)}
-    again = [
-        query
-        for item, query in zip(data.queries.inputs.entries, data.queries.ids)
-        if contents.get(item, query) != query and data.judgements.get(query, {}).get(contents[item], 0) <= 0
-    ]
+        candidates = dict(zip(data.corpus.ids, data.corpus.inputs.entries))
+        queries = zip(data.queries.ids, data.queries.inputs.entries)
+        num_other = sum(query in both and candidates[query] != item for query, item in queries)
+        other = f"; {num_other} of them have other content there: is it the same thing?" if num_other else ""
+        lines.append(f"{len(both)} queries are in the corpus under the same id and {what} (--same-id){other}")
     if again:
         lines.append(
             f"{len(again)} queries are in the corpus under another id, {again[0]!r} is the first; they are ranked"
@@ -240,12 +274,30 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
 
-    def evaluate(embedder: CachedEmbedder) -> list[str]:
-        scores = evaluate_retrieval(embedder, data, depths, args.same_id)
-        table = [f"{name:>14} {score:6.2f} %" for name, score in scores.items()]
-        return [*table, *_same_inputs(data, args.same_id), f"ties: {TIES_BY_INDEX}", f"scores and ranking: {args.out}"]
+    def evaluate(embedder: CachedEmbedder) -> Evaluation:
+        ranking, scores = rank_and_score(embedder, data, depths, args.same_id)
+        chance = chance_of(data, depths, args.same_id)
+        table = [f"{name:>14} {score:6.2f} %   (chance {chance[name]:.2f} %)" for name, score in scores.items()]
+        rows = [(name, f"{score:.2f}", f"{chance[name]:.2f}") for name, score in scores.items()]
+        notes = [*_same_inputs(data, args.same_id), f"ties: {TIES_BY_INDEX}"]
+        examples = _examples(data, ranking) if dist.get_rank() == 0 else []
+        return Evaluation([*table, *notes, f"scores, ranking and report: {args.out}"], rows, examples)
 
     return evaluate
+
+
+def _examples(data: RetrievalData, ranking: dict[str, list[str]]) -> list[tuple[Side, list[tuple[Side, bool]]]]:
+    """Read EXAMPLES judged queries, evenly spread, and their SHOWN best candidates."""
+    judged = [query for query in data.queries.ids if any(g > 0 for g in data.judgements.get(query, {}).values())]
+    count = min(EXAMPLES, len(judged))
+    chosen = [judged[number * len(judged) // count] for number in range(count)]
+    return [
+        (
+            data.queries.read(query),
+            [(data.corpus.read(name), data.judgements[query].get(name, 0) > 0) for name in ranking[query][:SHOWN]],
+        )
+        for query in chosen
+    ]
 
 
 BENCHMARK = Benchmark(

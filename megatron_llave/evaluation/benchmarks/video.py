@@ -21,7 +21,7 @@ from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.evaluation.benchmark import Benchmark, Evaluate
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX, ranks_of_right, summarise_ranks
 from megatron_llave.files import MAX_JSON_BYTES, parse_json, read_bytes, write_json
 
@@ -207,14 +207,14 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     folder = args.videos or Path(args.manifest).parent
     videos = read_videos(args.manifest, folder, args.format, args.list)
 
-    def evaluate(embedder: CachedEmbedder) -> list[str]:
+    def evaluate(embedder: CachedEmbedder) -> Evaluation:
         lines = []
         for direction, values in evaluate_videos(embedder, videos, folder).items():
             figures = "  ".join(f"{name} {value:.1f}" for name, value in values.items())
             lines.append(f"{direction.replace('_', ' ')}: {figures}")
         num_captions = sum(len(video.captions) for video in videos)
         lines.append(f"ties: {TIES_BY_INDEX}")
-        return [*lines, f"{len(videos)} videos, {num_captions} captions; scores: {args.out}"]
+        return Evaluation([*lines, f"{len(videos)} videos, {num_captions} captions; scores: {args.out}"])
 
     return evaluate
 

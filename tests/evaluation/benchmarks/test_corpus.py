@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_mmeb import GOLDEN
 from golden_model import ONEVISION, byte_tokenizer
+from PIL import Image
 from run_ranks import run_ranks
 
 from megatron_llave.embedding import cache
@@ -54,7 +55,10 @@ def test_scores_and_the_files_written(groups, tmp_path):
     data = read_retrieval(*write_files(tmp_path))
     scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert written == {"ties": TIES_BY_INDEX, "queries_left_out_of_their_own_ranking": 0, **scores}
+    chance = {"precision@1": 2.5, "recall@1": 2.5, "recall@5": 12.5, "ndcg@1": 2.5}
+    assert {name: written["chance"][name] for name in chance} == pytest.approx(chance)
+    counts = {"queries_left_out_of_their_own_ranking": 0, "queries_in_corpus_under_another_id": 0}
+    assert written == {"ties": TIES_BY_INDEX, **counts, "chance": written["chance"], **scores}
     assert "order" in TIES_BY_INDEX
     assert set(scores.values()) == {100.0}
     lines = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
@@ -102,7 +106,10 @@ def test_queries_that_are_in_the_corpus_do_not_find_themselves(groups, tmp_path)
     assert not any(name == f"c{i}" for i, name in enumerate(found[:5])) and found[5] == "c5"
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["queries_left_out_of_their_own_ranking"] == 5
     assert corpus._same_inputs(data, "leave_out")[0].startswith("5 queries are in the corpus under the same id and are")
-    paths[0].write_text(paths[0].read_text().replace('"c', '"q'))
+    paths[0].write_text(paths[0].read_text().replace("it is", "that is", 2))
+    line = "5 queries are in the corpus under the same id and can find themselves (--same-id); 2 of them"
+    assert corpus._same_inputs(read_retrieval(*paths), "keep")[0].startswith(line)
+    paths[0].write_text(paths[1].read_text().replace('"c', '"q'))
     paths[2].write_text("q0 0 c0 1\n")
     assert corpus._same_inputs(read_retrieval(*paths), "keep") == [
         "5 queries are in the corpus under another id, 'q1' is the first; they are ranked"
@@ -210,7 +217,10 @@ def test_the_tool_on_two_ranks_and_a_model(groups, tmp_path):
     files = [word for name, path in zip(names, paths) for word in (name, str(path))]
     common = ["retrieval", "--checkpoint", str(ONEVISION), *files, "--k", "3", f"data.tokenizer={tokenizer}"]
     printed = run_ranks(2, ROOT / "tools" / "evaluate.py", *common[:-1], "--out", str(out), common[-1])
-    assert "recall@3" in printed and printed.count("scores and ranking") == 1
+    assert "recall@3" in printed and printed.count("scores, ranking and report") == 1 and "(chance 25.00 %)" in printed
+    page = (out / "report.html").read_text()
+    assert "<td>recall@3</td>" in page and "<td>25.00</td>" in page and "data:image/png" in page
+    assert Image.open(out / "montage.png").height > 8 * 116  # 8 queries
     model = load_model(ONEVISION, overrides=[f"data.tokenizer={tokenizer}"])
     rows = model.embed([f"find {chr(97 + i)}{i}" for i in range(12)])
     best = search(rows, model.embed([f"it is {chr(97 + i)}{i}" for i in range(12)]), 3)[0]
