@@ -9,6 +9,7 @@ video_processing_llava_onevision.py (4.45 to 5.x).
 """
 
 import math
+import re
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.models.hf.config_json import HfConfig, Section
-from megatron_llave.models.llava_onevision.hf_files import CHAT_TEMPLATE, listed_tokens
+from megatron_llave.models.llava_onevision.hf_files import listed_tokens
+from megatron_llave.models.llava_onevision.prompt import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
 
 IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE = (
     "preprocessor_config.json",
@@ -25,6 +27,7 @@ IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE = (
     "video_preprocessor_config.json",
 )
 TEMPLATE_FILES, TEMPLATE_TEXT = ("chat_template.json", PROCESSOR_FILE, "tokenizer_config.json"), "chat_template.jinja"
+PLAIN = re.compile(re.escape(PLAIN_CHAT_TEMPLATE).replace("END", "'[^']*'"))
 MEAN, STD, BICUBIC = 0.5, 0.5, 3
 MISSING = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -47,6 +50,8 @@ TOKENIZER = {"add_prefix_space": (False, False), "split_special_tokens": (False,
 def check_files(config: HfConfig, folder: Path) -> list[str]:
     """Refuse a folder whose processor or tokenizer contradicts its config.json, or that is normalised otherwise.
 
+    A chat template of an export of a run with data.prompt=plain sets that key of `config`.
+
     Returns:
         A line for each chat template that is not the one of an export: embeddings do not use it.
 
@@ -66,15 +71,19 @@ def check_files(config: HfConfig, folder: Path) -> list[str]:
     if processor is not None:
         _check_processor(processor, config)
     _check_tokenizer(folder, config)
-    return _other_templates(folder)
+    templates = _templates(folder)
+    if any(map(PLAIN.fullmatch, templates.values())):
+        config.run.data.prompt = "plain"
+    others = [name for name, text in templates.items() if text != CHAT_TEMPLATE and not PLAIN.fullmatch(text)]
+    return [f"chat template in {name}: not used, since data.prompt is the prompt of embeddings" for name in others]
 
 
-def _other_templates(folder: Path) -> list[str]:
+def _templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates of a folder by the names of their files."""
     found = {name: section.values.get("chat_template") for name in TEMPLATE_FILES if (section := _read(folder / name))}
     if (folder / TEMPLATE_TEXT).is_file():
         found[TEMPLATE_TEXT] = (folder / TEMPLATE_TEXT).read_text("utf-8", errors="replace")
-    others = [name for name, template in found.items() if template not in (None, CHAT_TEMPLATE)]
-    return [f"chat template in {name}: not used, since data.prompt is the prompt of embeddings" for name in others]
+    return {name: str(template) for name, template in found.items() if template is not None}
 
 
 def _read(file: Path) -> Section | None:

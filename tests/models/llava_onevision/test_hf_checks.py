@@ -13,7 +13,7 @@ from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import open_hf, read_hf_config
-from megatron_llave.models.llava_onevision import hf_checks, hf_files
+from megatron_llave.models.llava_onevision import hf_checks, prompt
 from megatron_llave.models.llava_onevision.hf_files import SPECIAL_TOKEN
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -171,10 +171,17 @@ def test_an_export_writes_what_was_imported(groups, tmp_path: Path) -> None:
 def test_inspect_names_a_chat_template_that_is_not_used(groups, capsys, tmp_path: Path) -> None:
     path = folder(tmp_path / "hf", **{"tokenizer_config.json": {"chat_template": "{{ messages }}"}})
     shutil.copyfile(GOLDEN / "hf_tiny" / "model.safetensors", path / "model.safetensors")
-    (path / "chat_template.json").write_text(json.dumps({"chat_template": hf_files.CHAT_TEMPLATE}))
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": prompt.CHAT_TEMPLATE}))
     assert inspect(path, groups) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if "chat template" in line]
     assert notes == ["chat template in tokenizer_config.json: not used, since data.prompt is the prompt of embeddings"]
+
+
+def test_the_prompt_of_an_export_is_followed(tmp_path: Path) -> None:
+    template = prompt.PLAIN_CHAT_TEMPLATE.replace("END", repr("<|endoftext|>"))
+    for name, written, expected in (("a", template, "plain"), ("b", prompt.CHAT_TEMPLATE, "qwen")):
+        path = folder(tmp_path / name, **{"tokenizer_config.json": {"chat_template": written}})
+        assert read_hf_config(path).run.data.prompt == expected
 
 
 def test_grids_are_bounded() -> None:
