@@ -14,6 +14,10 @@ TESTS ?=
 # Processes that share the tests; a single file is not shared.
 WORKERS ?= $(if $(findstring .py,$(TESTS)),0,2)
 VENV := .venv
+# Without a GPU on Linux, pip's default torch would bring several GB of CUDA. Settings of pip that name a source are kept.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+PIP_SOURCE = $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -E 'index-url|find-links|no-index')
+TORCH_INDEX ?= $(if $(filter 0,$(GPUS)),$(if $(filter Linux,$(shell uname -s)),$(if $(PIP_SOURCE),,$(CPU_TORCH))))
 STAMP := $(VENV)/.installed
 
 # The processes of the demo and the tests share the cores; more threads per process make all of them slower.
@@ -33,6 +37,7 @@ help:
 	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, or 2 without a GPU"
 	@echo "DATA=$(DATA)  OUT=$(OUT)  folder of the demo's data, output directory of its run"
 	@echo "WORKERS=$(WORKERS)  processes that share the tests; each may start four ranks"
+	@echo "TORCH_INDEX=$(TORCH_INDEX)  index of torch's wheels; empty: pip's own"
 	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml for the demo"
 
 $(STAMP): requirements.txt setup.py
@@ -40,6 +45,7 @@ $(STAMP): requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but the demo's data needs 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, which takes some minutes the first time."
 	@$(PYTHON) -m venv --clear $(VENV)
+	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)")
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

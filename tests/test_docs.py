@@ -4,7 +4,10 @@ The tools are not run: their subcommands and options are looked up among the str
 """
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -134,3 +137,36 @@ def test_what_does_not_exist_is_noticed() -> None:
     assert bad_keys(text) == ["data.subsets.A.none", "loss.none", "train.none"]
     commands = ["merge.py --none", "prepare_data.py --o", "prepare_data.py none"]
     assert bad_commands(text.replace("`tools/none.py`", "")) == [*(f"tools/{c}" for c in commands), "make none"]
+
+
+SOURCES = [path for folder in FOLDERS[:-1] for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")]
+
+
+def test_no_command_installs_the_package_by_its_name() -> None:
+    """Nobody owns the name on the package index, so whoever takes it would be installed."""
+    files = [*GUIDES, *SOURCES, ROOT / "Makefile", ROOT / "Dockerfile", ROOT / "setup.py"]
+    by_name = re.compile(r"pip install(?: -\S+)* [\"']?megatron[_-]llave")
+    assert by_name.search('x pip install -U "megatron_llave[video]"') and not by_name.search("pip install -e '.[gpu]'")
+    assert [path for path in files if by_name.search(path.read_text(errors="replace"))] == []
+
+
+def dry_run(*settings: str, **env: str) -> str:
+    """The commands with which make would set up .venv, with a pip that has no settings but those in `env`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "TORCH_INDEX", "MAKE"))}
+    kept |= {"PIP_CONFIG_FILE": os.devnull, **env}
+    command = ["make", "-n", "-B", ".venv/.installed", f"PYTHON={sys.executable}", *settings]
+    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=100).stdout
+
+
+def test_make_takes_the_cpu_build_of_torch_where_there_is_no_gpu() -> None:
+    cpu = "https://download.pytorch.org/whl/cpu"
+    assert f"--index-url {cpu}" in (ROOT / "README.md").read_text()
+    if sys.platform == "linux":
+        out = dry_run("GPUS=0")
+        assert out.index(f"--index-url {cpu} \"$(grep '^torch==' requirements.txt)\"") < out.index(
+            "-r requirements.txt"
+        )
+    assert "--index-url" not in dry_run("GPUS=2")
+    assert "--index-url" not in dry_run("GPUS=0", "TORCH_INDEX=")
+    assert "--index-url https://mirror/simple" in dry_run("GPUS=2", "TORCH_INDEX=https://mirror/simple")
+    assert "--index-url" not in dry_run("GPUS=0", PIP_INDEX_URL="https://mirror/simple")  # pip's own setting is kept
