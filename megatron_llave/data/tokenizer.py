@@ -155,5 +155,6 @@ def find_tokenizer(data: DataConfig) -> Path:
         return Path(data.tokenizer)
     file = tokenizer_in(Path(data.path))
     if file is None:
-        raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer")
+        make = "set data.tokenizer, or make one with tools/prepare_data.py tokenizer"
+        raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; {make}")
     return file

@@ -56,6 +56,8 @@ def prepare_folder(
         raise ConfigError(f"--captions {captions} must be {' or '.join(SOURCES)}")
     if not folder.is_dir():
         raise DataError(f"--source {folder} is not a folder")
+    if Path(directory).resolve() == folder.resolve():
+        raise ConfigError(f"--out {directory} is the folder of the images; choose another")
     file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
     if captions == "names" or file is None:
         images = find_images(folder, Path(directory))

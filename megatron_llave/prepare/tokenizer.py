@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 
 import sentencepiece
 
@@ -26,7 +27,7 @@ VOCABULARY = 1200
 """Number of pieces of a tokenizer; that of the preset `tiny`."""
 SMALLEST_VOCABULARY = 400
 MOST_TEXTS = 20_000
-"""Number of texts that a tokenizer is trained on; of more, as many are taken at equal distances."""
+"""Number of texts that a tokenizer is trained on; of more different ones, as many are drawn."""
 MOST_CHARACTERS = 0.75
 """Share of a vocabulary's pieces, beyond the 256 bytes and the special ones, that may be single characters."""
 LONGEST_PIECE = 1000
@@ -64,10 +65,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> bytes
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(f"--vocabulary {vocab_size} must be at least {SMALLEST_VOCABULARY}, which includes 256 bytes")
-    given = list(texts)
+    given = list(dict.fromkeys(texts))
+    drawn = Random(0).sample(given, MOST_TEXTS) if len(given) > MOST_TEXTS else given
     # The trainer needs one usable text at least; this one belongs to every image that is a target.
-    chosen = [*given[:: max(1, -(-len(given) // MOST_TEXTS))], REPRESENT_IMAGE]
-    pieces = [piece for text in chosen for piece in re.findall(rf"(?s).{{1,{LONGEST_PIECE}}}(?!\S)|\S+", text)]
+    pieces = [
+        piece
+        for text in [*drawn, REPRESENT_IMAGE]
+        for piece in re.findall(rf"(?s).{{1,{LONGEST_PIECE}}}(?!\S)|\S+", text)
+    ]
     counts = Counter(character for piece in pieces for character in piece)
     known = {character for character, _ in counts.most_common(int((vocab_size - 259) * MOST_CHARACTERS))}
     shown = ("".join(c if c in known else " " for c in piece[:LONGEST_PIECE]) for piece in pieces)

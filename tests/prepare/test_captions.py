@@ -195,6 +195,8 @@ def test_wrong_arguments(photos: Path) -> None:
         prepare_folder(photos, "out", options=replace(OPTIONS, tokenizer="nowhere"))
     with pytest.raises(DataError, match="--source nowhere is not a folder"):
         prepare_folder("nowhere", "out")
+    with pytest.raises(ConfigError, match="--out .*photos is the folder of the images; choose another"):
+        prepare_folder(photos, photos)
     Path("bare").mkdir()
     with pytest.raises(DataError, match="bare has no images: no file that ends in .avif"):
         prepare_folder("bare", "out")

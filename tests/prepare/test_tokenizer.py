@@ -10,6 +10,7 @@ from golden_model import ONEVISION, byte_tokenizer
 
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError
+from megatron_llave.prepare import tokenizer
 from megatron_llave.prepare.tokenizer import copy_tokenizer, find_other, train_tokenizer
 
 CHINESE = ["".join(chr(0x4E00 + random.Random(n).randrange(20000)) for _ in range(12)) for n in range(400)]
@@ -28,11 +29,13 @@ def test_any_texts_do_and_every_text_can_be_encoded(texts: list[str]) -> None:
     assert model.decode(model.encode("h\u00e9llo \u732b \U0001f600 xyz")) == "h\u00e9llo \u732b \U0001f600 xyz"
 
 
-def test_equal_texts_give_equal_bytes_and_frequent_words_become_pieces() -> None:
+def test_equal_texts_give_equal_bytes_and_frequent_words_become_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"a red car number {number}" for number in range(50)]
     model = train_tokenizer(iter(texts))
     assert model == train_tokenizer(texts)
     assert len(sentencepiece.SentencePieceProcessor(model_proto=model).encode("a red car")) <= 3
+    monkeypatch.setattr(tokenizer, "MOST_TEXTS", 10)
+    assert train_tokenizer(texts) == train_tokenizer(texts) != model  # of a sample
     with pytest.raises(ConfigError, match="--vocabulary 300 must be at least 400, which includes 256 bytes"):
         train_tokenizer(texts, 300)
 
