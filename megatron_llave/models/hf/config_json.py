@@ -3,6 +3,7 @@
 What its keys mean is up to the model families, each of which reads a Section into an HfConfig.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from megatron_llave.files import read_json
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_VALUE = 200
 """Number of characters of a value that a message repeats."""
+MOST = {"num_hidden_layers": 500, "image_size": 4096}
+MOST_SIZE = 2**24
+"""The largest whole numbers, for keys in MOST and for all others: a model is laid out before its weights are read."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers writes the first since 4.56, and the second before 5."""
 
@@ -58,15 +62,18 @@ class Section:
         return CheckpointError(f"{self.file}: {self.prefix}{key}={value} is not supported; it must be {right}")
 
     def number(self, key: str, default: float) -> float:
-        """Return a positive number, which must be an integer if the default is one.
+        """Return a positive, finite number, which must be an integer if the default is one, and not too large.
 
         Raises:
             CheckpointError: the value is not one.
         """
         value = self.values.get(key, default)
         kinds = int if isinstance(default, int) else int | float
-        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.refuse(key, f"a positive {'whole ' if kinds is int else ''}number")
+        most = MOST.get(key, MOST_SIZE)
+        if kinds is int and value > most:
+            raise self.refuse(key, f"at most {most}")
         return value
 
     def check(self, fixed: dict[str, tuple[Any, Any]]) -> None:

@@ -22,6 +22,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Bytes of the largest file that is written, unless a single tensor is larger; long the default of transformers."""
+LONGEST_NAME = 255
+"""Bytes of the longest file name that file systems have."""
 
 DTYPE_CODES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -108,7 +110,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: no JSON with a weight_map of names to files") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or len(file.encode(errors="replace")) > LONGEST_NAME:
             raise CheckpointError(f"{path}: {file!r} is no file name in the same folder")
     return weight_map
 

@@ -109,7 +109,8 @@ def _check_images(images: Section, config: HfConfig, missing: dict[str, Any]) ->
         raise images.refuse("do_center_crop", "false: the complete image is used")
     for key in ("size", "crop_size"):
         sides = values.get(key)
-        if sides is not None and {*(sides.values() if isinstance(sides, dict) else [sides])} != {tile}:
+        written = list(sides.values()) if isinstance(sides, dict) else [sides]
+        if sides is not None and (not written or any(side != tile for side in written)):
             raise images.refuse(key, f"height and width {tile}, the image_size of config.json's vision_config")
     pinpoints = [[rows * tile, columns * tile] for columns, rows in config.model.image_grids]
     if config.layout == "llava_onevision" and values.get("image_grid_pinpoints", pinpoints) != pinpoints:

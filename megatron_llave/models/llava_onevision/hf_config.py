@@ -140,21 +140,21 @@ def _read_language(section: Section) -> LanguageConfig:
         raise section.refuse("head_dim", f"hidden_size / num_attention_heads = {width}")
     if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None:
         slides = section.number("max_window_layers", 28) < language.num_layers
-        if "sliding_attention" in values["layer_types"] if values.get("layer_types") else slides:
+        if "sliding_attention" in str(values["layer_types"]) if values.get("layer_types") else slides:
             raise section.refuse("use_sliding_window", "false: every layer of ours sees the whole sequence")
     return language
 
 
 def _rope_theta(section: Section) -> float:
     """Return the base of the rotary embedding; as transformers 5.x does, from rope_parameters before rope_theta."""
-    theta = section.number("rope_theta", DEFAULT_ROPE_THETA)
+    theta = float(section.number("rope_theta", DEFAULT_ROPE_THETA))
     for key in ("rope_parameters", "rope_scaling"):
         inner = section.inner(key)
         if inner is not None:
             if inner.values.get("rope_type", inner.values.get("type", "default")) != "default":
                 raise section.refuse(key, "null, or of rope_type default")
-            theta = inner.number("rope_theta", theta)
-    return float(theta)
+            theta = float(inner.number("rope_theta", theta))
+    return theta
 
 
 def _max_tiles(top: Section, key: str, default: str) -> int:

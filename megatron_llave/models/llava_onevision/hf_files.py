@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -134,9 +135,9 @@ def write_side_files(
     is_trained, has_tokenizer = training_config is not None, (out / "tokenizer.json").is_file()
     for name in CHAT_TEMPLATES:  # a processor's template has <image>, a tokenizer's has not; a layout has one of them
         kept = out / name
-        of_layout = kept.is_file() and ("<image>" in kept.read_text("utf-8")) == (layout == "llava_onevision")
-        if is_trained or not of_layout:  # a trained model has the prompt of its run, whatever its weights came with
-            kept.unlink(missing_ok=True)
+        has_image = kept.is_file() and "<image>" in kept.read_text("utf-8", errors="replace")
+        if is_trained or has_image != (layout == "llava_onevision"):
+            kept.unlink(missing_ok=True)  # a trained model has the prompt of its run, whatever its weights came with
     if layout == "llava_qwen":
         (out / "video_preprocessor_config.json").unlink(missing_ok=True)
     elif has_tokenizer:
@@ -217,9 +218,18 @@ def listed_tokens(file: Path) -> list[dict]:
             listed = [(token_id, {"content": content}) for content, token_id in values.items()]
         else:
             listed = (values.get("added_tokens_decoder") or {}).items()
-        return [{"id": int(i), "content": token["content"], **SPECIAL_TOKEN, **token} for i, token in listed]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        tokens = [{**SPECIAL_TOKEN, **token, "id": int(i)} for i, token in listed]
+        _require_tokens(tokens)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file} has no list of added tokens that can be read: {error!r}") from error
+    return tokens
+
+
+def _require_tokens(tokens: Any) -> None:
+    """Raise a KeyError or TypeError unless these are a list of tokens, each with a text and an id."""
+    for token in tokens:
+        if not isinstance(token["content"], str) or not isinstance(token["id"], int):
+            raise TypeError(f"the token {token} has no content or no id")
 
 
 def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
@@ -252,9 +262,14 @@ def _add_image_tokens(out: Path, config: dict) -> None:
     """Make <image> and <video> special tokens with the ids of config.json, in every file that lists such tokens."""
     ids = {"<image>": config["image_token_index"], "<video>": config["video_token_index"]}
     spec = read_json(out / "tokenizer.json", error=CheckpointError)
-    if not isinstance(spec.get("added_tokens"), list) or not isinstance(spec.get("model", {}).get("vocab"), dict):
+    try:
+        _require_tokens(spec["added_tokens"])
+        _require_tokens({"content": content, "id": token_id} for content, token_id in spec["model"]["vocab"].items())
+    except (AttributeError, KeyError, TypeError) as error:
         kind = "it has no added_tokens or no vocabulary with ids"
-        raise CheckpointError(f"{out / 'tokenizer.json'} cannot take <image> as a token: {kind}; BPE has them")
+        raise CheckpointError(
+            f"{out / 'tokenizer.json'} cannot take <image> as a token: {kind}; BPE has them"
+        ) from error
     tokens = [{"id": token_id, "content": content, **SPECIAL_TOKEN} for content, token_id in ids.items()]
     if _add_tokens(spec, tokens, out / "tokenizer.json", "config.json"):
         write_json(out / "tokenizer.json", spec)

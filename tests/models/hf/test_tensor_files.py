@@ -81,6 +81,48 @@ def test_missing_shard_is_named_with_what_it_holds(tmp_path: Path) -> None:
     assert "model-00002-of-00002.safetensors is missing" in message and "scalar" in message
 
 
+@pytest.mark.parametrize("length", [0, 1, 2**31, 2**40, 2**63, 2**64 - 1])
+def test_header_of_a_wrong_length_is_refused(tmp_path: Path, length: int) -> None:
+    path = write(tmp_path) / SINGLE
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert str(path) in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 2**64 - 1]},
+        {"data_offsets": [2**63, 2**63 + 48]},
+        {"data_offsets": [48, 0]},
+        {"data_offsets": [-48, 0]},
+        {"data_offsets": [12, 60]},  # within the values of others
+        {"data_offsets": None},
+        {"shape": [2**62, 4]},
+        {"shape": [-3, 4]},
+        {"shape": [3, 5]},
+        {"shape": "a"},
+        {"dtype": None},
+        {"dtype": "F9"},
+    ],
+    ids=str,
+)
+def test_header_that_lies_is_refused(tmp_path: Path, change: dict) -> None:
+    path = write(tmp_path) / SINGLE
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["a"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert str(path) in refused(tmp_path)
+
+
+def test_nested_header_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path) / SINGLE
+    path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    assert str(path) in refused(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [4, 30, -1])
 def test_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     path = write(tmp_path) / SINGLE
@@ -95,7 +137,14 @@ def test_tensor_that_the_index_promises(tmp_path: Path) -> None:
     assert "lacks b, empty, scalar, which" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../a.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "[" * 100_000, '{"weight_map": 3}', '{"weight_map": {"a": ["a.safetensors"]}}'),
+        *('{"weight_map": {"a": "../a.safetensors"}}', json.dumps({"weight_map": {"a": "a" * 300}})),
+        *('{"weight_map": {"a": "a\\u0000b"}}', '{"weight_map": {"a": "\\ud800"}}', '{"weight_map": {"a": ""}}'),
+    ],
+)
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     assert str(tmp_path / INDEX) in refused(tmp_path)

@@ -133,6 +133,8 @@ def test_pictures(layout: str, change: dict, field: str, expected: Any, tmp_path
         ({"rope_parameters": MISSING, "rope_theta": 5e5}, {"rope_theta": 5e5}),
         ({"rope_parameters": None, "rope_theta": 5e5}, {"rope_theta": 5e5}),
         ({"rope_theta": 5e5}, {"rope_theta": 1e6}),  # rope_parameters stay and win
+        ({"rope_theta": 500000}, {"rope_theta": 1e6}),  # also over a whole number
+        ({"rope_parameters": MISSING, "rope_theta": 500000}, {"rope_theta": 5e5}),
         ({"rope_parameters": MISSING}, {"rope_theta": 1e4}),
         ({"rope_parameters.rope_theta": MISSING, "rope_theta": 5e5}, {"rope_theta": 5e5}),
         ({"num_key_value_heads": None}, {"num_kv_heads": 4}),
@@ -332,6 +334,10 @@ def test_no_interpolation_survives_in_transformers(tmp_path: Path) -> None:
         ("llava_qwen", {"image_grid_pinpoints": [[5600, 5600]]}, ["image_grid_pinpoints", "at most 1024 tiles"]),
         ("llava_onevision", {"image_grid_pinpoints": [[56, 56]] * 1025}, ["at most 1024 pairs"]),
         ("llava_qwen", {"image_grid_pinpoints": "[" * 3999}, ["image_grid_pinpoints", "list of pairs"]),
+        ("llava_onevision", {"text_config.num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "at most 500"]),
+        ("llava_qwen", {"hidden_size": 2**62}, ["hidden_size=4611686018427387904", "at most 16777216"]),
+        ("llava_onevision", {"vision_config.image_size": 56 * 10**6}, ["image_size=56000000", "at most 4096"]),
+        ("llava_onevision", {"text_config.rms_norm_eps": float("inf")}, ["rms_norm_eps=inf", "a positive number"]),
     ],
 )
 def test_what_we_cannot_run_is_refused(layout: str, change: dict, words: list[str], tmp_path: Path) -> None:
@@ -345,7 +351,13 @@ def test_what_we_cannot_run_is_refused(layout: str, change: dict, words: list[st
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(None, "a Hugging Face folder has one"), ("{", "not valid JSON"), ("[]", "a list")],
+    [
+        (None, "a Hugging Face folder has one"),
+        ("{", "not valid JSON"),
+        ("[]", "a list"),
+        ("[" * 100_000, "nested deeper"),
+        ('{"hidden_size": 1' + "0" * 400 + "}", "more than 64 bits"),
+    ],
 )
 def test_damaged_file(content: str | None, word: str, tmp_path: Path) -> None:
     if content is not None:
