@@ -158,7 +158,12 @@ def report(
     write_report(done.results, args.ties, records, inputs, args.out, published, about, {"work": work})
     print_table(done.results, args.ties)
     embedded = f"{done.num_embedded} of {done.num_inputs} inputs were embedded now"
+    meeting = {task.name: count for task in tasks if (count := task.num_meeting_themselves)}
     return [
+        *(
+            f"{name}: {count} queries are among their own candidates and ranked there"
+            for name, count in meeting.items()
+        ),
         f"{done.num_finished} of {len(tasks)} sets were finished before; {embedded}",
         f"report, tables and figures: {args.out}",
     ]

@@ -53,6 +53,16 @@ class Task:
         return float(np.mean(100.0 / counts))
 
     @property
+    def num_meeting_themselves(self) -> int:
+        """Number of queries that are among their own candidates without being right: they find themselves first."""
+        if self.bounds is None:
+            is_there = np.isin(self.queries, self.candidates)
+        else:
+            same = np.repeat(self.queries, np.diff(self.bounds)) == self.candidates
+            is_there = np.logical_or.reduceat(same, self.bounds[:-1])
+        return int((is_there & (self.queries != self.right)).sum())
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the inputs, and of the order of queries and candidates; a result belongs to one digest."""
         digest = hashlib.sha256(self.inputs.digest.encode())

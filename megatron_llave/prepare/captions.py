@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_llave.data.items import read_jsonl
+from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.prepare.held_out import CAPTIONS
 from megatron_llave.prepare.jsonl import default_key
@@ -114,7 +115,7 @@ def _write(
         number = 0
         for read, folder in zip(parts, folders):
             for image, caption, where in read():
-                query = SourceSide(caption, (), make_id(caption, []))
+                query = SourceSide(mark_user_text(caption, 0), (), make_id(caption, []))
                 target = SourceSide(REPRESENT_IMAGE, (image,), make_id("", [os.path.relpath(folder / image, common)]))
                 yield CAPTIONS, SourceRow(default_key(CAPTIONS, number), where, str(folder), query, target)
                 number += 1

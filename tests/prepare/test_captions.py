@@ -132,7 +132,9 @@ def test_images_that_cannot_be_used_are_counted_and_the_split_survives_a_second_
     (photos / "empty.bmp").write_bytes(b"")
     (photos / "empty.txt").write_text("an empty file")
     picture(photos / "no-caption", 99)
+    images(photos)[0].with_suffix(".txt").write_text("the <image> tag of SVG")
     made = prepare_folder(photos, "out", options=OPTIONS)
+    assert r"the \<image> tag of SVG" in trained_texts(Path("out")) | held_out_texts(Path("out")), "ordinary text"
     report = [json.loads(line) for line in Path("out/report.jsonl").read_text().splitlines()]
     assert {line["row"]: line["reason"] for line in report} == {
         str(photos / "empty.bmp"): "corrupt image",

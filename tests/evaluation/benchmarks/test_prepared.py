@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import (
     EvaluationSet,
@@ -16,6 +17,7 @@ from megatron_llave.evaluation.benchmarks.prepared import (
     read_tasks,
     write_evaluation,
 )
+from megatron_llave.evaluation.task import build_task
 
 
 def image_file(colour):
@@ -50,6 +52,12 @@ def test_round_trip(tmp_path):
     assert tasks[0].inputs is tasks[1].inputs and list(tasks[0].inputs.values()) == list(inputs.values())
     assert [task.name for task in read_tasks(tmp_path, ["again"])] == ["again"]
     assert len(read_tasks(tmp_path, ["again"])[0].inputs) == 3
+    assert [task.num_meeting_themselves for task in tasks] == [0, 0], "a query that is its own right candidate"
+    edit(tmp_path, lambda value: value["sets"][1].update(positives=[1]))
+    assert [task.num_meeting_themselves for task in read_tasks(tmp_path)] == [0, 1]
+    a, b, c = map(Input, "abc")
+    rows = [(a, [b, c]), (a, [b, a]), (a, [a, b]), (c, [c])]
+    assert build_task("lists", "retrieval", "ind", rows, ".").num_meeting_themselves == 1
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path):
