@@ -117,11 +117,12 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
             before = {result.name: result.precision_at_1 for result in scored}
         embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
+    places = [getattr(args, name, None) for name in ("data", "queries", "corpus", "manifest")]
+    about = describe_evaluation(model, data if is_ranked else [], ", ".join(place for place in places if place))
     lines = [] if is_ranked else done.lines
     if not is_ranked and done.examples:
-        write_retrieval_report(done, f"{args.checkpoint}: {args.queries} in {args.corpus}", args.out)
+        write_retrieval_report(done, about, args.out)
     if is_ranked:
-        about = describe_evaluation(model, data, str(getattr(args, "data", "")))
         done = replace(done, results=with_scores(done.results, before))
         lines = report(done, data, args, benchmark.published(model.cfg), about) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:

@@ -25,6 +25,7 @@ from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts
 from megatron_llave.report.html_page import Section, html_page
 from megatron_llave.report.montage import Panel, Row, draw_montage
 from megatron_llave.report.plots import BLUE, GREEN, GREY, ORANGE, RED, label_axes, plot_loss, save_png
+from megatron_llave.report.provenance import about_section, head_line
 
 COLUMNS = ("data set", "Precision@1", "before training", "chance", "meta-task", "split", "queries", "candidates")
 """The scores come first, so that a narrow screen shows them."""
@@ -330,11 +331,9 @@ def _write_files(
         tables.append(Section("Beside the paper", PAPER_NOTE, ("mean", "here", "paper"), paper_rows(results, paper)))
     tables.append(Section("Diagnostics", DIAGNOSTICS_NOTE, DIAGNOSTICS, diagnostic_rows(results)))
     if about:
-        rows = [(name, "none" if value is None else str(value)) for name, value in about.items()]
-        tables.append(Section("About this evaluation", "", ("what", "value"), rows))
+        tables.append(about_section(about))
     drawn = "".join(f"\n## {title}\n\n![{title}]({file})\n" for title, file in figures.items())
-    names = ("checkpoint", "step", "data", "date")
-    what = ", ".join([f"{len(results)} evaluation sets", *(f"{name} {about[name]}" for name in names if name in about)])
+    what = ", ".join([f"{len(results)} evaluation sets", *filter(None, [head_line(about)])])
     write_text(directory / "report.md", f"# Evaluation\n\n{what}\n" + "".join(map(markdown, tables)) + drawn)
     shown = [Section(title, figures=[directory / file]) for title, file in figures.items()]
     page = html_page("Evaluation", what, [*tables, *shown])

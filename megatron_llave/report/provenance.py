@@ -4,7 +4,7 @@ import hashlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_llave.checkpoint.folders import require_complete
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
 from megatron_llave.models import family_of
+from megatron_llave.report.html_page import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 FINGERPRINT = 16
@@ -29,7 +30,7 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
 
     Args:
         model: the model that was evaluated, as `load_model` returns it.
-        tasks: the evaluation sets; their fingerprint depends on inputs and on the order of queries and candidates.
+        tasks: the evaluation sets, if they are tasks; their fingerprint depends on the inputs and on their order.
         data: where the sets were read from.
 
     Raises:
@@ -39,14 +40,14 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
     cfg, source = model.cfg, model.source
     parameters = count_parameters(model)
     step = None if source.is_hf else require_complete(source.folder)["step"]
-    digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()
+    digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()[:FINGERPRINT]
     about = {
         "checkpoint": str(source.folder),
         "step": step,
         "averaged weights": model.average,
         "model": f"{cfg.model.family}, preset {cfg.model.preset or 'none'}, {parameters / 1e6:,.4g} M parameters",
         "data": data,
-        "fingerprint of the sets": digest[:FINGERPRINT],
+        **({"fingerprint of the sets": digest} if tasks else {}),
         "command": shlex.join(sys.argv),
         "processes": dist.get_world_size(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -63,6 +64,17 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
             f"learning rate {cfg.optimizer.learning_rate:g}, started from {cfg.checkpoint.init or 'random weights'}"
         )
     return about
+
+
+def head_line(about: Mapping[str, Any]) -> str:
+    """The first line of a report: checkpoint, step, data and date."""
+    return ", ".join(f"{name} {about[name]}" for name in ("checkpoint", "step", "data", "date") if name in about)
+
+
+def about_section(about: Mapping[str, Any]) -> Section:
+    """The section of a report that says all of it."""
+    rows = [(name, "none" if value is None else str(value)) for name, value in about.items()]
+    return Section("About this evaluation", "", ("what", "value"), rows)
 
 
 def count_parameters(model: LoadedModel) -> int:
