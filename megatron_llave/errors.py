@@ -30,7 +30,7 @@ def to_one_line(message: str) -> str:
     Names and values from files go into messages, and may hold line ends, terminal codes or megabytes.
     """
     line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", message.strip())
-    line = re.sub(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f\ud800-\udfff]", lambda code: repr(code[0])[1:-1], line)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda code: repr(code[0])[1:-1], line)
     line = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: _shortened(word[0], LONGEST_WORD), line)
     return _shortened(line, LONGEST_MESSAGE)
 

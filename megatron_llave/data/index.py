@@ -3,18 +3,27 @@
 Every source writes it last, and the training stream reads it first. shards.py reads and writes the tar files.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import DataError
 from megatron_llave.files import AGAIN, VERSION, lock_folder, read_json, write_json
 
 FORMAT = "megatron_llave pairs"
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 INDEX_FILE = "index.json"
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+"""Names of shards: plain, so that an index cannot name files elsewhere, and short enough for every file system."""
+SHA256 = re.compile("[0-9a-f]{64}")
+SMALLEST_SAMPLE = 1024
+"""Bytes of the smallest sample in a tar file: a header and a block of contents."""
+MOST_PAIRS = 10**7
+"""The most pairs of a shard; the order of the pairs of a shard is drawn in memory."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def _clear_finished(directory: Path, overwrite: bool) -> None:
         raise DataError(f"{directory} already holds finished shards ({INDEX_FILE}); choose another or pass --overwrite")
     try:
         index = read_index(directory, check_shards=False)
-        old = [s.file for subset in index.subsets.values() for s in subset.shards if Path(s.file).name == s.file]
+        old = [shard.file for subset in index.subsets.values() for shard in subset.shards]
     except DataError:
         # A damaged index is no proof of which shards are its own; new shards of the same names replace them anyway.
         old = []
@@ -127,20 +136,40 @@ def parse_index(path: Path, source: str) -> Index:
             str(name): Subset(str(subset["meta_task"]), [parse_shard(shard) for shard in subset["shards"]])
             for name, subset in value["subsets"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        require_different_shards(shard for subset in subsets.values() for shard in subset.shards)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{source} is malformed ({type(error).__name__}: {error}); make it again") from error
     for name, subset in subsets.items():
+        if not KEY.fullmatch(name):
+            raise DataError(f"{source}: subset {name!r} must be 1 to 80 letters, digits, - or _")
         if subset.meta_task not in META_TASKS:
             raise DataError(f"{source}: meta_task {subset.meta_task!r} of {name} is not one of {', '.join(META_TASKS)}")
     return Index(subsets)
 
 
 def parse_shard(value: dict[str, Any]) -> Shard:
-    """Return one shard of an index; raise TypeError or KeyError if a field is missing or has the wrong type."""
+    """Return one shard of an index; raise TypeError, ValueError or KeyError if a field is missing or impossible."""
     shard = Shard(value["file"], value["pairs"], value["bytes"], value["sha256"])
-    if not (isinstance(shard.file, str) and isinstance(shard.pairs, int) and isinstance(shard.bytes, int)):
+    if not isinstance(shard.file, str) or type(shard.pairs) is not int or type(shard.bytes) is not int:
         raise TypeError(f"shard {value} needs file, pairs and bytes")
+    if not FILE_NAME.fullmatch(shard.file):
+        raise ValueError(f"shard {shard.file!r} must be a plain file name in the folder of its index")
+    if not (0 <= shard.pairs * SMALLEST_SAMPLE <= shard.bytes and shard.pairs <= MOST_PAIRS):
+        raise ValueError(f"shard {shard.file} of {shard.bytes} bytes cannot hold {shard.pairs} pairs")
     return shard
+
+
+def require_different_shards(shards: Iterable[Shard]) -> None:
+    """Raise a ValueError if two shards are the same file or have the same contents, whose pairs would be used twice."""
+    files: set[str] = set()
+    contents: dict[str, str] = {}
+    for shard in shards:
+        if shard.file in files:
+            raise ValueError(f"shard {shard.file} is listed twice, so that its pairs would be used twice")
+        files.add(shard.file)
+        other = contents.setdefault(shard.sha256, shard.file) if SHA256.fullmatch(str(shard.sha256)) else shard.file
+        if other != shard.file:
+            raise ValueError(f"shards {other} and {shard.file} have the same contents, which would be used twice")
 
 
 def check_size(directory: Path, shard: Shard) -> None:
@@ -150,8 +179,6 @@ def check_size(directory: Path, shard: Shard) -> None:
         DataError: the file is missing, is outside the folder, or has another size.
     """
     path = directory / shard.file
-    if Path(shard.file).name != shard.file:
-        raise DataError(f"{directory}: shard {shard.file!r} must be a plain file name in the folder of its index")
     if not path.is_file():
         raise DataError(f"shard {path} is missing, though the index names it; {AGAIN}")
     size = path.stat().st_size

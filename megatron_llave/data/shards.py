@@ -23,6 +23,8 @@ from megatron_llave.errors import DataError
 from megatron_llave.files import AGAIN, atomic_write, parse_json
 
 SUFFIXES = {"JPEG": "jpg"}
+CHECKSUM = "json_crc32"
+"""Last key of a sample's JSON, which holds the CRC-32 of the JSON without it."""
 
 
 class _HashingFile:
@@ -125,19 +127,28 @@ def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the JSON member of a sample.
 
     Raises:
-        DataError: the member is missing or is not a JSON object.
+        DataError: the member is missing, is not a JSON object, or is not what its checksum was made of.
     """
     if "json" not in sample:
         raise DataError(f"{where} has no .json member; {AGAIN}")
-    described = parse_json(sample["json"], f"{where}: its .json member")
+    content = sample["json"]
+    described = parse_json(content, f"{where}: its .json member")
     if not isinstance(described, dict):
         raise DataError(f"{where}: its .json member must be an object")
+    checksum = described.pop(CHECKSUM, None)  # older shards have none
+    body, _, _ = content.rpartition(f',"{CHECKSUM}":'.encode())
+    if checksum is not None and checksum != zlib.crc32(body + b"}"):
+        raise DataError(f"{where}: its .json member is not what its checksum was made of; {AGAIN}")
     return described
 
 
-def to_json_bytes(value: Any) -> bytes:
-    """Return compact JSON; keys stay in their order, so that equal values give equal bytes."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def to_json_bytes(value: dict[str, Any]) -> bytes:
+    """Return compact JSON that ends with the CRC-32 of what it would be without it.
+
+    Keys stay in their order, so that equal values give equal bytes.
+    """
+    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return body[:-1] + f',"{CHECKSUM}":{zlib.crc32(body)}}}'.encode()
 
 
 def write_shard(pairs: Iterable[Pair], directory: str | Path, subset: str, number: int) -> Shard:

@@ -26,14 +26,13 @@ from pathlib import Path
 from webdataset.gopen import gopen
 
 from megatron_llave.config.schema import DataConfig
-from megatron_llave.data.index import INDEX_FILE, Index, Shard, check_size, parse_index, read_index
+from megatron_llave.data.index import FILE_NAME, INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
 from megatron_llave.files import AGAIN, atomic_write
 
 logger = logging.getLogger(__name__)
 
 REMOTE = re.compile(r"(https?://|pipe:)")
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHUNK = 1 << 20
 FIRST_WAIT = 1.0
 """Seconds before the second attempt; each further attempt waits twice as long."""

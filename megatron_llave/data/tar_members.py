@@ -19,6 +19,9 @@ KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _NOTE = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(1024)
+BLOCK = 2**20
+MAX_MEMBER_BYTES = 2**28
+"""The largest member that is read; the bytes of an image file are far fewer."""
 
 
 @dataclass
@@ -50,7 +53,7 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
             end = tar.offset
         file.seek(end)
         # tarfile takes a damaged header for the end of the archive without an error.
-        if file.read().strip(b"\0"):
+        if any(block.strip(b"\0") for block in iter(lambda: file.read(BLOCK), b"")):
             raise DataError(f"{path} is damaged: there is more behind a header that cannot be read; {AGAIN}")
     except OSError as error:
         raise unreadable(path, error) from error
@@ -69,6 +72,8 @@ def _add_member(samples: list[TarSample], key: str, suffix: str, position: tuple
         sample.problem = f"key {key!r} must be 1 to 80 letters, digits, - or _"
     elif suffix in sample.members:
         sample.problem = f"member {suffix!r} comes twice"
+    elif position[1] > MAX_MEMBER_BYTES:
+        sample.problem = f"member {suffix!r} has {position[1]} bytes, more than {MAX_MEMBER_BYTES}"
     sample.members[suffix] = position
 
 

@@ -233,7 +233,7 @@ def _shard_problems(
         check_size(directory, shard)
     except DataError as error:
         yield str(error)
-        if Path(shard.file).name != shard.file or not path.is_file():
+        if not path.is_file():
             return
     try:
         with open(path, "rb") as file:

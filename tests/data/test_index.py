@@ -60,12 +60,39 @@ def forget_format(value):
     del value["format"]
 
 
+def set_shard(**changes: object):
+    return lambda value: value["subsets"]["cats"]["shards"][0].update(changes)
+
+
+def twice(value):
+    value["subsets"]["cats"]["shards"] *= 2
+
+
+def copied(value):
+    shards = value["subsets"]["cats"]["shards"]
+    shards.append({**shards[0], "file": "copy.tar"})
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (set_version, "'megatron_llave pairs' version 2, this code reads version 1"),
         (drop_file, "malformed.*file"),
         (leave_folder, "plain file name"),
+        (set_shard(file="a" * 5000), "plain file name"),
+        (set_shard(file="\ud83d.tar"), "plain file name"),
+        (set_shard(file="./cats-000000.tar"), "plain file name"),
+        (set_shard(pairs=10**12), "cannot hold 1000000000000 pairs"),
+        (set_shard(pairs=10**400), "is not valid JSON .the integer"),
+        (set_shard(pairs=10**8, bytes=10**15), "cannot hold 100000000 pairs"),
+        (set_shard(pairs=True), "needs file, pairs and bytes"),
+        (set_shard(pairs=-1), "cannot hold -1 pairs"),
+        (twice, "shard cats-000000.tar is listed twice, so that its pairs would be used twice"),
+        (copied, "shards cats-000000.tar and copy.tar have the same contents"),
+        (lambda value: value["subsets"].update({"a/b": value["subsets"]["cats"]}), "malformed.*listed twice"),
+        (lambda value: value.update(subsets={"a/b": value["subsets"]["cats"]}), "subset 'a/b' must be"),
+        (lambda value: value.update(subsets=[]), "malformed"),
+        (lambda value: value["subsets"].update(cats=None), "malformed"),
         (misspell_task, "'retreival' of cats is not one of"),
         (forget_format, "is not a 'megatron_llave pairs' file"),
     ],

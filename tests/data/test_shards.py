@@ -16,7 +16,8 @@ from PIL import Image
 from shard_pairs import read_shard
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.shards import write_shard, write_subset
+from megatron_llave.data import shards
+from megatron_llave.data.shards import read_samples, unpack_pair, write_shard, write_subset
 from megatron_llave.errors import DataError
 
 
@@ -115,12 +116,14 @@ def test_hard_negatives_come_back_byte_for_byte(tmp_path):
     assert second == {"id": "t", "text": "", "images": images, "sizes": [[8, 6], [8, 6]]}
 
 
-def test_without_hard_negatives_the_json_is_that_of_older_shards(tmp_path):
+def test_without_hard_negatives_the_json_is_that_of_older_shards_and_its_checksum(tmp_path):
     write_shard([Pair("a", "cats", Side("x", []), Side("y", []), "q", "t")], tmp_path, "cats", 0)
-    assert members_of(tmp_path / "cats-000000.tar") == {
-        "a.json": b'{"subset":"cats","query":{"id":"q","text":"x","images":[],"sizes":[]},'
-        b'"target":{"id":"t","text":"y","images":[],"sizes":[]}}'
-    }
+    older = b'{"subset":"cats","query":{"id":"q","text":"x","images":[],"sizes":[]},'
+    older += b'"target":{"id":"t","text":"y","images":[],"sizes":[]}}'
+    now = older[:-1] + b',"json_crc32":%d}' % zlib.crc32(older)
+    assert members_of(tmp_path / "cats-000000.tar") == {"a.json": now}
+    write_members(tmp_path / "older.tar", {"a.json": older})
+    assert list(read_shard(tmp_path / "older.tar")) == list(read_shard(tmp_path / "cats-000000.tar"))
 
 
 def test_cut_anywhere_is_an_error_that_names_the_file(tmp_path):
@@ -164,14 +167,35 @@ def test_a_flipped_bit_in_a_picture_is_seen_and_shards_without_checksums_are_rea
     with pytest.raises(DataError, match="flipped.tar: sample a, query: an image's bytes are not those"):
         list(read_shard(tmp_path / "flipped.tar"))
     described = json.loads(members["a.json"])
-    del described["query"]["crc32"]
+    del described["query"]["crc32"], described["json_crc32"]
     write_members(tmp_path / "old.tar", {**members, "a.json": json.dumps(described).encode()})
     assert list(read_shard(tmp_path / "old.tar")) == [pair]
+
+
+def test_any_changed_bit_of_the_json_is_noticed(tmp_path):
+    """A bit of the checksum's own key may change unnoticed: the rest of the JSON is then what it was."""
+    pair = Pair("a", "cats", Side("x \u00e4 y", [picture(1)]), Side("y", []), "q", "t")
+    write_shard([pair], tmp_path, "cats", 0)
+    (sample,) = read_samples(tmp_path / "cats-000000.tar")
+    content, noticed = sample["json"], 0
+    for position in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        try:
+            assert unpack_pair({**sample, "json": bytes(changed)}, "sample") == pair
+        except DataError:
+            noticed += 1
+    assert noticed >= 8 * (len(content) - len("json_crc32"))
+    assert shards.to_json_bytes({"a": 1}) == b'{"a":1,"json_crc32":%d}' % zlib.crc32(b'{"a":1}')
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"a.json": b"[" * 100_000}, "nested deeper than 100"),
+        ({"a.json": b'{"query": {"text": "\\ud83d", "images": []}}'}, "half a surrogate pair"),
+        ({"a.json": b'{"query": {"text": "\\u0000", "images": []}}'}, "holds a NUL"),
+        ({"a.json": b'{"query": "x", "target": 3}'}, "must be an object with text and images"),
         ({"a.json": None}, "sample a has no .json member"),
         ({"a.query.0.png": None}, "'query.0.png' is named in the JSON but not in the tar"),
         ({"a.json": b"{"}, "not valid JSON"),

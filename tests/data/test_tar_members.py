@@ -2,11 +2,13 @@
 
 import io
 import os
+import resource
 import tarfile
 
 import pytest
 import webdataset
 
+from megatron_llave.data import tar_members
 from megatron_llave.data.tar_members import find_samples, read_sample
 from megatron_llave.errors import DataError
 
@@ -73,3 +75,18 @@ def test_an_empty_file_an_empty_tar_and_a_file_that_shrinks(tmp_path):
         os.truncate(path, 2000)
         with pytest.raises(DataError, match="sample a: member 'json' is cut short"):
             read_sample(file, path, sample)
+
+
+def test_a_huge_member_costs_its_sample_and_a_tail_of_zeros_is_not_held_in_memory(tmp_path, monkeypatch):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("a.json", b"1"), ("b.json", bytes(3000))])
+    monkeypatch.setattr(tar_members, "MAX_MEMBER_BYTES", 2000)
+    with open(path, "ab") as file:
+        file.truncate(path.stat().st_size + 2**28)
+    with open(path, "rb") as file:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        small, large = find_samples(file, path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+        assert read_sample(file, path, small) == {"json": b"1"}
+        with pytest.raises(DataError, match="sample b: member 'json' has 3000 bytes, more than 2000"):
+            read_sample(file, path, large)

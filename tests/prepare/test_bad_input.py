@@ -81,6 +81,7 @@ def change_pair(change):
 
     def edit(data):
         described = json.loads(data)
+        del described["json_crc32"]  # as in a shard of other tools
         described["query"].pop("crc32")
         change(described)
         return json.dumps(described).encode()
@@ -92,6 +93,7 @@ def replace_picture(data):
     def edit(members):
         members = dict(members)
         described = json.loads(members[f"{VICTIM}.json"])
+        del described["json_crc32"]
         described["query"]["crc32"] = [zlib.crc32(data)]
         new = {f"{VICTIM}.json": json.dumps(described).encode(), f"{VICTIM}.query.0.png": data}
         return list((members | new).items())

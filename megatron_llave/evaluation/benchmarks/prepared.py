@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.batch import Side
-from megatron_llave.data.index import META_TASKS, Shard, check_size, parse_shard
+from megatron_llave.data.index import META_TASKS, Shard, check_size, parse_shard, require_different_shards
 from megatron_llave.data.shards import pack_side, read_samples, to_json_bytes, unpack_json, unpack_side, write_samples
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError
@@ -111,8 +111,9 @@ def read_evaluation(directory: str | Path) -> tuple[dict[str, Side], list[Evalua
     value = read_json(path, FORMAT, "the folder is unfinished: run tools/prepare_data.py")
     try:
         shards = [parse_shard(shard) for shard in value["inputs"]]
+        require_different_shards(shards)
         sets = [_parse_set(described) for described in value["sets"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); make it again") from error
     inputs: dict[str, Side] = {}
     for shard in shards:
@@ -158,7 +159,7 @@ def read_tasks(directory: str | Path, names: Sequence[str] = ()) -> list[Task]:
 
 def _parse_set(value: dict[str, Any]) -> EvaluationSet:
     lists = {field: list(value[field]) for field in ("queries", "candidates", "positives")}
-    if not all(isinstance(positive, int) for positive in lists["positives"]):
+    if not all(type(positive) is int for positive in lists["positives"]):
         raise TypeError(f"positives of {value['name']!r} must be integers")
     if not all(isinstance(key, str) for key in (*lists["queries"], *lists["candidates"])):
         raise TypeError(f"queries and candidates of {value['name']!r} must be strings")
