@@ -79,6 +79,7 @@ def main() -> None:
             embed_file(model, args, num_rows)
         else:
             embed_arguments(model, args)
+        model.print_image_notes()
         process_groups.destroy_distributed()
 
 

@@ -119,6 +119,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
     places = [getattr(args, name, None) for name in ("data", "queries", "corpus", "manifest")]
     about = describe_evaluation(model, data if is_ranked else [], ", ".join(place for place in places if place))
+    model.print_image_notes()
     lines = [] if is_ranked else done.lines
     if not is_ranked and done.examples:
         write_retrieval_report(done, about, args.out)

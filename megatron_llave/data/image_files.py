@@ -7,8 +7,6 @@ are checked on the header, before anything is decoded. ICC profiles are not appl
 import io
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +121,6 @@ def decode_image(
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
         size = f" ({len(data)} bytes)" if isinstance(data, bytes) else ""
         raise BadImageError(f"not a readable image{size}: {_one_line(error)}") from error
-
-
-def summary_of_notes(notes: Iterable[str]) -> str:
-    """Return how often each note occurs, in one line; empty if there is none."""
-    return ", ".join(f"{count} x {note}" for note, count in Counter(notes).most_common())
 
 
 def _one_line(error: Exception) -> str:

@@ -4,10 +4,11 @@ model = load_model("CHECKPOINT or HF_DIR")
 vectors = model.embed(["A cat and a dog", Side.read("<image>\\nRepresent the given image.", "cat.jpg")])
 """
 
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -47,6 +48,8 @@ class LoadedModel:
     """The weights that were loaded; None for a model in training."""
     average: bool = False
     """Whether the averaged weights were loaded."""
+    image_notes: Counter[str] = field(default_factory=Counter)
+    """How many images that this replica has embedded lost something when they were read (data.image_files)."""
 
     def identity(self) -> dict[str, str]:
         """What the embeddings depend on (Pretrained.identity), on the first rank; empty on the others.
@@ -56,6 +59,15 @@ class LoadedModel:
         """
         assert self.source is not None
         return self.source.identity(self.cfg, self.average) if dist.get_rank() == 0 else {}
+
+    def print_image_notes(self) -> None:
+        """Print one line on how many images of all replicas lost something when they were read; all ranks call it."""
+        of_replicas: list[Counter[str]] = [Counter()] * self.groups.dp.size()
+        dist.all_gather_object(of_replicas, self.image_notes, group=self.groups.dp)
+        counts = sum(of_replicas, Counter())
+        if counts and dist.get_rank() == 0:
+            noticed = ", ".join(f"{count} x {note}" for note, count in counts.most_common())
+            print(f"noticed: {noticed} (docs/data.md says how they are read)", file=sys.stderr)
 
     @property
     def pad_to_multiple(self) -> int:
@@ -190,6 +202,7 @@ def _embed_readable(model: LoadedModel, inputs: Sequence[Future[EncodedSequence]
 
 def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
     """Embed this replica's inputs as [n, d] float32 in their order; zeros except on the last pipeline stage."""
+    model.image_notes.update(note for sequence in encoded for note in sequence.image_notes)
     # Sequences of similar length share a row, so that attention pads them little.
     order = sorted(range(len(encoded)), key=lambda index: encoded[index].length)
     outputs = forward_only(model, list(packed_rows([encoded[index] for index in order], model)))

@@ -284,7 +284,7 @@ def _sample_problems(
                     yield f"{where}: member {name} is of size {list(image.size)}, its JSON says {size}; {AGAIN}"
                 decode_image(sample[name], ImageSettings(max_pixels), notes)
             except TooLargeError as error:
-                yield f"{where}: member {name}: {error}; training drops its pair below that data.max_image_pixels"
+                yield f"{where}: member {name}: {error}; a run drops its pair unless data.max_image_pixels allows it"
             except BadImageError as error:
                 yield f"{where}: member {name} is no readable image ({error}); {AGAIN}"
             noticed += [(note, f"{sample['__key__']} {name}") for note in notes]

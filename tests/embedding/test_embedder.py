@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
@@ -46,6 +47,13 @@ def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:
     alone = torch.cat([embed(model, {text: Side(text, [])}) for text in texts])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert embed(model, {}).shape == (0, 128)
+
+
+def test_images_that_lose_something_are_counted(model: LoadedModel, capsys) -> None:
+    sticker = Image.merge("RGBA", [Image.linear_gradient("L")] * 4)
+    embed(model, {"a": Side("", [sticker]), "b": Side("", [sticker, Image.new("L", (9, 9))]), "c": Side("c", [])})
+    model.print_image_notes()
+    assert capsys.readouterr().err.startswith("noticed: 2 x image with transparency, 1 x image of one colour (")
 
 
 def test_input_that_cannot_be_read_is_named(model: LoadedModel) -> None:
