@@ -1,6 +1,7 @@
 """JSONL in, .npy and Parquet out: what is wrong is named with file and line, and a file is whole or absent."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_llave.embedding.inputs import Input
+from megatron_llave.embedding.cache import EmbeddingCache
+from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.embedding.jsonl import count_inputs, read_blocks, read_lines
 from megatron_llave.embedding.vector_files import embedding_file
 from megatron_llave.errors import DataError
@@ -120,3 +122,22 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="out.txt must end in .npy or .parquet"):
         with embedding_file(tmp_path / "out.txt", 1, 1, "m"):
             raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "half\ud83d.png", "x" * 5000 + ".png"])
+def test_impossible_file_names_are_missing_files(tmp_path: Path, name: str) -> None:
+    inputs = Inputs("set", [Input("", (name,), id="q1")], tmp_path)
+    with pytest.raises(DataError, match=r"data set set, input 'q1': .* does not exist, 1 of 1 files") as caught:
+        inputs.require_files()
+    assert "\n" not in str(caught.value) and "\0" not in str(caught.value) and len(str(caught.value)) < 1000
+    with pytest.raises(DataError, match="data set set, input 'q1': image .* cannot be read"):
+        inputs[inputs.key(0)]
+
+
+def test_part_without_its_folder_is_one_line(tmp_path: Path) -> None:
+    inputs = Inputs("set", [Input("a")], tmp_path)
+    store = EmbeddingCache(tmp_path / "store", inputs)
+    store.claim({"weights": "w"})
+    shutil.rmtree(tmp_path / "store")  # as a user deletes the output directory of a running evaluation
+    with pytest.raises(DataError, match=r"part-00000.npy cannot be written: No such file or directory"):
+        store.write(0, np.ones((1, 4), np.float32))

@@ -220,7 +220,9 @@ def test_the_tool_on_two_ranks_and_a_model(groups, tmp_path):
     assert "recall@3" in printed and printed.count("scores, ranking and report") == 1 and "(chance 25.00 %)" in printed
     page = (out / "report.html").read_text()
     assert "<td>recall@3</td>" in page and "<td>25.00</td>" in page and "data:image/png" in page
-    assert f"<td>checkpoint</td><td>{ONEVISION}</td>" in page and f"<td>data</td><td>{paths[0]}, {paths[1]}</td>" in page
+    assert (
+        f"<td>checkpoint</td><td>{ONEVISION}</td>" in page and f"<td>data</td><td>{paths[0]}, {paths[1]}</td>" in page
+    )
     assert Image.open(out / "montage.png").height > 8 * 116  # 8 queries
     model = load_model(ONEVISION, overrides=[f"data.tokenizer={tokenizer}"])
     rows = model.embed([f"find {chr(97 + i)}{i}" for i in range(12)])
