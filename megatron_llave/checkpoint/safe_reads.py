@@ -108,11 +108,33 @@ class _LooksThrough(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.allowed.get(module, ()) or module in ("builtins", "collections"):
             return super().find_class(module, name)
-        return _load_inner if name.endswith("load_from_bytes") else _Nothing
+        return _STAND_INS.get(name, _Nothing)
+
+
+class _RebuiltTensor:
+    """Stands for the function that makes a tensor of a storage."""
+
+    def __new__(cls, *args: object) -> _Nothing:
+        return _Nothing()
+
+
+def _rebuild_from_type(function: object, *rest: object) -> _Nothing:
+    """Stands for the function that gives a tensor its attributes, after it has called the one it is given."""
+    if function is not _RebuiltTensor:  # such as the one that loads bytes, which would not have been looked through
+        raise pickle.UnpicklingError("GLOBAL torch._tensor._rebuild_from_type_v2 ")
+    return _Nothing()
 
 
 def _load_inner(data: bytes) -> Any:
     return _load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+_STAND_INS = {
+    "_load_from_bytes": _load_inner,
+    "safe_load_from_bytes": _load_inner,
+    "_rebuild_tensor_v2": _RebuiltTensor,
+    "_rebuild_from_type_v2": _rebuild_from_type,
+}
 
 
 @contextmanager

@@ -189,6 +189,36 @@ def test_fp8_state_of_transformer_engine_is_read(folder: Path, groups, capsys, m
     load(folder, folder, groups)
 
 
+def load_inside(data: bytes) -> tuple:
+    """The call that loads a storage inside of Transformer Engine's pickle."""
+    return torch.storage._load_from_bytes, (data,)
+
+
+def load_by_another_call(data: bytes) -> tuple:
+    """The same call, made by a function that is given the function to call."""
+    return torch._tensor._rebuild_from_type_v2, (torch.storage._load_from_bytes, torch.Tensor, (data,), None)
+
+
+@pytest.mark.parametrize("call", [load_inside, load_by_another_call])
+def test_canary_inside_an_fp8_state_is_refused(folder: Path, groups, monkeypatch, call: Callable) -> None:
+    inner = io.BytesIO()
+    torch.save(Canary(), inner)
+    state = type("State", (), {"__reduce__": lambda self: call(inner.getvalue())})()
+    data = pickle.dumps({"recipe": None, "scale_fwd": state})
+    monkeypatch.chdir(folder.parent)
+    into_state(as_te_writes(data))(folder)
+    for tool in TOOLS.values():
+        with pytest.raises(
+            CheckpointError, match="is refused: it holds (posix.mkdir|torch._tensor._rebuild_from_type)"
+        ):
+            tool(folder, folder.parent / "out", groups)
+    assert not Path("sung").exists()
+    parameter = torch.ones(3)
+    parameter.mark = 1  # with an attribute, whose pickle has the same two functions in their right places
+    into_state(as_te_writes(pickle.dumps({"scale_fwd": parameter})))(folder)
+    load(folder, folder, groups)
+
+
 def test_a_changed_value_is_noticed(folder: Path, groups) -> None:
     metadata = read_metadata(folder)
     index, place = next(
