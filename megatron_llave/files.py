@@ -10,6 +10,7 @@ Nothing reads a `.partial`, so what a killed process leaves costs space and noth
 
 import codecs
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from megatron_llave.errors import CheckpointError, DataError, UserError
 
 VERSION = 1
 """Version of all of the package's own JSON formats."""
+HASH_BYTES = 2**22
+"""Bytes of a file that are in memory while it is hashed."""
 AGAIN = "make it again or copy it again"
 """The advice at the end of messages about damaged data."""
 MAX_JSON_BYTES = 2**30
@@ -125,6 +128,19 @@ def read_bytes(path: str | Path, limit: int, hint: str = AGAIN, error: type[User
         if isinstance(cause, UserError):
             raise
         raise error(f"{str(path)!r} cannot be the name of a file ({cause}); {hint}") from cause
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def parse_json(text: str | bytes, where: str, error: type[UserError] = DataError) -> Any:

@@ -1,7 +1,7 @@
 """The folders of checkpoints: which one is current, which are complete, and which are kept.
 
     OUTPUT/checkpoints/step-0002400/    weights, optimizer, ... (state.py), config.yaml, data.json (position in the
-                                        data), manifest.json (step, parallel layout, size of every file)
+                                        data), manifest.json (step, parallel layout, sizes, checksums)
     OUTPUT/checkpoints/latest           the name of the newest complete checkpoint
 
 A checkpoint is written under a temporary name (async_writer.py), renamed when it is complete, and made current by
@@ -17,13 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError
-from megatron_llave.files import VERSION, read_json, write_json, write_text
+from megatron_llave.files import AGAIN, VERSION, read_bytes, read_json, sha256_of, write_json, write_text
 
 FOLDER = "checkpoints"
 POINTER = "latest"
@@ -36,7 +35,18 @@ the output directory and in each checkpoint, where large files are hard links to
 AVERAGE = "average."
 """Prefix of the names of averaged weights."""
 FORMAT = "megatron_llave checkpoint"
-_STEP = re.compile(r"step-(\d{7,})")
+BACKEND = "metadata.json"
+"""megatron-core's file that tells how a checkpoint is stored."""
+BACKEND_KEYS = {f"{part}_backend{kind}" for part in ("sharded", "common") for kind in ("", "_version")}
+SECTIONS = ("model", "data", "loss", "optimizer", "train")
+"""Sections of every configuration that was ever saved; those that embeddings depend on come before the last one."""
+SMALL = 2**24
+"""Largest number of bytes of a file whose contents the manifest has the SHA-256 of."""
+_STEP = re.compile(r"step-(\d{7,15})")
+
+
+class NoCheckpointError(CheckpointError):
+    """A folder is not a checkpoint at all."""
 
 
 def step_folder(output: str | Path, step: int) -> Path:
@@ -66,15 +76,30 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
     Raises:
         OSError: the disk is full; the previous checkpoint stays current.
     """
-    files = {str(path.relative_to(partial)): _size(path) for path in _files(partial)}
-    manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "files": files}
-    write_json(partial / MANIFEST, manifest)
+    write_manifest(partial, step, layout)
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         os.replace(final, replaced)
     os.replace(partial, final)
     shutil.rmtree(replaced, ignore_errors=True)
     _point_to(final)
+
+
+def write_manifest(folder: Path, step: int, layout: dict[str, int] | None) -> None:
+    """Write what `require_complete` compares: size of every file, and SHA-256 of the small ones.
+
+    Large files are only those with tensors, each of which has a checksum of its own (safe_reads.py).
+
+    Args:
+        folder: a checkpoint, complete but for its manifest.
+        step: steps that were done.
+        layout: the parallel layout that a run can resume at; None: a checkpoint of weights alone.
+    """
+    files = {str(path.relative_to(folder)): path for path in _files(folder)}
+    sizes = {name: _size(path) for name, path in files.items()}
+    hashes = {name: sha256_of(files[name]) for name, size in sizes.items() if size <= SMALL}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout}
+    write_json(folder / MANIFEST, manifest | {"files": sizes, "sha256": hashes})
 
 
 def _point_to(final: Path) -> None:
@@ -160,26 +185,70 @@ def newest_usable(output: str | Path, report: Callable[[str], None]) -> Path | N
 
 
 def require_complete(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after checking that every file is there and has its size.
+    """Return the manifest of a checkpoint after comparing every file's size, and the contents of small files, with it.
 
     Raises:
-        CheckpointError: names the file that is missing or of another size.
+        CheckpointError: names the file that is missing or is not the one that was written.
     """
     file = folder / MANIFEST
     hint = "the folder is not a checkpoint of a run, or not a complete one"
     manifest = read_json(file, FORMAT, hint, CheckpointError)
     try:
-        files, step = dict(manifest["files"]), int(manifest["step"])
+        files, step, hashes = dict(manifest["files"]), int(manifest["step"]), dict(manifest.get("sha256", {}))
+        if (
+            step < 0
+            or not isinstance(manifest["layout"], dict | None)
+            or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+        ):
+            raise ValueError("it names a step or a file that no checkpoint has")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
     for name, size in files.items():
-        path = folder / name
+        _require_same(folder, name, size, hashes.get(name))
+    return manifest | {"step": step}
+
+
+def _require_same(folder: Path, name: str, size: int, sha256: str | None) -> None:
+    path = folder / name
+    hint = "; instead of editing it, override its keys" if name == CONFIG else ""
+    try:
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
         actual = path.stat().st_size
         if actual != size:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {actual} bytes, written were {size}")
-    return manifest | {"step": step}
+            wrong = f"{name} has {actual} bytes, written were {size}"
+            raise CheckpointError(f"checkpoint {folder} is damaged: {wrong}{hint}")
+        if sha256 is not None and sha256_of(path) != sha256:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written (SHA-256){hint}")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {name} cannot be read: {error.strerror}") from error
+
+
+def require_intact(folder: Path) -> dict[str, Any]:
+    """Check a checkpoint by its manifest, without which only one of weights alone may be: merged or converted earlier.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing or is not the one that was written.
+    """
+    of_run = (folder / POSITION).exists() or (_STEP.fullmatch(folder.name) and folder.absolute().parent.name == FOLDER)
+    if of_run or (folder / MANIFEST).exists():
+        manifest = require_complete(folder)
+    else:
+        manifest = {"step": 0, "layout": None}
+        missing = [name for name in SECTIONS if f"\n{name}:" not in "\n" + _read_text(folder / CONFIG)]
+        if missing:
+            raise CheckpointError(f"{folder / CONFIG} is damaged: it is cut before {missing[0]}; {AGAIN}")
+    backend = read_json(folder / BACKEND, error=CheckpointError)
+    if backend.get("sharded_backend") != "torch_dist" or backend.keys() - BACKEND_KEYS:
+        raise CheckpointError(f"{folder / BACKEND} is damaged: it does not describe a checkpoint in torch's format")
+    return manifest
+
+
+def _read_text(path: Path) -> str:
+    return read_bytes(path, SMALL, error=CheckpointError).decode(errors="replace")
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
@@ -232,22 +301,22 @@ def find(path: str | Path) -> Path:
     """Return the checkpoint folder at `path`: the folder itself, or the current checkpoint of an output directory.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or it is damaged; names the file.
     """
     path = Path(path)
     for folder in (path, path / FOLDER):
-        if (folder / POINTER).is_file():
-            path = folder / (folder / POINTER).read_text(errors="replace").strip()
+        if os.path.isfile(folder / POINTER):  # unlike Path.is_file, false for a name that no file can have
+            name = _read_text(folder / POINTER).strip()
+            if not _STEP.fullmatch(name):
+                raise CheckpointError(f"{folder / POINTER} is damaged: it names {name!r}, not one such as step-0000100")
+            path = folder / name
             break
-    try:
-        is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint(str(path))
-    except ValueError as error:  # its JSON is damaged
-        raise CheckpointError(f"{path}/metadata.json is damaged: {error}") from error
-    if not (path / CONFIG).is_file() or not is_checkpoint:
-        raise CheckpointError(
-            f"{path} is neither a checkpoint (it would hold {CONFIG} and metadata.json) nor a run's folder with "
+    if not os.path.isfile(path / CONFIG) or not (path / BACKEND).exists():
+        raise NoCheckpointError(
+            f"{path} is neither a checkpoint (it would hold {CONFIG} and {BACKEND}) nor a run's folder with "
             f"{FOLDER}/{POINTER}"
         )
+    require_intact(path)
     return path
 
 

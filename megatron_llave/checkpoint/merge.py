@@ -70,6 +70,7 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
         write_weights(folder, cfg, embedder, groups, read)
         if (sources[0] / folders.ASSETS).is_dir():
             shutil.copytree(sources[0] / folders.ASSETS, folder / folders.ASSETS, copy_function=folders.link)
+        folders.write_manifest(folder, 0, None)
     return Path(out)
 
 

@@ -1,6 +1,7 @@
 """Weights that a run or an embedder starts from: of a checkpoint, an output directory or a Hugging Face folder."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
 from megatron_llave.models.hf.weights import fill_from_hf
 
 HF_CONFIG = "config.json"
 
-HASH_THREADS, HASH_BYTES = 8, 2**22
-"""Number of files that are hashed at the same time, and bytes of each that are in memory."""
+HASH_THREADS = 8
+"""Number of files that are hashed at the same time."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Pretrained:
         digest = hashlib.sha256()
         try:
             with ThreadPoolExecutor(HASH_THREADS) as pool:
-                for path, file_digest in zip(files, pool.map(_hash, files)):
+                for path, file_digest in zip(files, pool.map(sha256_of, files)):
                     digest.update(f"{path.relative_to(self.folder)} {file_digest}\n".encode())
         except OSError as error:
             why = f"{error.strerror}; is a run removing it?"
@@ -107,14 +109,6 @@ class Pretrained:
         return replace(model, language=replace(model.language, vocab_size=stored.language.vocab_size))
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def find_pretrained(path: str | Path) -> Pretrained:
     """Find the weights at `path`.
 
@@ -122,10 +116,10 @@ def find_pretrained(path: str | Path) -> Pretrained:
         CheckpointError: `path` is neither a checkpoint, nor an output directory, nor an HF folder of a known model.
     """
     path = Path(path)
-    if (path / HF_CONFIG).is_file():
+    if os.path.isfile(path / HF_CONFIG):  # unlike Path.is_file, false for a name that no file can have
         return Pretrained(path, read_hf_config(path).run, is_hf=True)
     try:
         folder = folders.find(path)
-    except CheckpointError as error:
+    except folders.NoCheckpointError as error:
         raise CheckpointError(f"{error}; a Hugging Face folder would hold {HF_CONFIG}") from error
     return Pretrained(folder, load_config(folder / folders.CONFIG, leave_out=["parallel"]), is_hf=False)

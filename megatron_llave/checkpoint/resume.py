@@ -22,7 +22,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.pipeline import steps_of_epochs
 from megatron_llave.data.tokenizer import find_tokenizer
 from megatron_llave.distributed.collectives import from_first_rank
-from megatron_llave.errors import ConfigError, require
+from megatron_llave.errors import CheckpointError, ConfigError, require
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
         return None
     if resume != AUTO:
         folder = folders.find(resume)
-        folders.require_complete(folder)
+        if folders.require_complete(folder)["layout"] is None:
+            hint = "start a new run from it with checkpoint.init"
+            raise CheckpointError(f"checkpoint {folder} holds weights alone, which no run can resume from; {hint}")
         for left in folders.abandon_later(output, folder):
             logger.warning("going back to %s: the later %s is now %s", folder, left.stem, left)
         return folder
@@ -97,8 +99,8 @@ def resume(state: TrainingState, folder: Path, cfg: RunConfig) -> int:
     Raises:
         CheckpointError: the checkpoint is of another model, or cannot be loaded.
     """
-    changed = folders.require_same_run(folder, cfg)
     manifest = folders.require_complete(folder)
+    changed = folders.require_same_run(folder, cfg)
     if changed and dist.get_rank() == 0:
         logger.warning("since checkpoint %s changed: %s", folder, "; ".join(changed))
     is_same_layout = manifest["layout"] == layout(state.groups, cfg)

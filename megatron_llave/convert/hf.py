@@ -66,6 +66,7 @@ def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollectio
     with whole_folder(out, "checkpoint") as folder:
         write_weights(folder, cfg, embedder, groups, read)
         keep_assets(weights, folder / folders.ASSETS)
+        folders.write_manifest(folder, 0, None)
     return Path(out)
 
 

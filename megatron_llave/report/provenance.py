@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llave import __version__
-from megatron_llave.checkpoint.folders import require_complete
+from megatron_llave.checkpoint.folders import require_intact
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
 from megatron_llave.models import family_of
@@ -39,7 +39,7 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
     assert model.source is not None
     cfg, source = model.cfg, model.source
     parameters = count_parameters(model)
-    step = None if source.is_hf else require_complete(source.folder)["step"]
+    step = None if source.is_hf else require_intact(source.folder)["step"]
     digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()[:FINGERPRINT]
     about = {
         "checkpoint": str(source.folder),

@@ -59,8 +59,8 @@ def checkpoint(groups: ProcessGroupCollection, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint to do harm to."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    """A copy of the checkpoint to do harm to, without the checksums, which who does harm would bring along."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json")))
 
 
 def load(folder: Path, out: Path, groups: ProcessGroupCollection) -> None:
@@ -236,6 +236,15 @@ def test_a_changed_value_is_noticed(folder: Path, groups) -> None:
         with pytest.raises(CheckpointError, match=f"{DATA}.* is damaged: Bad CRC-32"):
             tool(folder, folder.parent / "out", groups)
     assert index.fqn
+
+
+def test_every_tool_checks_the_manifest(checkpoint: Path, tmp_path: Path, groups) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text[: text.index("prompt:")])
+    for tool in TOOLS.values():
+        with pytest.raises(CheckpointError, match="config.yaml has .* bytes, written were"):
+            tool(folder, tmp_path / "out", groups)
 
 
 @pytest.mark.parametrize(

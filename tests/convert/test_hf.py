@@ -269,6 +269,9 @@ def test_inspect_says_what_a_checkpoint_lacks(imported, groups, tmp_path: Path, 
     shutil.rmtree(folder / "assets")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("ffn_hidden_size: 128", "ffn_hidden_size: 64"))
+    with pytest.raises(CheckpointError, match="is damaged: assets/config.json is missing$"):
+        inspect(folder, groups)
+    (folder / "manifest.json").unlink()  # as checkpoints that were converted before manifests were
     assert inspect(folder, groups) == 1
     assert "wrong shape: language.decoder.layers.mlp.linear_fc1.weight [4, 256, 64]" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="linear_fc1.weight has shape"):
@@ -280,9 +283,13 @@ def test_damaged_checkpoint_is_named_and_leaves_no_export(imported, groups, tmp_
     folder = shutil.copytree(imported["llava_qwen"], tmp_path / "checkpoint")
     data = (folder / "__0_0.distcp").read_bytes()
     (folder / "__0_0.distcp").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=f"checkpoint {folder} cannot be loaded"):
+    with pytest.raises(CheckpointError, match=f"checkpoint {folder} is damaged: __0_0.distcp has"):
         export(folder, tmp_path / "out", groups)
+    shutil.copy(imported["llava_qwen"] / "__0_0.distcp", folder)
     (folder / "assets" / "unused.safetensors").write_bytes(b"\x01")
+    with pytest.raises(CheckpointError, match="assets/unused.safetensors has 1 bytes"):
+        export(folder, tmp_path / "out", groups)
+    (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=f"{folder}/assets is damaged"):
         export(folder, tmp_path / "out", groups)
     assert not list(tmp_path.glob("out*"))
