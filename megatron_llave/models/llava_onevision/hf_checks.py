@@ -11,7 +11,6 @@ video_processing_llava_onevision.py (4.45 to 5.x).
 import math
 import re
 from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ MEAN, STD, BICUBIC = 0.5, 0.5, 3
 MISSING = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "size": 384,
-    "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows, columns in product(range(1, 7), repeat=2)],
 }
-"""What transformers' LlavaOnevisionImageProcessor takes for a missing key, where that is not what is run."""
+"""What transformers' LlavaOnevisionImageProcessor takes for a missing key, where that is not what is run.
+
+Its values for missing sizes and grids (384 pixels) say nothing about a model whose config.json has others."""
 
 # Key -> (value of a missing key, the only value that is run).
 STEPS = {

@@ -132,8 +132,6 @@ def test_contradictions_are_refused_with_file_and_key(layout: str, name: str, ch
         (IMAGES, {"image_grid_pinpoints": PINPOINTS[::-1]}),
         (IMAGES, {"image_mean": None}),
         (IMAGES, {"image_std": None}),
-        (IMAGES, {"size": None}),
-        (IMAGES, {"image_grid_pinpoints": None}),
         (PROCESSOR, {"vision_aspect_ratio": "anyres_max_4"}),
         ("config.json", {"image_token_index": 510}),
     ],
@@ -150,8 +148,6 @@ def test_what_transformers_would_take_in_its_own_layout(name: str, change: dict,
 def test_a_missing_key_is_what_transformers_takes_for_it() -> None:
     theirs, missing = LlavaOnevisionImageProcessorPil(), hf_checks.MISSING
     assert list(theirs.image_mean) == missing["image_mean"] and list(theirs.image_std) == missing["image_std"]
-    assert theirs.image_grid_pinpoints == missing["image_grid_pinpoints"]
-    assert theirs.size["height"] == theirs.size["width"] == missing["size"]
     assert all(getattr(theirs, key) == default for key, (default, _) in hf_checks.STEPS.items())
     assert theirs.resample == hf_checks.BICUBIC and theirs.rescale_factor == 1 / 255
 
