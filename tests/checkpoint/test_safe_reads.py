@@ -207,11 +207,8 @@ def test_canary_inside_an_fp8_state_is_refused(folder: Path, groups, monkeypatch
     data = pickle.dumps({"recipe": None, "scale_fwd": state})
     monkeypatch.chdir(folder.parent)
     into_state(as_te_writes(data))(folder)
-    for tool in TOOLS.values():
-        with pytest.raises(
-            CheckpointError, match="is refused: it holds (posix.mkdir|torch._tensor._rebuild_from_type)"
-        ):
-            tool(folder, folder.parent / "out", groups)
+    with pytest.raises(CheckpointError, match="is refused: it holds (posix.mkdir|torch._tensor._rebuild_from_type)"):
+        load(folder, folder, groups)
     assert not Path("sung").exists()
     parameter = torch.ones(3)
     parameter.mark = 1  # with an attribute, whose pickle has the same two functions in their right places
