@@ -37,7 +37,8 @@ def runs(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """The same three steps at two layouts."""
     folder = tmp_path_factory.mktemp("runs")
     for name, (world, layout) in LAYOUTS.items():
-        run_ranks(world, TRAIN, f"data.path={openmoji_data}", f"train.output={folder / name}", *SHORT, *layout)
+        told = run_ranks(world, TRAIN, f"data.path={openmoji_data}", f"train.output={folder / name}", *SHORT, *layout)
+        (folder / f"{name}.txt").write_text(told)
     return {name: folder / name for name in LAYOUTS}
 
 
@@ -47,6 +48,15 @@ def test_loss_is_the_same_at_another_layout(runs: dict[str, Path]) -> None:
         for key in ("loss", "gradient_norm", "positive_similarity", "hardest_negative_similarity"):
             assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
         assert (other["pairs"], other["tokens"]) == (16, one["tokens"])
+
+
+def test_a_start_says_once_what_it_is_doing(runs: dict[str, Path], openmoji_data: Path) -> None:
+    said = [f"opening the data in {openmoji_data}", "building the model with random weights of seed 0"]
+    said += ["waiting for the first batch of 16 pairs", "step 1/3 | ETA ", "step 3/3 | ETA 0:00:00"]
+    for run in runs.values():
+        text = run.with_suffix(".txt").read_text()
+        assert [text.count(line) for line in said] == [1] * len(said), text
+        assert [text.index(line) for line in said[:3]] == sorted(text.index(line) for line in said[:3])
 
 
 def test_each_step_has_the_temperature_of_the_schedule(runs: dict[str, Path]) -> None:
