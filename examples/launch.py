@@ -8,12 +8,14 @@ The number of processes is PROCS, or else the number of GPUs, or two without a G
 on each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does. Other options of torchrun
 are taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3.
 
-SIGTERM and SIGUSR1 ask the run to save and stop, through the file `stop` in its output directory. So a save may take
-longer than torchrun waits for processes that it has passed a signal on to. The exit status is then 75. A finished run
-has the status 0, any other one that of torchrun.
+SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop, through the file `stop` in its output directory. So a save may
+take longer than torchrun waits for processes that it has passed a signal on to. The exit status is then 75. A second
+Ctrl-C ends the run at once. A finished run has the status 0, any other one that of the rank that failed
+(quiet_torchrun.py), whose line or traceback comes last.
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -39,25 +41,44 @@ def main() -> int:
     file, arguments = sys.argv[1], sys.argv[2:]
     if "LOCAL_RANK" in os.environ:
         return train(file, arguments)
+    tasks, num_nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), int(os.environ.get("NNODES", 1))
+    if tasks > num_nodes:
+        hint = "use srun --ntasks-per-node=1 with NNODES, NODE_RANK and MASTER_ADDR set, or examples/slurm/train.sbatch"
+        sys.exit(f"error: srun has started this launch file {tasks} times, but NNODES is {num_nodes}; {hint}")
     # Otherwise restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", num_processes(), *nodes()]
+    torchrun = Path(__file__).with_name("quiet_torchrun.py")
+    launcher = [sys.executable, str(torchrun), "--nproc-per-node", num_processes(), *nodes()]
+    asked: set[int] = set()
 
     def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if number in asked:
+                process.kill()  # the ranks end with it, unless a save takes longer
+                os._exit(128 + number)
+            print("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once", file=sys.stderr, flush=True)
+        asked.add(number)
         with suppress(OSError):  # the run has not made its directory yet
             (run_folder(file, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, ask)
     # In a session of its own: a signal to the whole process group must reach torchrun through this process alone.
-    torchrun = subprocess.Popen([*launcher, file, *arguments], start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, lambda number, frame: torchrun.send_signal(number))
-    status = torchrun.wait()
+    options = {"start_new_session": True, "preexec_fn": end_with_parent}
+    process = subprocess.Popen([*launcher, file, *arguments], **options)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda number, frame: process.send_signal(number))
+    status = process.wait()
     if status == 0 and is_stopped(run_folder(file, arguments)):
         return EXIT_STOPPED
     return status if status >= 0 else 128 - status
+
+
+def end_with_parent() -> None:
+    """Let the kernel send this process a SIGTERM when its parent ends, however it ends."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def config_file(file: str) -> Path:

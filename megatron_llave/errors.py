@@ -1,24 +1,33 @@
 """Errors that a user can fix: each message is one line that names what is wrong and says what would be right."""
 
 import argparse
+import hashlib
+import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 SECONDS_FOR_FIRST_RANK = 10
-
-
+EXIT_USER_ERROR = 2
+_LOST = re.compile(r"onnection (closed|reset) by peer|onnection refused|Broken pipe|Socket Timeout|Timed out waiting")
+"""Errors of torch on a rank that has lost another one."""
 LONGEST_WORD = 300
 LONGEST_MESSAGE = 2000
 
 
 class UserError(ValueError):
     """Base class of the errors whose message is written for the person who started the run: one line, never endless."""
+
+    is_worth_a_restart = False
+    """Whether the same command may succeed when torchrun --max-restarts starts it again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(to_one_line(message))
@@ -74,16 +83,101 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """Wrap an entry point so that a UserError ends the process with status 2 and one line, without a traceback."""
+    """Wrap an entry point so that each end has one line, and torchrun's report names the rank that is the cause.
+
+    - A UserError ends the process with status 2 and its line, without a traceback. If the same command would fail
+      again, torchrun --max-restarts is ended too.
+    - Ctrl-C ends it with status 130.
+    - A rank that has only lost another one says so, unless torchrun ends it first because of that other rank.
+    - Any other error keeps its traceback.
+    """
     try:
         yield
     except UserError as error:
-        # Most errors occur on all ranks alike. torchrun ends the other ranks of a node when the first one has failed,
-        # so a short wait keeps them from repeating the message. An error of another rank alone is printed after it.
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _record(f"error: {error}")
+        _wait_for_first_rank()
+        if _is_first_to_say(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.is_worth_a_restart:
+            _end_launcher()
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if is_lost_rank(error):
+            _end_after_lost_rank(error)
+        _record(f"{type(error).__name__}: {one_line(error)} (its traceback is above)")
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """The text of any error in one line, or its type if it has none."""
+    return to_one_line(str(error)) or type(error).__name__
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether torch raised this because another rank has ended."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def _wait_for_first_rank() -> None:
+    """Let the first rank of this node end before the others.
+
+    Most errors occur on all ranks alike. torchrun ends the other ranks of a node when the first one has failed, which
+    keeps them from repeating the message. An error of another rank alone is printed after the wait.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training takes it for a request to save
+        time.sleep(SECONDS_FOR_FIRST_RANK)
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other rank that this torchrun has started has printed the message yet."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return True
+    said = Path(file).parents[1] / f"said-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _record(message: str) -> None:
+    """Tell torchrun the message and the time of the error in its file, in the format of torch's ErrorHandler.
+
+    torchrun takes the rank with the earliest time for the cause. It prints `py_callstack` where it has one.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def _end_launcher() -> None:
+    """Keep torchrun --max-restarts from running into the same error again: it ends when it gets a SIGTERM."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _end_after_lost_rank(error: Exception) -> NoReturn:
+    """End this rank without a traceback, after torchrun has had the time to end it because of the rank that is lost."""
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training takes it for a request to save
+        time.sleep(SECONDS_FOR_FIRST_RANK)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: rank {rank} lost another rank, which says why itself ({one_line(error)[:200]})", file=sys.stderr)
+    sys.stderr.flush()
+    for child in multiprocessing.active_children():  # they ignore the SIGTERM of torchrun
+        child.kill()
+    os._exit(1)  # an orderly end of the process groups would wait for the lost rank
 
 
 def require(ok: bool, message: str) -> None:

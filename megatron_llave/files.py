@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, JSON files, and locks on folders.
+"""Files and folders that are complete or absent, and JSON files.
 
 Whatever is not complete yet lies beside its final name, under a name that ends in `.partial`, and takes the final name
 by one rename. A file is written as `.NAME.HEX.partial`: hidden, so that no pattern for finished files matches it, and
@@ -9,7 +9,6 @@ Nothing reads a `.partial`, so what a killed process leaves costs space and noth
 """
 
 import codecs
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,40 +234,6 @@ def _strings(value: Any) -> Iterator[str]:
         elif isinstance(current, dict):
             yield from current
         waiting += _inner(current)
-
-
-@contextmanager
-def lock_folder(directory: str | Path) -> Iterator[None]:
-    """Keep other processes from writing into a folder, which is made when it is missing.
-
-    Raises:
-        DataError: the folder cannot be made or written into, or another process has locked it.
-    """
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"folder {directory} cannot be made: {error.strerror}; choose another") from error
-    try:
-        _lock(descriptor, directory)
-        try:
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise DataError(f"folder {directory} cannot be written into: {error.strerror}; choose another") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, however it ends
-    except BlockingIOError as error:
-        raise DataError(f"another process is writing into {directory}; wait for it or choose another folder") from error
-    except OSError:
-        pass  # some network file systems have no locks
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.batch import PairBatch, StepBatches
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
-from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.resume import find_checkpoint, make_folder, resume, starting_from, with_steps
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import load_config
@@ -23,13 +24,16 @@ from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset, 
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import CheckpointError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import CheckpointError, OneLineParser, UserError, exit_with_one_line, is_lost_rank, one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
+from megatron_llave.locks import lock_folder
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels
+from megatron_llave.processes import end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import (
@@ -37,13 +41,12 @@ from megatron_llave.training.fault_tolerance import (
     FiniteSteps,
     StopRequests,
     Watchdog,
-    explain_lost_ranks,
-    write_state,
 )
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
+from megatron_llave.training.run_state import RunState
 from megatron_llave.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -51,13 +54,16 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
-    parser = OneLineParser(prog="megatron_llave.train", description="Train a LLaVE embedder.")
+    about = "Train a LLaVE embedder. docs/configuration.md lists every section.key, docs/running.md explains runs."
+    parser = OneLineParser(prog="megatron_llave.train", description=about)
     parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
     parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
     parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
     args = parser.parse_intermixed_args(argv)
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
-    with exit_with_one_line(), explain_lost_ranks():
+    with exit_with_one_line():
+        end_forks_with_parent()
+        end_with_launcher()
         quiet_dependencies()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("megatron_llave").setLevel(logging.INFO)
@@ -83,9 +89,39 @@ def train(cfg: RunConfig) -> str:
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
-    cfg = with_steps(cfg)
+    with held_output(cfg) as run:
+        reason = train_in_output(with_steps(cfg), pretrained, groups, run)
+    process_groups.destroy_distributed()
+    return reason
+
+
+@contextmanager
+def held_output(cfg: RunConfig) -> Iterator[RunState]:
+    """Hold the lock of the output directory on the first rank, and let the state of the run tell how it ended.
+
+    Raises:
+        DataError: another process is writing into the output directory, or it cannot be made.
+    """
+    with ExitStack() as lock:
+        name = f"train.output={cfg.train.output}"
+        from_first_rank(lambda: lock.enter_context(lock_folder(cfg.train.output, name)))
+        run = RunState(cfg.train.output, dist.get_rank() == 0)
+        try:
+            yield run
+        except BaseException as error:
+            if isinstance(error, UserError):
+                error.is_worth_a_restart = run.has_started
+            reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else one_line(error)
+            run.fail(reason, is_lost_rank(error))
+            raise
+
+
+def train_in_output(
+    cfg: RunConfig, pretrained: Pretrained | None, groups: ProcessGroupCollection, run: RunState
+) -> str:
+    """Build the parts of the run and train, in the output directory that this run holds; returns what `train` does."""
     resumed = find_checkpoint(cfg)
-    watchdog = Watchdog(cfg.parallel.timeout_seconds)
+    watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     announce(watchdog, f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
     steps = broadcast_steps(open_data(cfg, groups, position), groups.mp, process_groups.device())
@@ -106,10 +142,9 @@ def train(cfg: RunConfig) -> str:
         logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))
     trackers = open_trackers(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
     log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, trackers)
-    reason = run_steps(cfg, state, steps, done, log, watchdog)
+    reason = run_steps(cfg, state, steps, done, log, watchdog, run)
     log.close()
     watchdog.close()
-    process_groups.destroy_distributed()
     return reason
 
 
@@ -121,7 +156,13 @@ def announce(watchdog: Watchdog, doing: str) -> None:
 
 
 def run_steps(
-    cfg: RunConfig, state: TrainingState, steps: Iterator[StepBatches], done: int, log: RunLog, watchdog: Watchdog
+    cfg: RunConfig,
+    state: TrainingState,
+    steps: Iterator[StepBatches],
+    done: int,
+    log: RunLog,
+    watchdog: Watchdog,
+    run: RunState,
 ) -> str:
     """The training loop, from step `done` + 1 to train.steps or until somebody asks the run to stop.
 
@@ -133,10 +174,10 @@ def run_steps(
     requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
     evaluate = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
-    report_state(cfg, "running" if done < last else "finished", done)
+    run.running(done)
     if done < last:
         announce(watchdog, f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
-    reason, step = "", done
+    reason, step, waited_for_save = "", done, 0.0
     for step in range(done + 1, last + 1):
         watchdog.progress(f"waiting for the data of step {step}")
         started = time.perf_counter()
@@ -146,43 +187,40 @@ def run_steps(
         config = loss_of_subset(cfg, data.batches[0].subset)
         result = train_step(state.trainable, data.batches, config, step - 1, groups, state.average, finite)
         record = collect(cfg, step, result, groups.dp, started, waited)
+        run.running(step)
         watchdog.progress(f"ending step {step}")
         reason = requests.reason()
         is_last = bool(reason) or step == last
         if is_last or is_due(step, cfg.checkpoint.interval):
             writer.save(step, state.to_save(step), data.position)
-        writer.poll(wait=is_last)
-        if is_last:
-            require_saved(cfg, writer, step, reason)
-        save_seconds = time.perf_counter() - started - record["seconds"]
+        save_seconds = waited_for_save + time.perf_counter() - started - record["seconds"]
         log.step(record | {"save_seconds": save_seconds, "bad_steps": finite.num_bad})
+        started = time.perf_counter()
+        writer.poll(wait=is_last)  # after the log: a run that is killed here and resumes must have the record
+        waited_for_save = time.perf_counter() - started
+        if is_last:
+            require_saved(cfg, writer, step)
         if evaluate is not None and (step == last or is_due(step, cfg.evaluate.interval)):
             started = time.perf_counter()
             log.evaluation(step, evaluate(), time.perf_counter() - started)
         if is_last:
-            report_state(cfg, "stopped" if step < last else "finished", step, reason)
             break
     requests.close()
-    return reason if step < last else ""
+    is_stopped = step < last
+    run.end("stopped" if is_stopped else "finished", step, reason)
+    if is_stopped and dist.get_rank() == 0:
+        logger.warning("stopped after step %d and saved: %s", step, reason)
+    return reason if is_stopped else ""
 
 
-def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int, reason: str) -> None:
+def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int) -> None:
     """Let the run fail unless the checkpoint after its last step is complete.
 
     Raises:
         CheckpointError: it is not.
     """
     if writer.last != folders.step_folder(cfg.train.output, step):
-        report_state(cfg, "failed", step, reason)
         raise CheckpointError(f"the run ends after step {step}, which is not saved; the log says why")
-
-
-def report_state(cfg: RunConfig, state: str, step: int, reason: str = "") -> None:
-    """Write the state of the run for the scripts that have started it, and warn if the run was stopped."""
-    if dist.get_rank() == 0:
-        write_state(cfg.train.output, state, step, reason)
-        if state == "stopped":
-            logger.warning("stopped after step %d and saved: %s", step, reason)
 
 
 def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[StepBuffer] | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_llave.errors import CheckpointError, DataError
-from megatron_llave.files import VERSION, atomic_write, lock_folder, read_json, whole_folder, write_json, write_text
+from megatron_llave.files import VERSION, atomic_write, read_json, whole_folder, write_json, write_text
+from megatron_llave.locks import lock_folder
 
 
 def test_two_writers_of_a_file_have_names_of_their_own(tmp_path: Path) -> None:

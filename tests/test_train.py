@@ -14,6 +14,7 @@ from megatron_llave.config.load import load_config
 from megatron_llave.data.index import Index, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.loss.schedules import temperature_at
+from megatron_llave.training.run_state import read_state
 
 pytestmark = pytest.mark.long
 
@@ -292,4 +293,5 @@ def test_last_save_that_fails_is_an_error(openmoji_data: Path, tmp_path: Path) -
     with pytest.raises(AssertionError, match="error: the run ends after step 2, which is not saved") as caught:
         run_ranks(1, TRAIN, f"data.path={openmoji_data}", f"train.output={tmp_path}", *SHORT, "train.steps=2")
     assert "exit code 2" in str(caught.value) and "could not be saved: " in str(caught.value)
-    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "failed", "step": 2, "reason": ""}
+    state = read_state(tmp_path)
+    assert (state["state"], state["step"]) == ("failed", 2) and "step 2, which is not saved" in state["reason"]

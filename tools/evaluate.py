@@ -26,6 +26,7 @@ from rich.progress import Progress, TextColumn
 import megatron_llave.evaluation.benchmarks  # noqa: F401  registers the benchmarks
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed.launcher import require_one_run
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
 from megatron_llave.errors import OneLineParser, exit_with_one_line, require
@@ -34,7 +35,7 @@ from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
 from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import Task
-from megatron_llave.files import lock_folder
+from megatron_llave.locks import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.report.provenance import describe_evaluation
 from megatron_llave.report.retrieval_report import write_retrieval_report
@@ -95,6 +96,7 @@ def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> N
 @contextmanager
 def held_output(args: argparse.Namespace) -> Iterator[None]:
     """Make and lock the folder of --out on the first rank before hours of work, so that a second evaluation fails."""
+    require_one_run(os.environ)
     find_pretrained(args.checkpoint)  # fail before a folder is made if the checkpoint is mistyped
     args.out = args.out or str(Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation"))
     with lock_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():

@@ -14,12 +14,14 @@ from rich.table import Table
 
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
-from megatron_llave.planning.plan import SMALL_PART, Plan, count_parameters, find_fit, make_plan
+from megatron_llave.planning.plan import SMALL_PART, Plan, count_parameters, find_fit, find_smallest, make_plan
 from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
+DOUBLINGS = 5
+"""How often the number of GPUs is doubled in the search for one that fits."""
 
 
 def main() -> None:
@@ -43,7 +45,12 @@ def main() -> None:
         data = [f"data.path={args.data}"] if args.data else []
         cfg = load_config(args.config, [*args.overrides, *data])
         kinds, source = pairs_of(args, cfg)
-        show(make_plan(cfg, args.gpus, kinds), kinds, source, args)
+        try:
+            plan = make_plan(cfg, args.gpus, kinds)
+        except ConfigError as error:
+            suggest(cfg, kinds, args, error)
+        else:
+            show(plan, kinds, source, args)
 
 
 def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]:
@@ -78,15 +85,49 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
         console.print(f"It fits: {need}, of {limit}.", soft_wrap=True)
         return
     console.print(f"It does not fit: {need}, but there are {limit}.", soft_wrap=True)
-    fit = find_fit(plan.cfg, args.gpus, kinds, memory)
-    if fit is None:
-        console.print("No other layout, micro batch or recomputation fits: use more GPUs, or GPUs with more memory.")
-        return
-    better, changes = fit
-    console.print(f"Fits: {' '.join(changes)}", soft_wrap=True)
-    ratio = (better.model_flops + better.extra_flops) / (plan.model_flops + plan.extra_flops)
-    then = f"{better.worst.total / GIB:.1f} GB on the fullest rank, {ratio:.2f} times the FLOPs"
-    console.print(f"Then: {then}, bubble {better.bubble:.0%}.", soft_wrap=True)
+    fit = suggest(plan.cfg, kinds, args)
+    if fit is not None:
+        ratio = (fit.model_flops + fit.extra_flops) / (plan.model_flops + plan.extra_flops)
+        console.print(f"That is {ratio:.2f} times the FLOPs, with a bubble of {fit.bubble:.0%}.", soft_wrap=True)
+
+
+def suggest(
+    cfg: RunConfig, kinds: list[Kind], args: argparse.Namespace, error: ConfigError | None = None
+) -> Plan | None:
+    """Print what fits on these GPUs, or else what comes nearest and how many GPUs it takes.
+
+    Args:
+        cfg: the configuration, which does not fit or cannot be split over these GPUs.
+        kinds: the kinds of pairs.
+        args: the command line.
+        error: why the configuration cannot be split; None: it can, but needs too much memory.
+
+    Returns:
+        The plan that fits on these GPUs, or None.
+
+    Raises:
+        ConfigError: `error`, if no other layout helps either.
+    """
+    console, memory = Console(highlight=False), args.gpu_memory * GIB
+    fit = find_fit(cfg, args.gpus, kinds, memory)
+    nearest = fit or find_smallest(cfg, args.gpus, kinds)
+    if nearest is None:
+        raise error or ConfigError(f"no parallel layout can be split over --gpus {args.gpus}")
+    if error is not None:
+        console.print(f"As configured it cannot start on {args.gpus} GPUs: {error}.", soft_wrap=True)
+    plan, overrides = nearest
+    need = f"{plan.worst.total / GIB:.1f} GB on the fullest rank"
+    console.print(f"{'Fits' if fit else 'Nearest'}: {' '.join(overrides)} ({need})", soft_wrap=True)
+    if fit is not None:
+        return plan
+    console.print("No other layout, micro batch or recomputation fits on these GPUs.")
+    for gpus in (args.gpus * 2**power for power in range(1, DOUBLINGS + 1)):
+        larger = find_fit(cfg, gpus, kinds, memory)
+        if larger is not None:
+            console.print(f"Fits on {gpus} GPUs: {' '.join(larger[1]) or 'as configured'}", soft_wrap=True)
+            return None
+    console.print("More GPUs of this size do not help: use GPUs with more memory.")
+    return None
 
 
 def parameter_table(plan: Plan) -> Table:

@@ -10,12 +10,12 @@ checkpoint stays current.
 import inspect
 import logging
 import math
-import multiprocessing
 import os
 import pickle
+import queue
 import shutil
 import signal
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,7 +36,8 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import largest_of_ranks
-from megatron_llave.training.fault_tolerance import SIGNALS
+from megatron_llave.errors import one_line
+from megatron_llave.processes import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class CheckpointWriter:
         if self._groups.dp_cp.size() > 1:  # each data-parallel rank writes a part, instead of the first one everything
             strategy = FullyParallelSaveStrategyWrapper(strategy, self._groups.dp_cp, False)
         options = {"async_sharded_save": True, "content_metadata": metadata, **_own_writer()}
-        with _hide_main_from_spawn(), _block_stop_signals():
-            filesystem_async._results_queue = filesystem_async._results_queue or _Reports()
+        filesystem_async._results_queue = _Reports()
+        with _block_stop_signals():
             request = dist_checkpointing.save(state, str(partial), strategy, **options)
         caller = TemporalAsyncCaller()
         with _block_stop_signals():
@@ -133,8 +134,12 @@ class CheckpointWriter:
             time.sleep(POLL_SECONDS)
         self._current = None
         current.caller.close()
-        failure = "a process that wrote it was killed" if has_failed else self._finalize(current)
+        failure = "a process that wrote it was killed" if has_failed else ""
+        if not failure and dist.get_rank() == 0 and not current.partial.is_dir():
+            failure = "somebody has removed it"
         if not self._agree(failure, current.partial):
+            return False
+        if not self._agree(self._finalize(current), current.partial):
             return False
         if not self._agree(self._finish(current), current.partial):
             return False
@@ -163,7 +168,7 @@ class CheckpointWriter:
             for finalize in current.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
-            return " ".join(str(folders.failure(error)).split()) if error.failures else "another rank says why"
+            return _reason(folders.failure(error), current.partial) if error.failures else "another rank says why"
         return ""
 
     def _finish(self, current: _Save) -> str:
@@ -195,10 +200,22 @@ class CheckpointWriter:
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):  # renamed meanwhile
-            total += entry.stat().st_size
+    with suppress(FileNotFoundError):  # somebody has removed the folder: the save will fail
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                total += entry.stat().st_size
     return total
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """Why a part could not be written. torch's zip writer hides the reason of the system, so try to write again."""
+    text = one_line(error)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * RESERVE_BYTES)  # beyond the reserve, which is free again
+    except OSError as cause:
+        return f"{cause.strerror} ({text})"
+    return text
 
 
 def layout(groups: ProcessGroupCollection, cfg: RunConfig) -> dict[str, int]:
@@ -218,42 +235,26 @@ def _block_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-@contextmanager
-def _hide_main_from_spawn() -> Iterator[None]:
-    """Keep processes that are spawned inside from importing the script that started this one.
-
-    megatron-core 0.16.1 and 0.19.2 make the queue through which writers report by `get_context("spawn").Manager()`
-    (dist_checkpointing/strategies/filesystem_async.py, get_write_results_queue), at the first save. A spawned process
-    imports the main script first, and with it torch, which takes seconds and is of no use to the queue. The start
-    method cannot be chosen in 0.16.1. Python's multiprocessing.spawn finds the script by these two attributes.
-    """
-    script = sys.modules["__main__"]
-    held = {name: getattr(script, name) for name in ("__spec__", "__file__") if hasattr(script, name)}
-    for name in held:
-        setattr(script, name, None)
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            setattr(script, name, value)
-
-
 class _Reports:
-    """The queue through which megatron-core's writers report, kept by a process of its own, as bytes.
+    """What the writers report to the process that has forked them, in a file in memory that they share.
 
-    It replaces megatron-core's queue, to which the writers send objects of torch: the process that keeps that one loads
-    torch, which takes 300 MB per rank and delays the first checkpoint by five seconds. Only this run's own writers fill
-    the queue, so nothing from elsewhere is unpickled.
+    It replaces megatron-core's queue, which a process of its own keeps (dist_checkpointing/strategies/
+    filesystem_async.py): starting that one delays the first checkpoint, it takes 20 to 300 MB per rank, and it outlives
+    a killed rank. Only this run's own writers fill the file, so nothing from elsewhere is unpickled.
     """
 
     def __init__(self) -> None:
-        self._kept = multiprocessing.get_context("spawn").Manager().Queue()
+        self._file = open(os.memfd_create("reports"), "w+b", buffering=0)
 
     def put(self, report: object) -> None:
-        self._kept.put(pickle.dumps(report))
+        self._file.write(pickle.dumps(report))
 
     def get_nowait(self) -> object:
-        return pickle.loads(self._kept.get_nowait())
+        self._file.seek(0)  # a fork shares the position
+        report = self._file.read()
+        if not report:
+            raise queue.Empty
+        return pickle.loads(report)
 
 
 def _own_writer() -> dict[str, str]:

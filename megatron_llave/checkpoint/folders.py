@@ -304,6 +304,8 @@ def find(path: str | Path) -> Path:
         CheckpointError: there is no checkpoint, or it is damaged; names the file.
     """
     path = Path(path)
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path} does not exist; a checkpoint or a run's output directory is wanted")
     for folder in (path, path / FOLDER):
         if os.path.isfile(folder / POINTER):  # unlike Path.is_file, false for a name that no file can have
             name = _read_text(folder / POINTER).strip()

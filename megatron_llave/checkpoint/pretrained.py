@@ -116,7 +116,9 @@ def find_pretrained(path: str | Path) -> Pretrained:
         CheckpointError: `path` is neither a checkpoint, nor an output directory, nor an HF folder of a known model.
     """
     path = Path(path)
-    if os.path.isfile(path / HF_CONFIG):  # unlike Path.is_file, false for a name that no file can have
+    if not os.path.exists(path):  # unlike those of Path, false for a name that no file can have
+        raise CheckpointError(f"{path} does not exist; name a checkpoint, an output directory or a Hugging Face folder")
+    if os.path.isfile(path / HF_CONFIG):
         return Pretrained(path, read_hf_config(path).run, is_hf=True)
     try:
         folder = folders.find(path)

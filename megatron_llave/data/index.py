@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import DataError
-from megatron_llave.files import AGAIN, VERSION, lock_folder, read_json, write_json
+from megatron_llave.files import AGAIN, VERSION, read_json, write_json
+from megatron_llave.locks import lock_folder
 
 FORMAT = "megatron_llave pairs"
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
@@ -77,7 +78,7 @@ def fill_folder(directory: str | Path, overwrite: bool) -> Iterator[None]:
     """Lock a folder while shards are written into it; the shards that an old index names are removed, and that index.
 
     Raises:
-        DataError: the folder holds an index and `overwrite` is false, or cannot be locked (files.lock_folder).
+        DataError: the folder holds an index and `overwrite` is false, or cannot be locked (locks.lock_folder).
     """
     directory = Path(directory)
     with lock_folder(directory):

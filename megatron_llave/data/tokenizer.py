@@ -17,6 +17,7 @@ import tokenizers
 
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.placeholders import MARK
+from megatron_llave.data.storage import REMOTE
 from megatron_llave.errors import DataError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -154,6 +155,8 @@ def find_tokenizer(data: DataConfig) -> Path:
     if data.tokenizer:
         return Path(data.tokenizer)
     file = tokenizer_in(Path(data.path))
+    if not REMOTE.match(str(data.path)) and not Path(data.path).exists():
+        raise DataError(f"data.path={data.path} does not exist; tools/prepare_data.py makes such a folder")
     if file is None:
         make = "set data.tokenizer, or make one with tools/prepare_data.py tokenizer"
         raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; {make}")

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
+from megatron_llave.processes import SIGNALS
+
 
 def ignore_torchrun_signals(worker: int) -> None:
-    """Ignore SIGTERM and SIGUSR1 from anybody but the parent; the `worker_init_fn` of a DataLoader.
+    """Ignore SIGTERM, SIGUSR1 and SIGINT from anybody but the parent; the `worker_init_fn` of a DataLoader.
 
-    torchrun sends these signals to all processes, but the training still needs the steps that it has asked for. The
-    parent's SIGTERM ends the worker, as before.
+    torchrun or the terminal sends these signals to all processes, but the training still needs the steps that it has
+    asked for. The parent's SIGTERM ends the worker, as before.
     """
-    signals = {signal.SIGTERM, signal.SIGUSR1}
+    signals = set(SIGNALS)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that are started from now on inherit it
 
     def obey_parent() -> None:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.distributed.launcher import require_one_run
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,12 @@ def initialize_distributed(timeout_seconds: int) -> int:
 
     The backend is NCCL with GPUs and gloo without. A collective that waits SECONDS_FOR_THE_WATCHDOG longer than
     `timeout_seconds` ends the process.
+
+    Raises:
+        ConfigError: a scheduler has started several processes, but torchrun has not joined them.
     """
     if not dist.is_initialized():
+        require_one_run(os.environ)
         if torch.cuda.is_available():
             # Must be set before the first use of the GPU: megatron-core's tensor-parallel layers need ordered launches.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

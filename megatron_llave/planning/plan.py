@@ -3,6 +3,7 @@
 Everything is computed by the formulas of flops.py and memory.py; tools/plan.py prints it.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -174,6 +175,23 @@ def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tu
     Parallel layouts are tried in the order of the number of parts they split the model into, that of the configuration
     first. Among the plans of a layout the fewest FLOPs win, then the largest micro batch. None: nothing fits.
     """
+    for plans in _plans(cfg, ranks, kinds):
+        fitting = [plan for plan in plans if plan.fits(memory)]
+        if fitting:
+            best = min(fitting, key=lambda plan: (plan.extra_flops, -plan.cfg.train.micro_batch_size))
+            return best, changes(cfg, best.cfg)
+    return None
+
+
+def find_smallest(cfg: RunConfig, ranks: int, kinds: list[Kind]) -> tuple[Plan, list[str]] | None:
+    """Return that of the plans that `find_fit` tries whose fullest rank needs least memory; None: no layout works."""
+    plans = itertools.chain.from_iterable(_plans(cfg, ranks, kinds))
+    best = min(plans, key=lambda plan: plan.worst.total, default=None)
+    return None if best is None else (best, changes(cfg, best.cfg))
+
+
+def _plans(cfg: RunConfig, ranks: int, kinds: list[Kind]) -> Iterator[list[Plan]]:
+    """Yield the possible plans of each layout."""
     for layout in _layouts(cfg.parallel, ranks):
         plans = []
         for size, recompute in _settings(cfg):
@@ -183,17 +201,18 @@ def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tu
                 plans.append(make_plan(other, ranks, kinds))
             except ConfigError:
                 continue  # the layout is impossible, or the batch cannot be divided
-        fitting = [plan for plan in plans if plan.fits(memory)]
-        if fitting:
-            best = min(fitting, key=lambda plan: (plan.extra_flops, -plan.cfg.train.micro_batch_size))
-            return best, changes(cfg, best.cfg)
-    return None
+        yield plans
 
 
 def _layouts(given: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
-    """Yield the given layout, then others with as many parts of the model, twice as many, and so on."""
+    """Yield the given layout, then others with as many parts of the model, twice as many, and so on.
+
+    If the ranks cannot be split into that many parts, the others begin with the whole model on each rank.
+    """
     yield given
     parts = given.tensor * given.pipeline
+    if ranks % parts:
+        parts = 1
     while parts <= ranks:
         for tensor in (1, 2, 4, NODE)[::-1]:
             if parts % tensor == 0 and (tensor, parts // tensor) != (given.tensor, given.pipeline):

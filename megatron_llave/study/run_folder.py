@@ -19,7 +19,7 @@ from megatron_llave.errors import CheckpointError, require
 from megatron_llave.evaluation.benchmarks.prepared import is_prepared
 from megatron_llave.files import read_json
 from megatron_llave.study.variants import START, Run
-from megatron_llave.training.fault_tolerance import STATE_FILE
+from megatron_llave.training.run_state import STATE_FILE
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PLANNED = "planned.yaml"

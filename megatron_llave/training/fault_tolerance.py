@@ -9,14 +9,13 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
@@ -27,21 +26,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.batch import PairBatch
 from megatron_llave.distributed.collectives import from_all_ranks, largest_of_ranks
 from megatron_llave.errors import DivergedError
-from megatron_llave.files import write_json
 from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.processes import SIGNALS, launcher_is_gone
 
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 """A file in the output directory that asks the run to save and stop, where signals cannot reach every rank."""
-STATE_FILE = "state.json"
-"""A file in the output directory with the state of the run, see `write_state`."""
 EXIT_STOPPED = 75
 """Exit status of a run that was stopped and saved before its last step (EX_TEMPFAIL: try again later)."""
 EXIT_HUNG = 76
 """Exit status of a rank that the watchdog has ended because some rank made no progress."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask the run to save and stop."""
+SECONDS_BETWEEN_CTRL_C = 2.0
+"""Time after which a further SIGINT is one of the user's. In a terminal, a rank gets the first one from the terminal
+and from torchrun."""
 PAIRS_NAMED = 20
 """Largest number of pairs that a message names."""
 BEATS_WATCHED = 3
@@ -50,7 +48,6 @@ GRACE = 1.5
 """Time limits after which a C thread ends a rank in which not even Python threads run."""
 STARTED = time.monotonic()
 """Approximate start of this process: most of the time before the first step comes after this import."""
-_LOST = re.compile(r"onnection (closed|reset) by peer|onnection refused|Broken pipe|Socket Timeout|Timed out waiting")
 
 
 class StopReason(Enum):
@@ -59,6 +56,8 @@ class StopReason(Enum):
     NONE = ""
     SIGTERM = "SIGTERM"
     SIGUSR1 = "SIGUSR1"
+    SIGINT = "Ctrl-C"
+    LAUNCHER = "torchrun is gone"
     TIME_LIMIT = "train.time_limit_minutes"
     STOP_FILE = f"a file {STOP_FILE!r} in train.output"
 
@@ -67,7 +66,7 @@ class StopRequests:
     """Collects requests to save and stop; all ranks learn of one at the same step."""
 
     def __init__(self, output: str | Path, time_limit_minutes: float | None) -> None:
-        """Handle SIGTERM and SIGUSR1, and delete the stop file of an earlier run.
+        """Handle SIGTERM, SIGUSR1 and SIGINT, and delete the stop file of an earlier run.
 
         Args:
             output: output directory of the run.
@@ -75,17 +74,28 @@ class StopRequests:
         """
         self._file = Path(output) / STOP_FILE
         self._end = None if time_limit_minutes is None else STARTED + 60 * time_limit_minutes
-        self._signal = StopReason.NONE
+        self._signal, self._since = StopReason.NONE, 0.0
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         if dist.get_rank() == 0:
             self._file.unlink(missing_ok=True)
 
     def _note(self, number: int, frame: object) -> None:
+        """Note a request. A second Ctrl-C ends at once; torchrun repeats the first one within a moment."""
+        is_again = number == signal.SIGINT and self._signal is StopReason.SIGINT
+        if is_again and time.monotonic() - self._since > SECONDS_BETWEEN_CTRL_C:
+            _kill_child_processes()
+            os._exit(128 + number)
+        if number == signal.SIGINT and not is_again:
+            self._since = time.monotonic()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                os.write(2, b"Ctrl-C: the run saves after this step and stops; a second Ctrl-C ends it at once\n")
         self._signal = StopReason[signal.Signals(number).name]
 
     def reason(self) -> str:
         """Why the run is to stop now, the same on all ranks; "" if it is to go on."""
         reasons, reason = list(StopReason), self._signal
+        if reason is StopReason.NONE and launcher_is_gone():
+            reason = StopReason.LAUNCHER
         if dist.get_rank() == 0 and reason is StopReason.NONE:
             if self._end is not None and time.monotonic() > self._end:
                 reason = StopReason.TIME_LIMIT
@@ -159,9 +169,9 @@ class Watchdog:
     heartbeat (its process was stopped, or its machine is gone), or else for the rank that is furthest behind.
     """
 
-    def __init__(self, seconds: float) -> None:
-        """Start the thread; a rank may do the same thing for at most `seconds`."""
-        self._seconds = seconds
+    def __init__(self, seconds: float, report: Callable[[str], None] = lambda reason: None) -> None:
+        """Start the thread; a rank may do the same thing for at most `seconds`. `report` is told why the run ends."""
+        self._seconds, self._report = seconds, report
         self._pause = min(5.0, seconds / 8)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
@@ -216,8 +226,9 @@ class Watchdog:
             slowest, silent, now, is_first = [self._rank], [], {}, False
             print(f"error: the store of the processes does not answer ({error})", file=sys.stderr)
         if is_first:
-            for rank in slowest:
-                print(self._describe(rank, now[rank], rank in silent), file=sys.stderr, flush=True)
+            lines = [self._describe(rank, now[rank], rank in silent) for rank in slowest]
+            print(*[f"error: {line}" for line in lines], sep="\n", file=sys.stderr, flush=True)
+            self._report("; ".join(lines))
         for rank in silent:
             if now[rank][3] == socket.gethostname():
                 with suppress(ProcessLookupError):
@@ -233,42 +244,10 @@ class Watchdog:
         _, _, doing, host, pid = values
         state = "does not answer: stopped or lost" if is_silent else "is the furthest behind; its stack follows"
         where = f"rank {rank} (process {pid} on {host})"
-        return f"error: no progress for {self._seconds:g} s: {where} {state}; last heard of: {doing}"
-
-
-@contextmanager
-def explain_lost_ranks() -> Iterator[None]:
-    """Print one line that another rank is lost, in place of torch's traceback of a closed connection."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _LOST.search(str(error)):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        rank = os.environ.get("RANK", "0")
-        print(f"error: rank {rank} lost another rank, which says why itself ({reason})", file=sys.stderr)
-        sys.stderr.flush()
-        _kill_child_processes()
-        os._exit(1)  # an orderly end of the process groups would wait for the lost rank
+        return f"no progress for {self._seconds:g} s: {where} {state}; last heard of: {doing}"
 
 
 def _kill_child_processes() -> None:
     """Kill the processes that read data or save, which do not react to the SIGTERM of torchrun (async_writer.py)."""
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:
-    """Write the state of a run for the scripts that have started it; a failure to write is only logged.
-
-    Args:
-        output: output directory of the run.
-        state: running, stopped, finished or failed.
-        step: steps done.
-        reason: why it was stopped, or "".
-    """
-    file = Path(output) / STATE_FILE
-    try:
-        write_json(file, {"state": state, "step": step, "reason": reason}, only_writer=True)
-    except OSError as error:
-        logger.warning("%s cannot be written: %s; the run is %s", file, error.strerror, state)

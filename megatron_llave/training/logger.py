@@ -98,6 +98,8 @@ class RunLog:
             return
         finite = {key: None if _is_broken(value) else value for key, value in record.items()}
         with self._survived():
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                self._begin_again()
             _append_line(self._file, finite)
         scalars = scalars_of(finite)
         with self._survived():
@@ -139,6 +141,14 @@ class RunLog:
             mean = sum(scores.values()) / len(scores)
             print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
 
+    def _begin_again(self) -> None:
+        """Write into a new file after somebody has removed the old one, or the whole output directory."""
+        file = self._output / LOG_FILE
+        logger.warning("%s has been removed; the run continues and begins a new one", file)
+        self._output.mkdir(parents=True, exist_ok=True)
+        self._file.close()
+        self._file = file.open("ab", buffering=0)
+
     @contextmanager
     def _survived(self) -> Iterator[None]:
         """Let a full disk cost lines of the log instead of the run."""
@@ -146,7 +156,7 @@ class RunLog:
             yield
         except OSError as error:
             if not self._has_warned:
-                reason = error.strerror
+                reason = error.strerror or error
                 logger.warning("log in %s cannot be written: %s; the run continues without it", self._output, reason)
             self._has_warned = True
 

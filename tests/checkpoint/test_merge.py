@@ -114,7 +114,7 @@ def test_other_models_tokenizers_and_damage_are_named(groups, cfg, tmp_path: Pat
     (two / "__0_0.distcp").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="two cannot be loaded"):
         merge([(one, 0.5), (two, 0.5)], tmp_path / "merged", groups)
-    with pytest.raises(CheckpointError, match="nowhere is neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist; "):
         merge([(one, 0.5), (tmp_path / "nowhere", 0.5)], tmp_path / "merged", groups)
     assert not list(tmp_path.glob("merged*"))
 

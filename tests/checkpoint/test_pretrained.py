@@ -55,9 +55,10 @@ def test_tokenizer_beside_the_weights(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(CheckpointError, match=f"{path} is neither a checkpoint .* would hold config.json"):
-            find_pretrained(path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is neither a checkpoint .* would hold config.json"):
+        find_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/nothing does not exist; name a checkpoint"):
+        find_pretrained(tmp_path / "nothing")
 
 
 def test_fingerprint_sees_every_byte_of_the_weights_and_no_folder(tmp_path: Path) -> None:

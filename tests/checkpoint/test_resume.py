@@ -22,6 +22,7 @@ from megatron_llave.checkpoint.stream import read_weights
 from megatron_llave.config.load import load_config
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.models import model_without_memory
+from megatron_llave.training.run_state import read_state
 
 pytestmark = pytest.mark.long
 
@@ -83,7 +84,7 @@ def test_killed_and_stopped_run_ends_with_the_same_weights(
     run = tmp_path / "run"
     arguments = [f"data.path={openmoji_data}", f"train.output={run}", *SHORT, "--resume", "auto"]
     assert start_and_disturb(arguments, run, 3, kill_all) != 0
-    assert json.loads((run / "state.json").read_text())["state"] == "running"
+    assert json.loads((run / "state.json").read_text())["state"] == "running" and read_state(run)["state"] == "lost"
 
     def ask_one_rank(torchrun: psutil.Process) -> None:
         # Its whole group, as torchrun passes a signal on: what reads data and what saves must not die of it.
@@ -93,7 +94,8 @@ def test_killed_and_stopped_run_ends_with_the_same_weights(
     state = json.loads((run / "state.json").read_text())
     assert (state["state"], state["reason"]) == ("stopped", "SIGTERM") and 4 <= state["step"] < STEPS
     run_ranks(2, TRAIN, *arguments)
-    assert json.loads((run / "state.json").read_text()) == {"state": "finished", "step": STEPS, "reason": ""}
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["step"], state["reason"]) == ("finished", STEPS, "")
     assert losses(run) == losses(uninterrupted)
     for mine, other in zip(weights(run), weights(uninterrupted), strict=True):
         assert torch.equal(mine, other)

@@ -8,6 +8,7 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Index, fill_folder, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import DataError
+from megatron_llave.locks import WRITER_FILE
 
 
 def prepared(folder, count=5):
@@ -119,7 +120,7 @@ def test_finished_folder_is_cleared_only_on_demand(tmp_path):
         pass
     assert read_index(tmp_path).subsets["cats"].pairs == 5
     with fill_folder(tmp_path, overwrite=True):
-        assert [path.name for path in tmp_path.iterdir()] == ["mine-000000.tar"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [WRITER_FILE, "mine-000000.tar"]
     with fill_folder(tmp_path / "fresh", overwrite=False):
         assert (tmp_path / "fresh").is_dir()
     with pytest.raises(DataError, match="mine-000000.tar.* cannot be made"):

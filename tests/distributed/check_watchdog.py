@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.training.fault_tolerance import Watchdog, explain_lost_ranks
+from megatron_llave.errors import exit_with_one_line
+from megatron_llave.training.fault_tolerance import Watchdog
 
 
 def fall_asleep() -> None:
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     process_groups.initialize_distributed(300)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # as StopRequests has it: torchrun sends one
     watchdog = Watchdog(3)
-    with explain_lost_ranks():
+    with exit_with_one_line():
         for step in range(1, 10):
             watchdog.progress(f"in step {step}")
             if step == 5 and dist.get_rank() == 1:

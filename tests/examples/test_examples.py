@@ -20,7 +20,7 @@ from examples import launch as launcher
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.training import fault_tolerance
+from megatron_llave.training import fault_tolerance, run_state
 
 pytestmark = pytest.mark.long
 
@@ -104,7 +104,7 @@ def test_procs_and_several_nodes(clone: Path, tmp_path: Path) -> None:
 def test_names_and_numbers_are_those_of_the_package() -> None:
     assert launcher.EXIT_STOPPED == fault_tolerance.EXIT_STOPPED
     assert launcher.DEFAULT_OUTPUT == RunConfig().train.output
-    assert (fault_tolerance.STOP_FILE, fault_tolerance.STATE_FILE) == ("stop", "state.json")
+    assert (fault_tolerance.STOP_FILE, run_state.STATE_FILE) == ("stop", "state.json")
 
 
 def test_folder_of_the_run_is_found_as_training_finds_it(tmp_path: Path) -> None:
@@ -196,6 +196,11 @@ def test_literal_torchrun_on_two_nodes_and_on_one_through_a_failure(openmoji_dat
     assert losses(one) == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses(two).items()}
 
 
-def test_without_weights_to_start_from_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="error: nowhere is neither a checkpoint"):
-        launch("bash", LARGE, "checkpoint.init=nowhere", f"train.output={tmp_path}", PROCS="1")
+def test_wrong_setting_is_one_line_of_one_start(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    arguments = ["checkpoint.init=nowhere", f"train.output={tmp_path / 'run'}"]
+    with started(["bash", str(LARGE), *arguments], output, PET_MAX_RESTARTS="3") as process:
+        assert process.wait(LIMIT) == 2
+    hint = "name a checkpoint, an output directory or a Hugging Face folder"
+    assert output.read_text().splitlines() == [f"error: nowhere does not exist; {hint}"]
+    assert not (tmp_path / "run").exists()

@@ -106,6 +106,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     plan.main()
 
 
+def test_tool_says_what_fits_on_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "1", "--gpu-memory", "24")
+    output = capsys.readouterr().out
+    assert "As configured it cannot start on 1 GPUs: 1 processes cannot be split into parallel.tensor=" in output
+    assert "Nearest: parallel.tensor=1 " in output and " GB on the fullest rank" in output
+    assert "Fits on " in output
+    run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "1", "--gpu-memory", "400")
+    assert "Fits: parallel.tensor=1 " in capsys.readouterr().out
+
+
 def test_tool_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "40")
     output = capsys.readouterr().out

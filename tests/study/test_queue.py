@@ -19,7 +19,7 @@ from megatron_llave.study import queue
 from megatron_llave.study.queue import run_all
 from megatron_llave.study.run_folder import Plan, commands, quoted, ranks_of, reason
 from megatron_llave.study.variants import STUDIES, Run, plan
-from megatron_llave.training.fault_tolerance import write_state
+from megatron_llave.training.run_state import write_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "studies" / "tiny.yaml"

@@ -1,6 +1,8 @@
 """tools/evaluate.py before it loads a model: what is refused at once, the folder of --out, overrides behind options."""
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from golden_model import ONEVISION
 
 from megatron_llave.errors import ConfigError
-from megatron_llave.files import lock_folder
+from megatron_llave.locks import lock_folder
 from tools import evaluate
 
 
@@ -56,13 +58,14 @@ def test_out_is_checked_before_the_model_is_loaded(call, capsys, tmp_path):
     assert f"folder {tmp_path}/file cannot be made: File exists; choose another" in capsys.readouterr().err
     with lock_folder(tmp_path / "held"):
         assert call(out=tmp_path / "held") == []
-    assert f"another process is writing into {tmp_path}/held; wait for it" in capsys.readouterr().err
+    named = f"process {os.getpid()} on {socket.gethostname()}, started "
+    assert f"another process is writing into {tmp_path}/held: {named}" in capsys.readouterr().err
     assert call(out=tmp_path / "held") != []
 
 
 def test_a_mistyped_checkpoint_leaves_no_folder(call, capsys, tmp_path):
     assert call(checkpoint=tmp_path / "nothing") == []
-    assert "nothing is neither a checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "nothing does not exist; name a checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_no_bar_where_nothing_is_counted(groups, capsys):

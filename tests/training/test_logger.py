@@ -157,6 +157,19 @@ def test_an_evaluation_without_scores_is_written_as_null(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not any(told)
 
 
+def test_removed_folder_costs_the_lines_so_far(tmp_path, caplog):
+    log = RunLog(tmp_path / "run", 0, 9, enabled=True)
+    log.step(record(1))
+    (tmp_path / "run" / LOG_FILE).unlink()
+    (tmp_path / "run").rmdir()
+    log.step(record(2))
+    log.step(record(3))
+    log.close()
+    [warning] = [one.getMessage() for one in caplog.records]
+    assert warning == f"{tmp_path}/run/{LOG_FILE} has been removed; the run continues and begins a new one"
+    assert [one["step"] for one in read_log(tmp_path / "run" / LOG_FILE)] == [2, 3]
+
+
 def test_full_disk_costs_lines_and_not_the_run(tmp_path, caplog, monkeypatch):
     log = RunLog(tmp_path, 0, 9, enabled=True)
     log.step(record(1))

@@ -1,0 +1,42 @@
+"""torchrun for the launch files: the same arguments, and one line in place of its report when a rank fails.
+
+A rank that ends with an error of the user prints one line itself, and one that crashes prints its traceback. torchrun
+would add forty lines of its own. The exit status is that of the rank that failed first, and 128 + N after signal N.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun in this process; returns the exit status."""
+    # It logs which process it ends, and which one has failed.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as logs:
+        options = run.parse_args(["--log-dir", logs, *arguments])
+        try:
+            run.run(options)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                print(f"error: rank {rank}: {failure.message}", file=sys.stderr, flush=True)
+                return 128 - failure.exitcode
+            return failure.exitcode
+        except SignalException as error:  # from a rank whose error a restart cannot mend, or from outside
+            errors = [json.loads(file.read_text()) for file in Path(logs).rglob("error.json")]
+            texts = [error["message"]["message"] for error in errors if isinstance(error["message"], dict)]
+            return EXIT_USER_ERROR if any(text.startswith("error: ") for text in texts) else 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

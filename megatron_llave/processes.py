@@ -1,0 +1,72 @@
+"""How the processes of a run end together: ranks after their launcher, and forks with the rank that has made them.
+
+Nothing of a run may go on alone after a `kill -9`. A rank cannot be told of the end of torchrun, so it looks for it. A
+fork (a process that reads data or saves) is killed by the kernel when its parent ends.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from functools import cache
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that ask a run to save and stop."""
+SECONDS_TO_SAVE = 45
+"""How long a rank may take to save after the end of its launcher."""
+EXIT_ALONE = 79
+"""Exit status of a rank that could not save in this time."""
+LOOK_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@cache
+def end_forks_with_parent() -> None:
+    """Let the kernel kill each process that is forked from now on when the process that has forked it ends.
+
+    It is for forks that are made by the main thread, since the kernel looks at the thread. It does nothing where there
+    is no Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc, parents = ctypes.CDLL(None), [0]
+
+    def note_parent() -> None:
+        parents[0] = os.getpid()
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parents[0]:  # it has ended meanwhile
+            os._exit(EXIT_ALONE)
+
+    os.register_at_fork(before=note_parent, after_in_child=tie)
+
+
+@cache
+def _launcher() -> int:
+    return os.getppid()
+
+
+def launcher_is_gone() -> bool:
+    """Whether torchrun has ended since `end_with_launcher` was called; False without torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _launcher()
+
+
+def end_with_launcher() -> None:
+    """Start a thread that ends this rank SECONDS_TO_SAVE after torchrun has ended, if it has not ended by itself."""
+    launcher = _launcher()
+
+    def watch() -> None:
+        while not launcher_is_gone():
+            time.sleep(LOOK_SECONDS)
+        if os.environ.get("LOCAL_RANK") == "0":
+            limit = f"within {SECONDS_TO_SAVE} s"
+            print(f"error: torchrun (process {launcher}) is gone; the run saves and ends {limit}", file=sys.stderr)
+            sys.stderr.flush()
+        time.sleep(SECONDS_TO_SAVE)
+        os._exit(EXIT_ALONE)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
