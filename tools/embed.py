@@ -38,7 +38,8 @@ from megatron_llave.errors import (
     OneLineParser,
     exit_with_one_line,
 )
-from megatron_llave.files import lock_folder, write_text
+from megatron_llave.files import write_text
+from megatron_llave.locks import lock_folder
 from megatron_llave.training.logger import quiet_dependencies
 
 INSTRUCTION = "<image>\nRepresent the given image."
