@@ -45,7 +45,7 @@ def test_weights_that_no_run_has_trained_have_no_initial_ones(groups, tmp_path):
     with pytest.raises(CheckpointError, match=f"{tmp_path} has no data.json, so no training run saved it; evaluate"):
         initial_model(trained(groups, tmp_path))
     model = trained(groups, tmp_path, init=tmp_path / "gone", step=1, subsets={})
-    with pytest.raises(CheckpointError, match="gone is neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="gone does not exist; name a checkpoint"):
         initial_model(model)
     model.source = Pretrained(ONEVISION, model.cfg, is_hf=True)
     with pytest.raises(CheckpointError, match="--before initial: .* no training run saved it"):
