@@ -103,12 +103,13 @@ WAYS: dict[str, Callable[[BaseProcess, random.Random], bool]] = {
 }
 
 
-def start(run: Path, data: Path) -> BaseProcess:
+def start(run: Path, data: Path, *overrides: str) -> BaseProcess:
     """Start or resume the run in `run`; its output goes to a file beside it."""
     output = run.with_suffix(".log")
     output.touch()
     config = str(ROOT / "examples" / "tiny.yaml")
-    command = [__file__, "--config", config, *SETTINGS, f"data.path={data}", f"train.output={run}", "--resume", "auto"]
+    given = [*SETTINGS, f"data.path={data}", f"train.output={run}", *overrides]
+    command = [__file__, "--config", config, *given, "--resume", "auto"]
     return fork(command, (str(output), str(output)), {"KILL_RESUME_LAUNCHES": "1"})
 
 
