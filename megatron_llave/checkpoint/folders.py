@@ -95,7 +95,7 @@ def write_manifest(folder: Path, step: int, layout: dict[str, int] | None) -> No
         step: steps that were done.
         layout: the parallel layout that a run can resume at; None: a checkpoint of weights alone.
     """
-    files = {str(path.relative_to(folder)): path for path in _files(folder)}
+    files = {str(path.relative_to(folder)): path for path in _files(folder) if path != folder / MANIFEST}
     sizes = {name: _size(path) for name, path in files.items()}
     hashes = {name: sha256_of(files[name]) for name, size in sizes.items() if size <= SMALL}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout}
@@ -332,8 +332,12 @@ def read_position(folder: Path) -> dict | None:
     if not file.is_file():
         return None
     position = read_json(file, error=CheckpointError)
-    if not {"step", "subsets"} <= position.keys():
+    step, subsets = position.get("step"), position.get("subsets")
+    well_formed = isinstance(step, int) and isinstance(subsets, dict)
+    if not well_formed or not all(isinstance(subset, dict) for subset in subsets.values()):
         raise CheckpointError(f"{file} is damaged: it does not say where the data stands")
+    if os.path.isfile(folder / MANIFEST) and step != (saved := require_complete(folder)["step"]):
+        raise CheckpointError(f"{file} is damaged: it is of step {step}, and the checkpoint of step {saved}")
     return position
 
 

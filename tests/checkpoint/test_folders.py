@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave.checkpoint.folders import find, newest_usable, write_manifest
+from megatron_llave.checkpoint.folders import find, newest_usable, read_position, write_manifest
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.config.load import config_from_dict, save_config
 from megatron_llave.errors import CheckpointError
@@ -111,6 +111,17 @@ def test_damage_in_a_checkpoint_without_checksums(run: Path, tmp_path: Path, tex
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="metadata.json"):
         find(run)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"step": 3, "subsets": []}', '{"step": 3, "subsets": {"a": 1}}', DEEP, "[]"])
+def test_damaged_position_in_the_data(run: Path, text: str) -> None:
+    folder = run / "checkpoints" / STEP
+    assert read_position(folder) == {"step": 3, "subsets": {}}
+    for damaged in (text, '{"step": 1000000000000, "subsets": {}}'):  # which would draw batches for days
+        (folder / "data.json").write_text(damaged)
+        write_manifest(folder, 3, {"tensor": 1})
+        with pytest.raises(CheckpointError, match="data.json"):
+            read_position(folder)
 
 
 def test_weights_alone_need_no_manifest_but_a_whole_configuration(tmp_path: Path) -> None:
