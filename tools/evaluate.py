@@ -110,6 +110,9 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     before = scores_before(benchmark, args, data) if is_ranked else {}
     overrides = [*benchmark.overrides(args), *args.overrides]
     model = load_model(args.checkpoint, overrides=overrides, average=args.average)
+    places = [getattr(args, name, None) for name in ("data", "queries", "corpus", "manifest")]
+    # Now, because a run that is still training may remove the checkpoint before the evaluation ends.
+    about = describe_evaluation(model, data if is_ranked else [], ", ".join(place for place in places if place))
     initial = initial_model(model) if is_ranked and args.before == INITIAL else None
     folder, identity = (args.out, model.identity()) if benchmark.is_kept else (None, {})
     with progress_bar() as progress:
@@ -119,8 +122,6 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
             before = {result.name: result.precision_at_1 for result in scored}
         embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
-    places = [getattr(args, name, None) for name in ("data", "queries", "corpus", "manifest")]
-    about = describe_evaluation(model, data if is_ranked else [], ", ".join(place for place in places if place))
     model.print_image_notes()
     lines = [] if is_ranked else done.lines
     if not is_ranked and done.examples:
