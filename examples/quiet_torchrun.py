@@ -19,8 +19,9 @@ EXIT_USER_ERROR = 2
 
 def main(arguments: list[str]) -> int:
     """Run torchrun in this process; returns the exit status."""
-    # It logs which process it ends, and which one has failed.
+    # It logs which process it ends and which one has failed, and a signal that it has got.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as logs:
         options = run.parse_args(["--log-dir", logs, *arguments])
         try:

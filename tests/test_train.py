@@ -237,7 +237,7 @@ def test_bf16_follows_fp32(runs: dict[str, Path], openmoji_data: Path, tmp_path:
 def test_output_that_cannot_be_written_is_named(openmoji_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     line = fails_with(f"data.path={openmoji_data}", f"train.output={tmp_path / 'file'}", *SHORT)
-    assert f"train.output={tmp_path / 'file'} cannot be written" in line
+    assert f"train.output={tmp_path / 'file'} cannot be made: File exists" in line
 
 
 def test_kernels_that_are_not_installed_are_named(openmoji_data: Path, tmp_path: Path) -> None:
