@@ -147,13 +147,17 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "common": (COMMON, lambda folder: torch.save({"step": 0, "optimizer": Canary()}, folder / COMMON)),
 }
 
+BY_EVERY_TOOL = {"metadata that works on", "extra state", "extra state of Transformer Engine", "tensor", "common"}
+"""One attack on each kind of file and item; the others vary the pickle, which all tools read by the same function."""
+
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_tool_runs_what_a_checkpoint_holds(folder: Path, groups, capsys, attack: str) -> None:
     file, harm = ATTACKS[attack]
     harm(folder)
     assert not Path("sung").exists()
-    for name, tool in TOOLS.items():
+    for name in TOOLS if attack in BY_EVERY_TOOL else ("load", "inspect"):
+        tool = TOOLS[name]
         with pytest.raises(CheckpointError, match=file) as error:
             tool(folder, folder.parent / "out", groups)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500, name
