@@ -6,8 +6,10 @@ Here every scalar stays the text that it is until the key says whether it is a n
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import is_dataclass
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,7 +18,7 @@ import yaml
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, require
-from megatron_llave.files import read_bytes
+from megatron_llave.files import MAX_JSON_DEPTH, read_bytes
 
 MAX_BYTES = 2**20
 """The largest configuration file that is read."""
@@ -37,14 +39,39 @@ class FromCommandLine(Plain):
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader of YAML that leaves scalars as text, and refuses a key that is given twice."""
+    """A loader of YAML that leaves scalars as text, and refuses a key that is given twice and endless aliases."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        """Begin a list or a mapping in brackets; the scanner's time grows with how deep it already is."""
+        if self.flow_level >= MAX_JSON_DEPTH:
+            problem = f"nested deeper than {MAX_JSON_DEPTH}"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Return the next node. What aliases stand for is counted here, before anything walks through all of it."""
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if is_alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands for what it is part of", mark)
+        if not is_alias:
+            pairs = isinstance(node, yaml.MappingNode)
+            inner = () if isinstance(node, yaml.ScalarNode) else chain(*node.value) if pairs else node.value
+            self._sizes[node] = 1 + sum(self._sizes[child] for child in inner)
+        if self._sizes[node] > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"there are more than {MAX_VALUES} values", mark)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Return the mapping of a node; its keys are different and plain."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, times in keys.items() if times > 1), None)
         if twice is not None or len(keys) < len(node.value):
             problem = "a key must be a word" if twice is None else f"the key {twice} is given twice"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)

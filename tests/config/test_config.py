@@ -176,8 +176,8 @@ def test_a_mapping_of_the_file_is_emptied_or_replaced_from_the_command_line(tmp_
         ("train: [1]", "train in .* must be a section with keys"),
         ("optimizer: {part_start_steps: [1]}", "must be a mapping of names"),
         ("? [1]\n: 2", "a key must be a word"),
-        ("[" * 100_000, "not valid YAML"),
-        ("{" * 100_000, "not valid YAML"),
+        ("[" * 100_000, "not valid YAML: nested deeper than 100"),
+        ("{" * 100_000, "not valid YAML: nested deeper than 100"),
         ("x" * (2**20 + 1), "more than the 1048576 that are read"),
         ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]", "unknown key a"),
     ],
@@ -193,6 +193,14 @@ def test_aliases_that_stand_for_too_much_are_refused(tmp_path: Path) -> None:
     assert len(load_config(write(tmp_path, text)).data.subsets) == 3
     nested = "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{x: *{'a' if i == 0 else f'b{i - 1}'}}}\n" for i in range(20))
     assert "unknown key" in message(write(tmp_path, nested))
+    names = "abcdefghi"
+    bomb = [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip(names, names[1:])]
+    levels = ["a: &a [x, x]", *bomb]
+    assert "more than 100000 values" in message(write(tmp_path, "\n".join(levels)))
+    overrides = ["data.subsets={" + ", ".join(levels) + "}"]
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        load_config(write(tmp_path, STEPS), overrides)
+    assert "part of" in message(write(tmp_path, "data: &a [*a]"))
     reader = TypedReader("a.yaml")
     with pytest.raises(ConfigError, match="a.yaml has more than 100000 values"):
         reader.read(list[int], [Plain("1")] * 100_001, "k")
