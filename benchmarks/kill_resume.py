@@ -42,7 +42,7 @@ SETTINGS = [
     *("model.language.num_layers=1", "model.language.num_heads=4", "model.language.num_kv_heads=2"),
     *("model.language.ffn_hidden_size=128", f"train.steps={STEPS}", "train.global_batch_size=8"),
     *("optimizer.warmup_steps=2", "checkpoint.interval=2", "data.workers=1", "log.interval=0"),
-    *("parallel.timeout_seconds=30",),
+    *("parallel.timeout_seconds=120",),
 ]
 
 
