@@ -44,7 +44,7 @@ from megatron_llave.embedding.cache import EmbeddingCache  # noqa: E402
 from megatron_llave.embedding.embedder import load_model  # noqa: E402
 from megatron_llave.embedding.inputs import Input, Inputs  # noqa: E402
 from megatron_llave.embedding.jsonl import read_lines  # noqa: E402
-from megatron_llave.errors import LONGEST_MESSAGE, DataError, UserError  # noqa: E402
+from megatron_llave.errors import LONGEST_MESSAGE, DataError, UserError, to_one_line  # noqa: E402
 from megatron_llave.evaluation.benchmarks.corpus import read_retrieval  # noqa: E402
 from megatron_llave.evaluation.benchmarks.mmeb import read_task as read_mmeb  # noqa: E402
 from megatron_llave.evaluation.benchmarks.prepared import (  # noqa: E402
@@ -150,13 +150,13 @@ def limited(seconds: int) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Slow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time, because a busy machine is no fault of a reader
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run(name: str, count: int, folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> Counter[str]:
@@ -189,7 +189,7 @@ def read_damaged(reader: Reader, folder: Path, right: Any) -> tuple[str, str]:
             found = reader.read(folder)
     except UserError as error:
         message = str(error)
-        is_line = "\n" not in message and len(message) <= LONGEST_MESSAGE and message.isprintable()
+        is_line = message == to_one_line(message) and len(message) <= LONGEST_MESSAGE
         return ("refused", message) if is_line else ("not one line", message)
     except Slow:
         return "hang", ""

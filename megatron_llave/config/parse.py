@@ -161,6 +161,7 @@ class TypedReader:
         require(self.count <= MAX_VALUES, f"{self.source} has more than {MAX_VALUES} values")
         is_reference = isinstance(value, str) and "${" in value
         require(not is_reference, f"{key}={value}: ${{...}} is not resolved; write the value")
+        require(not (isinstance(value, str) and "\0" in value), f"{key}={value!r} holds a NUL, which is no character")
         require(value != "???", f"{key}=??? is no value; leave the key out for its default")
         origin, arguments = get_origin(hint), get_args(hint)
         if origin in (Union, UnionType):

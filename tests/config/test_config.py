@@ -84,6 +84,7 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("parallel.sequence=1", ["parallel.sequence=1 must be true or false"]),
         ("train.steps=???", ["train.steps=??? is no value"]),
         ("train.output=???", ["train.output=??? is no value"]),
+        ("train.output=a\0b", ["train.output=", "holds a NUL"]),
         ("train.output=${oc.env:HOME}", ["train.output=${oc.env:HOME}", "is not resolved"]),
         ("model.preset=${oc.env:NOPE}", ["model.preset=${oc.env:NOPE}", "is not resolved"]),
         ("data.subsets={a: {weight: '${train.seed}'}}", ["data.subsets=", "is not resolved"]),
