@@ -109,7 +109,7 @@ def test_missing_or_damaged_files(tmp_path):
     tar.write_bytes(whole[:2048])
     with pytest.raises(DataError, match="inputs-000000.tar is truncated or changed: 2048 bytes"):
         read_evaluation(tmp_path)
-    edit(tmp_path, lambda value: value["inputs"][0].update(bytes=2048))
+    edit(tmp_path, lambda value: value["inputs"][0].update(bytes=2048, pairs=2))
     with pytest.raises(DataError, match="inputs-000000.tar is truncated"):
         read_evaluation(tmp_path)
     tar.unlink()
