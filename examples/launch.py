@@ -25,7 +25,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 EXIT_STOPPED = 75
 DEFAULT_OUTPUT = "runs/default"
@@ -132,9 +132,11 @@ def run_folder(file: str, arguments: list[str]) -> Path:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config", default=config_file(file))
     known, rest = parser.parse_known_args(arguments)
-    overrides = [word for word in rest if word.startswith("train.output=")]
-    cfg = OmegaConf.merge(OmegaConf.load(known.config), OmegaConf.from_dotlist(overrides))
-    return Path(OmegaConf.select(cfg, "train.output") or DEFAULT_OUTPUT)
+    given = [word.removeprefix("train.output=").strip() for word in rest if word.startswith("train.output=")]
+    if given:  # a text arrives as it stands, unless it is in quotes
+        return Path(yaml.safe_load(given[-1]) if given[-1][:1] in ("'", '"') else given[-1])
+    written = yaml.load(Path(known.config).read_text(), yaml.BaseLoader)
+    return Path((written.get("train") or {}).get("output") or DEFAULT_OUTPUT)
 
 
 def is_stopped(output: Path) -> bool:

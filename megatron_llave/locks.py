@@ -33,6 +33,7 @@ from typing import Any
 import psutil
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +201,9 @@ def _fill(descriptor: int, record: dict[str, Any]) -> None:
 def _read(directory: Path) -> dict[str, Any]:
     """The record of the writer; an empty one if it is damaged or missing."""
     try:
-        record = json.loads((directory / WRITER_FILE).read_bytes())
-    except (OSError, ValueError):
+        return read_json(directory / WRITER_FILE)
+    except DataError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _keep(directory: Path, record: dict[str, Any], ended: threading.Event) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -24,11 +23,9 @@ from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset, 
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import CheckpointError, OneLineParser, UserError, exit_with_one_line, is_lost_rank, one_line
+from megatron_llave.errors import CheckpointError, OneLineParser, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
-from megatron_llave.locks import lock_folder
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
@@ -36,17 +33,12 @@ from megatron_llave.models.blocks.kernels import describe_kernels
 from megatron_llave.processes import end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
-from megatron_llave.training.fault_tolerance import (
-    EXIT_STOPPED,
-    FiniteSteps,
-    StopRequests,
-    Watchdog,
-)
+from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
-from megatron_llave.training.run_state import RunState
+from megatron_llave.training.run_state import RunState, held_output
 from megatron_llave.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -89,31 +81,10 @@ def train(cfg: RunConfig) -> str:
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
-    with held_output(cfg) as run:
+    with held_output(cfg.train.output) as run:
         reason = train_in_output(with_steps(cfg), pretrained, groups, run)
     process_groups.destroy_distributed()
     return reason
-
-
-@contextmanager
-def held_output(cfg: RunConfig) -> Iterator[RunState]:
-    """Hold the lock of the output directory on the first rank, and let the state of the run tell how it ended.
-
-    Raises:
-        DataError: another process is writing into the output directory, or it cannot be made.
-    """
-    with ExitStack() as lock:
-        name = f"train.output={cfg.train.output}"
-        from_first_rank(lambda: lock.enter_context(lock_folder(cfg.train.output, name)))
-        run = RunState(cfg.train.output, dist.get_rank() == 0)
-        try:
-            yield run
-        except BaseException as error:
-            if isinstance(error, UserError):
-                error.is_worth_a_restart = run.has_started
-            reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else one_line(error)
-            run.fail(reason, is_lost_rank(error))
-            raise
 
 
 def train_in_output(
@@ -122,19 +93,19 @@ def train_in_output(
     """Build the parts of the run and train, in the output directory that this run holds; returns what `train` does."""
     resumed = find_checkpoint(cfg)
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
-    announce(watchdog, f"opening the data in {cfg.data.path}")
+    watchdog.announce(f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
     steps = broadcast_steps(open_data(cfg, groups, position), groups.mp, process_groups.device())
     is_new = pretrained is None and resumed is None
-    announce(watchdog, f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
+    watchdog.announce(f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
     if pretrained is not None and resumed is None:
-        announce(watchdog, f"loading {cfg.checkpoint.init}")
+        watchdog.announce(f"loading {cfg.checkpoint.init}")
         pretrained.load(chunks, groups)
     watchdog.progress("building the optimizer")
     average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
-    announce(watchdog, f"loading {resumed}" if resumed else f"making the output directory {cfg.train.output}")
+    watchdog.announce(f"loading {resumed}" if resumed else f"making the output directory {cfg.train.output}")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
     is_reporting = process_groups.is_reporting_rank(groups)
@@ -146,13 +117,6 @@ def train_in_output(
     log.close()
     watchdog.close()
     return reason
-
-
-def announce(watchdog: Watchdog, doing: str) -> None:
-    """Tell the watchdog, and on the first rank the user, what is done before the first step, which may take long."""
-    watchdog.progress(doing)
-    if dist.get_rank() == 0:
-        logger.info("%s", doing)
 
 
 def run_steps(
@@ -176,7 +140,7 @@ def run_steps(
     evaluate = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
     run.running(done)
     if done < last:
-        announce(watchdog, f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
+        watchdog.announce(f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
     reason, step, waited_for_save = "", done, 0.0
     for step in range(done + 1, last + 1):
         watchdog.progress(f"waiting for the data of step {step}")

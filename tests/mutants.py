@@ -43,7 +43,7 @@ from megatron_llave.data.storage import Storage  # noqa: E402
 from megatron_llave.embedding.cache import EmbeddingCache  # noqa: E402
 from megatron_llave.embedding.embedder import load_model  # noqa: E402
 from megatron_llave.embedding.inputs import Input, Inputs  # noqa: E402
-from megatron_llave.embedding.jsonl import read_lines  # noqa: E402
+from megatron_llave.embedding.jsonl import read_inputs  # noqa: E402
 from megatron_llave.errors import LONGEST_MESSAGE, DataError, UserError, to_one_line  # noqa: E402
 from megatron_llave.evaluation.benchmarks.corpus import read_retrieval  # noqa: E402
 from megatron_llave.evaluation.benchmarks.mmeb import read_task as read_mmeb  # noqa: E402
@@ -345,7 +345,9 @@ READERS = {
     "configuration": Reader(make_config, "*", read_config),
     "hf": Reader(make_hf, "*", read_hf),
     "checkpoint": Reader(make_checkpoint, "*", lambda folder: embed(folder / "checkpoint")),
-    "jsonl": Reader(make_lines, "*", lambda f: (list(read_lines(f / "items.jsonl")), check_lines([f / "pairs.jsonl"]))),
+    "jsonl": Reader(
+        make_lines, "*", lambda f: (list(read_inputs(f / "items.jsonl")), check_lines([f / "pairs.jsonl"]))
+    ),
     "parquet": Reader(make_parquet, "*.parquet", lambda f: read_mmeb(f, f, "VOC2007").digest),
     "qrels": Reader(make_qrels, "*", read_qrels),
     "store": Reader(make_store, "*", read_store, all_in),

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -143,8 +142,12 @@ def safe_reads() -> Iterator[None]:
 
     They raise a CheckpointError for a pickle that could run code and for values that were changed.
     """
-    with patch.object(torch, "load", _safe_load), patch.object(FileSystemReader, "read_metadata", _read_metadata):
+    held = torch.load, FileSystemReader.read_metadata
+    torch.load, FileSystemReader.read_metadata = _safe_load, _read_metadata
+    try:
         yield
+    finally:
+        torch.load, FileSystemReader.read_metadata = held
 
 
 def _read_metadata(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:

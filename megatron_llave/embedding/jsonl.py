@@ -12,7 +12,7 @@ from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import DataError
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, Input]]:
+def read_inputs(path: str | Path) -> Iterator[tuple[int, Input]]:
     """Yield the number of each line that is not blank, and its input; image files are relative to the file's folder.
 
     A file that does not lie in that folder keeps its whole path.
@@ -37,9 +37,9 @@ def read_blocks(path: str | Path, size: int) -> Iterator[Inputs]:
     """Yield the file's inputs, `size` at a time, so that memory does not grow with the file; keys begin with FILE:LINE.
 
     Raises:
-        DataError: as `read_lines` does.
+        DataError: as `read_inputs` does.
     """
-    lines, first = read_lines(path), 0
+    lines, first = read_inputs(path), 0
     while block := list(islice(lines, size)):
         numbers, entries = zip(*block)
         hint = f"they start from the folder of {path}"

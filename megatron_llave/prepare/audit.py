@@ -3,7 +3,6 @@
 inspect reads the JSON of the samples and decodes no image; verify reads every byte and decodes every image.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -26,8 +25,8 @@ from megatron_llave.data.shards import unpack_json, unpack_pair
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.files import AGAIN, parse_json, read_lines
-from megatron_llave.planning.pair_lengths import CHUNK, Sizes, TokenCounter, read_descriptions, sample_shards
+from megatron_llave.files import AGAIN, parse_json, read_lines, sha256_of
+from megatron_llave.planning.pair_lengths import Sizes, TokenCounter, read_descriptions, sample_shards
 from megatron_llave.prepare.shard_jobs import JOBS_PER_WORKER, NOTICED, REPORT_FILE, Progress
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
@@ -236,13 +235,10 @@ def _shard_problems(
         if not path.is_file():
             return
     try:
+        digest = sha256_of(path)
+        if digest != shard.sha256:
+            yield f"shard {path}: its sha256 is {digest}, the index says {shard.sha256}; {AGAIN}"
         with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-            if digest.hexdigest() != shard.sha256:
-                yield f"shard {path}: its sha256 is {digest.hexdigest()}, the index says {shard.sha256}; {AGAIN}"
-            file.seek(0)
             samples = find_samples(file, path)
             if len(samples) != shard.pairs:
                 yield f"shard {path} holds {len(samples)} pairs, the index says {shard.pairs}; {AGAIN}"

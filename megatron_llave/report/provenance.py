@@ -18,6 +18,7 @@ from megatron_llave.checkpoint.folders import require_intact
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
 from megatron_llave.models import family_of
+from megatron_llave.planning.plan import count_parameters
 from megatron_llave.report.html_page import Section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ FINGERPRINT = 16
 
 
 def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) -> dict[str, Any]:
-    """What a report says about its evaluation, by name; every rank must call it.
+    """What a report says about its evaluation, by name.
 
     Args:
         model: the model that was evaluated, as `load_model` returns it.
@@ -38,7 +39,7 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
     """
     assert model.source is not None
     cfg, source = model.cfg, model.source
-    parameters = count_parameters(model)
+    parameters = sum(count_parameters(cfg.model).values())
     step = None if source.is_hf else require_intact(source.folder)["step"]
     digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()[:FINGERPRINT]
     about = {
@@ -75,19 +76,6 @@ def about_section(about: Mapping[str, Any]) -> Section:
     """The section of a report that says all of it."""
     rows = [(name, "none" if value is None else str(value)) for name, value in about.items()]
     return Section("About this evaluation", "", ("what", "value"), rows)
-
-
-def count_parameters(model: LoadedModel) -> int:
-    """Number of parameters of the complete model, with its vocabulary padded for tensor parallelism."""
-    groups = model.groups
-    count = 0
-    for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            is_split = getattr(parameter, "tensor_model_parallel", False)
-            count += parameter.numel() * (groups.tp.size() if is_split else 1)
-    total = torch.tensor(count, dtype=torch.int64, device=next(model.chunks[0].parameters()).device)
-    dist.all_reduce(total, group=groups.pp)
-    return int(total)
 
 
 def commit(root: Path) -> str:

@@ -189,6 +189,12 @@ class Watchdog:
         self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
         faulthandler.dump_traceback_later(GRACE * self._seconds, exit=True)
 
+    def announce(self, doing: str) -> None:
+        """Note it, and tell the user on the first rank: for what is done before the first step and may take long."""
+        self.progress(doing)
+        if dist.get_rank() == 0:
+            logger.info("%s", doing)
+
     def close(self) -> None:
         """Stop the thread."""
         faulthandler.cancel_dump_traceback_later()

@@ -13,12 +13,17 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.errors import DataError
+import torch.distributed as dist
+
+from megatron_llave.distributed.collectives import from_first_rank
+from megatron_llave.errors import DataError, UserError, is_lost_rank, one_line
 from megatron_llave.files import read_json, write_json
-from megatron_llave.locks import is_locked
+from megatron_llave.locks import is_locked, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +82,27 @@ class RunState:
                 file = self._output / STATE_FILE
                 logger.warning("%s cannot be written: %s; the run is %s", file, error.strerror or error, state)
             self._has_warned = True
+
+
+@contextmanager
+def held_output(output: str) -> Iterator[RunState]:
+    """Hold the lock of the output directory on the first rank, and let the state of the run tell how it ended.
+
+    Raises:
+        DataError: another process is writing into the output directory, or it cannot be made.
+    """
+    with ExitStack() as lock:
+        name = f"train.output={output}"
+        from_first_rank(lambda: lock.enter_context(lock_folder(output, name)))
+        run = RunState(output, dist.get_rank() == 0)
+        try:
+            yield run
+        except BaseException as error:
+            if isinstance(error, UserError):
+                error.is_worth_a_restart = run.has_started
+            reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else one_line(error)
+            run.fail(reason, is_lost_rank(error))
+            raise
 
 
 def write_state(output: str | Path, state: str, step: int, reason: str = "") -> None:

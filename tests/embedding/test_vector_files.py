@@ -11,7 +11,7 @@ import torch
 
 from megatron_llave.embedding.cache import EmbeddingCache
 from megatron_llave.embedding.inputs import Input, Inputs
-from megatron_llave.embedding.jsonl import count_inputs, read_blocks, read_lines
+from megatron_llave.embedding.jsonl import count_inputs, read_blocks, read_inputs
 from megatron_llave.embedding.vector_files import embedding_file
 from megatron_llave.errors import DataError
 
@@ -50,7 +50,7 @@ def test_blank_lines_do_not_count_and_numbers_are_those_of_the_file(tmp_path: Pa
 
 def test_both_spellings_of_images_are_one(tmp_path: Path) -> None:
     spellings = {"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}, {"images": "a.png"}
-    inputs = [line for _, line in read_lines(write(tmp_path, *spellings))]
+    inputs = [line for _, line in read_inputs(write(tmp_path, *spellings))]
     assert inputs == [Input("", ("a.png",))] * 4
 
 

@@ -115,6 +115,10 @@ def test_folder_of_the_run_is_found_as_training_finds_it(tmp_path: Path) -> None
     other.write_text("model: {preset: tiny}\n")
     assert folder("--resume", "auto", "loss.alpha=1") == load_config(EXAMPLES / "7b.yaml").train.output
     assert folder("train.output=a", "--resume", "auto", "train.output=b c") == "b c"
+    for text in ("1e3", "010", "12:30:45", '"a b"', "a # b"):
+        assert (
+            folder(f"train.output={text}") == load_config(EXAMPLES / "tiny.yaml", [f"train.output={text}"]).train.output
+        )
     assert folder("--config", str(other)) == launcher.DEFAULT_OUTPUT
 
 

@@ -17,17 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_llave import files
 from megatron_llave.batch import Side
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.inputs import Inputs
-from megatron_llave.embedding.jsonl import read_lines
+from megatron_llave.embedding.jsonl import read_inputs
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, comma_list
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX, chance_scores, parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
-from megatron_llave.files import atomic_write, write_json
+from megatron_llave.files import atomic_write, read_lines, write_json
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
@@ -100,7 +99,7 @@ def _judge_equal_ids(
 def read_collection(path: str | Path, name: str) -> Collection:
     """Read the inputs of a JSONL file under the name `name`; raises as read_retrieval does."""
     path, entries, ids = Path(path), [], {}
-    for number, line in read_lines(path):
+    for number, line in read_inputs(path):
         if line.id in ids:
             raise DataError(f"{path}:{number}: id {line.id!r} is that of line {ids[line.id]} too; ids must be unique")
         if not line.id or len(line.id.split()) != 1:
@@ -116,7 +115,7 @@ def read_judgements(path: str | Path, queries: Collection, corpus: Collection) -
     """Read query id -> candidate id -> grade; raises as read_retrieval does."""
     known = [(set(queries.ids), "query"), (set(corpus.ids), "candidate")]
     judgements: dict[str, dict[str, int]] = {}
-    for number, raw in files.read_lines(path):
+    for number, raw in read_lines(path):
         try:
             line = raw.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -166,7 +165,7 @@ def queries_under_another_id(data: RetrievalData) -> list[str]:
 
 def evaluate_retrieval(
     embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int], same_id: str = "leave_out"
-) -> dict[str, float]:
+) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Embed the missing inputs, search and score; the first rank writes scores.json and ranking.trec.
 
     Equal similarities are ranked in the order of the corpus.
@@ -180,19 +179,12 @@ def evaluate_retrieval(
             ranks it. A query whose judgements say that it is relevant to itself is always ranked.
 
     Returns:
-        The scores of metrics.score_ranking; the same on all ranks.
+        The best candidates of each query by their ids, and the scores of metrics.score_ranking; the same on all ranks.
 
     Raises:
         ConfigError: a depth is below 1.
         DataError: see CachedEmbedder.embed, or the results cannot be written.
     """
-    return rank_and_score(embedder, data, depths, same_id)[1]
-
-
-def rank_and_score(
-    embedder: CachedEmbedder, data: RetrievalData, depths: Sequence[int], same_id: str
-) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """Do what evaluate_retrieval does; returns the best candidates of each query too, by their ids."""
     depths = parse_depths(depths)
     query_cache, corpus_cache = embedder.embed([data.queries.inputs, data.corpus.inputs])
     queries = torch.from_numpy(query_cache.rows(np.arange(len(data.queries.ids)))).to(device())
@@ -275,7 +267,7 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
 
     def evaluate(embedder: CachedEmbedder) -> Evaluation:
-        ranking, scores = rank_and_score(embedder, data, depths, args.same_id)
+        ranking, scores = evaluate_retrieval(embedder, data, depths, args.same_id)
         chance = chance_of(data, depths, args.same_id)
         table = [f"{name:>14} {score:6.2f} %   (chance {chance[name]:.2f} %)" for name, score in scores.items()]
         rows = [(name, f"{score:.2f}", f"{chance[name]:.2f}") for name, score in scores.items()]

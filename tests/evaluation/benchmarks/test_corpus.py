@@ -53,7 +53,7 @@ def write_files(folder: Path, num: int = 40, judgements: str | None = None) -> t
 
 def test_scores_and_the_files_written(groups, tmp_path):
     data = read_retrieval(*write_files(tmp_path))
-    scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
+    _, scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1, 5])
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     chance = {"precision@1": 2.5, "recall@1": 2.5, "recall@5": 12.5, "ndcg@1": 2.5}
     assert {name: written["chance"][name] for name in chance} == pytest.approx(chance)
@@ -82,7 +82,7 @@ def test_beirs_table_and_grades(groups, tmp_path):
     table = "query-id\tcorpus-id\tscore\nq0\tc1\t2\nq0\tc0\t1\nq1\tc1\t0\n"
     data = read_retrieval(*write_files(tmp_path, judgements=table))
     assert data.judgements == {"q0": {"c1": 2, "c0": 1}, "q1": {"c1": 0}}
-    scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1])
+    _, scores = evaluate_retrieval(CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp), data, [1])
     assert scores["precision@1"] == 100.0 and scores["ndcg@1"] == 50.0  # one query is judged relevant to anything
 
 
@@ -95,7 +95,7 @@ def test_queries_that_are_in_the_corpus_do_not_find_themselves(groups, tmp_path)
 
     def first(same_id: str) -> tuple[dict[str, float], list[str]]:
         embed = CachedEmbedder(embedder, tmp_path / "out", IDENTITY, groups.dp)
-        scores = evaluate_retrieval(embed, data, [1, 2], same_id)
+        _, scores = evaluate_retrieval(embed, data, [1, 2], same_id)
         rows = [line.split() for line in (tmp_path / "out" / "ranking.trec").read_text().splitlines()]
         assert len(rows) == 6 * 2
         return scores, [row[2] for row in rows if row[3] == "1"]
