@@ -45,7 +45,7 @@ $(STAMP): requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but the demo's data needs 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, which takes some minutes the first time."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)" || { echo "$(TORCH_INDEX) cannot be reached; make TORCH_INDEX= takes torch from pip's own index, with several GB of CUDA" >&2; exit 1; })
+	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)" || { echo "$(TORCH_INDEX) cannot be reached: make TORCH_INDEX= takes torch from pip's own index (several GB of CUDA)" >&2; exit 1; })
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

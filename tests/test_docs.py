@@ -151,11 +151,13 @@ def test_no_command_installs_the_package_by_its_name() -> None:
 
 
 def dry_run(*settings: str, **env: str) -> str:
-    """The commands with which make would set up .venv, with a pip that has no settings but those in `env`."""
+    """The commands with which make would set up .venv, which bash can read; pip has no settings but those in `env`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "TORCH_INDEX", "MAKE"))}
     kept |= {"PIP_CONFIG_FILE": os.devnull, **env}
     command = ["make", "-n", "-B", ".venv/.installed", f"PYTHON={sys.executable}", *settings]
-    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=100).stdout
+    out = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=100).stdout
+    subprocess.run(["bash", "-n"], input=out, text=True, check=True, timeout=100)
+    return out
 
 
 def test_make_takes_the_cpu_build_of_torch_where_there_is_no_gpu() -> None:
