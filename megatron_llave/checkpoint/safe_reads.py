@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, EnumMeta
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
@@ -75,6 +76,8 @@ class _Unpickler(pickle._Unpickler):
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self.enum_member
         if name not in self.allowed.get(module, ()):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} ")
         # Python 3.13 has moved it; here it is only the name that a checkpoint was saved under.
@@ -88,6 +91,13 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    @staticmethod
+    def enum_member(owner: Any, name: str) -> Any:
+        """Stands for getattr, as which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+        if not (isinstance(owner, EnumMeta) and name in owner.__members__):
+            raise pickle.UnpicklingError("GLOBAL builtins.getattr ")
+        return owner[name]
+
 
 class _Nothing:
     """Stands for an object of Transformer Engine, which is not installed where a checkpoint may be inspected."""
@@ -97,6 +107,16 @@ class _Nothing:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class _Format(Enum):
+    """Stands for Transformer Engine's enum of FP8 formats."""
+
+    E2M1, E4M3, E5M2, HYBRID = range(4)
+
+    @classmethod
+    def _missing_(cls, value: object) -> "_Format":
+        return cls.HYBRID
 
 
 class _LooksThrough(_Unpickler):
@@ -129,6 +149,7 @@ def _load_inner(data: bytes) -> Any:
 
 
 _STAND_INS = {
+    "Format": _Format,
     "_load_from_bytes": _load_inner,
     "safe_load_from_bytes": _load_inner,
     "_rebuild_tensor_v2": _RebuiltTensor,

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,16 @@ import torch
 from golden_model import ONEVISION
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from megatron_llave.checkpoint.merge import merge
 from megatron_llave.checkpoint.pretrained import find_pretrained
-from megatron_llave.checkpoint.safe_reads import check_all, read_metadata
+from megatron_llave.checkpoint.safe_reads import check_all, check_objects, read_metadata
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
@@ -43,6 +49,26 @@ class Getter:
 
     def __reduce__(self) -> tuple:
         return getattr, (Metadata, "__init__")
+
+
+class ByName(pickle.Pickler):
+    """Writes a member of an enum as getattr of its class, as Python 3.11.0 to 3.11.3 do; others store its value."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def dumps_by_name(value: object) -> bytes:
+    data = io.BytesIO()
+    ByName(data).dump(value)
+    return data.getvalue()
+
+
+class EnumGetter:
+    """Reaches for an attribute of an enum that is no member of it."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (_MEM_FORMAT_ENCODING, "__init__")
 
 
 class Items:
@@ -124,6 +150,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "metadata": (METADATA, lambda folder: write_metadata(folder, [Canary()])),
     "metadata that works on": (METADATA, into_metadata),
     "metadata with getattr": (METADATA, lambda folder: write_metadata(folder, Getter())),
+    "metadata with getattr of an enum": (METADATA, lambda folder: write_metadata(folder, EnumGetter())),
     "metadata with a container": (METADATA, lambda folder: write_metadata(folder, Items())),
     "metadata with a path through a class": (
         METADATA,
@@ -176,17 +203,29 @@ def test_environment_cannot_bring_pickles_back(folder: Path, groups, monkeypatch
     assert not Path("sung").exists()
 
 
+def test_metadata_of_every_python_version_is_read(folder: Path) -> None:
+    metadata = read_metadata(folder)
+    data = dumps_by_name(metadata)
+    assert b"getattr" in data
+    write_metadata(folder, data)
+    assert read_metadata(folder) == metadata
+
+
 def test_fp8_state_of_transformer_engine_is_read(folder: Path, groups, capsys, monkeypatch) -> None:
     recipe = types.ModuleType("transformer_engine.common.recipe")
     recipe.DelayedScaling = type("DelayedScaling", (), {"__module__": recipe.__name__})
+    recipe.Format = Enum("Format", {"HYBRID": (448, 57344)}, module=recipe.__name__)
     for name in ("transformer_engine", "transformer_engine.common", recipe.__name__):
         monkeypatch.setitem(sys.modules, name, recipe)
     state = {"recipe": recipe.DelayedScaling(), "scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}
-    state["recipe"].margin = 0
-    data = pickle.dumps(state)
+    state["recipe"].fp8_format = recipe.Format.HYBRID
+    pickles = dumps_by_name(state), pickle.dumps(state)
+    assert b"getattr" in pickles[0] and pickles[0] != pickles[1]
     monkeypatch.undo()
     monkeypatch.chdir(folder.parent)
-    into_state(as_te_writes(data))(folder)
+    for data in pickles:
+        into_state(as_te_writes(data))(folder)
+        check_objects(folder)
     assert inspect(folder, groups) == 0 and "complete: every tensor is there" in capsys.readouterr().out
     load(folder, folder, groups)
     into_state(torch.empty(0, dtype=torch.uint8))(folder)  # what the other recipes write
