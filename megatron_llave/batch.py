@@ -75,6 +75,12 @@ class Pair:
     """One id per hard negative; it equals a target_id when both are the same target."""
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on `device`. The host does not wait for a GPU, to which page-locked memory is copied."""
+    is_upload = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_upload else tensor).to(device, non_blocking=is_upload)
+
+
 @dataclass
 class PackedSequences:
     """n sequences end to end in one row of t tokens, with padding only at the end of the row."""
@@ -83,12 +89,11 @@ class PackedSequences:
     """[t] int64 token ids; 0 at visual tokens and at padding."""
     cu_seqlens: Tensor
     """[n + 1] int32 boundaries of the sequences; with padding there is one entry more."""
-    max_seqlen: int
-    """Length of the longest sequence in tokens; the padding counts as a sequence."""
+    lengths: list[int]
+    """Number of tokens of each sequence, and of the padding where there is one: the differences of cu_seqlens, which
+    the host knows without waiting for the device."""
     num_sequences: int
     """n, not counting the padding."""
-    num_tokens: int
-    """t, not counting the padding."""
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
     visual_source: Tensor
@@ -107,6 +112,11 @@ class PackedSequences:
     """[k, p, vision hidden] output of a frozen vision encoder in the first forward pass, kept for the second."""
 
     @property
+    def num_tokens(self) -> int:
+        """Return t, not counting the padding."""
+        return sum(self.lengths[: self.num_sequences])
+
+    @property
     def last_token(self) -> Tensor:
         """Return the position of each sequence's last token, which is the pooled one, [n] int64."""
         return self.cu_seqlens[1 : self.num_sequences + 1].long() - 1
@@ -114,7 +124,7 @@ class PackedSequences:
     def to(self, device: torch.device | str) -> "PackedSequences":
         """Return the batch with all its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: to_device(v, device) for k, v in moved.items() if isinstance(v, Tensor)})
 
 
 @dataclass
@@ -153,9 +163,9 @@ class PairBatch:
         return replace(
             self,
             sequences=self.sequences.to(device),
-            query_ids=self.query_ids.to(device),
-            target_ids=self.target_ids.to(device),
-            hard_negative_ids=self.hard_negative_ids.to(device),
+            query_ids=to_device(self.query_ids, device),
+            target_ids=to_device(self.target_ids, device),
+            hard_negative_ids=to_device(self.hard_negative_ids, device),
         )
 
 

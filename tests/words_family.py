@@ -20,7 +20,7 @@ from megatron_llave.data.packing import EncodedSequence, TileShape
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
 from megatron_llave.models import register_family
-from megatron_llave.models.blocks.layer_specs import packed_seq_params
+from megatron_llave.models.blocks.layer_specs import packed_row
 from megatron_llave.models.blocks.pooling import last_token_pool
 from megatron_llave.models.blocks.qwen2 import LanguageModel
 from megatron_llave.models.family import Family
@@ -62,7 +62,7 @@ class WordsEmbedder(MegatronModule):
         hidden = None
         if self.pre_process:
             hidden = self.language.embedding(input_ids=sequences.tokens[None], position_ids=None)
-        hidden = self.language(hidden, packed_seq_params(sequences.cu_seqlens, sequences.max_seqlen, "local"))
+        hidden = self.language(hidden, packed_row(sequences.cu_seqlens, sequences.lengths, "local"))
         return last_token_pool(hidden, sequences.last_token) if self.post_process else hidden
 
 

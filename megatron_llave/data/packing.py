@@ -130,7 +130,7 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     lengths = [sequence.length for sequence in encoded]
     total = sum(lengths)
     padding = -total % pad_to_multiple if encoded else pad_to_multiple
-    bounds = np.cumsum([0, *lengths] + [padding] * (padding > 0))
+    with_padding = lengths + [padding] * (padding > 0)
     tokens = np.zeros(total + padding, np.int64)  # [t]
     tokens[start[~is_image]] = ids[~is_image]
 
@@ -143,10 +143,9 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     no_tile = np.zeros((0, 3, tile_shape.size, tile_shape.size), np.uint8)
     return PackedSequences(
         tokens=torch.from_numpy(tokens),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        max_seqlen=max([*lengths, padding]),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *with_padding], dtype=np.int32)),
+        lengths=with_padding,
         num_sequences=len(encoded),
-        num_tokens=total,
         tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
         visual_position=torch.from_numpy(position),
         blank=torch.from_numpy(blank) if blank.any() else None,

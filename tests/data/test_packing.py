@@ -126,7 +126,7 @@ def test_packed_row_equals_the_naive_walk(multiple):
         assert unpacked(packed) == expected + [[0] * padding] * (padding > 0)
         assert [sequence.length for sequence in sequences] == [len(e) for e in expected]
         assert packed.tokens.shape == (total + padding,)
-        assert packed.max_seqlen == max(map(len, [*expected, [0] * padding]))
+        assert packed.lengths == packed.cu_seqlens.diff().tolist() and packed.num_tokens == total
         assert packed.num_sequences == count
         assert packed.last_token.tolist() == (np.cumsum([len(e) for e in expected]) - 1).tolist()
         types = packed.tokens.dtype, packed.cu_seqlens.dtype, packed.visual_source.dtype, packed.visual_position.dtype
@@ -179,7 +179,7 @@ def test_text_only_costs_no_tiles():
 def test_nothing_packs_into_one_padding_sequence(multiple):
     packed = pack_sequences([], multiple, SHAPE)
     assert packed.tokens.tolist() == [0] * multiple and packed.cu_seqlens.tolist() == [0, multiple]
-    assert packed.max_seqlen == multiple and packed.num_sequences == 0
+    assert packed.lengths == [multiple] and packed.num_sequences == 0
     assert packed.last_token.shape == (0,) and packed.tiles.shape == (0, 3, TILE, TILE)
 
 

@@ -15,9 +15,8 @@ def batch(tokens, tiles, blended):
     sequences = PackedSequences(
         tokens=torch.arange(tokens),
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
-        max_seqlen=tokens,
+        lengths=[tokens],
         num_sequences=1,
-        num_tokens=tokens,
         tiles=torch.randint(0, 256, (tiles, 3, 5, 5), dtype=torch.uint8),
         visual_source=torch.from_numpy(np.arange(3 * tiles)),
         visual_position=torch.arange(3 * tiles),

@@ -4,6 +4,7 @@ Shapes: s sequence, t packed tokens, b batch, h hidden, n heads, d head dimensio
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_llave.batch import to_device
 from megatron_llave.errors import ConfigError
 
 
@@ -56,9 +58,16 @@ class LayerNorm(torch.nn.Module):
 
 
 @dataclass
-class BucketedSeqParams(PackedSeqParams):
-    """megatron-core's record of packed sequences, with what the local attention needs; made once per micro batch."""
+class PackedRow(PackedSeqParams):
+    """How sequences lie in a packed row: megatron-core's record for the attention, with what the local attention needs.
 
+    It is made once per micro batch. megatron-core's own fields are set for Transformer Engine alone.
+    """
+
+    cu_seqlens: Tensor | None = None
+    """[n + 1] int32 boundaries of the sequences, on the device; the padding counts as a sequence."""
+    lengths: list[int] = field(default_factory=list)
+    """n lengths in tokens, which the host knows without waiting for the device."""
     bucket_rows: list[Tensor] = field(default_factory=list)
     """For each bucket of similar lengths [sequences, longest] int64: positions in the packed row. A shorter sequence
     repeats its last position."""
@@ -67,44 +76,62 @@ class BucketedSeqParams(PackedSeqParams):
     positions: Tensor | None = None
     """[t] int64 position of each token in its own sequence."""
 
+    @property
+    def max_seqlen(self) -> int:
+        """Return the length of the longest sequence in tokens."""
+        return max(self.lengths)
+
 
 def length_bucket(length: int) -> int:
     """Return the bucket of a sequence of `length` tokens: bucket b holds the lengths above 2**(b-1), up to 2**b."""
     return (length - 1).bit_length()
 
 
-def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int, kernels: str) -> BucketedSeqParams:
-    """Describe a packed row for the attention of the chosen kernels.
+def packed_row(cu_seqlens: Tensor, lengths: list[int], kernels: str) -> PackedRow:
+    """Describe a packed row for the attention of the chosen kernels, without waiting for the device.
 
     Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the
     same powers of two: a few large calls instead of one per sequence, with at most four times the attention arithmetic.
+
+    Args:
+        cu_seqlens: [n + 1] int32 boundaries of the sequences, on the device.
+        lengths: their n differences.
+        kernels: model.kernels.
     """
+    row = PackedRow(qkv_format="sbhd", cu_seqlens=cu_seqlens, lengths=lengths)
     if kernels == "transformer_engine":
-        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
-        return BucketedSeqParams(qkv_format="thd", max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen, **ends)
-    lengths = cu_seqlens.diff().tolist()
-    starts = cu_seqlens[:-1].tolist()
+        row.qkv_format = "thd"
+        row.cu_seqlens_q = row.cu_seqlens_kv = cu_seqlens
+        row.max_seqlen_q = row.max_seqlen_kv = row.max_seqlen
+        return row
+    total, device = sum(lengths), cu_seqlens.device
+    shapes, places = _buckets(lengths)
+    # One copy to the device for all of them.
+    *buckets, row.from_buckets = to_device(places, device).split([*(rows * longest for rows, longest in shapes), total])
+    row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(buckets, shapes)]
+    starts = cu_seqlens.long()
+    first = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=total)
+    row.positions = torch.arange(total, device=device) - first
+    return row
+
+
+def _buckets(lengths: list[int]) -> tuple[list[tuple[int, int]], Tensor]:
+    """Return the shape of each bucket, and bucket_rows and from_buckets of a PackedRow flattened into one tensor."""
+    starts = list(accumulate(lengths, initial=0))
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         buckets.setdefault(length_bucket(length), []).append(index)
-    rows, from_buckets, offset = [], torch.empty(sum(lengths), dtype=torch.int64), 0
+    rows, from_buckets, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
     for members in buckets.values():
         start = torch.tensor([starts[i] for i in members])[:, None]  # [sequences, 1]
         length = torch.tensor([lengths[i] for i in members])[:, None]
-        steps = torch.arange(int(length.max()))[None]  # [1, longest]
+        steps = torch.arange(max(lengths[i] for i in members))[None]  # [1, longest]
         rows.append(start + torch.minimum(steps, length - 1))  # [sequences, longest]
         places = torch.arange(rows[-1].numel()).view_as(rows[-1]) + offset
         is_token = steps < length
         from_buckets[rows[-1][is_token]] = places[is_token]
         offset += rows[-1].numel()
-    device = cu_seqlens.device
-    lengths_on_device = cu_seqlens.diff().long()
-    first = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths_on_device)
-    positions = torch.arange(sum(lengths), device=device) - first
-    rows = [row.to(device) for row in rows]
-    return BucketedSeqParams(
-        qkv_format="sbhd", bucket_rows=rows, from_buckets=from_buckets.to(device), positions=positions
-    )
+    return [tuple(row.shape) for row in rows], torch.cat([*(row.flatten() for row in rows), from_buckets])
 
 
 class LocalAttention(MegatronModule):
@@ -132,7 +159,7 @@ class LocalAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: BucketedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """query [s, b, n, d], key and value [s, b, groups, d] -> [s, b, n * d]; packed: s = t, b = 1."""
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal

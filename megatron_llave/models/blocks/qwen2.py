@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.models.blocks.layer_specs import BucketedSeqParams, RMSNorm, final_norm, layer_spec
+from megatron_llave.models.blocks.layer_specs import PackedRow, RMSNorm, final_norm, layer_spec
 from megatron_llave.models.blocks.settings import DTYPES, common_config
 
 VOCAB_MULTIPLE = 128
@@ -137,7 +137,7 @@ class LanguageModel(MegatronModule):
             vp_stage=chunk,
         )
 
-    def forward(self, hidden: Tensor | None, packed: BucketedSeqParams) -> Tensor:
+    def forward(self, hidden: Tensor | None, packed: PackedRow) -> Tensor:
         """hidden [t, 1, h] on the first chunk, None on others (the schedule sets it) -> [t, 1, h].
 
         With sequence parallel the output holds this tensor-parallel rank's t / tp tokens.
@@ -145,7 +145,7 @@ class LanguageModel(MegatronModule):
         # Transformer Engine counts the positions of each sequence itself, from cu_seqlens.
         positions = packed.positions
         if positions is None:
-            positions = torch.arange(packed.max_seqlen_q, device=packed.cu_seqlens_q.device)
+            positions = torch.arange(packed.max_seqlen, device=packed.cu_seqlens.device)
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_llave.batch import PackedSequences
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.models.blocks.layer_specs import packed_seq_params
+from megatron_llave.models.blocks.layer_specs import packed_row
 from megatron_llave.models.blocks.pooling import last_token_pool
 from megatron_llave.models.blocks.qwen2 import LanguageModel
 from megatron_llave.models.blocks.siglip import VisionEncoder
@@ -68,7 +68,7 @@ class LlaveEmbedder(MegatronModule):
 
     def forward(self, sequences: PackedSequences) -> Tensor:
         """Embed the packed sequences. Every pipeline stage gets the same ones and uses what it needs of them."""
-        layout = packed_seq_params(sequences.cu_seqlens, sequences.max_seqlen, self.kernels)
+        layout = packed_row(sequences.cu_seqlens, sequences.lengths, self.kernels)
         hidden = None
         if self.pre_process:
             hidden = self.splice(sequences, self.visual_tokens(sequences))  # [t, 1, h]

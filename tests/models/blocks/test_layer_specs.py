@@ -9,7 +9,7 @@ from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.blocks.initialization import initialize_parameters
-from megatron_llave.models.blocks.layer_specs import LocalAttention, RMSNorm, layer_spec, packed_seq_params
+from megatron_llave.models.blocks.layer_specs import LocalAttention, RMSNorm, layer_spec, packed_row
 from megatron_llave.models.blocks.qwen2 import LanguageModel, language_transformer_config
 
 LENGTHS = [5, 1, 17, 16, 2, 9, 33]
@@ -25,7 +25,7 @@ def boundaries(lengths: list[int]) -> torch.Tensor:
 
 
 def test_layout_restarts_positions_and_finds_every_token() -> None:
-    layout = packed_seq_params(boundaries(LENGTHS), max(LENGTHS), "local")
+    layout = packed_row(boundaries(LENGTHS), LENGTHS, "local")
     expected = torch.cat([torch.arange(length) for length in LENGTHS])
     assert torch.equal(layout.positions, expected)
     row = torch.arange(sum(LENGTHS)) * 10
@@ -43,7 +43,7 @@ def test_packed_attention_equals_one_sequence_at_a_time(groups) -> None:
     shapes = [(sum(LENGTHS), 1, heads, 8) for heads in (4, 2, 2)]
     packed = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     single = [x.detach().clone().requires_grad_() for x in packed]
-    layout = packed_seq_params(boundaries(LENGTHS), max(LENGTHS), "local")
+    layout = packed_row(boundaries(LENGTHS), LENGTHS, "local")
     output = attention(*packed, None, packed_seq_params=layout)
 
     expected = []
@@ -72,7 +72,7 @@ def test_packed_decoder_equals_padded_batch(groups) -> None:
     initialize_parameters([holder], groups.tp, seed=0)
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(sum(LENGTHS), 1, 32, generator=generator, requires_grad=True)
-    output = language(packed, packed_seq_params(boundaries(LENGTHS), max(LENGTHS), "local"))
+    output = language(packed, packed_row(boundaries(LENGTHS), LENGTHS, "local"))
     direction = torch.randn(output.squeeze(1).shape, generator=generator)
     (output.squeeze(1) * direction).sum().backward()
     gradients = {name: p.grad.clone() for name, p in language.named_parameters() if p.grad is not None}

@@ -9,7 +9,7 @@ from torch.nn import Module
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models import build_model
-from megatron_llave.models.blocks.layer_specs import packed_seq_params
+from megatron_llave.models.blocks.layer_specs import packed_row
 from megatron_llave.models.blocks.siglip import normalise
 
 transformers = pytest.importorskip("transformers")
@@ -131,5 +131,5 @@ def test_packed_decoder_equals_qwen2(groups: ProcessGroupCollection) -> None:
     with torch.no_grad():
         expected = torch.cat([qwen(part[None]).last_hidden_state[0] for part in tokens.split(LENGTHS)])
         hidden = model.language.embedding(input_ids=tokens[None], position_ids=None)
-        layout = packed_seq_params(torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS), "local")
+        layout = packed_row(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS, "local")
         torch.testing.assert_close(model.language(hidden, layout).squeeze(1), expected, rtol=0, atol=2e-5)
