@@ -21,13 +21,14 @@ from torch import Tensor
 
 from megatron_llave.batch import PairBatch
 from megatron_llave.config.load import config_from_dict, override_config
-from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import TileShape, pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.loss import build_loss
 from megatron_llave.models import build_model, open_hf, read_hf_config
 from megatron_llave.models.blocks.initialization import named_global_parameters
+from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.hf.mapping import local_kernel_name
 from megatron_llave.models.hf.weights import fill_from_hf
 from megatron_llave.training.gradient_cache import forward_backward
@@ -68,7 +69,8 @@ def compute(cfg: RunConfig) -> dict[str, Tensor]:
     groups, device = process_groups.initialize_model_parallel(cfg.parallel), process_groups.device()
     chunks = build_model(cfg.model, cfg.parallel, groups, device, seed=None)
     fill_from_hf(chunks, open_hf(ONEVISION), groups)
-    trainable, batch = build_trainable(cfg, chunks, groups), golden_batch(row_multiple(cfg)).to(device)
+    trainable = build_trainable(cfg, chunks, groups)
+    batch = golden_batch(row_multiple(cfg.model, cfg.parallel)).to(device)
     with torch.no_grad():
         computed = {"embeddings": chunks[0](batch.sequences)}
     trainable.zero_gradients()

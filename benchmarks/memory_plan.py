@@ -30,12 +30,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_llave.batch import PackedSequences, PairBatch
 from megatron_llave.config.load import config_from_dict, override_config
-from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.models import build_model
+from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
 from megatron_llave.models.llava_onevision.processor import image_lengths
@@ -68,7 +69,9 @@ def make_batch(cfg: RunConfig) -> PairBatch:
     words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
     sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs
     sequences += [EncodedSequence(words[1], [], [])] * pairs
-    packed = pack_sequences(sequences, row_multiple(cfg), TileShape(vision.image_size, vision.patches_per_side**2))
+    packed = pack_sequences(
+        sequences, row_multiple(cfg.model, cfg.parallel), TileShape(vision.image_size, vision.patches_per_side**2)
+    )
     ids = torch.arange(pairs)
     return PairBatch(packed, ids, ids, ids[:0], "random", [str(i) for i in range(pairs)])
 

@@ -29,10 +29,11 @@ from benchmarks import released_step
 from benchmarks.released_step import PaddedSides, Pair, packed, packed_work, padded, padded_work, total
 from megatron_llave.batch import PairBatch
 from megatron_llave.config.load import config_from_dict, override_config
-from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.models import build_model
+from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.planning.flops import extra_flops, step_flops
 from megatron_llave.train import train_step
 from megatron_llave.training.logger import quiet_dependencies
@@ -86,7 +87,8 @@ class Ours:
 
     def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
         """Pack the micro batches."""
-        made = (packed(pairs, self.cfg.model, row_multiple(self.cfg)) for pairs in micro_batches)
+        multiple = row_multiple(self.cfg.model, self.cfg.parallel)
+        made = (packed(pairs, self.cfg.model, multiple) for pairs in micro_batches)
         return [batch.to(process_groups.device()) for batch in made]
 
     def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:

@@ -19,7 +19,7 @@ from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.resume import find_checkpoint, make_folder, resume, starting_from, with_steps
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import load_config
-from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset, row_multiple
+from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups
@@ -29,7 +29,7 @@ from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
-from megatron_llave.models.blocks.kernels import describe_kernels
+from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
 from megatron_llave.processes import end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
@@ -196,7 +196,8 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
     if not is_reader(groups.mp):
         return None
     encoder = build_processor(cfg.data, cfg.model)
-    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), row_multiple(cfg), position)
+    multiple = row_multiple(cfg.model, cfg.parallel)
+    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), multiple, position)
 
 
 def train_step(

@@ -25,6 +25,8 @@ FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__i
 MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model"}
 """The registry, and the default of model.family."""
 
+BEFORE_ALL = {f"{PACKAGE}.distributed.cpu_emulation", f"{PACKAGE}.distributed.cuda_environment"}
+"""What the package itself imports: the one is to come before megatron-core, the other before CUDA starts."""
 MAY_NAME_PARALLEL_STATE = {"megatron_llave.distributed.process_groups"}
 MAY_UNPICKLE = {
     f"megatron_llave.{name}"
@@ -96,10 +98,10 @@ def order_offences(module: str, name: str) -> Iterator[str]:
         yield f"{module}: imports {name}, which is not part of the package"
     if not target or target == own:
         return
-    if own == "" and name == f"{PACKAGE}.distributed.cpu_emulation":
-        return  # it is to come before megatron-core
+    if own == "" and name in BEFORE_ALL:
+        return
     if own == "":
-        yield f"{module}: imports {name}; the package itself imports cpu_emulation alone"
+        yield f"{module}: imports {name}; the package itself imports {' and '.join(sorted(BEFORE_ALL))} alone"
     elif target not in LEVEL:
         yield f"{module}: imports {name}, which has no place in ORDER"
     elif LEVEL[target] > LEVEL[own]:

@@ -390,11 +390,3 @@ def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
     settings = cfg.data.subsets.get(subset, SubsetConfig())
     masks = {"mask_same_target": settings.mask_same_target, "mask_margin": settings.mask_margin}
     return replace(cfg.loss, **{name: value for name, value in masks.items() if value is not None})
-
-
-def row_multiple(cfg: RunConfig) -> int:
-    """Number of tokens that the length of a packed row must be a multiple of: sequence parallel splits it, FP8 needs
-    blocks."""
-    blocks = {"mxfp8": 32, "blockwise": 128}
-    block = blocks.get(cfg.model.fp8_recipe, 16) if cfg.model.precision == "fp8" else 1
-    return block * (cfg.parallel.tensor if cfg.parallel.sequence else 1)

@@ -41,12 +41,12 @@ def initialize_distributed(timeout_seconds: int) -> int:
     if not dist.is_initialized():
         require_one_run(os.environ)
         if torch.cuda.is_available():
-            # Must be set before the first use of the GPU: megatron-core's tensor-parallel layers need ordered launches.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
-        dist.init_process_group(backend, timeout=limit, **_rendezvous())
+        # With its device NCCL connects now, so that a bad network is an error here, and barriers need not guess it.
+        own = device() if torch.cuda.is_available() else None
+        dist.init_process_group(backend, timeout=limit, device_id=own, **_rendezvous())
     return dist.get_world_size()
 
 

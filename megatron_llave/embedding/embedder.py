@@ -22,7 +22,7 @@ from torch.nn import Module
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.config.load import override_config
-from megatron_llave.config.schema import RunConfig, row_multiple
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
@@ -32,6 +32,7 @@ from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.embedding.embeddable import Embeddable, to_sides
 from megatron_llave.errors import BadInputError, DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
+from megatron_llave.models.blocks.kernels import row_multiple
 
 
 @dataclass(repr=False)
@@ -72,7 +73,7 @@ class LoadedModel:
     @property
     def pad_to_multiple(self) -> int:
         """The length of a packed row, in tokens, must be a multiple of this number."""
-        return row_multiple(self.cfg)
+        return row_multiple(self.cfg.model, self.cfg.parallel)
 
     def embed(self, inputs: Embeddable | Iterable[Embeddable]) -> Tensor:
         """Embed inputs as float32 of unit length on every rank: a list of them as [n, d] in their order, one as [d].

@@ -149,8 +149,9 @@ def layer_activations(
         attention += t * FLOAT * language.num_heads
         if not fused:  # sequences are copied into buckets and back
             attention = t * e * h + batch.attended * (e * (2 * h + 2 * kv) + FLOAT * language.num_heads)
-    # Both halves of the gated MLP, SiLU of the gate, the other half plus megatron-core's offset, and the product.
-    mlp = 0 if is_selective else 5 * f * t * e
+    # Both halves of the gated MLP, and the product. Where SwiGLU is not one kernel, as on a CPU, also SiLU of the gate,
+    # and the other half plus megatron-core's offset.
+    mlp = 0 if is_selective else (3 if on_gpu else 5) * f * t * e
     norms = 2 * norm_activations(model, on_gpu) * t
     if fused and is_selective:
         norms -= h * e * t  # the second norm is part of the recomputed MLP

@@ -63,9 +63,8 @@ class Trainable:
 
     def describe(self) -> str:
         """Which code updates the weights, for example "AdamW of torch"."""
-        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        kinds = {type(part.optimizer) for part in chained if getattr(part, "optimizer", None) is not None}
-        return ", ".join(f"{kind.__name__} of {kind.__module__.split('.')[0]}" for kind in kinds) or "nothing to update"
+        names = {_name(inner) for inner in inner_optimizers(self.optimizer)}
+        return ", ".join(sorted(names)) or "nothing to update"
 
     def wait_for_weights(self) -> None:
         """With parallel.overlap, wait until the updated weights are gathered; forward passes do so layer by layer."""
@@ -97,6 +96,35 @@ def _wait(bucket: Any) -> None:
         bucket.param_gather_handle = None
 
 
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    fused = "fused " if optimizer.defaults.get("fused") else ""
+    return f"{fused}{type(optimizer).__name__} of {type(optimizer).__module__.split('.')[0]}"
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that update the weights; none on a rank on which all parameters are frozen."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in chained if getattr(part, "optimizer", None) is not None]
+
+
+def choose_fused(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
+    """Choose whether torch's AdamW updates all weights in one kernel; others, which are always fused, stay as they are.
+
+    megatron-core does not pass the choice on, and a checkpoint would bring that of the machine that wrote it.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    optimizer.defaults["fused"] = fused
+    _keep_choice(optimizer, {"param_groups": optimizer.param_groups})
+    # Before it loads a state, since fused updates count the steps on the device.
+    optimizer.register_load_state_dict_pre_hook(_keep_choice)
+
+
+def _keep_choice(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]
+
+
 def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection) -> Trainable:
     """Wrap the chunks, build optimizer and schedule, and set the hooks by which megatron-core finishes a step."""
     overlap = cfg.parallel.overlap
@@ -119,6 +147,8 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
     ]
     config = _optimizer_config(cfg, chunks[0].config.params_dtype)
     optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config))
+    for inner in inner_optimizers(optimizer):
+        choose_fused(inner, True if torch.cuda.is_available() else None)
     no_sync = [chunk.no_sync for chunk in wrapped]
     for chunk in wrapped:
         hooks = get_model_config(chunk)

@@ -8,7 +8,13 @@ from megatron_llave.config.load import config_from_dict
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import build_model
 from megatron_llave.train import train_step
-from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
+from megatron_llave.training.optimizer import (
+    Trainable,
+    build_trainable,
+    choose_fused,
+    inner_optimizers,
+    learning_rate,
+)
 
 RATE = 1e-3
 
@@ -96,3 +102,35 @@ def test_skipped_step_changes_no_weight_but_moves_the_schedule_on(groups) -> Non
     trainable.update(is_skipped=True)
     assert all(torch.equal(*pair) for pair in zip(before, trainable.chunks[0].parameters()))
     assert learning_rate(trainable) < rate
+
+
+def test_fused_update_is_the_same(groups) -> None:
+    """A GPU uses torch's fused AdamW, which torch also has for a CPU."""
+    plain, fused = (build(groups, weight_decay=0.1)[1] for _ in range(2))
+    both = list(zip(inner_optimizers(plain.optimizer), inner_optimizers(fused.optimizer), strict=True))
+    for _, inner in both:
+        choose_fused(inner, True)
+    assert (plain.describe(), fused.describe()) == ("AdamW of torch", "fused AdamW of torch")
+    pairs = [p for one in both for p in zip(*(sum((g["params"] for g in inner.param_groups), []) for inner in one))]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for one, other in pairs:
+            one.grad = other.grad = torch.randn(one.shape, generator=generator)
+        for inner in sum(both, ()):
+            inner.step()
+    for one, other in pairs:
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_checkpoint_does_not_bring_the_choice_of_another_machine(fused: bool | None) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer, other = (torch.optim.AdamW([weight]) for _ in range(2))
+    choose_fused(optimizer, fused)
+    other.param_groups[0]["fused"] = not fused
+    other.step()
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["fused"] is fused
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 2

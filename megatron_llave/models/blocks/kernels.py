@@ -4,15 +4,21 @@ megatron-core chooses those of the optimizer itself (megatron/core/optimizer/__i
 Transformer Engine, else of apex, else torch's.
 """
 
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import lcm
 
 import torch
 
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import ParallelConfig
 
 APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 """The extension of apex that megatron-core's own linear layers use."""
+ROW_STEP = 128
+"""On a GPU the length of a packed row is a multiple of this many tokens."""
 
 
 def fuses_weight_gradients(kernels: str) -> bool:
@@ -23,6 +29,26 @@ def fuses_weight_gradients(kernels: str) -> bool:
     if kernels == "transformer_engine":
         return True
     return torch.cuda.is_available() and find_spec(APEX_WEIGHT_GRADIENT) is not None
+
+
+def fuses_activations() -> bool:
+    """Whether activations are computed in one kernel with the bias before them and the product after them.
+
+    megatron-core compiles these kernels with torch.compile, which needs a GPU, Triton and a C compiler.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return torch.cuda.is_available() and find_spec("triton") is not None and compiler is not None
+
+
+def row_multiple(model: ModelConfig, layout: ParallelConfig) -> int:
+    """Return the number of tokens that the length of a packed row is a multiple of.
+
+    FP8 needs blocks of tokens, and sequence parallel splits the row. On a GPU lengths are rounded up, so that they
+    repeat: work that libraries do once per shape, such as choosing a kernel, is then done once and not at every step.
+    """
+    block = {"mxfp8": 32, "blockwise": 128}.get(model.fp8_recipe, 16) if model.precision == "fp8" else 1
+    needed = block * (layout.tensor if layout.sequence else 1)
+    return lcm(needed, ROW_STEP) if torch.cuda.is_available() else needed
 
 
 def describe_kernels(model: ModelConfig, optimizer: str) -> str:
@@ -40,6 +66,8 @@ def describe_kernels(model: ModelConfig, optimizer: str) -> str:
     precision = f"fp8 ({model.fp8_recipe})" if model.precision == "fp8" else model.precision
     parts = [f"kernels on {device}: {layers}", precision, f"recompute {model.recompute}"]
     parts.append("fused weight gradients" if fuses_weight_gradients(model.kernels) else "weight gradients not fused")
+    if on_gpu:
+        parts.append("fused activations" if fuses_activations() else "no Triton or C compiler to fuse activations with")
     line = ", ".join([*parts, optimizer])
     if find_spec("apex") is not None and not _has_apex_optimizers():
         line += "; the package apex here is not NVIDIA's and of no use (pip uninstall apex)"

@@ -17,7 +17,10 @@ def _leave_unfilled(weight: Tensor) -> Tensor:
 
 
 def common_config(model: ModelConfig) -> dict[str, Any]:
-    """Return keyword arguments of TransformerConfig: precision, kernels that exist on this machine, no dropout."""
+    """Return keyword arguments of TransformerConfig: precision, kernels that exist on this machine, no dropout.
+
+    Each part of the model says itself what `fuses_activations` may fuse in it.
+    """
     fused = model.kernels == "transformer_engine"
     return dict(
         params_dtype=DTYPES[model.precision],
@@ -31,7 +34,7 @@ def common_config(model: ModelConfig) -> dict[str, Any]:
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
         gradient_accumulation_fusion=fuses_weight_gradients(model.kernels),
-        bias_dropout_fusion=fused,
+        bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,

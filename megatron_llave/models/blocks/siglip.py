@@ -18,25 +18,28 @@ from torch import Tensor
 
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models.blocks.kernels import fuses_activations
 from megatron_llave.models.blocks.layer_specs import LayerNorm, layer_spec
 from megatron_llave.models.blocks.settings import common_config
 
 
 def vision_transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Return the configuration of SigLIP's layers: layer norm, biases everywhere, tanh GELU (HF SiglipVisionModel)."""
-    vision = model.vision
+    vision, fuses = model.vision, fuses_activations()
+    # The fused kernel that megatron-core takes for F.gelu is the tanh approximation, too.
+    gelu = F.gelu if fuses else partial(F.gelu, approximate="tanh")
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_heads,
         ffn_hidden_size=vision.ffn_hidden_size,
-        activation_func=partial(F.gelu, approximate="tanh"),
+        activation_func=gelu,
         normalization="LayerNorm",
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor,
-        **common_config(model),
+        **{**common_config(model), "bias_activation_fusion": fuses, "bias_dropout_fusion": fuses},
     )
 
 

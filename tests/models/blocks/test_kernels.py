@@ -5,9 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.fusions import fused_bias_dropout
+from megatron.core.transformer import mlp
+from reference import pack_pair_batch, random_pairs
 
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.models.blocks import kernels
+from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models import build_model
+from megatron_llave.models.blocks import kernels, qwen2, siglip
+from megatron_llave.train import train_step
+from megatron_llave.training.metrics import step_metrics
+from megatron_llave.training.optimizer import build_trainable
 
 
 @pytest.fixture
@@ -55,3 +64,75 @@ def test_fp8_names_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(precision="fp8", kernels="transformer_engine", fp8_recipe="blockwise")
     line = kernels.describe_kernels(model, "FusedAdam of transformer_engine")
     assert "Transformer Engine 2.9.0, fp8 (blockwise)" in line and "fused weight gradients" in line
+
+
+def gradients(groups, multiple: int = 1, **model: float) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics and gradients of a step of two micro batches with global negatives."""
+    given = {"model": {"preset": "tiny", **model}, "train": {"steps": 1}}
+    cfg = config_from_dict(given)
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    trainable = build_trainable(cfg, chunks, groups)
+    pairs = random_pairs(cfg.model, 8)
+    batches = [pack_pair_batch(pairs[i::2], cfg.model, multiple) for i in (0, 1)]
+    result = train_step(trainable, batches, cfg.loss, 0, groups)
+    parameters = trainable.chunks[0].named_parameters()
+    return step_metrics(result.shares, batches, groups.dp), {name: p.main_grad.clone() for name, p in parameters}
+
+
+def test_activations_are_fused_where_they_can_be(groups, found: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's fused functions, which torch.compile compiles on a GPU alone, against the plain ones."""
+    plain_metrics, plain = gradients(groups)
+    calls: list[str] = []
+    for module, name in (
+        (mlp, "bias_swiglu_impl"),
+        (mlp, "bias_gelu_impl"),
+        (fused_bias_dropout, "bias_dropout_add_fused_train"),
+    ):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name: (calls.append(n), f(*a))[1])
+    for module in (qwen2, siglip):
+        monkeypatch.setattr(module, "fuses_activations", lambda: True)
+    metrics, fused = gradients(groups)
+    # Two layers in the vision encoder and in the decoder, two micro batches, and a second pass for global negatives.
+    counts = {name: calls.count(name) for name in calls}
+    assert counts == {"bias_swiglu_impl": 8, "bias_gelu_impl": 8, "bias_dropout_add_fused_train": 16}
+    assert metrics["loss"] == pytest.approx(plain_metrics["loss"], rel=1e-6)
+    for name, value in fused.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6, msg=name)
+    calls.clear()
+    gradients(groups, dropout=0.1)
+    assert calls.count("bias_dropout_add_fused_train") == 32, "with dropout there is something to fuse in the decoder"
+
+
+def test_activations_are_not_fused_without_a_gpu_or_compiler(
+    found: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found.add("triton")
+    monkeypatch.setenv("CC", "cc")
+    assert kernels.fuses_activations() == torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kernels.fuses_activations()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not kernels.fuses_activations()
+
+
+def test_rounded_row_is_exact(groups) -> None:
+    """Padding at the end of the row changes neither loss nor gradients nor what a run records of its step."""
+    metrics, exact = gradients(groups)
+    rounded_metrics, rounded = gradients(groups, multiple=kernels.ROW_STEP)
+    assert metrics.keys() == rounded_metrics.keys() and metrics["tokens"] > 0
+    for name, value in metrics.items():
+        assert rounded_metrics[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
+    for name, value in rounded.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_rows_are_rounded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = ParallelConfig(tensor=6, sequence=True)
+    fp8 = ModelConfig(precision="fp8", fp8_recipe="mxfp8", kernels="transformer_engine")
+    cases = [(ModelConfig(), ParallelConfig()), (ModelConfig(), split), (fp8, ParallelConfig()), (fp8, split)]
+    if not torch.cuda.is_available():
+        assert [kernels.row_multiple(*case) for case in cases] == [1, 6, 32, 192]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [kernels.row_multiple(*case) for case in cases] == [128, 384, 128, 384]
