@@ -24,6 +24,9 @@ from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
 
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which torch keeps what a layer adds to its parameters in a state dict."""
+
 
 @dataclass
 class TrainingState:
@@ -86,7 +89,7 @@ class TrainingState:
             state |= self._random_state()
         loaded = _load(folder, state)
         for key, chunk in zip(_model_keys(self.chunks), self.chunks):
-            chunk.load_state_dict(loaded[key])
+            _fill(chunk, loaded[key])
         if self._is_trained():
             with _steps_of_torch_adamw(_distributed(optimizer)):
                 optimizer.load_state_dict(loaded["optimizer"])
@@ -142,7 +145,7 @@ def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCo
     metadata = state_metadata(groups)
     loaded = _load(path, _model_state(chunks, metadata))
     for key, chunk in zip(_model_keys(chunks), chunks):
-        chunk.load_state_dict(loaded[key])
+        _fill(chunk, loaded[key])
     if average:
         # Loading takes only shapes from here, and casts the averages to the weights' dtype.
         loaded = _load(path, _average_state(chunks, metadata, {}))
@@ -162,6 +165,28 @@ def state_metadata(groups: ProcessGroupCollection) -> dict:
     )
 
 
+def sharded_parameters(chunk: Module, metadata: dict, prefix: str = "") -> dict:
+    """Return megatron-core's sharded state dict of a model chunk without the extra states of its layers.
+
+    Each kind of layer has other extra states: Transformer Engine's last norm has one, the local norm has none, and
+    those for FP8 are pickles. Without them, a checkpoint of either kernel loads into the other.
+
+    Args:
+        chunk: a model chunk, without the data-parallel wrapper.
+        metadata: that of `state_metadata`.
+        prefix: is put before each name.
+    """
+    state = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+    return {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _fill(chunk: Module, parameters: dict) -> None:
+    """Load every parameter of a chunk; its layers keep their extra states."""
+    missing, unexpected = chunk.load_state_dict(parameters, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith(EXTRA_STATE)]
+    assert not wrong, f"{wrong[0]} is in the model or in its sharded state dict, but not in both"
+
+
 def _load(path: str | Path, state: dict) -> dict:
     check_objects(Path(path))
     with safe_reads():
@@ -173,14 +198,14 @@ def _model_keys(chunks: list[Module]) -> list[str]:
 
 
 def _model_state(chunks: list[Module], metadata: dict) -> dict:
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
+    return {key: sharded_parameters(chunk, metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
 
 
 def _average_state(chunks: list[Module], metadata: dict, averages: dict[Parameter, Tensor]) -> dict:
     """Return the sharded state of the trained parameters under averaged names, with these values instead of theirs."""
     states = {}
     for key, chunk in zip(_model_keys(chunks), chunks):
-        state = chunk.sharded_state_dict(prefix=AVERAGE, metadata=metadata)
+        state = sharded_parameters(chunk, metadata, AVERAGE)
         trained = {name: part for name, part in state.items() if getattr(part.data, "requires_grad", False)}
         for part in trained.values():
             part.data = averages.get(part.data, part.data)

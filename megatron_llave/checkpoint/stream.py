@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -38,7 +38,7 @@ from torch.nn import Module
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.safe_reads import WeightsReader, check_objects, safe_reads
-from megatron_llave.checkpoint.state import state_metadata
+from megatron_llave.checkpoint.state import sharded_parameters, state_metadata
 from megatron_llave.config.load import save_config
 from megatron_llave.config.schema import RunConfig
 
@@ -65,7 +65,7 @@ def write_weights(
         OSError: the disk is full, or cannot be written for another reason.
     """
     metadata = state_metadata(groups)
-    state = embedder.sharded_state_dict(metadata=metadata)
+    state = sharded_parameters(embedder, metadata)
     apply_factories(state)
     places = {}
     for name, parts in _parts(state).items():
@@ -88,8 +88,7 @@ def write_weights(
 
 def _parts(state: dict) -> dict[str, list[ShardedTensor]]:
     """Return the tensors that each parameter is saved as, factories applied: one, or the halves of a gated matrix."""
-    lists = {name: parts if isinstance(parts, list) else [parts] for name, parts in state.items()}
-    return {name: parts for name, parts in lists.items() if isinstance(parts[0], ShardedTensor)}
+    return {name: parts if isinstance(parts, list) else [parts] for name, parts in state.items()}
 
 
 class _Values:
@@ -110,27 +109,21 @@ class _Values:
 class _StreamPlanner(torch_checkpoint.DefaultSavePlanner):
     """Plans megatron-core's sharded tensors as torch plans its own, and reads a value when it is written."""
 
-    def __init__(self, parts: list[ShardedBase], values: _Values) -> None:
+    def __init__(self, parts: list[ShardedTensor], values: _Values) -> None:
         super().__init__(flatten_state_dict=False)
         self.parts, self.values = parts, values
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(list(map(_write_item, self.parts)))
-        self.objects = {part.unique_key: part for part in self.parts if isinstance(part, ShardedObject)}
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        index = write_item.index
-        if write_item.type == WriteItemType.BYTE_IO:
-            return [self.objects[index.fqn].data]
-        value = self.values(index.fqn, tuple(index.offset))
+        value = self.values(write_item.index.fqn, tuple(write_item.index.offset))
         return value.reshape(write_item.tensor_data.chunk.sizes)
 
 
-def _write_item(part: ShardedBase) -> WriteItem:
-    """Describe an object, or a part of a tensor: a layer's parameter is a part of a tensor over all layers."""
-    if isinstance(part, ShardedObject):
-        return WriteItem(MetadataIndex(part.unique_key), WriteItemType.BYTE_IO)
+def _write_item(part: ShardedTensor) -> WriteItem:
+    """Describe a part of a tensor: a layer's parameter is a part of a tensor over all layers."""
     data = TensorWriteData(_chunk(part), TensorProperties(dtype=part.dtype), torch.Size(part.global_shape))
     return WriteItem(MetadataIndex(part.key, data.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
@@ -182,7 +175,7 @@ def read_weights(
         CheckpointError: the files are damaged or hold another model.
     """
     trained = {name for name, parameter in embedder.named_parameters() if parameter.requires_grad}
-    state = embedder.sharded_state_dict(metadata=state_metadata(groups))
+    state = sharded_parameters(embedder, state_metadata(groups))
     apply_factories(state)
     parts = _parts(state)
     check_objects(folder)

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.safe_reads import check_all, safe_reads
-from megatron_llave.checkpoint.state import state_metadata
+from megatron_llave.checkpoint.state import sharded_parameters, state_metadata
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.models import family_of, model_without_memory, open_hf
 from megatron_llave.models.hf.mapping import hf_shapes
@@ -74,7 +74,7 @@ def _inspect_checkpoint(pretrained: Pretrained, embedder: object, groups: Proces
     check_all(pretrained.folder)
     with folders.reading(pretrained.folder), safe_reads():
         held = dist_checkpointing.load_tensors_metadata(str(pretrained.folder))
-    state = embedder.sharded_state_dict(metadata=state_metadata(groups))
+    state = sharded_parameters(embedder, state_metadata(groups))
     apply_factories(state)
     parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]
     expected = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}

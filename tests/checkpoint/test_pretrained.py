@@ -5,14 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from golden_model import ONEVISION, byte_tokenizer
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.state import TrainingState, _make_states
 from megatron_llave.config.load import load_config
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import ParallelConfig, RunConfig, TrainConfig
+from megatron_llave.convert.hf import import_hf
 from megatron_llave.embedding import embedder
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import CheckpointError, ConfigError
+from megatron_llave.models import build_model
+from megatron_llave.models.blocks import qwen2
+from megatron_llave.models.blocks.layer_specs import RMSNorm
+from megatron_llave.training.optimizer import build_trainable
 
 
 def test_sizes_come_with_the_weights() -> None:
@@ -52,6 +62,44 @@ def test_tokenizer_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((ONEVISION / "config.json").read_bytes())
     tokenizer = byte_tokenizer(tmp_path)
     assert find_pretrained(tmp_path).find_tokenizer() == str(tokenizer)
+
+
+class NormWithExtraState(RMSNorm):
+    """Has an extra state, as the norm of Transformer Engine does."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        raise AssertionError("no checkpoint holds an extra state")
+
+
+def test_layers_with_and_without_extra_states_have_the_same_checkpoints(groups, tmp_path: Path, monkeypatch) -> None:
+    own = find_pretrained(ONEVISION)
+
+    def build(norm: type) -> list[torch.nn.Module]:
+        with monkeypatch.context() as patch:
+            patch.setattr(qwen2, "final_norm", lambda kernels, kind: norm)
+            return build_model(own.cfg.model, ParallelConfig(), groups, torch.device("cpu"), seed=None)
+
+    plain = import_hf(ONEVISION, tmp_path / "plain", groups)
+    expected = build(RMSNorm)
+    own.load(expected, groups)
+    chunks = build(NormWithExtraState)
+    assert "language.decoder.final_layernorm._extra_state" in chunks[0].state_dict()
+    find_pretrained(plain).load(chunks, groups)
+    cfg = RunConfig(model=own.cfg.model, train=TrainConfig(output=str(tmp_path / "run")))
+    trainable = build_trainable(cfg, chunks, groups)
+    _make_states(trainable.optimizer)
+    state = TrainingState(chunks, trainable, None, groups).to_save(1)
+    assert {type(part) for part in state["model"].values()} <= {ShardedTensor, ShardedTensorFactory}
+    writer = CheckpointWriter(cfg, groups)
+    assert writer.save(1, state, None) and writer.poll(wait=True)
+    loaded = build(RMSNorm)
+    find_pretrained(writer.last).load(loaded, groups)
+    for model in (chunks[0], loaded[0]):
+        for mine, other in zip(model.parameters(), expected[0].parameters(), strict=True):
+            assert torch.equal(mine, other)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ import torch
 from golden_model import ONEVISION
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     Metadata,
-    TensorStorageMetadata,
+    MetadataIndex,
 )
 
 from megatron_llave.checkpoint.merge import merge
@@ -34,6 +35,8 @@ from megatron_llave.errors import CheckpointError
 from megatron_llave.models import build_model
 
 METADATA, DATA, COMMON = ".metadata", "__0_0.distcp", "common.pt"
+WEIGHT = "language.decoder.final_layernorm.weight"
+EXTRA_STATE = "language.decoder.layers.self_attention.linear_qkv._extra_state/shard_0_2"
 CLASS = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n"
 
 
@@ -115,22 +118,23 @@ def into_metadata(folder: Path) -> None:
     write_metadata(folder, metadata)
 
 
-def replace_item(folder: Path, kind: type, value: object) -> None:
-    """Append `value` to the data file, and let the first item of this kind be there."""
+def put_item(folder: Path, key: str, value: object) -> None:
+    """Append `value` to the data file, and let the item of this key be there, an object if there is no such item."""
     metadata, data = FileSystemReader(folder).read_metadata(), io.BytesIO()
     torch.save(value, data)
-    keys = [key for key, described in metadata.state_dict_metadata.items() if isinstance(described, kind)]
-    index = next(index for index in metadata.storage_data if index.fqn == keys[0])
-    place = metadata.storage_data[index]
-    moved = replace(place, offset=(folder / DATA).stat().st_size, length=len(data.getvalue()))
-    metadata.storage_data[index] = moved
+    if key not in metadata.state_dict_metadata:
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    index = next((index for index in metadata.storage_data if index.fqn == key), MetadataIndex(key))
+    start = (folder / DATA).stat().st_size
+    metadata.storage_data[index] = _StorageInfo(DATA, start, len(data.getvalue()))
     with open(folder / DATA, "ab") as file:
         file.write(data.getvalue())
     write_metadata(folder, metadata)
 
 
 def into_state(*values: object) -> Callable[[Path], None]:
-    return lambda folder: replace_item(folder, BytesStorageMetadata, list(values))
+    """Into the extra state of a layer, which checkpoints of earlier versions have."""
+    return lambda folder: put_item(folder, EXTRA_STATE, list(values))
 
 
 def as_te_writes(state: bytes) -> torch.Tensor:
@@ -170,7 +174,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "the same as other numbers": (DATA, into_state(as_te_writes(pickle.dumps(Canary())).view(torch.int8))),
     "the same with a tensor in it": (DATA, into_state(as_te_writes(pickle.dumps({"scale": Inner()})))),
     "the same as a file": (DATA, into_state(io.BytesIO(pickle.dumps(Canary())))),
-    "tensor": (DATA, lambda folder: replace_item(folder, TensorStorageMetadata, Canary())),
+    "tensor": (DATA, lambda folder: put_item(folder, WEIGHT, Canary())),
     "common": (COMMON, lambda folder: torch.save({"step": 0, "optimizer": Canary()}, folder / COMMON)),
 }
 

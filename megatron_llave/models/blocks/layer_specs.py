@@ -193,8 +193,7 @@ def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
     """Return megatron-core's spec of a pre-norm layer; local layers get the norms and the attention of this file.
 
     `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own norm of that kind into the next layer. Checkpoints
-    of both kernels have the same keys (those of Transformer Engine), but for the extra state that Transformer Engine
-    since 2.0 keeps for the norm after the last layer.
+    of both kernels have the same keys, those of Transformer Engine, since extra states of layers are not saved.
     """
     if kernels == "transformer_engine":
         transformer_engine()
