@@ -62,7 +62,7 @@ class WordsEmbedder(MegatronModule):
         hidden = None
         if self.pre_process:
             hidden = self.language.embedding(input_ids=sequences.tokens[None], position_ids=None)
-        hidden = self.language(hidden, packed_row(sequences.cu_seqlens, sequences.lengths, "local"))
+        hidden = self.language(hidden, packed_row(sequences.cu_seqlens, sequences.lengths, "buckets"))
         return last_token_pool(hidden, sequences.last_token) if self.post_process else hidden
 
 

@@ -91,7 +91,7 @@ class Chunk:
         if model.kernels == "local":
             if model.recompute == "full":  # the rotary angles, an input of every layer
                 kept += FLOAT * h // model.language.num_heads * batch.work.tokens
-            else:  # indices of the tokens in the buckets
+            elif has_buckets(model, on_gpu):  # indices of the tokens in the buckets
                 kept += 8 * (batch.work.tokens + batch.attended)
         if self.is_first and model.dropout:
             kept += batch.work.tokens * h * e
@@ -121,6 +121,11 @@ def is_trained(model: ModelConfig, group: str) -> bool:
     return PART_OF[group] not in model.freeze
 
 
+def has_buckets(model: ModelConfig, on_gpu: bool) -> bool:
+    """Whether the attention copies sequences into buckets (models/blocks/kernels.py), here with torch 2.10 or later."""
+    return model.kernels == "local" and not (on_gpu and model.precision != "fp32")
+
+
 def round_up(number: int, multiple: int) -> int:
     """Return the smallest multiple that is not less than `number`."""
     return -(-number // multiple) * multiple
@@ -147,7 +152,7 @@ def layer_activations(
     attention = t * e * (h + kv + (h + 2 * kv) + h)
     if not is_selective:
         attention += t * FLOAT * language.num_heads
-        if not fused:  # sequences are copied into buckets and back
+        if has_buckets(model, on_gpu):  # sequences are copied into buckets and back
             attention = t * e * h + batch.attended * (e * (2 * h + 2 * kv) + FLOAT * language.num_heads)
     # Both halves of the gated MLP, and the product. Where SwiGLU is not one kernel, as on a CPU, also SiLU of the gate,
     # and the other half plus megatron-core's offset.

@@ -6,9 +6,14 @@ Transformer Engine, else of apex, else torch's.
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from math import lcm
+from typing import Any
 
 import torch
 
@@ -19,6 +24,10 @@ APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 """The extension of apex that megatron-core's own linear layers use."""
 ROW_STEP = 128
 """On a GPU the length of a packed row is a multiple of this many tokens."""
+VARIABLE_LENGTH_ATTENTION = "torch.nn.attention.varlen"
+"""The module of torch's attention over packed sequences, since torch 2.10."""
+VARIABLE_LENGTH_SINCE = (8, 0)
+"""The lowest compute capability that it runs on."""
 
 
 def fuses_weight_gradients(kernels: str) -> bool:
@@ -38,6 +47,32 @@ def fuses_activations() -> bool:
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return torch.cuda.is_available() and find_spec("triton") is not None and compiler is not None
+
+
+def attention_kernel(model: ModelConfig) -> str:
+    """Return what the decoder attends to a packed row with.
+
+    This is transformer_engine; or with local kernels variable_length, torch's FlashAttention, which takes the row as it
+    is, on a GPU in bf16; or else buckets of sequences of similar lengths.
+    """
+    if model.kernels == "transformer_engine":
+        return model.kernels
+    if torch.cuda.is_available() and model.precision != "fp32" and find_spec(VARIABLE_LENGTH_ATTENTION) is not None:
+        return "variable_length" if torch.cuda.get_device_capability() >= VARIABLE_LENGTH_SINCE else "buckets"
+    return "buckets"
+
+
+@cache
+def variable_length_attention() -> tuple[Callable, dict[str, Any]]:
+    """Return torch's causal attention over packed sequences, and the keyword arguments with which it is causal.
+
+    It is loaded when it is first used, because it loads torch's compiler. Fewer heads of keys than of queries have to
+    be named since torch 2.12 (enable_gqa), and the mask is a window since torch 2.11.
+    """
+    attention = import_module(VARIABLE_LENGTH_ATTENTION).varlen_attn
+    known = signature(attention).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return attention, causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def row_multiple(model: ModelConfig, layout: ParallelConfig) -> int:
@@ -67,6 +102,7 @@ def describe_kernels(model: ModelConfig, optimizer: str) -> str:
     parts = [f"kernels on {device}: {layers}", precision, f"recompute {model.recompute}"]
     parts.append("fused weight gradients" if fuses_weight_gradients(model.kernels) else "weight gradients not fused")
     if on_gpu:
+        parts.append(f"attention {attention_kernel(model)}")
         parts.append("fused activations" if fuses_activations() else "no Triton or C compiler to fuse activations with")
     line = ", ".join([*parts, optimizer])
     if find_spec("apex") is not None and not _has_apex_optimizers():

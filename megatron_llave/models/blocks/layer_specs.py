@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_llave.batch import to_device
 from megatron_llave.errors import ConfigError
+from megatron_llave.models.blocks.kernels import variable_length_attention
 
 
 class RMSNorm(torch.nn.Module):
@@ -70,7 +71,7 @@ class PackedRow(PackedSeqParams):
     """n lengths in tokens, which the host knows without waiting for the device."""
     bucket_rows: list[Tensor] = field(default_factory=list)
     """For each bucket of similar lengths [sequences, longest] int64: positions in the packed row. A shorter sequence
-    repeats its last position."""
+    repeats its last position. Empty where the attention takes the row as it is."""
     from_buckets: Tensor | None = None
     """[t] int64: index of each packed token in the concatenation of the flattened buckets."""
     positions: Tensor | None = None
@@ -82,33 +83,41 @@ class PackedRow(PackedSeqParams):
         return max(self.lengths)
 
 
+LENGTH_STEP = 512
+"""On a GPU, Transformer Engine is told that the longest sequence has a multiple of this many tokens: a bound, which
+repeats, so that it chooses a kernel less often."""
+
+
 def length_bucket(length: int) -> int:
     """Return the bucket of a sequence of `length` tokens: bucket b holds the lengths above 2**(b-1), up to 2**b."""
     return (length - 1).bit_length()
 
 
-def packed_row(cu_seqlens: Tensor, lengths: list[int], kernels: str) -> PackedRow:
-    """Describe a packed row for the attention of the chosen kernels, without waiting for the device.
+def packed_row(cu_seqlens: Tensor, lengths: list[int], attention: str) -> PackedRow:
+    """Describe a packed row for the attention, without waiting for the device.
 
-    Transformer Engine takes "thd" with cu_seqlens. The local attention batches sequences whose lengths lie between the
-    same powers of two: a few large calls instead of one per sequence, with at most four times the attention arithmetic.
+    Transformer Engine takes "thd" with cu_seqlens. Buckets batch sequences whose lengths lie between the same powers of
+    two: a few large calls instead of one per sequence, with at most four times the attention arithmetic.
 
     Args:
         cu_seqlens: [n + 1] int32 boundaries of the sequences, on the device.
         lengths: their n differences.
-        kernels: model.kernels.
+        attention: see kernels.attention_kernel.
     """
     row = PackedRow(qkv_format="sbhd", cu_seqlens=cu_seqlens, lengths=lengths)
-    if kernels == "transformer_engine":
+    total, device = sum(lengths), cu_seqlens.device
+    if attention == "transformer_engine":
         row.qkv_format = "thd"
         row.cu_seqlens_q = row.cu_seqlens_kv = cu_seqlens
-        row.max_seqlen_q = row.max_seqlen_kv = row.max_seqlen
+        step = LENGTH_STEP if device.type == "cuda" else 1
+        row.max_seqlen_q = row.max_seqlen_kv = -(-row.max_seqlen // step) * step
         return row
-    total, device = sum(lengths), cu_seqlens.device
-    shapes, places = _buckets(lengths)
-    # One copy to the device for all of them.
-    *buckets, row.from_buckets = to_device(places, device).split([*(rows * longest for rows, longest in shapes), total])
-    row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(buckets, shapes)]
+    if attention == "buckets":
+        shapes, places = _buckets(lengths)
+        # One copy to the device for all of them.
+        sizes = [rows * longest for rows, longest in shapes]
+        *buckets, row.from_buckets = to_device(places, device).split([*sizes, total])
+        row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(buckets, shapes)]
     starts = cu_seqlens.long()
     first = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=total)
     row.positions = torch.arange(total, device=device) - first
@@ -135,7 +144,8 @@ def _buckets(lengths: list[int]) -> tuple[list[tuple[int, int]], Tensor]:
 
 
 class LocalAttention(MegatronModule):
-    """Core attention on torch's scaled_dot_product_attention, for sequences of equal length or a packed row."""
+    """Core attention of torch: scaled_dot_product_attention for sequences of equal length or the buckets of a packed
+    row, and FlashAttention for a packed row as it is."""
 
     def __init__(
         self,
@@ -169,12 +179,22 @@ class LocalAttention(MegatronModule):
         # A short sequence is padded at its end, and a causal mask keeps later keys from every real token.
         assert causal, "packed sequences are padded at their end, which only a causal mask hides"
         query, key, value = (x.squeeze(1) for x in (query, key, value))  # [t, n, d]
+        if not packed_seq_params.bucket_rows:
+            output = self._attend_variable_length(query, key, value, packed_seq_params)  # [t, n, d]
+            return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
         outputs = []
         for rows in packed_seq_params.bucket_rows:
             bucket = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (query, key, value))
             outputs.append(self._attend(*bucket, causal).flatten(0, 1))
         output = torch.cat(outputs).index_select(0, packed_seq_params.from_buckets)  # [t, n, d]
         return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
+
+    def _attend_variable_length(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        """[t, n, d], keys and values with their own number of heads -> [t, n, d]."""
+        attention, causal = variable_length_attention()
+        scale = {} if self.softmax_scale is None else {"scale": self.softmax_scale}
+        ends, longest = row.cu_seqlens, row.max_seqlen
+        return attention(query, key, value, ends, ends, longest, longest, **scale, **causal)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         """[b, s, n, d], keys and values with their own number of heads -> [b, s, n, d]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_llave.batch import PackedSequences
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models.blocks.kernels import attention_kernel
 from megatron_llave.models.blocks.layer_specs import packed_row
 from megatron_llave.models.blocks.pooling import last_token_pool
 from megatron_llave.models.blocks.qwen2 import LanguageModel
@@ -38,7 +39,7 @@ class LlaveEmbedder(MegatronModule):
     ) -> None:
         language = LanguageModel(model, parallel, groups, is_first, is_last, chunk)
         super().__init__(config=language.config)
-        self.kernels = model.kernels
+        self.attention = attention_kernel(model)
         self.groups = groups
         self.vision_is_frozen = "vision" in model.freeze
         self.overlap = parallel.overlap
@@ -68,7 +69,7 @@ class LlaveEmbedder(MegatronModule):
 
     def forward(self, sequences: PackedSequences) -> Tensor:
         """Embed the packed sequences. Every pipeline stage gets the same ones and uses what it needs of them."""
-        layout = packed_row(sequences.cu_seqlens, sequences.lengths, self.kernels)
+        layout = packed_row(sequences.cu_seqlens, sequences.lengths, self.attention)
         hidden = None
         if self.pre_process:
             hidden = self.splice(sequences, self.visual_tokens(sequences))  # [t, 1, h]

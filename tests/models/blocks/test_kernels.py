@@ -117,6 +117,43 @@ def test_activations_are_not_fused_without_a_gpu_or_compiler(
     assert not kernels.fuses_activations()
 
 
+def test_attention_that_takes_the_row_as_it_is_where_there_is_one(
+    found: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found.add(kernels.VARIABLE_LENGTH_ATTENTION)
+    local = ModelConfig(precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.attention_kernel(local) == "buckets"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.attention_kernel(local) == "variable_length"
+    assert kernels.attention_kernel(ModelConfig(precision="fp32")) == "buckets"
+    assert kernels.attention_kernel(ModelConfig(kernels="transformer_engine")) == "transformer_engine"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernels.attention_kernel(local) == "buckets"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found.clear()
+    assert kernels.attention_kernel(local) == "buckets", "torch before 2.10"
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...
+def of_torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        (of_torch_2_10, {"is_causal": True}),
+        (of_torch_2_11, {"window_size": (-1, 0)}),
+        (of_torch_2_12, {"window_size": (-1, 0), "enable_gqa": True}),
+    ],
+)
+def test_attention_of_each_torch_is_causal(attention, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(varlen_attn=attention))
+    assert kernels.variable_length_attention.__wrapped__() == (attention, expected)
+
+
 def test_rounded_row_is_exact(groups) -> None:
     """Padding at the end of the row changes neither loss nor gradients nor what a run records of its step."""
     metrics, exact = gradients(groups)

@@ -1,5 +1,7 @@
 """Packed attention and norms against plain padded ones, forward and gradient; the kernels that are not here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.errors import ConfigError
+from megatron_llave.models.blocks import layer_specs
 from megatron_llave.models.blocks.initialization import initialize_parameters
 from megatron_llave.models.blocks.layer_specs import LocalAttention, RMSNorm, layer_spec, packed_row
 from megatron_llave.models.blocks.qwen2 import LanguageModel, language_transformer_config
@@ -25,7 +28,7 @@ def boundaries(lengths: list[int]) -> torch.Tensor:
 
 
 def test_layout_restarts_positions_and_finds_every_token() -> None:
-    layout = packed_row(boundaries(LENGTHS), LENGTHS, "local")
+    layout = packed_row(boundaries(LENGTHS), LENGTHS, "buckets")
     expected = torch.cat([torch.arange(length) for length in LENGTHS])
     assert torch.equal(layout.positions, expected)
     row = torch.arange(sum(LENGTHS)) * 10
@@ -36,14 +39,39 @@ def test_layout_restarts_positions_and_finds_every_token() -> None:
     assert shapes == [(1, 1), (1, 2), (1, 5), (1, 17), (1, 33), (2, 16)]
 
 
-def test_packed_attention_equals_one_sequence_at_a_time(groups) -> None:
+def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU alone: each sequence attends to itself."""
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) == len(value)
+    lengths = cu_seq_q.diff().tolist()
+    assert max_q == max_k == max(lengths) and isinstance(max_q, int)
+    outputs = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in part), is_causal=window_size == (-1, 0), enable_gqa=enable_gqa
+        ).transpose(0, 1)
+        for part in zip(*(x.split(lengths) for x in (query, key, value)))
+    ]
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's FlashAttention compute one sequence at a time, as it does not run on a CPU."""
+    causal = {"window_size": (-1, 0), "enable_gqa": True}
+    monkeypatch.setattr(layer_specs, "variable_length_attention", lambda: (one_by_one, causal))
+
+
+ATTENTIONS = pytest.mark.parametrize("attention_kernel", ["buckets", "variable_length"])
+
+
+@ATTENTIONS
+def test_packed_attention_equals_one_sequence_at_a_time(groups, on_cpu: None, attention_kernel: str) -> None:
     config = language_transformer_config(MODEL, ParallelConfig())
     attention = LocalAttention(config, 1, AttnMaskType.causal, "self")
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(LENGTHS), 1, heads, 8) for heads in (4, 2, 2)]
     packed = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     single = [x.detach().clone().requires_grad_() for x in packed]
-    layout = packed_row(boundaries(LENGTHS), LENGTHS, "local")
+    layout = packed_row(boundaries(LENGTHS), LENGTHS, attention_kernel)
     output = attention(*packed, None, packed_seq_params=layout)
 
     expected = []
@@ -62,7 +90,8 @@ def test_packed_attention_equals_one_sequence_at_a_time(groups) -> None:
         torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
 
 
-def test_packed_decoder_equals_padded_batch(groups) -> None:
+@ATTENTIONS
+def test_packed_decoder_equals_padded_batch(groups, on_cpu: None, attention_kernel: str) -> None:
     """The same sequences in one packed row, and right-padded to the longest in one batch."""
     config = language_transformer_config(MODEL, ParallelConfig())
     assert not config.sequence_parallel
@@ -72,7 +101,7 @@ def test_packed_decoder_equals_padded_batch(groups) -> None:
     initialize_parameters([holder], groups.tp, seed=0)
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(sum(LENGTHS), 1, 32, generator=generator, requires_grad=True)
-    output = language(packed, packed_row(boundaries(LENGTHS), LENGTHS, "local"))
+    output = language(packed, packed_row(boundaries(LENGTHS), LENGTHS, attention_kernel))
     direction = torch.randn(output.squeeze(1).shape, generator=generator)
     (output.squeeze(1) * direction).sum().backward()
     gradients = {name: p.grad.clone() for name, p in language.named_parameters() if p.grad is not None}
@@ -90,6 +119,28 @@ def test_packed_decoder_equals_padded_batch(groups) -> None:
         if name in gradients:
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
             assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_call_fits_the_attention_of_this_torch(groups) -> None:
+    """The shapes alone, with its real function: it computes on a GPU only."""
+    attention = LocalAttention(language_transformer_config(MODEL, ParallelConfig()), 1, AttnMaskType.causal, "self")
+    shapes = [(sum(LENGTHS), 1, heads, 8) for heads in (4, 2, 2)]
+    inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    layout = packed_row(boundaries(LENGTHS).to("meta"), LENGTHS, "variable_length")
+    output = attention(*inputs, None, packed_seq_params=layout)
+    assert output.shape == (sum(LENGTHS), 1, 4 * 8) and output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert [x.grad.shape for x in inputs] == shapes
+
+
+def test_transformer_engine_is_told_a_length_that_repeats_on_a_gpu() -> None:
+    """The bound of the longest sequence; the boundaries are exact, and on a CPU so is the bound."""
+    longest = {}
+    for device in ("cpu", "cuda"):
+        row = packed_row(SimpleNamespace(device=torch.device(device)), [3, 700, 40], "transformer_engine")
+        assert row.qkv_format == "thd" and row.max_seqlen == 700 and not row.bucket_rows
+        longest[device] = (row.max_seqlen_q, row.max_seqlen_kv)
+    assert longest == {"cpu": (700, 700), "cuda": (1024, 1024)}
 
 
 def test_rms_norm_marks_its_weight_for_sequence_parallel() -> None:
