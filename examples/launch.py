@@ -25,6 +25,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 EXIT_STOPPED = 75
@@ -41,12 +42,14 @@ def main() -> int:
     file, arguments = sys.argv[1], sys.argv[2:]
     if "LOCAL_RANK" in os.environ:
         return train(file, arguments)
-    tasks, num_nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), int(os.environ.get("NNODES", 1))
+    tasks, num_nodes = whole_number("SLURM_STEP_NUM_TASKS", 1), whole_number("NNODES", 1)
     if tasks > num_nodes:
         hint = "use srun --ntasks-per-node=1 with NNODES, NODE_RANK and MASTER_ADDR set, or examples/slurm/train.sbatch"
         sys.exit(f"error: srun has started this launch file {tasks} times, but NNODES is {num_nodes}; {hint}")
     # Otherwise restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # A rank that ends while it talks to another one would print a warning with a stack of twenty lines after our one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     torchrun = Path(__file__).with_name("quiet_torchrun.py")
     launcher = [sys.executable, str(torchrun), "--nproc-per-node", num_processes(), *nodes()]
     asked: set[int] = set()
@@ -54,7 +57,9 @@ def main() -> int:
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGINT:
             if number in asked:
-                process.kill()  # the ranks end with it, unless a save takes longer
+                for rank in psutil.Process(process.pid).children(recursive=True):
+                    rank.kill()  # torchrun has put each into a session of its own
+                process.kill()
                 os._exit(128 + number)
             print("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once", file=sys.stderr, flush=True)
         asked.add(number)
@@ -101,10 +106,18 @@ def train(file: str, arguments: list[str] | None = None) -> int:
     return 0
 
 
+def whole_number(name: str, default: int) -> int:
+    """Value of an environment variable; ends the program with one line unless it is a whole number."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        sys.exit(f"error: {name}={value} must be a whole number")
+    return int(value)
+
+
 def num_processes() -> str:
     """Number of processes of this node, for torchrun."""
     if "PROCS" in os.environ:
-        return os.environ["PROCS"]
+        return str(whole_number("PROCS", 2))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except OSError:  # no such program
@@ -114,13 +127,13 @@ def num_processes() -> str:
 
 def nodes() -> list[str]:
     """Options of torchrun for the rendezvous of the nodes."""
-    if int(os.environ.get("NNODES", 1)) == 1:
+    if whole_number("NNODES", 1) == 1:
         return ["--standalone"]
     for name in ("NODE_RANK", "MASTER_ADDR"):
         if name not in os.environ:
             sys.exit(f"error: {name} must be set when NNODES is")
-    endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}"
-    is_host = int(os.environ["NODE_RANK"] == "0")
+    endpoint = f"{os.environ['MASTER_ADDR']}:{whole_number('MASTER_PORT', 29500)}"
+    is_host = int(whole_number("NODE_RANK", 0) == 0)
     meeting = f"is_host={is_host},read_timeout={SECONDS_TO_MEET}"
     # With c10d, unlike the default, the nodes find each other again after a failure (--max-restarts).
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", meeting]

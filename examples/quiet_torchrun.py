@@ -10,11 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 EXIT_USER_ERROR = 2
+EXIT_NO_MEETING = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -32,6 +34,10 @@ def main(arguments: list[str]) -> int:
                 print(f"error: rank {rank}: {failure.message}", file=sys.stderr, flush=True)
                 return 128 - failure.exitcode
             return failure.exitcode
+        except (RendezvousError, DistError) as error:
+            reason = " ".join(str(error.__cause__ or error).split()).partition(" Exception raised from")[0]
+            print(f"error: the nodes cannot meet at {options.rdzv_endpoint}: {reason}", file=sys.stderr, flush=True)
+            return EXIT_NO_MEETING
         except SignalException as error:  # from a rank whose error a restart cannot mend, or from outside
             errors = [json.loads(file.read_text()) for file in Path(logs).rglob("error.json")]
             texts = [error["message"]["message"] for error in errors if isinstance(error["message"], dict)]

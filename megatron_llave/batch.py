@@ -4,6 +4,7 @@ Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v 
 b pairs, m hard negatives.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_llave.errors import DataError
+from megatron_llave.files import read_bytes
+
+MAX_IMAGE_BYTES = 2**30
+"""The largest image file that is read."""
+
+
+def check_text(text: str) -> None:
+    """Raise a DataError if a text holds a NUL or half a surrogate pair, which are no characters."""
+    wrong = re.search("[\0\ud800-\udfff]", text)
+    if wrong:
+        kind = "a NUL" if wrong[0] == "\0" else "half a surrogate pair, as of a cut emoji"
+        raise DataError(f"the text holds {kind} ({wrong[0]!a} at character {wrong.start() + 1}); remove it")
 
 
 @dataclass
@@ -35,11 +48,7 @@ class Side:
         if not isinstance(self.images, list) or not all(isinstance(x, (bytes, Image.Image)) for x in self.images):
             right = "a list of the bytes of image files or of PIL images; Side.read(text, FILE) reads files"
             raise DataError(f"the images of a Side must be {right}, not {self.images!r:.60}")
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            half = f"{self.text[error.start]!a} at character {error.start + 1}"
-            raise DataError(f"the text holds half a surrogate pair, as of a cut emoji ({half}); remove it") from error
+        check_text(self.text)
 
     @staticmethod
     def read(text: str, *images: str | Path) -> "Side":
@@ -49,11 +58,10 @@ class Side:
             DataError: an image file cannot be read; the message names it.
         """
         try:
-            return Side(text, [Path(image).read_bytes() for image in images])
-        except OSError as error:
-            raise DataError(f"image {error.filename} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # a NUL, or half of a surrogate pair
-            raise DataError(f"image {', '.join(map(str, images))} cannot be read: {error}") from error
+            contents = [read_bytes(image, MAX_IMAGE_BYTES, "name another file") for image in images]
+        except DataError as error:
+            raise DataError(f"image {error}") from error
+        return Side(text, contents)
 
 
 @dataclass

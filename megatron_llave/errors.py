@@ -88,6 +88,7 @@ def exit_with_one_line() -> Iterator[None]:
     - A UserError ends the process with status 2 and its line, without a traceback. If the same command would fail
       again, torchrun --max-restarts is ended too.
     - Ctrl-C ends it with status 130.
+    - A file that the system refuses, such as one in a folder without permission, is named in one line too.
     - A rank that has only lost another one says so, unless torchrun ends it first because of that other rank.
     - Any other error keeps its traceback.
     """
@@ -101,6 +102,9 @@ def exit_with_one_line() -> Iterator[None]:
         if not error.is_worth_a_restart:
             _end_launcher()
         raise SystemExit(EXIT_USER_ERROR) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted by Ctrl-C", file=sys.stderr, flush=True)
@@ -108,6 +112,14 @@ def exit_with_one_line() -> Iterator[None]:
     except Exception as error:
         if is_lost_rank(error):
             _end_after_lost_rank(error)
+        if (
+            isinstance(error, OSError) and error.filename is not None
+        ):  # a folder that may not be looked into, a full disk
+            message = to_one_line(f"error: {error.filename} cannot be used: {error.strerror}")
+            _record(message)
+            _wait_for_first_rank()
+            print(message, file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_USER_ERROR) from None
         _record(f"{type(error).__name__}: {one_line(error)} (its traceback is above)")
         raise
 
@@ -191,7 +203,7 @@ def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> 
     for name in names:
         value = getattr(section, name)
         ok = value is None or (math.isfinite(value) and value >= lowest)
-        require(ok, f"{prefix}.{name}={value} must be a number of at least {lowest}")
+        require(ok, f"{prefix}.{name}={value} must be a finite number of at least {lowest}")
 
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ Nothing reads a `.partial`, so what a killed process leaves costs space and noth
 import codecs
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,8 @@ MAX_JSON_BYTES = 2**30
 """The largest JSON file that is read, and the largest line of a JSONL file."""
 MAX_JSON_DEPTH = 100
 """How deeply lists and objects may lie in each other in JSON."""
+NO_LENGTH_LIMIT = str(int(1e30))
+"""The one integer of more than 64 bits that JSON may have: transformers' model_max_length where there is no limit."""
 
 
 @contextmanager
@@ -64,7 +67,7 @@ def write_text(path: str | Path, text: str, only_writer: bool = False) -> None:
 
 def write_json(path: str | Path, value: Any, only_writer: bool = False) -> None:
     """Write indented JSON by `atomic_write`. Half a surrogate pair, as in an undecodable file name, is escaped."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path, only_writer) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
 
@@ -151,7 +154,8 @@ def parse_json(text: str | bytes, where: str, error: type[UserError] = DataError
 
     Raises:
         UserError: of kind `error`; it is not JSON, nests deeper than MAX_JSON_DEPTH, or has an integer of more than 64
-            bits, or a string with a NUL or with half a surrogate pair (a cut emoji), which is no text.
+            bits, a number that is not finite, or a string with a NUL or with half a surrogate pair (a cut emoji), which
+            is no text.
     """
     value = _decode(text, where, error, "")
     if (b"\\u" if isinstance(text, bytes) else "\\u") in text or isinstance(text, str) and not text.isascii():
@@ -191,7 +195,7 @@ def _decode(text: str | bytes, where: str, error: type[UserError], hint: str) ->
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")  # files that Windows programs have written begin with a mark
-        value = json.loads(text, parse_int=_parse_int)
+        value = json.loads(text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
             _check_depth(value)
     except UnicodeDecodeError as cause:
@@ -203,7 +207,16 @@ def _decode(text: str | bytes, where: str, error: type[UserError], hint: str) ->
     return value
 
 
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
 def _parse_int(digits: str) -> int:
+    if digits == NO_LENGTH_LIMIT:
+        return int(digits)
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
         raise ValueError(f"the integer {digits[:20]}... has more than 64 bits")
     return int(digits)

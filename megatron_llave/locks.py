@@ -91,7 +91,7 @@ def is_locked(directory: str | Path) -> bool:
     """Whether a live process is writing into the folder; one on another machine is if it has touched it lately."""
     directory = Path(directory)
     try:
-        descriptor = os.open(directory / WRITER_FILE, os.O_RDWR)
+        descriptor = os.open(directory / WRITER_FILE, os.O_RDONLY)  # for who may not write there
     except OSError:
         return False
     try:
@@ -141,18 +141,29 @@ def _acquire(directory: Path, name: str) -> tuple[int, dict[str, Any]]:
 def _look(directory: Path, descriptor: int, holder: dict[str, Any]) -> _Holder:
     """Find out whether the holder lives. If it is gone, `descriptor` has the lock afterwards, where there are locks."""
     is_here = holder.get("boot") == _boot()
+    can_be_seen = is_here and holder.get("space") == _space()
     has_locks = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _Holder.ENDING if is_here and not _runs(holder) else _Holder.LIVES
+        return _Holder.ENDING if can_be_seen and not _runs(holder) else _Holder.LIVES
     except OSError:
         has_locks = False
-    if is_here:
-        return _Holder.GONE if has_locks or not _runs(holder) else _Holder.LIVES
-    with tempfile.TemporaryFile(dir=directory) as now:  # by the clock of the file server
-        age = os.fstat(now.fileno()).st_mtime - os.fstat(descriptor).st_mtime
+    if is_here and has_locks:
+        return _Holder.GONE
+    if can_be_seen:
+        return _Holder.LIVES if _runs(holder) else _Holder.GONE
+    age = _now(directory) - os.fstat(descriptor).st_mtime
     return _Holder.GONE if age > STALE_SECONDS else _Holder.SILENT
+
+
+def _now(directory: Path) -> float:
+    """The time by the clock of the file server, or by one's own where one may not write."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def _create(directory: Path, record: dict[str, Any]) -> int | None:
@@ -228,6 +239,7 @@ def _describe() -> dict[str, Any]:
         "pid": os.getpid(),
         "born": psutil.Process().create_time(),
         "boot": _boot(),
+        "space": _space(),
         "job": os.environ.get(job, ""),
         "start": os.environ.get(JOBS.get(job, ""), "0"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -246,6 +258,14 @@ def _boot() -> str:
     """What tells machines apart, also those with the same name; it changes when a machine is started again."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.is_file() else socket.gethostname()
+
+
+def _space() -> str:
+    """What tells containers on one machine apart, each of which has process numbers of its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _runs(holder: dict[str, Any]) -> bool:

@@ -54,18 +54,18 @@ def launcher_is_gone() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _launcher()
 
 
-def end_with_launcher() -> None:
-    """Start a thread that ends this rank SECONDS_TO_SAVE after torchrun has ended, if it has not ended by itself."""
+@cache
+def end_with_launcher(seconds_to_save: int = 0) -> None:
+    """Start a thread that ends this rank `seconds_to_save` after torchrun has ended, if it has not ended by itself."""
     launcher = _launcher()
 
     def watch() -> None:
         while not launcher_is_gone():
             time.sleep(LOOK_SECONDS)
         if os.environ.get("LOCAL_RANK") == "0":
-            limit = f"within {SECONDS_TO_SAVE} s"
-            print(f"error: torchrun (process {launcher}) is gone; the run saves and ends {limit}", file=sys.stderr)
-            sys.stderr.flush()
-        time.sleep(SECONDS_TO_SAVE)
+            end = f"the run saves and ends within {seconds_to_save} s" if seconds_to_save else "its ranks end"
+            print(f"error: torchrun (process {launcher}) is gone; {end}", file=sys.stderr, flush=True)
+        time.sleep(seconds_to_save)
         os._exit(EXIT_ALONE)
 
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -30,7 +30,7 @@ from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
-from megatron_llave.processes import end_forks_with_parent, end_with_launcher
+from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
     with exit_with_one_line():
         end_forks_with_parent()
-        end_with_launcher()
+        end_with_launcher(SECONDS_TO_SAVE)
         quiet_dependencies()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("megatron_llave").setLevel(logging.INFO)

@@ -7,6 +7,7 @@ was written. tests/test_mutants.py runs a few of each.
 
 import argparse
 import json
+import operator
 import random
 import resource
 import shutil
@@ -225,13 +226,19 @@ def read_shards(folder: Path) -> list[Pair]:
         for number in range(shard.pairs):
             try:
                 pairs.append(reader.read(shard, number))
-            except DataError as error:
-                assert "\n" not in str(error)
+            except DataError:
+                pass
     return pairs
 
 
 def all_in(found: list, right: list) -> bool:
-    return all(item in right for item in found)
+    """Whether each item that was found is one of the right ones, and none was found more often than it is there."""
+    rest = list(right)
+    for item in found:
+        if item not in rest:
+            return False
+        rest.remove(item)
+    return True
 
 
 def make_config(folder: Path) -> None:
@@ -344,7 +351,7 @@ READERS = {
     "index": Reader(make_shards, "index.json", read_index),
     "configuration": Reader(make_config, "*", read_config),
     "hf": Reader(make_hf, "*", read_hf),
-    "checkpoint": Reader(make_checkpoint, "*", lambda folder: embed(folder / "checkpoint")),
+    "checkpoint": Reader(make_checkpoint, "*", lambda folder: embed(folder / "checkpoint"), operator.eq),
     "jsonl": Reader(
         make_lines, "*", lambda f: (list(read_inputs(f / "items.jsonl")), check_lines([f / "pairs.jsonl"]))
     ),

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -69,6 +71,21 @@ def test_crash_keeps_its_traceback_and_is_named(files: list[Path], capsys) -> No
     assert capsys.readouterr().err == ""
     message = json.loads(files[0].read_text())["message"]
     assert message["message"] == "TypeError: no such thing (its traceback is above)"
+
+
+def test_file_that_the_system_refuses_is_one_line(files: list[Path], capsys) -> None:
+    assert raised(PermissionError(13, "Permission denied", "closed/a.yaml")) == 2
+    assert capsys.readouterr().err == "error: closed/a.yaml cannot be used: Permission denied\n"
+    assert json.loads(files[0].read_text())["message"]["message"].endswith("cannot be used: Permission denied")
+
+
+def test_reader_of_the_output_may_end_first() -> None:
+    loop = "with exit_with_one_line():\n for i in range(10**6): print(i)"
+    code = f"from megatron_llave.errors import exit_with_one_line\n{loop}"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(100) == 141
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(capsys) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llave.errors import CheckpointError, DataError
-from megatron_llave.files import VERSION, atomic_write, read_json, whole_folder, write_json, write_text
+from megatron_llave.files import VERSION, atomic_write, parse_json, read_json, whole_folder, write_json, write_text
 from megatron_llave.locks import lock_folder
 
 
@@ -79,6 +79,8 @@ def test_json_comes_back(tmp_path: Path) -> None:
         ("[" * 101 + "]" * 101, "is not valid JSON .nested deeper than 100"),
         (f'{{"a": {"1" * 30}}}', "is not valid JSON .the integer 1{20}... has more than 64 bits"),
         ("[" + "1" * 5000 + "]", "is not valid JSON"),
+        ('{"a": 1e999}', "is not valid JSON .1e999 is no finite number"),
+        ('{"a": [-Infinity, NaN]}', "is not valid JSON .-Infinity is no finite number"),
         ("[]", "holds a list, not one JSON object; the hint"),
         ("{}", "is not a 'a thing' file; the hint"),
         ('{"format": "a thing", "version": 2}', "is 'a thing' version 2, this code reads version 1; make it again"),
@@ -132,3 +134,7 @@ def test_leftover_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out", "thing") as partial:
         (partial / "a").write_text("")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_length_limit_of_a_tokenizer_without_one_is_read() -> None:
+    assert parse_json('{"model_max_length": 1000000000000000019884624838656}', "a") == {"model_max_length": int(1e30)}

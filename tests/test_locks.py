@@ -26,6 +26,7 @@ with lock_folder(sys.argv[1]):
 """
 LIGHT = "import sys, types; sys.modules['megatron_llave.distributed'] = types.ModuleType('x'); "
 LIGHT += "sys.modules['megatron_llave.distributed'].cpu_emulation = types.SimpleNamespace(keep_compiler_unloaded=int)\n"
+LIGHT += "sys.modules['megatron_llave.distributed'].cuda_environment = types.SimpleNamespace(set_defaults=len)\n"
 """Keeps the package from loading torch, which takes seconds."""
 
 
@@ -130,6 +131,23 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "run" / WRITER_FILE).write_text(json.dumps(record | {"born": 0}))  # another process has its number
     with lock_folder(tmp_path / "run"):
         pass
+    # A container on this machine has process numbers of its own, which the process table here does not show.
+    (tmp_path / "run" / WRITER_FILE).write_text(json.dumps(record | {"born": 0, "space": "another"}))
+    assert is_locked(tmp_path / "run")
+    os.utime(tmp_path / "run" / WRITER_FILE, (time.time() - locks.STALE_SECONDS - 1,) * 2)
+    assert not is_locked(tmp_path / "run")
+
+
+@pytest.mark.skipif(os.getuid() > 0, reason="only root can become another user")
+def test_who_may_not_write_sees_the_lock(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    with lock_folder(tmp_path / "run"):
+        os.seteuid(65534)
+        try:
+            assert is_locked(tmp_path / "run")
+        finally:
+            os.seteuid(0)
 
 
 def test_removed_folder_is_locked_again(tmp_path: Path, monkeypatch) -> None:

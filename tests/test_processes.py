@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,20 @@ def test_second_start_is_refused_and_killed_launcher_leaves_nothing(endless, ope
     state = read_state(run)
     assert (state["state"], state["reason"]) == ("stopped", "torchrun is gone")
     assert (run / "checkpoints" / f"step-{state['step']:07d}" / "manifest.json").is_file()
+
+
+def test_ranks_of_a_tool_end_with_their_launcher() -> None:
+    """An evaluation has nothing to save, so it ends at once and leaves its folder to the next one."""
+    module = "import sys, time; from megatron_llave.processes import end_with_launcher; end_with_launcher()"
+    rank = f"{module}; print('ready', file=sys.stderr, flush=True); time.sleep(600)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0"}
+    with subprocess.Popen([sys.executable, "-c", launcher], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "ready\n"
+        started = psutil.Process(process.pid).children()
+        process.kill()
+        assert not psutil.wait_procs(started, SECONDS_TO_BE_GONE)[1]
+        assert f"error: torchrun (process {process.pid}) is gone; its ranks end" in process.stderr.read()
 
 
 def test_ctrl_c_saves_and_is_one_line(endless) -> None:

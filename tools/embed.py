@@ -74,6 +74,7 @@ def main() -> None:
             raise ConfigError("--jsonl needs --out FILE.npy or FILE.parquet")
         if args.out and Path(args.out).suffix not in SUFFIXES:
             raise ConfigError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
+        require_names([*args.text, *args.image], args.out or "")
         num_rows = count_inputs(args.jsonl, BLOCK, requires_files=not args.skip_bad) if args.jsonl else 0
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
         if args.jsonl:
@@ -82,6 +83,18 @@ def main() -> None:
             embed_arguments(model, args)
         model.print_image_notes()
         process_groups.destroy_distributed()
+
+
+def require_names(names: list[str], out: str) -> None:
+    """Raise a ConfigError unless each of the command line's inputs can stand in the output as the name of its row."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{name!a} is not UTF-8 text; name its file otherwise, or write a --jsonl") from error
+        if out.endswith(".npy") and len(name.splitlines()) > 1:
+            ids = Path(out).with_suffix(".ids")
+            raise ConfigError(f"{name!a} has more than one line, but is to be one of {ids}; --out a .parquet")
 
 
 @dataclass(frozen=True)

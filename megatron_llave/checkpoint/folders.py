@@ -375,4 +375,5 @@ def unusable(path: str | Path, error: BaseException) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
-    return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}")
+    hint = "; the model section of the configuration is of another model" if "hape mismatch" in reason else ""
+    return CheckpointError(f"checkpoint {path} cannot be loaded: {reason}{hint}")

@@ -14,7 +14,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, EnumMeta
 from pathlib import Path, PosixPath
@@ -32,6 +32,7 @@ from megatron_llave.files import read_bytes
 METADATA = ".metadata"
 COMMON = "common.pt"
 MAX_METADATA_BYTES = 2**30
+MAX_TUPLE = 10_000
 
 _BASE = "torch.distributed.checkpoint"
 _METADATA_NAMES = {
@@ -66,6 +67,22 @@ _TE_NAMES = {
 _load = torch.load
 
 
+def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let a tuple stand for at most MAX_TUPLE values: the hash of sixty pairs in each other would never end."""
+
+    def load_bounded(unpickler: Any) -> None:
+        load(unpickler)
+        waiting, count = [unpickler.stack[-1]], 0
+        while waiting:
+            inner = waiting.pop()
+            waiting += inner if isinstance(inner, tuple) else ()
+            count += 1
+            if count > MAX_TUPLE:
+                raise pickle.UnpicklingError(f"a tuple stands for more than {MAX_TUPLE} values")
+
+    return load_bounded
+
+
 class _Unpickler(pickle._Unpickler):
     """Builds objects of the allowed classes alone; in Python, because the one in C lets a pickle change classes.
 
@@ -74,6 +91,8 @@ class _Unpickler(pickle._Unpickler):
 
     allowed = _METADATA_NAMES
     dispatch = dict(pickle._Unpickler.dispatch)
+    for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[_code[0]] = _bounded(dispatch[_code[0]])
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
@@ -207,9 +226,9 @@ def read_metadata(folder: Path) -> Metadata:
         for index, place in metadata.storage_data.items():
             _check_place(folder, index, place, sizes)
         kinds = (TensorStorageMetadata, BytesStorageMetadata)
-        wrong = [key for key, value in metadata.state_dict_metadata.items() if not isinstance(value, kinds)]
-        if wrong:
-            raise CheckpointError(f"{file} is damaged: it does not describe {wrong[0]}")
+        for key, value in metadata.state_dict_metadata.items():
+            if not (isinstance(value, kinds) and isinstance(key, str) and key.isprintable()):
+                raise CheckpointError(f"{file} is damaged: it does not describe {key!a:.200}")
     return metadata
 
 
@@ -298,8 +317,9 @@ def _safe_load(file: Any, *args: object, what: str = "", **kwargs: object) -> An
     if hasattr(file, "base_stream"):  # torch's view of a part of a file
         file = _Part(file.base_stream, file.offset, file.len)
     where = str(getattr(file, "name", file if isinstance(file, str | Path) else "an object of a checkpoint"))
+    is_file = isinstance(file, str | Path)
     with _one_line(f"{where}: {what}" if what else where):
-        if isinstance(file, str | Path):
+        if is_file:
             file = io.BytesIO(read_bytes(file, MAX_METADATA_BYTES, "copy the checkpoint again", CheckpointError))
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -309,8 +329,8 @@ def _safe_load(file: Any, *args: object, what: str = "", **kwargs: object) -> An
             value = _load(file, map_location="cpu", weights_only=True)
             for member in members:
                 _compare_crc(archive, member, value)
-        if not isinstance(value, Tensor):
-            _look_through(value)
+        if not is_file and not isinstance(value, Tensor):
+            _look_through(value, where)
     return value
 
 
@@ -324,10 +344,14 @@ def _compare_crc(archive: zipfile.ZipFile, member: zipfile.ZipInfo, value: Any) 
         archive.read(member)  # which compares
 
 
-def _look_through(value: Any) -> None:
+def _look_through(value: Any, where: str) -> None:
     """Refuse bytes in an extra state that Transformer Engine would unpickle, unless they hold what it writes."""
-    for item in value if isinstance(value, list) else [value]:
+    if type(value) is not list:  # megatron-core saves lists, and would take another container's items too
+        raise CheckpointError(f"{where} is damaged: it holds a {type(value).__name__}, where a checkpoint has a list")
+    for item in value:
         if isinstance(item, Tensor) and item.numel():
+            if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise CheckpointError(f"{where} is damaged: a tensor of {item.numel()} values has fewer in the file")
             _LooksThrough(io.BytesIO(item.numpy().tobytes())).load()
         elif isinstance(item, io.BytesIO):
             _load_inner(item.getvalue())

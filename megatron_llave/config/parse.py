@@ -5,6 +5,7 @@ Here every scalar stays the text that it is until the key says whether it is a n
 """
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -26,8 +27,10 @@ MAX_VALUES = 100_000
 """The most values of a configuration; aliases of YAML can stand for exponentially many."""
 NULL = ("null", "Null", "NULL", "~", "")
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+SPECIAL_FLOATS = {f"{sign}{dot}inf": float(f"{sign}inf") for sign in ("", "+", "-") for dot in ("", ".")}
+SPECIAL_FLOATS |= {"nan": float("nan"), ".nan": float("nan")}
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
 class Plain(str):
@@ -82,7 +85,9 @@ def _text_of(loader: _Loader, node: yaml.ScalarNode) -> str:
     return Plain(node.value) if node.style is None else node.value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:str", _text_of)
+_SAFE = yaml.SafeLoader.yaml_constructors
+_Loader.yaml_constructors = {"tag:yaml.org,2002:str": _text_of, None: _SAFE[None]}  # a tag such as !!int is refused
+_Loader.yaml_constructors |= {tag: _SAFE[tag] for tag in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -124,6 +129,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         key, equals, value = override.partition("=")
         path = key.strip().split(".")
         require(bool(equals) and all(path), f"override {override!r} must look like section.key=value")
+        require(bool(value.strip()), f"override {override!r} has no value; null is none, and '' an empty text")
         section = tree
         for name in path[:-1]:
             if not isinstance(section.get(name), dict):
@@ -161,14 +167,16 @@ class TypedReader:
         require(self.count <= MAX_VALUES, f"{self.source} has more than {MAX_VALUES} values")
         is_reference = isinstance(value, str) and "${" in value
         require(not is_reference, f"{key}={value}: ${{...}} is not resolved; write the value")
-        require(not (isinstance(value, str) and "\0" in value), f"{key}={value!r} holds a NUL, which is no character")
+        wrong = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)
+        require(not wrong, f"{key}={value!a} holds a NUL or a byte that is not UTF-8, which is no character")
         require(value != "???", f"{key}=??? is no value; leave the key out for its default")
         origin, arguments = get_origin(hint), get_args(hint)
         if origin in (Union, UnionType):
             inner = next(argument for argument in arguments if argument is not type(None))
             return None if value is None or isinstance(value, Plain) and value in NULL else self.read(inner, value, key)
         if isinstance(value, FromCommandLine) and (is_dataclass(hint) or origin in (dict, list)):
-            value = self._yaml(value, key)
+            read = self._yaml(value, key)
+            value = value if read is None else read
         if is_dataclass(hint):
             return self._section(hint, value, key)
         if origin is dict:
@@ -212,12 +220,22 @@ class TypedReader:
                 return SWITCHES[text.lower()]
             if hint is int and is_plain and INTEGER.fullmatch(text):
                 return int(text)
-            if hint is float:
-                return float(SPECIAL_FLOATS.get(text.lower(), text))
+            if hint is float and text.lower() in SPECIAL_FLOATS:
+                return SPECIAL_FLOATS[text.lower()]
+            if hint is float and FLOAT.fullmatch(text):
+                return _finite(text)
         except (KeyError, ValueError):
             pass
         raise ConfigError(f"{key}={value} must be {_named(hint)}")
 
 
+def _finite(text: str) -> float:
+    """The number, unless it is too large or too small for a float."""
+    number = float(text)
+    if math.isinf(number) or number == 0 and re.search("[1-9]", text.lower().partition("e")[0]):
+        raise ValueError
+    return number
+
+
 def _named(hint: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    return {int: "a whole number of at most 18 digits", float: "a number", bool: "true or false", str: "a text"}[hint]

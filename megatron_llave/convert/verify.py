@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_llave.batch import Side
+from megatron_llave.batch import MAX_IMAGE_BYTES, Side
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.data.image_files import decode_image, image_settings
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import CheckpointError
+from megatron_llave.files import read_bytes
 from megatron_llave.models import open_hf
 from megatron_llave.models.hf.weights import HfFormat
 
@@ -93,10 +94,7 @@ def _generated_image(tile: int) -> bytes:
 
 
 def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"image {path} cannot be read: {error.strerror}") from error
+    return read_bytes(path, MAX_IMAGE_BYTES, "name another image", CheckpointError)
 
 
 def _byte_tokenizer(path: Path) -> Path:

@@ -23,6 +23,9 @@ MAX_SIDE = 1_000_000
 JPEG_PIXELS_PER_BYTE = 1024
 """No complete JPEG with Huffman codes has more pixels per byte: 64 pixels take at least one bit."""
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
+"""Endings of the names of image files, in lower case."""
+
 TRANSPARENT = "image with transparency"
 HIGH_BITS = "image of more than 8 bits per channel"
 ONE_COLOUR = "image of one colour"
@@ -31,6 +34,8 @@ PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 """Pillow's modes of colours that are multiplied by alpha -> those that are not."""
 RANGES = (1, 255, 4095, 65535)
 """White of floats, and of integers of 8, 12 and 16 bits."""
+OVERSHOOT = 1.05
+"""How many times white a float may be and count as white."""
 BLOCK_PIXELS = 2**20
 """Number of pixels whose bits are reduced at a time, to bound the memory."""
 
@@ -207,11 +212,13 @@ def _at_eight_bits(
 def _scaled(values: np.ndarray) -> np.ndarray:
     """Reduce integers or floats [h, w] to uint8: black is 0, white is the least of RANGES that no value exceeds.
 
-    If values are negative or beyond all RANGES, black is the lowest value and white the highest.
+    Floats may exceed it by OVERSHOOT, as resizing leaves at edges. If values are negative or beyond all RANGES, black
+    is the lowest value and white the highest.
     """
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    white = next((white for white in RANGES if high <= white), None)
+    limit = high / OVERSHOOT if values.dtype.kind == "f" else high
+    white = next((white for white in RANGES if limit <= white), None)
     black, span = (0.0, white) if low >= 0 and white is not None else (low, high - low or 1.0)
     scaled = np.empty(values.shape, np.uint8)
     step = max(1, BLOCK_PIXELS // values.shape[1])

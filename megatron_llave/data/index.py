@@ -110,17 +110,20 @@ def read_index(directory: str | Path, check_shards: bool = True) -> Index:
     Checksums are not computed.
 
     Raises:
-        DataError: the folder or the index is missing or malformed; with `check_shards` also when a shard is missing or
-            has another size.
+        DataError: the folder or the index is missing or malformed; with `check_shards` also when a shard is missing,
+            has another size, or is a link to another one.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
     index = parse_index(directory / INDEX_FILE, str(directory / INDEX_FILE))
-    if check_shards:
-        for subset in index.subsets.values():
-            for shard in subset.shards:
-                check_size(directory, shard)
+    files: dict[tuple[int, int], str] = {}
+    for shard in (shard for subset in index.subsets.values() for shard in subset.shards if check_shards):
+        check_size(directory, shard)
+        status = (directory / shard.file).stat()
+        other = files.setdefault((status.st_dev, status.st_ino), shard.file)
+        if other != shard.file:  # one is a link to the other
+            raise DataError(f"{directory}: shards {other} and {shard.file} are one file, which would be used twice")
     return index
 
 
@@ -168,7 +171,8 @@ def require_different_shards(shards: Iterable[Shard]) -> None:
         if shard.file in files:
             raise ValueError(f"shard {shard.file} is listed twice, so that its pairs would be used twice")
         files.add(shard.file)
-        other = contents.setdefault(shard.sha256, shard.file) if SHA256.fullmatch(str(shard.sha256)) else shard.file
+        digest = str(shard.sha256).lower()
+        other = contents.setdefault(digest, shard.file) if SHA256.fullmatch(digest) else shard.file
         if other != shard.file:
             raise ValueError(f"shards {other} and {shard.file} have the same contents, which would be used twice")
 

@@ -269,10 +269,14 @@ class StepReader(Dataset):
         return TrainStep(data, sum(share.stop - share.start for share in self.shares), problems)
 
     def _pair(self, name: str, shard: int, number: int) -> Pair | DataError:
+        file = self.subsets[name].shards[shard]
         try:
-            return self.shards.read(self.subsets[name].shards[shard], number)
+            pair = self.shards.read(file, number)
         except DataError as error:
             return DataError(f"a pair of subset {name}: {error}")
+        if pair.subset != name:
+            return DataError(f"a pair of subset {name}: {file.file} has a pair of subset {pair.subset!r} in its place")
+        return pair
 
 
 def read_ahead(reader: StepReader, plans: Iterable[StepPlan], workers: int) -> Iterator[TrainStep]:

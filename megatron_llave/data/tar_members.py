@@ -42,6 +42,7 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
         DataError: the file is truncated, damaged, or not a tar file.
     """
     samples: list[TarSample] = []
+    keys: set[str] = set()
     try:
         _check_end(file, path)
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -49,7 +50,7 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
                 parts = _NAME.fullmatch(member.name)
                 if not member.isreg() or parts is None or _NOTE.match(member.name):
                     continue  # WebDataset skips folders, links, files without a suffix and its own notes too
-                _add_member(samples, parts[1], parts[2], (member.offset_data, member.size))
+                _add_member(samples, keys, parts[1], parts[2], (member.offset_data, member.size))
             end = tar.offset
         file.seek(end)
         # tarfile takes a damaged header for the end of the archive without an error.
@@ -64,9 +65,10 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
     return samples
 
 
-def _add_member(samples: list[TarSample], key: str, suffix: str, position: tuple[int, int]) -> None:
+def _add_member(samples: list[TarSample], keys: set[str], key: str, suffix: str, position: tuple[int, int]) -> None:
     if not samples or samples[-1].key != key:
-        samples.append(TarSample(key))
+        samples.append(TarSample(key, problem="its key comes twice in the shard" if key in keys else ""))
+        keys.add(key)
     sample = samples[-1]
     if not KEY.fullmatch(key):
         sample.problem = f"key {key!r} must be 1 to 80 letters, digits, - or _"

@@ -1,6 +1,7 @@
 """Turns what users pass to LoadedModel.embed into inputs of the model: texts, image files, PIL images and arrays."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,13 +10,15 @@ import numpy as np
 from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.data.image_files import IMAGE_SUFFIXES
 from megatron_llave.data.items import KEYS
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 
 ImageLike: TypeAlias = os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
 Embeddable: TypeAlias = str | ImageLike | Mapping[str, Any] | tuple[str, ImageLike] | Side
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+_ADDRESS = re.compile("data:image/|(file|https?|s3|gs|hf)://", re.IGNORECASE)
+_QUERY = re.compile("[?#].*")
 RIGHT = (
     "give a text, a pathlib.Path of an image, a PIL image, a uint8 array [h, w], [h, w, 3] or [h, w, 4], the bytes of "
     'an image file, {"text": ..., "image": ...}, a pair (text, image), a Side, or a list of these'
@@ -86,10 +89,14 @@ def _parts_of_item(item: Mapping[Any, Any]) -> tuple[str, list[Any]]:
 
 
 def _refuse_file_name(text: str) -> None:
-    """Refuse a text that is the name of an image file on this machine: embedding the name itself helps nobody."""
-    if os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(text):
-        right = f'pathlib.Path({text!r}) embeds the image, {{"text": {text!r}}} these words'
-        raise DataError(f"{text!r} is the name of an image file; {right}")
+    """Refuse a text that is the name or the address of a file: embedding the name itself helps nobody."""
+    name, right = text.strip(), f'{{"text": {text!r}}} embeds these words'
+    is_word, is_address = not re.search(r"\s", name), bool(_ADDRESS.match(name))
+    is_image = os.path.splitext(_QUERY.sub("", name) if is_address else name)[1].lower() in IMAGE_SUFFIXES
+    if is_word and is_address and (is_image or not name.startswith("http")):
+        raise DataError(f"{text[:200]!r} is the address of a file, which is not fetched; {right}")
+    if is_word and is_image or (is_image or os.sep in name) and os.path.exists(name):
+        raise DataError(f"{text!r} is the name of a file; pathlib.Path({name!r}) embeds an image, {right}")
 
 
 def _to_image(image: Any) -> bytes | Image.Image:

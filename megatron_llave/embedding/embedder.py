@@ -33,6 +33,7 @@ from megatron_llave.embedding.embeddable import Embeddable, to_sides
 from megatron_llave.errors import BadInputError, DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import row_multiple
+from megatron_llave.processes import end_with_launcher
 
 
 @dataclass(repr=False)
@@ -111,6 +112,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     Raises:
         UserError: there is no checkpoint, or no averaged weights in it; an override or the parallel layout is invalid.
     """
+    end_with_launcher()
     cpu_emulation.enable()
     pretrained = find_pretrained(path)
     process_groups.initialize_distributed(_configure(pretrained, overrides).parallel.timeout_seconds)

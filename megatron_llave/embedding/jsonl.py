@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from megatron_llave.data.items import parse_item, read_jsonl
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import DataError
@@ -51,13 +53,17 @@ def count_inputs(path: str | Path, size: int, requires_files: bool = True) -> in
     """Number of inputs. Checks each line and, if asked, that its images exist, before hours of work and not after.
 
     Raises:
-        DataError: a line is malformed, an image does not exist, or there is no input.
+        DataError: a line is malformed, an image does not exist, two inputs have one id, or there is no input.
     """
-    count = 0
+    hashes = []  # of ids, 8 bytes each, because the ids themselves might not fit into memory
     for block in read_blocks(path, size):
         if requires_files:
             block.require_files()
-        count += len(block)
-    if not count:
+        hashes.append(np.array([hash(item.id) for item in block.entries]))
+    if not hashes:
         raise DataError(f"{path} has no lines")
-    return count
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    for twice in values[counts > 1][:1]:
+        (first, item), (second, _), *_ = ((n, item) for n, item in read_inputs(path) if hash(item.id) == twice)
+        raise DataError(f"{path}:{second}: the id {item.id!r} is that of line {first} too; an id defaults to the line")
+    return int(counts.sum())

@@ -5,6 +5,7 @@ and <set>_pred.txt and <set>_score.json as the official MMEB evaluation writes t
 only the parts that are missing and reads the results of finished sets.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -158,6 +159,8 @@ def _read(embedder: CachedEmbedder, task: Task, ties: str) -> SetResult | None:
     try:
         recorded = read_json(path, FORMAT, "")
         model, origin = recorded["model"], (recorded["task"], recorded["files"], recorded["ties"])
+        if recorded["sha256"] != _digest(recorded["result"]):
+            return None
         result = SetResult(**recorded["result"])
         result.hardest_negative = [-math.inf if x is None else x for x in result.hardest_negative]
         per_query = (result.positive, result.hardest_negative, result.top, result.positives, result.queries)
@@ -177,7 +180,8 @@ def _write(result: SetResult, task: Task, out: Path, origin: dict[str, Any]) -> 
         _score_file(out, task).unlink(missing_ok=True)
         hardest = [x if math.isfinite(x) else None for x in result.hardest_negative]  # JSON has no infinity
         values = {**asdict(result), "hardest_negative": hardest}
-        write_json(out / f"{task.name}_result.json", {"format": FORMAT, "version": VERSION, **origin, "result": values})
+        head = {"format": FORMAT, "version": VERSION, **origin, "sha256": _digest(values)}
+        write_json(out / f"{task.name}_result.json", {**head, "result": values})
         lines = (f"{(item.text, ''.join(item.files))}\n" for item in predicted)
         write_text(out / f"{task.name}_pred.txt", "".join(lines))
         correct = round(result.precision_at_1 * result.num_queries / 100)
@@ -185,6 +189,11 @@ def _write(result: SetResult, task: Task, out: Path, origin: dict[str, Any]) -> 
         write_text(_score_file(out, task), json.dumps(score, indent=4))  # byte for byte as the official evaluation
     except OSError as error:
         raise DataError(f"{out}: results of {task.name} cannot be written: {error.strerror}") from error
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of a result, which is the same after it has been written and read."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _score_file(out: Path, task: Task) -> Path:

@@ -3,12 +3,15 @@
 inspect reads the JSON of the samples and decodes no image; verify reads every byte and decodes every image.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.image_files import (
@@ -66,6 +69,8 @@ class ShardCheck:
 
     problems: list[str] = field(default_factory=list)
     """A line for every problem, with the file and, if there is one, the key of the sample."""
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Hashes of the samples' keys."""
     noticed: list[tuple[str, str]] = field(default_factory=list)
     """A note of data.image_files.decode_image, and the key and member of the image, for each note on an image."""
 
@@ -208,10 +213,14 @@ def verify(
     index = read_index(directory, check_shards=False)
     names = [name for name, subset in index.subsets.items() for _ in subset.shards]
     jobs = [(directory, name, shard, max_pixels) for name, subset in index.subsets.items() for shard in subset.shards]
+    keys: dict[str, list[np.ndarray]] = {name: [] for name in index.subsets}
     try:
         with worker_pool(workers) as executor:
             checks = run_in_order(executor, _check_shard, jobs, JOBS_PER_WORKER * workers)
             for done, (name, check) in enumerate(zip(names, checks), start=1):
+                keys[name].append(check.keys)
+                if len(keys[name]) == len(index.subsets[name].shards):
+                    check.problems += _repeated(directory, index.subsets[name], keys.pop(name))
                 yield name, check
                 progress("shards", done, len(jobs))
     except BrokenProcessPool as error:
@@ -220,13 +229,20 @@ def verify(
 
 def _check_shard(job: tuple[Path, str, Shard, int]) -> ShardCheck:
     check = ShardCheck()
-    check.problems += _shard_problems(*job, check.noticed)
+    check.problems += _shard_problems(*job, check)
     return check
 
 
-def _shard_problems(
-    directory: Path, subset: str, shard: Shard, max_pixels: int, noticed: list[tuple[str, str]]
-) -> Iterator[str]:
+def _repeated(directory: Path, subset: Subset, keys: list[np.ndarray]) -> Iterator[str]:
+    """Yield a line for each shard that has samples of an earlier shard of its subset, as a copy packed anew has."""
+    is_repeated = np.ones(sum(map(len, keys)), bool)
+    is_repeated[np.unique(np.concatenate(keys), return_index=True)[1]] = False
+    for shard, part in zip(subset.shards, np.split(is_repeated, np.cumsum([len(own) for own in keys])[:-1])):
+        if part.any():
+            yield f"{directory / shard.file} has {part.sum()} samples whose keys come before too; a run takes both"
+
+
+def _shard_problems(directory: Path, subset: str, shard: Shard, max_pixels: int, check: ShardCheck) -> Iterator[str]:
     path = directory / shard.file
     try:
         check_size(directory, shard)
@@ -242,6 +258,8 @@ def _shard_problems(
             samples = find_samples(file, path)
             if len(samples) != shard.pairs:
                 yield f"shard {path} holds {len(samples)} pairs, the index says {shard.pairs}; {AGAIN}"
+            hashes = (hashlib.blake2b(sample.key.encode(), digest_size=8).digest() for sample in samples)
+            check.keys = np.frombuffer(b"".join(hashes), np.uint64)
             repeated = {key for key, number in Counter(sample.key for sample in samples).items() if number > 1}
             for key in sorted(repeated):
                 yield f"{path}: sample {key} comes twice, or other members stand between its own; {AGAIN}"
@@ -252,7 +270,7 @@ def _shard_problems(
                     yield str(error)
                     continue
                 sample = {"__key__": sample.key, **members}
-                yield from _sample_problems(sample, subset, path, max_pixels, noticed)
+                yield from _sample_problems(sample, subset, path, max_pixels, check.noticed)
     except OSError as error:
         yield str(unreadable(path, error))
     except DataError as error:

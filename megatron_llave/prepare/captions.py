@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_llave.data.image_files import IMAGE_SUFFIXES
 from megatron_llave.data.items import read_jsonl
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import ConfigError, DataError
@@ -19,8 +20,6 @@ from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, SourceSide, make_id
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
-"""Endings of the files of a folder that are images, in lower case."""
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv")
 """Files that can hold the captions of a folder; the first one that is there is read."""
 COLUMNS = (("filepath", "title"), ("file_name", "text"), ("image", "caption"))
@@ -60,8 +59,10 @@ def prepare_folder(
     if Path(directory).resolve() == folder.resolve():
         raise ConfigError(f"--out {directory} is the folder of the images; choose another")
     file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    images = find_images(folder, Path(directory))
     if captions == "names" or file is None:
-        images = find_images(folder, Path(directory))
+        if not images:
+            raise DataError(f"{folder} has no images: no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
         beside = {image: image.with_suffix(".txt") for image in images}
         if captions == "auto" and not any(text.is_file() for text in beside.values()):
             raise DataError(
@@ -71,7 +72,7 @@ def prepare_folder(
     if captions == "names":
         read = partial(_from_names, folder, images)
     else:
-        read = partial(read_captions, file) if file else partial(_from_texts, folder, beside)
+        read = partial(_of_folder, folder, file, images) if file else partial(_from_texts, folder, beside)
     return _write([read], [folder], directory, options, progress)
 
 
@@ -124,22 +125,15 @@ def _write(
 
 
 def find_images(folder: Path, directory: Path) -> list[Path]:
-    """Return the images in a folder and its subfolders, sorted by path; hidden files and `directory` are left out.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the images in a folder and its subfolders, sorted by path; hidden files and `directory` are left out."""
     inside = directory.resolve()
-    images = [
+    return [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and inside not in path.resolve().parents
     ]
-    if not images:
-        raise DataError(f"{folder} has no images: no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return images
 
 
 def _from_names(folder: Path, images: list[Path]) -> Iterator[Caption]:
@@ -159,6 +153,17 @@ def _from_texts(folder: Path, beside: dict[Path, Path]) -> Iterator[Caption]:
             except UnicodeDecodeError as error:
                 raise DataError(f"{text} is not UTF-8 text") from error
         yield str(image.relative_to(folder)), caption, str(image)
+
+
+def _of_folder(folder: Path, file: Path, images: list[Path]) -> Iterator[Caption]:
+    """Yield the captions of a file, and an empty one for each image of its folder that it does not name."""
+    named = set()
+    for image, caption, where in read_captions(file):
+        named.add(os.path.normpath(folder / image))
+        yield image, caption, where
+    for path in images:
+        if named and os.path.normpath(path) not in named:
+            yield str(path.relative_to(folder)), "", str(path)
 
 
 def read_captions(file: Path) -> Iterator[Caption]:
@@ -218,14 +223,15 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Caption]:
         hint = "" if columns else "; --columns IMAGE CAPTION names others"
         raise DataError(f"{file}:1: the columns are {', '.join(names)[:200]!r}, but it needs {needed}{hint}")
     place, caption_place = (names.index(name) for name in chosen[0])
-    reader = csv.reader(lines, delimiter=separator)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     try:
         for values in reader:
             where = f"{file}:{reader.line_num + 1}"
-            if len(values) > max(place, caption_place):
+            if len(values) == len(names):
                 yield values[place].strip(), values[caption_place].strip(), where
             elif values:
-                raise DataError(f"{where}: has {len(values)} values, but the first line has {len(names)} names")
+                hint = f"put quotation marks around a value that has {separator!r} in it"
+                raise DataError(f"{where}: has {len(values)} values, but the first line has {len(names)} names; {hint}")
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num + 1}: {error}") from error
 

@@ -1,8 +1,8 @@
 """Splits the user's own pairs into training and held-out ones, and makes evaluation sets of the latter.
 
-Pairs that share an image or a text are one group, and a group is held out completely or not at all, so that nothing of
-an evaluation was trained on. Images are compared by their bytes. Which groups are held out depends on the contents
-alone, not on the names of files, their order or any seed.
+Pairs that share an image, or the text of a side without images, are one group, and a group is held out completely or
+not at all, so that nothing of an evaluation was trained on. Images are compared by their bytes. Which groups are held
+out depends on the contents alone, not on the names of files, their order or any seed.
 """
 
 import hashlib
@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llave.batch import Pair, Side
+from megatron_llave.batch import MAX_IMAGE_BYTES, Pair, Side
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, input_key
+from megatron_llave.files import read_bytes
 from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide
 
 MOST_HELD_OUT = 5000
@@ -96,8 +97,8 @@ class HeldOut:
     def _digest(self, path: Path) -> bytes:
         if path not in self._digests:
             try:
-                contents = path.read_bytes()
-            except (OSError, ValueError):  # it is skipped and counted when the pairs are made
+                contents = read_bytes(path, MAX_IMAGE_BYTES)
+            except DataError:  # it is skipped and counted when the pairs are made
                 contents = str(path).encode(errors="backslashreplace")
             self._digests[path] = _hash(b"image", contents)
         return self._digests[path]

@@ -78,7 +78,9 @@ def write_own_pairs(
         evaluated.extend(sets)
         if other is not None:
             copy_tokenizer(other, directory)
-        elif options.tokenizer == TRAIN and (options.overwrite or tokenizer_in(directory) is None):
+        elif options.tokenizer == TRAIN and (
+            options.overwrite or tokenizer_in(directory) in (None, directory / TRAINED_FILE)
+        ):
             texts = (side.text for _, row in rows() if held_out.group(row) is None for side in (row.query, row.target))
             write_trained(texts, directory / TRAINED_FILE)
         return skipped

@@ -1,4 +1,4 @@
-"""Makes shards of pairs whose images are files, for the sources mmeb and jsonl of tools/prepare_data.py.
+"""Makes shards of pairs whose images are files, for the sources mmeb, jsonl, folder and csv of tools/prepare_data.py.
 
 A source yields rows. They are cut into jobs here, each of which reads the images of PAIRS_PER_SHARD rows and writes one
 shard. Each finished shard has a sidecar file `SHARD.tar.done`, so that the same command can resume after it was killed.
@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_llave.batch import Pair, Side
+from megatron_llave.batch import Pair, Side, check_text
 from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
@@ -342,9 +342,9 @@ def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> tu
     if not side.text.strip() and not side.images:
         raise _LeftOutError(EMPTY, f"{name}: neither text nor image")
     try:
-        side.text.encode()
-    except UnicodeEncodeError as error:
-        raise _LeftOutError(BAD_TEXT, f"{name}: {error.reason} at character {error.start}") from error
+        check_text(side.text)
+    except DataError as error:
+        raise _LeftOutError(BAD_TEXT, f"{name}: {error}") from error
     try:
         paths = [_locate(image, row.folder, job.is_confined) for image in side.images]
         images, noticed = [], []

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,11 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent ends; it could otherwise write into a folder that a new run is filling."""
+    """End this worker when its parent ends; it could otherwise write into a folder that a new run is filling.
+
+    Ctrl-C is for the parent, which ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -59,17 +59,20 @@ class RunState:
             self._write(state, reason)
 
     def fail(self, reason: str, is_secondary: bool = False) -> None:
-        """Write, on whichever rank, that the run has failed.
+        """Write, on whichever rank, that the run has failed; a start that fails leaves how an earlier one has ended.
 
         Args:
             reason: one line.
             is_secondary: this rank only suffers from the failure of another one, whose reason is kept if it is there.
         """
         file = self._output / STATE_FILE
-        if self._is_over or not (self.has_started or file.exists()):
+        written = _read(file)
+        if self._is_over or not self.has_started and written.get("state") not in ("running", "failed"):
             return
-        if is_secondary and _read(file).get("state") == "failed":
+        if is_secondary and written.get("state") == "failed":
             return
+        if not self.has_started:
+            self.step = written.get("step", 0)
         self._is_over = True
         self._write("failed", reason)
 

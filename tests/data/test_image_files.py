@@ -171,6 +171,12 @@ FILES = {  # name -> (bytes, pixels, largest difference, notes)
     "16-bit rgba": (png_chunks(6, 16, sixteen(np.asarray(RGBA))), ON_WHITE, EXACT, [HIGH_BITS, TRANSPARENT]),
     "32-bit tiff": (encoded(grey(65535, np.int32), "TIFF"), THREE_GREY, EXACT, [HIGH_BITS]),
     "float tiff to 1": (encoded(grey(1, np.float32), "TIFF"), THREE_GREY, EXACT, [HIGH_BITS]),
+    "float tiff that overshoots": (
+        encoded(Image.fromarray((GREY / 255 * 1.02).astype(np.float32)), "TIFF"),
+        np.minimum(np.rint(THREE_GREY * 1.02), 255),
+        CLOSE,
+        [HIGH_BITS],
+    ),
     "float tiff to 255": (encoded(grey(255, np.float32), "TIFF"), THREE_GREY, EXACT, [HIGH_BITS]),
     "float tiff beyond": (
         encoded(Image.fromarray(np.float32(STEPS * 1000 - 99000)), "TIFF"),

@@ -71,7 +71,7 @@ def twice(value):
 
 def copied(value):
     shards = value["subsets"]["cats"]["shards"]
-    shards.append({**shards[0], "file": "copy.tar"})
+    shards.append({**shards[0], "file": "copy.tar", "sha256": shards[0]["sha256"].upper()})
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,17 @@ def test_malformed_index(tmp_path, edit, message):
     edit(value)
     path.write_text(json.dumps(value))
     with pytest.raises(DataError, match=message):
+        read_index(tmp_path)
+
+
+def test_a_link_to_another_shard_is_refused(tmp_path):
+    path = prepared(tmp_path) / "index.json"
+    value = json.loads(path.read_text())
+    shards = value["subsets"]["cats"]["shards"]
+    shards.append({**shards[0], "file": "link.tar", "sha256": "0" * 64})
+    path.write_text(json.dumps(value))
+    (tmp_path / "link.tar").symlink_to("cats-000000.tar")
+    with pytest.raises(DataError, match="shards cats-000000.tar and link.tar are one file, which would be used twice"):
         read_index(tmp_path)
 
 

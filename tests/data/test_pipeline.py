@@ -258,6 +258,20 @@ def test_damaged_picture_costs_one_pair_only(tmp_path, caplog, negatives):
     assert "birds-5 of subset birds" in caplog.text
 
 
+def test_shard_of_another_subset_is_left_out(tmp_path, caplog):
+    """It has the size and the number of pairs that the index says."""
+    for subset in ("cats", "dogs"):
+        (tmp_path / subset).mkdir()
+        pairs = [make_pair(subset, i) for i in range(16)]
+        index = Index({subset: write_subset(pairs, tmp_path / subset, subset, "retrieval", 8)})
+        write_index(tmp_path / subset, index)
+    shutil.copy(tmp_path / "dogs" / "dogs-000000.tar", tmp_path / "cats" / "cats-000000.tar")
+    epoch = list(itertools.chain(*steps(config(tmp_path / "cats", {"cats": ()}, micro=4), 2)))
+    assert sum(batch.num_skipped for batch in epoch) == 8
+    assert all(key.startswith("cats-") for key in keys(epoch))
+    assert "cats-000000.tar has a pair of subset 'dogs' in its place" in caplog.text
+
+
 def test_rank_reads_only_its_own_pairs(folder):
     class Counting(Letters):
         texts = []

@@ -149,6 +149,19 @@ def test_damaged_header_does_not_pass_for_the_end(tmp_path):
         list(read_shard(path))
 
 
+def test_a_sample_that_comes_twice_is_read_once(tmp_path):
+    write_subset(make_pairs(2), tmp_path, "cats", "retrieval")
+    path = tmp_path / "cats-000000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    first = members[0][0].name.partition(".")[0]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in (*members, *(part for part in members if part[0].name.startswith(first))):
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(DataError, match="its key comes twice in the shard"):
+        list(read_shard(path))
+
+
 def test_other_files_are_not_taken_for_shards(tmp_path):
     with pytest.raises(DataError, match="none.tar cannot be read.*No such file"):
         list(read_shard(tmp_path / "none.tar"))

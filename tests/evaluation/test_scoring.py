@@ -182,7 +182,14 @@ def test_an_incomplete_result_is_made_again(groups, tmp_path):
     cut = {key: value for key, value in whole["result"].items() if key != "top"}
     short = {**whole["result"], "top": whole["result"]["top"][1:]}
     without_model = {key: value for key, value in whole.items() if key != "model"}
-    for broken in (without_model, {**whole, "result": cut}, {**whole, "result": short}, {**whole, "result": None}):
+    better = {**whole["result"], "precision_at_1": 100.0}
+    for broken in (
+        without_model,
+        {**whole, "result": better},
+        {**whole, "result": cut},
+        {**whole, "result": short},
+        {**whole, "result": None},
+    ):
         path.write_text(json.dumps(broken))
         done = evaluate_tasks(CachedEmbedder(GoldenEmbedder(), tmp_path, IDENTITY, groups.dp), tasks, "first")
         assert (done.num_finished, done.num_embedded) == (0, 0)

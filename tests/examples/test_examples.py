@@ -89,6 +89,8 @@ def test_procs_and_several_nodes(clone: Path, tmp_path: Path) -> None:
     assert json.loads((clone / "megatron_llave" / "rank0.json").read_text())["WORLD_SIZE"] == "1"
     with pytest.raises(AssertionError, match="error: NODE_RANK must be set"):
         launch("bash", file, NNODES="2")
+    with pytest.raises(AssertionError, match="error: PROCS=two must be a whole number"):
+        launch("bash", file, PROCS="two")
     nodes = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "PROCS": "1"}
     with started(["bash", str(file)], tmp_path / "second", NODE_RANK="1", **nodes) as second:
         launch("bash", file, NODE_RANK="0", **nodes)

@@ -1,6 +1,7 @@
 """inspect counts exactly what is there; verify finds every kind of damage and nothing in a whole folder."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -204,7 +205,7 @@ def rewrite(folder, file, change, mend_index=True):
         for number, shard in enumerate(subset.shards):
             if shard.file == file:
                 data = path.read_bytes()
-                digest = audit.hashlib.sha256(data).hexdigest()
+                digest = audit.sha256_of(path)
                 subset.shards[number] = dataclasses.replace(shard, bytes=len(data), sha256=digest)
     write_index(folder, index)
 
@@ -272,6 +273,18 @@ def test_shards_without_checksums_are_checked_by_the_rest(folder):
     rewrite(folder, "cats-000000.tar", spoil)
     (line,) = problems(folder)
     assert "sample b: member query.0.png is no readable image" in line
+
+
+def test_samples_that_are_in_two_shards_are_named(folder):
+    """A copy of a shard that was packed anew has other bytes."""
+    index = read_index(folder, check_shards=False)
+    again = write_subset([pair for pair in make_pairs() if pair.key < "c"], folder / "again", "cats", "retrieval", 2)
+    data = (folder / "again" / "cats-000000.tar").read_bytes() + bytes(10240)
+    (folder / "copy.tar").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    index.subsets["cats"].shards.append(Shard("copy.tar", again.shards[0].pairs, len(data), digest))
+    write_index(folder, index)
+    assert problems(folder) == [f"{folder / 'copy.tar'} has 2 samples whose keys come before too; a run takes both"]
 
 
 def test_missing_cut_and_foreign_shards(folder):

@@ -98,6 +98,14 @@ def test_every_form_of_captions_gives_the_same_pairs(photos: Path, form: str) ->
     assert load_tokenizer("out/tokenizer.model").vocab_size <= 1200
 
 
+def test_images_without_a_caption_are_counted(photos: Path) -> None:
+    write_captions(photos, "metadata.csv")
+    lines = (photos / "metadata.csv").read_text().splitlines()
+    (photos / "metadata.csv").write_text("\n".join(lines[:-4]) + "\n")  # the last line is blank
+    made = prepare_folder(photos, "out", options=OPTIONS)
+    assert made.skipped["captions"] == {"empty side": 3}
+
+
 def test_captions_from_names_only_when_asked(photos: Path) -> None:
     with pytest.raises(DataError, match="photos has 20 images but no captions.*--captions names takes them from"):
         prepare_folder(photos, "out", options=OPTIONS)
@@ -179,6 +187,8 @@ def test_csv_files_of_several_folders(tmp_path: Path) -> None:
         ("captions.csv", "", r"captions.csv:1: the columns are '', but it needs"),
         ("captions.csv", b"image,caption\na.bmp,\xff\n", r"captions.csv is not UTF-8 text"),
         ("captions.csv", "image,caption\n", "the source has no pair for training"),
+        ("captions.csv", "image,caption\na.bmp,a cat, on a mat\n", r"captions.csv:2: has 3 values, .* quotation marks"),
+        ("captions.csv", 'image,caption\na.bmp,"a cat\nb.bmp,a dog\n', r"captions.csv:\d: unexpected end of data"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_written(tmp_path: Path, file: str, text, message: str) -> None:

@@ -120,7 +120,8 @@ LEFT_OUT = [
     (side("q", "s3://bucket/x.png"), "image is a URL", "download it first"),
     (side("q", "good.png", "none.png"), "missing image", "none.png"),
     (side(" \n"), "empty side", "neither text nor image"),
-    (side("\ud800"), "text is not Unicode", "surrogates not allowed at character 0"),
+    (side("\ud800"), "text is not Unicode", "half a surrogate pair.* at character 1"),
+    (side("a\0b"), "text is not Unicode", "a NUL .* at character 2"),
 ]
 
 

@@ -1,6 +1,7 @@
 """tools/embed.py, three lines of Python and examples/first_check.py, as a user starts them."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -139,7 +140,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     run(*command, "--skip-bad")
     skipped = [json.loads(line) for line in (tmp_path / "out.parquet.skipped.jsonl").read_text().splitlines()]
     assert [line["id"] for line in skipped] == ["t5", "t10"] and f"{tmp_path}/in.jsonl:9 " in skipped[0]["input"]
-    assert "not a readable image" in skipped[0]["problem"] and "No such file" in skipped[1]["problem"]
+    assert "not a readable image" in skipped[0]["problem"] and "does not exist" in skipped[1]["problem"]
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["id"].to_pylist() == kept
     texts = [line["text"] for line in lines if "image" not in line]
@@ -207,6 +208,12 @@ def test_literal_marks_in_texts(model: Path) -> None:
     assert both.count(IMAGE) == 1
 
 
+def test_what_never_ends_is_not_read() -> None:
+    os.mkfifo("pipe.png")
+    with pytest.raises(DataError, match="image pipe.png cannot be read: it is not a regular file"):
+        to_side(Path("pipe.png"), "input 1")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -215,10 +222,17 @@ def test_literal_marks_in_texts(model: Path) -> None:
         (torch.zeros(3, 4, 4), "input 1: it is of type Tensor; give"),
         (np.zeros((4, 4, 3), np.float32), r"input 1: an array must be uint8 \[h, w\], .* not float32 \[4, 4, 3\]"),
         (np.zeros((3, 4, 5), np.uint8), r"not uint8 \[3, 4, 5\]"),
-        (Path("nowhere.png"), "input 1: image nowhere.png cannot be read: No such file"),
-        (Path("a\0b"), "input 1: image .* cannot be read: embedded null byte"),
+        (Path("nowhere.png"), "input 1: image nowhere.png does not exist; name another file"),
+        (Path("a\0b"), "input 1: image .* cannot be the name of a file .embedded null byte"),
         ({"txt": "a"}, "input 1: the key 'txt' is unknown; a mapping has text, image, or both"),
-        ("photo.png", r"input 1: 'photo.png' is the name of an image file; pathlib.Path\('photo.png'\) embeds"),
+        ("photo.png", r"input 1: 'photo.png' is the name of a file; pathlib.Path\('photo.png'\) embeds"),
+        ("photo.png\n", r"input 1: 'photo.png.n' is the name of a file; pathlib.Path\('photo.png'\) embeds an image"),
+        ("no/where/Cat.JPG", r"input 1: 'no/where/Cat.JPG' is the name of a file"),
+        ("/tmp", "input 1: '/tmp' is the name of a file"),
+        ("file:///a/b", 'input 1: .* is the address of a file, which is not fetched; {"text": .* embeds these words'),
+        ("https://host/a.png?x=1", "input 1: .* is the address of a file"),
+        ("data:image/png;base64,AAAA", "input 1: .* is the address of a file"),
+        ("a\0b", "input 1: the text holds a NUL"),
         ((("a", "photo.png"),), "input 1: it is of type tuple; give"),
         (["a"], "input 1: it is of type list; give"),
         ("half \ud83d", r"input 1: the text holds half a surrogate pair, as of a cut emoji .'.ud83d' at character 6"),
@@ -236,6 +250,8 @@ def test_anything_else_is_one_clear_error(value: object, message: str) -> None:
     ("arguments", "message"),
     [
         (["--text", "a", "--jsonl", "b"], "give either --jsonl, or --text and --image"),
+        (["--text", "a\nb", "--out", "x.npy"], "'a\\nb' has more than one line, but is to be one of x.ids; --out a"),
+        (["--image", "\udcff.png"], "'\\udcff.png' is not UTF-8 text; name its file otherwise"),
         ([], "give either --jsonl, or --text and --image"),
         (["--jsonl", "b"], "--jsonl needs --out"),
         (["--jsonl", "none.jsonl", "--out", "a.npy"], "none.jsonl cannot be read: No such file or directory"),

@@ -45,7 +45,10 @@ def test_failure_of_any_rank_is_told_and_its_cause_is_kept(tmp_path: Path) -> No
     assert written(tmp_path) == ("failed", 3, "shard 7 is missing")
     again = RunState(tmp_path, is_first_rank=True)
     again.fail("data.path does not exist")
-    assert written(tmp_path) == ("failed", 0, "data.path does not exist")
+    assert written(tmp_path) == ("failed", 3, "data.path does not exist")
+    first.end("finished", 9)
+    RunState(tmp_path, is_first_rank=True).fail("train.output has a finished run")
+    assert written(tmp_path) == ("finished", 9, ""), "a start that is refused leaves the end of the run as it was"
 
 
 def test_killed_run_is_lost_and_a_live_one_is_running(tmp_path: Path) -> None:
