@@ -5,10 +5,12 @@ Each of those processes would be a run of its own, on a part of the GPUs and wit
 
 from collections.abc import Mapping
 
-from megatron_llave.errors import ConfigError
+from megatron_llave.errors import ConfigError, require
 
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables with the number of processes that mpirun or mpiexec has started."""
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")
+"""Variables with the number of processes that mpirun, mpiexec, jsrun or flux has started."""
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun sets together."""
 
 
 def require_one_run(env: Mapping[str, str]) -> None:
@@ -16,8 +18,15 @@ def require_one_run(env: Mapping[str, str]) -> None:
 
     Raises:
         ConfigError: the scheduler has started several tasks, but the environment names one process; the message has the
-            right command.
+            right command. Or the environment names several, but not where they meet.
     """
+    given = {name: env.get(name, "") for name in RENDEZVOUS}
+    if given["RANK"] or given["WORLD_SIZE"] not in ("", "1"):
+        wrong = [name for name, value in given.items() if not value or name != "MASTER_ADDR" and not value.isdecimal()]
+        shown = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+        require(
+            not wrong, f"{shown}: {' and '.join(wrong)} must be given too, with a number; torchrun sets all of them"
+        )
     source, tasks = num_tasks(env)
     if int(env.get("WORLD_SIZE", 1)) > 1 or tasks == 1:
         return

@@ -69,6 +69,7 @@ def check_files(config: HfConfig, folder: Path) -> list[str]:
         _check_images(videos, config, {})
     if processor is not None:
         _check_processor(processor, config)
+    _check_additions(folder)
     _check_tokenizer(folder, config)
     templates = _templates(folder)
     if any(map(PLAIN.fullmatch, templates.values())):
@@ -135,6 +136,17 @@ def _check_processor(processor: Section, config: HfConfig) -> None:
     )
 
 
+def _check_additions(folder: Path) -> None:
+    """Refuse a folder with what is put on top of the model: an adapter, or another pooling than the last token's."""
+    if (folder / "adapter_config.json").is_file():
+        hint = "merge it into the weights first (merge_and_unload of peft), and remove the file"
+        raise CheckpointError(f"{folder / 'adapter_config.json'}: the folder has an adapter, which is not read; {hint}")
+    pooling = _read(folder / "1_Pooling" / "config.json") if (folder / "modules.json").is_file() else None
+    for mode in [] if pooling is None else pooling.values:
+        if mode.startswith("pooling_mode_") and pooling.values[mode] and mode != "pooling_mode_lasttoken":
+            raise pooling.refuse(mode, "false: an embedding is that of the last token (pooling_mode_lasttoken)")
+
+
 def _check_tokenizer(folder: Path, config: HfConfig) -> None:
     """Check that tokenizer.json has the ids that the files beside it give, and that its settings are those we use."""
     settings = _read(folder / "tokenizer_config.json")
@@ -143,7 +155,15 @@ def _check_tokenizer(folder: Path, config: HfConfig) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
-    ids = _ids(file)
+    spec = read_json(file, error=CheckpointError)
+    ids = _ids(spec, file)
+    if _adds_tokens(spec.get("post_processor")):
+        raise CheckpointError(
+            f"{file}: its post_processor adds tokens to each text, which data.prompt does not; remove it"
+        )
+    if (folder / "vocab.json").is_file():
+        vocabulary = read_json(folder / "vocab.json", error=CheckpointError)
+        _compare_ids(ids, ({"content": token, "id": i} for token, i in vocabulary.items()), file, "vocab.json")
     for name in ("tokenizer_config.json", "added_tokens.json"):
         if (folder / name).is_file():
             _compare_ids(ids, listed_tokens(folder / name), file, name)
@@ -152,8 +172,17 @@ def _check_tokenizer(folder: Path, config: HfConfig) -> None:
         raise CheckpointError(f"{file}: '<image>' must have the id {image}, as config.json says, not {ids['<image>']}")
 
 
-def _ids(file: Path) -> dict[str, int]:
-    spec = read_json(file, error=CheckpointError)
+def _adds_tokens(processor: Any) -> bool:
+    """Whether a post_processor of tokenizer.json puts special tokens beside a text."""
+    if not isinstance(processor, dict):
+        return False
+    steps = processor.get("single") if isinstance(processor.get("single"), list) else []
+    inner = processor.get("processors") if isinstance(processor.get("processors"), list) else []
+    is_added = any(isinstance(step, dict) and "SpecialToken" in step for step in steps)
+    return is_added or processor.get("type") in ("BertProcessing", "RobertaProcessing") or any(map(_adds_tokens, inner))
+
+
+def _ids(spec: dict, file: Path) -> dict[str, int]:
     try:
         vocabulary = spec["model"]["vocab"]
         vocabulary = vocabulary if isinstance(vocabulary, dict) else {}

@@ -138,10 +138,13 @@ def _read_language(section: Section) -> LanguageConfig:
     width = language.hidden_size // heads
     if values.get("head_dim") not in (None, width):
         raise section.refuse("head_dim", f"hidden_size / num_attention_heads = {width}")
+    is_sliding = "sliding_attention" in str(values.get("layer_types"))
     if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None:
         slides = section.number("max_window_layers", 28) < language.num_layers
-        if "sliding_attention" in str(values["layer_types"]) if values.get("layer_types") else slides:
+        if is_sliding if values.get("layer_types") else slides:
             raise section.refuse("use_sliding_window", "false: every layer of ours sees the whole sequence")
+    if is_sliding:
+        raise section.refuse("layer_types", "full_attention in each place: every layer of ours sees the whole sequence")
     return language
 
 
@@ -225,7 +228,7 @@ def build_config_json(
     one_of("layout", layout, LAYOUTS)
     require(dtype in (None, *DTYPES), f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     ok = model.image_grids or layout == "llava_qwen"
-    require(ok, "model.image_grids=[] has no place in layout llava_onevision; use layout llava_qwen, or choose grids")
+    require(ok, "model.image_grids=[] has no place in format llava_onevision; give --format llava_qwen, or grids")
     if source is not None:
         require_same_model(model, source.model, "the folder the weights came from")
         if source.layout == layout:

@@ -61,8 +61,8 @@ def folder(path: Path, layout: str = "hf_tiny", **files: dict) -> Path:
     """A folder with config.json and all other files, some of whose keys are changed; None takes a key out."""
     path.mkdir()
     shutil.copyfile(GOLDEN / layout / "config.json", path / "config.json")
-    for name, right in RIGHT.items():
-        values = right | files.get(name, {})
+    for name in RIGHT | files:
+        values = RIGHT.get(name, {}) | files.get(name, {})
         (path / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return path
 
@@ -105,6 +105,13 @@ def test_files_that_agree_are_taken(layout: str, files: dict, tmp_path: Path) ->
         ("tokenizer_config.json", {"added_tokens_decoder": {"2": {"content": "<extra>"}}}),
         ("tokenizer_config.json", {"add_prefix_space": True}),
         ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("adapter_config.json", {"adapter": 1}),
+        (
+            "tokenizer.json",
+            {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}]}},
+        ),
+        ("tokenizer.json", {"post_processor": {"processors": [{"type": "BertProcessing"}]}}),
+        ("vocab.json", {"<|im_end|>": 7}),
         ("added_tokens.json", {"<image>": 510}),
         ("added_tokens.json", {"<image>": float("inf")}),
         ("added_tokens.json", {"<image>": [511]}),
@@ -120,7 +127,7 @@ def test_contradictions_are_refused_with_file_and_key(layout: str, name: str, ch
         read_hf_config(path)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600
-    assert f"{path / name}" in message or (name.startswith(("tokenizer_c", "added")) and name in message)
+    assert f"{path / name}" in message or (name.startswith(("tokenizer_c", "added", "vocab")) and name in message)
     assert next(iter(change)).split("_decoder")[0] in message or re.search(
         "must have the id|can(not)? be|no finite", message
     )

@@ -321,6 +321,7 @@ def test_no_interpolation_survives_in_transformers(tmp_path: Path) -> None:
         ("llava_qwen", {"vocab_size": True}, ["vocab_size=True"]),
         ("llava_onevision", {"text_config.attention_bias": False}, ["text_config.attention_bias=False", "True"]),
         ("llava_onevision", {"text_config.attention_dropout": 0.1}, ["text_config.attention_dropout=0.1"]),
+        ("llava_onevision", {"text_config.layer_types": ["sliding_attention"] * 9}, ["layer_types", "full_attention"]),
         ("llava_onevision", {"text_config.is_causal": False}, ["text_config.is_causal=False"]),
         ("llava_onevision", {"text_config.mlp_bias": True}, ["text_config.mlp_bias=True"]),
         ("llava_qwen", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
@@ -395,7 +396,7 @@ def test_what_cannot_be_built() -> None:
         build_config_json(model, "hf", True, None)
     model.image_grids = []
     assert build_config_json(model, "llava_qwen", True, None)["image_aspect_ratio"] == "square"
-    with pytest.raises(ConfigError, match=r"model.image_grids=\[\] has no place in layout llava_onevision"):
+    with pytest.raises(ConfigError, match=r"model.image_grids=\[\] has no place in format llava_onevision"):
         build_config_json(model, "llava_onevision", True, None)
 
 
