@@ -99,6 +99,8 @@ def prepare_csv(
     paths = [Path(file) for file in files]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("--source names a file twice")
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"--columns {' '.join(columns)}: a column cannot be both image and caption")
     parts = [partial(read_table, path, columns) for path in paths]
     return _write(parts, [path.parent for path in paths], directory, options, progress)
 
@@ -218,6 +220,11 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Caption]:
     names = next(csv.reader([first], delimiter=separator), [])
     names = [name.strip() for name in names]
     chosen = [columns] if columns else [pair for pair in COLUMNS if set(pair) <= set(names)]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None or len(chosen) > 1:
+        wrong = "image and caption are in several" if twice is None else f"{twice!r} is the name of two"
+        hint = "name one pair by --columns IMAGE CAPTION" if twice is None else "rename one"
+        raise DataError(f"{file}:1: {wrong} columns of {', '.join(names)[:200]!r}; {hint}")
     if not chosen or not set(chosen[0]) <= set(names):
         needed = " and ".join(columns) or " or ".join(" and ".join(pair) for pair in COLUMNS)
         hint = "" if columns else "; --columns IMAGE CAPTION names others"

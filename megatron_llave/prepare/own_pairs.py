@@ -133,5 +133,7 @@ def _write_evaluation(
     if sets:
         write_evaluation(directory, inputs, sets)
     elif options.held_out:
-        raise DataError(f"no subset has enough held-out pairs that can be read; see --held-out {options.held_out}")
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(line["reason"] for line in skipped).items())
+        hint = f"mend them, or choose another --held-out than {options.held_out}"
+        raise DataError(f"no subset has enough held-out pairs that can be read ({reasons or 'too few'}); {hint}")
     return skipped, sets

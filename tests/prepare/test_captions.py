@@ -184,6 +184,8 @@ def test_csv_files_of_several_folders(tmp_path: Path) -> None:
         ("captions.txt", "a.bmp a red car\n", r"captions.txt:1: needs a file name, a tab or a comma, and a caption"),
         ("captions.csv", "image,caption\na.bmp\n", r"captions.csv:2: has 1 values, but the first line has 2 names"),
         ("captions.csv", "picture,caption\n", r"captions.csv:1: the columns are 'picture, caption', but it needs"),
+        ("captions.csv", "image,caption,caption\n", r"captions.csv:1: 'caption' is the name of two columns"),
+        ("captions.csv", "image,caption,file_name,text\n", r"captions.csv:1: image and caption are in several columns"),
         ("captions.csv", "", r"captions.csv:1: the columns are '', but it needs"),
         ("captions.csv", b"image,caption\na.bmp,\xff\n", r"captions.csv is not UTF-8 text"),
         ("captions.csv", "image,caption\n", "the source has no pair for training"),
@@ -209,6 +211,8 @@ def test_wrong_arguments(photos: Path) -> None:
         prepare_folder("nowhere", "out")
     with pytest.raises(ConfigError, match="--out .*photos is the folder of the images; choose another"):
         prepare_folder(photos, photos)
+    with pytest.raises(ConfigError, match="--columns image image: a column cannot be both image and caption"):
+        prepare_csv([photos / "a.csv"], "out", ["image", "image"])
     Path("bare").mkdir()
     with pytest.raises(DataError, match="bare has no images: no file that ends in .avif"):
         prepare_folder("bare", "out")
