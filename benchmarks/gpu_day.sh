@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # A quarter of an hour on one H100 or H200 without network: correctness, speed, memory, and where the time goes.
 # docs/gpu_day.md says how to prepare it and which files it writes.
-#     bash benchmarks/gpu_day.sh PART...      parts: install build check 0.5b engine 2b 7b train train-0.5b profile
+#     bash benchmarks/gpu_day.sh [PART...] [OPTION...]
+# Parts: install check 0.5b engine 2b 7b profile train, which is the order without a PART; also build and train-0.5b.
+# Options are those of benchmarks/gpu_step.py, and override its settings here: --variants te sdpa --pairs 8 4 --repeats 3.
 # Every part, and every variant in it, is a process with its own time limit. Raw figures are written to $RESULTS at once;
 # what later calls need stays in $STATE. No part runs longer than SECONDS_IN_ALL after the start of the call.
 # REHEARSAL=1 runs everything at a small size, with or without a GPU.
@@ -13,7 +15,6 @@ mkdir -p "$SITE" "$RESULTS" "$STATE/embeddings"
 [ -e "$STATE/raw.jsonl" ] && cp "$STATE/raw.jsonl" "$RESULTS/"
 exec > >(tee -a "$RESULTS/log.txt") 2>&1
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONPATH=$SITE:$PWD/tests:$PWD
-export CUDA_DEVICE_MAX_CONNECTIONS=1  # before CUDA starts: megatron-core's layers count on the order of its queue
 if [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null; then
     CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")"); export CUDA_HOME
 fi
@@ -42,7 +43,7 @@ part() {
 steps() {
     local preset=$1 limit=$2 of_a_variant=$3; shift 3
     part "steps of $preset" "$limit" "$python" -m benchmarks.gpu_step "${small[@]}" --presets "$preset" --raw "$RAW" \
-        --folder "$STATE/embeddings" --engine "$ENGINE" --limit "$((of_a_variant * slower))" "$@" > /dev/null
+        --folder "$STATE/embeddings" --engine "$ENGINE" --limit "$((of_a_variant * slower))" "$@" "${options[@]}" > /dev/null
 }
 
 install() {
@@ -111,42 +112,50 @@ check_engine() {
     wait "${pids[@]}"
 }
 
-# train NAME KERNELS STEPS OPTION...: train with one process through torchrun; the tiny runs are resumed for 10 more steps.
+# train NAME KERNELS OPTION...: train 20 steps with one process through torchrun. The tiny runs are then resumed from the
+# checkpoint of step 10 in another folder, and the losses of both from there on are compared.
 train() {
-    local name=$1 kernels=$2 last=$3 path=$PYTHONPATH output; shift 3
+    local name=$1 kernels=$2 path=$PYTHONPATH output; shift 2
     wait_for "$STATE/data" || return
     output=$STATE/runs/$name
     [ "$kernels" = local ] || path=$ENGINE:$path
     local run=("$python" -m torch.distributed.run --standalone --nproc-per-node 1 -m megatron_llave.train
-        --config benchmarks/gpu_day/train.yaml "data.path=$STATE/data" "train.output=$output" "model.kernels=$kernels" "$@")
-    PYTHONPATH=$path part "training, $name" 120 "${run[@]}" "train.steps=$last"
-    if [ "$name" = tiny ] || [ "$name" = tiny-engine ]; then
-        PYTHONPATH=$path part "resumed, $name" 90 "${run[@]}" --resume auto "train.steps=$((last + 10))"
-    fi
+        --config benchmarks/gpu_day/train.yaml "data.path=$STATE/data" "model.kernels=$kernels" "$@")
+    PYTHONPATH=$path part "training, $name" 120 "${run[@]}" "train.output=$output" || return
     cp "$output/log.jsonl" "$RESULTS/train_$name.jsonl"; du -sh "$output/checkpoints"
+    case $name in tiny*) ;; *) return ;; esac
+    PYTHONPATH=$path part "resumed, $name" 90 "${run[@]}" "train.output=$output-resumed" \
+        --resume "$output/checkpoints/step-0000010" || return
+    cp "$output-resumed/log.jsonl" "$RESULTS/train_$name-resumed.jsonl"
+    "$python" - "$output" "$output-resumed" <<'PYTHON'
+import json, sys
+without, resumed = (
+    {record["step"]: record["loss"] for record in map(json.loads, open(f"{run}/log.jsonl"))} for run in sys.argv[1:]
+)
+apart = [abs(without[step] - loss) for step, loss in resumed.items() if step > 10]
+print(f"losses of {len(apart)} resumed steps are at most {max(apart):.2g} from those without the interruption")
+PYTHON
 }
 
 one() {
-    local sizes=(8 4)
-    [ "$gigabytes" -ge 130 ] || sizes=(4 8)
+    local pairs=8 both=(--negatives micro_batch global_batch)
+    [ "$gigabytes" -ge 130 ] || pairs=4
     case $1 in
         install) install ;;
         build) build ;;
         check) check ;;
-        0.5b) steps 0.5b 170 80 --variants local sdpa --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
+        0.5b) steps 0.5b 150 80 --variants local sdpa --pairs $pairs "${both[@]}" ;;
         engine)
             check_engine
-            steps 0.5b 270 85 --variants te tensorwise delayed blockwise --pairs "${sizes[@]}" --negatives micro_batch global_batch ;;
-        2b)
-            [ "$gigabytes" -ge 130 ] && sizes=(4 8) || sizes=(2 4)
-            steps 2b 260 80 --variants sdpa local te tensorwise --pairs "${sizes[@]}" --repeats 4 ;;
+            steps 0.5b 150 85 --variants te tensorwise --pairs $pairs "${both[@]}" ;;
+        2b) steps 2b 220 80 --variants local sdpa te tensorwise --pairs $((pairs / 2)) "${both[@]}" --repeats 3 ;;
         7b)
             [ "$gigabytes" -ge 130 ] || { say "7b has no room in $gigabytes GB"; return; }
-            PYTORCH_ALLOC_CONF=expandable_segments:True steps 7b 250 110 --variants te sdpa tensorwise --pairs 4 --repeats 3 ;;
-        train) train tiny local 20; [ -e "$ENGINE" ] && train tiny-engine transformer_engine 20 ;;
+            steps 7b 220 110 --variants te sdpa tensorwise --pairs 4 "${both[@]}" --repeats 3 ;;
+        train) train tiny local; [ -e "$ENGINE" ] && train tiny-engine transformer_engine ;;
         train-0.5b)
             local kernels=transformer_engine; [ -e "$ENGINE" ] || kernels=local
-            train 0.5b $kernels 20 model.preset=0.5b model.freeze='[vision]' checkpoint.interval=0 optimizer.learning_rate=1e-5 "${small[@]}" ;;
+            train 0.5b $kernels model.preset=0.5b model.freeze='[vision]' checkpoint.interval=0 optimizer.learning_rate=1e-5 "${small[@]}" ;;
         profile)
             local variant=te path=$ENGINE:$PYTHONPATH; [ -e "$ENGINE" ] || variant=local path=$PYTHONPATH
             PYTHONPATH=$path part "profile of 0.5b" 100 "$python" -m benchmarks.gpu_profile --out "$RESULTS" --variant $variant --pairs 8 "${small[@]}" ;;
@@ -155,8 +164,12 @@ one() {
 }
 
 background=
-for name in "$@"; do one "$name"; done
+parts=() options=()
+while [ $# -gt 0 ] && [[ $1 != --* ]]; do parts+=("$1"); shift; done
+options=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(install check 0.5b engine 2b 7b profile train)
+for name in "${parts[@]}"; do one "$name"; done
 [ -z "$background" ] || wait "$background"  # a bare wait would wait for tee too
 [ -e "$RAW" ] && timeout 60 "$python" -m benchmarks.gpu_step --table "$RAW" | tee "$RESULTS/table.md"
-say "done: $*"
+say "done: ${parts[*]}"
 sleep 1  # until tee has written it

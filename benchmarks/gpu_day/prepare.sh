@@ -22,4 +22,5 @@ mv "$work/stripped.so" "$library"
 tar -C "$work/engine" -c . | xz -2 -T0 > "$out/engine.tar.xz"
 "$python" "$here/get_sdist.py" transformer_engine_torch $engine "$out"
 if [ $# -gt 0 ]; then cp "$1" "$out/"; fi
-du -sh "$out"
+cd "$here/../.." && size=$( (git ls-files -z; find "$out" -type f -print0) | du -cb --files0-from=- | tail -1 | cut -f1)
+echo "$((size / 1048576)) MiB with the repository's files"
