@@ -30,8 +30,7 @@ say() { echo "[$SECONDS s] $*" >&2; }
 
 # part NAME SECONDS COMMAND...: run a command, end it when its time or that of all parts is over, print what it took.
 part() {
-    local name=$1 limit=$2 left=$((${SECONDS_IN_ALL:-590} - SECONDS)) began=$SECONDS status=0; shift 2
-    limit=$((limit * slower)); left=$((left * slower))
+    local name=$1 limit=$(($2 * slower)) left=$((${SECONDS_IN_ALL:-590} * slower - SECONDS)) began=$SECONDS status=0; shift 2
     if [ "$left" -lt 8 ]; then say "$name: no time left"; return 1; fi
     timeout -k 5 "$((left < limit ? left : limit))" "$@" || status=$?
     say "$name: $((SECONDS - began)) s, status $status"
