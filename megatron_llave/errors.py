@@ -88,7 +88,7 @@ def exit_with_one_line() -> Iterator[None]:
     - A UserError ends the process with status 2 and its line, without a traceback. If the same command would fail
       again, torchrun --max-restarts is ended too.
     - Ctrl-C ends it with status 130.
-    - A file that the system refuses, such as one in a folder without permission, is named in one line too.
+    - A file or the memory that the system refuses is named in one line too.
     - A rank that has only lost another one says so, unless torchrun ends it first because of that other rank.
     - Any other error keeps its traceback.
     """
@@ -112,16 +112,25 @@ def exit_with_one_line() -> Iterator[None]:
     except Exception as error:
         if is_lost_rank(error):
             _end_after_lost_rank(error)
-        if (
-            isinstance(error, OSError) and error.filename is not None
-        ):  # a folder that may not be looked into, a full disk
-            message = to_one_line(f"error: {error.filename} cannot be used: {error.strerror}")
-            _record(message)
+        refused = _refused_by_system(error)
+        if refused:
+            _record(f"error: {refused}")
             _wait_for_first_rank()
-            print(message, file=sys.stderr, flush=True)
+            print(f"error: {refused}", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_USER_ERROR) from None
         _record(f"{type(error).__name__}: {one_line(error)} (its traceback is above)")
         raise
+
+
+def _refused_by_system(error: Exception) -> str:
+    """What the system has refused: a file, as in a folder without permission, or memory on the host; "" if nothing."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return to_one_line(f"{error.filename} cannot be used: {error.strerror}")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return to_one_line(
+            f"the memory of this machine is too small ({str(error).rpartition('DefaultCPUAllocator: ')[2]})"
+        )
+    return ""
 
 
 def one_line(error: BaseException) -> str:

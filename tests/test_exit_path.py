@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_llave import errors
@@ -77,6 +78,12 @@ def test_file_that_the_system_refuses_is_one_line(files: list[Path], capsys) -> 
     assert raised(PermissionError(13, "Permission denied", "closed/a.yaml")) == 2
     assert capsys.readouterr().err == "error: closed/a.yaml cannot be used: Permission denied\n"
     assert json.loads(files[0].read_text())["message"]["message"].endswith("cannot be used: Permission denied")
+
+
+def test_too_little_memory_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit), exit_with_one_line():
+        torch.empty(10**15)
+    assert capsys.readouterr().err.startswith("error: the memory of this machine is too small (can't allocate memory: ")
 
 
 def test_reader_of_the_output_may_end_first() -> None:

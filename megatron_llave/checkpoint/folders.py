@@ -205,6 +205,15 @@ def require_complete(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
     for name, size in files.items():
         _require_same(folder, name, size, hashes.get(name))
+    own = _STEP.fullmatch(folder.name) if folder.absolute().parent.name == FOLDER else None
+    if own and int(own[1]) != step:
+        raise CheckpointError(f"{file} is damaged: it is of step {step}")
+    for name in (str(path.relative_to(folder)) for path in _files(folder)):
+        is_read = (
+            name in (CONFIG, POSITION, BACKEND) or name.startswith(f"{ASSETS}{os.sep}") or name.endswith(".distcp")
+        )
+        if is_read and name not in files:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not in {MANIFEST}; remove it")
     return manifest | {"step": step}
 
 

@@ -10,6 +10,8 @@ from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, Visi
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import require
 
+MOST_LAYERS = 500
+
 
 def validate(cfg: RunConfig) -> None:
     """Refuse a configuration that is impossible with any number of processes.
@@ -79,6 +81,9 @@ def _validate_model(model: ModelConfig) -> None:
         for f in fields(values):
             value = getattr(values, f.name)
             require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+        require(
+            values.num_layers <= MOST_LAYERS, f"model.{part}.num_layers={values.num_layers} is beyond {MOST_LAYERS}"
+        )
         ok = values.hidden_size % values.num_heads == 0
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
         require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def put(file: str, make):
     return damage
 
 
+def add_asset(assets: Path) -> None:
+    """A tokenizer.json beside a tokenizer.model would be read in its place."""
+    assets.mkdir()
+    (assets / "tokenizer.json").write_text("{}")
+
+
 METADATA, MANIFEST, CONFIG = (f"{STEP}/{name}" for name in ("metadata.json", "manifest.json", "config.yaml"))
 DEEP = "[" * 100_000
 
@@ -83,6 +90,15 @@ DEEP = "[" * 100_000
             "manifest.json is da",
         ),
         (edit(MANIFEST, lambda text: text.replace('"step": 3', '"step": -3')), "manifest.json is damaged"),
+        (
+            edit(MANIFEST, lambda text: text.replace('"step": 3', '"step": 99')),
+            "manifest.json is damaged: it is of step 99",
+        ),
+        (
+            edit(MANIFEST, lambda text: re.sub(r'"files": {[^}]*}', '"files": {}', text)),
+            "is not in manifest.json; remove",
+        ),
+        (lambda folder: add_asset(folder / STEP / "assets"), "tokenizer.json is not in manifest.json; remove it"),
         (put(MANIFEST, Path.mkdir), "manifest.json cannot be read"),
         (put(MANIFEST, lambda path: None), "manifest.json does not exist"),
         (lambda folder: (folder / CONFIG).unlink(), "config.yaml"),
