@@ -7,20 +7,35 @@ The benchmark takes two real training steps on the CPU with random weights and t
 storages of parameters, gradient buffers, optimizer states, whatever autograd keeps for the backward pass, features, and
 the batch. `temporary` is the remainder of the peak of all live storages. The result is a Markdown table or, with
 --json, one line of JSON.
+
+Then it saves a checkpoint to a temporary folder. Its tensors say that they are on a GPU, so that they are copied to
+the host as from one. `copied` is the peak of the storages that the save makes. `grown` is how much the memory of the
+process and its writers grows (Pss_Anon in /proc, where what they share counts once); their Python objects are some MB,
+so it says something for models of a few hundred MB: --preset 0.5b model.language.num_layers=4.
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import re
+import shutil
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest import mock
 from weakref import finalize
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -29,18 +44,20 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.checkpoint.async_writer import CheckpointWriter
+from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
 from megatron_llave.models.llava_onevision.processor import image_lengths
-from megatron_llave.planning.memory import stage_memory
+from megatron_llave.planning.memory import save_bytes, stage_memory
 from megatron_llave.planning.pair_lengths import Kind, SideShape
 from megatron_llave.planning.plan import step_shape
 from megatron_llave.train import train_step
@@ -172,8 +189,8 @@ def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
     return tensors
 
 
-def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Measured bytes by part on this rank."""
+def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[dict[str, int], dict[str, int]]:
+    """Measured bytes by part on this rank, and those of a save."""
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
@@ -190,7 +207,8 @@ def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
         train_step(trainable, batches, cfg.loss, 0, groups)
     measured |= saved.most | {"loss": sum(loss)}
     kept = ("activations", "vision features", "loss")
-    return measured | {"temporary": everything.most - sum(measured[part] for part in kept)}
+    measured["temporary"] = everything.most - sum(measured[part] for part in kept)
+    return measured, measure_save(TrainingState(chunks, trainable, None, groups), cfg)
 
 
 @contextmanager
@@ -209,10 +227,71 @@ def watch_loss() -> Iterator[list[int]]:
         yield sizes
 
 
-def planned(cfg: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Planned bytes by part on this rank."""
-    step = step_shape(cfg, groups.dp.size(), [Kind(1, [side_shapes(cfg)])])
-    return stage_memory(cfg, groups.pp.rank(), step, on_gpu=False)
+class OnDevice(Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a copy on the CPU, whatever is asked for."""
+        return self.as_subclass(Tensor).clone()
+
+
+def measure_save(state: TrainingState, cfg: RunConfig) -> dict[str, int]:
+    """Peak bytes of a save on this rank: `copied` in tensors, and `grown` of the process and its writers."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    writer = CheckpointWriter(override_config(cfg, [f"train.output={folder[0]}"]), state.groups)
+    to_save = state.to_save(1)
+    for part in nested_values(to_save):
+        if isinstance(part, ShardedTensor | ShardedTensorFactory):
+            part.data = part.data.detach().as_subclass(OnDevice)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the step has freed would otherwise be used again, and not be seen
+    with watch_processes() as grown, Peak() as copied:
+        saved = writer.save(1, to_save, None) and writer.poll(wait=True)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    require(saved, "the checkpoint could not be saved")
+    return {"copied": copied.most, "grown": max(grown)}
+
+
+@contextmanager
+def watch_processes() -> Iterator[list[int]]:
+    """Growth of the anonymous memory of this process and its descendants in bytes, again and again."""
+    this, grown, is_over = psutil.Process(), [0], threading.Event()
+
+    def now() -> int:
+        total, others = 0, this.children(recursive=True)
+        for process in others:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        # This one last: memory that it frees or copies meanwhile is not counted twice.
+        for process in [*others, this]:
+            with suppress(OSError):  # it has ended
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += int(re.search(r"^Pss_Anon: *(\d+) kB", rollup, re.MULTILINE)[1]) << 10
+        for process in others:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        return total
+
+    def watch() -> None:
+        while not is_over.wait(0.01):
+            grown.append(now() - before)
+
+    before, thread = now(), threading.Thread(target=watch)
+    thread.start()
+    yield grown
+    is_over.set()
+    thread.join()
+
+
+def planned(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[dict[str, int], int]:
+    """Planned bytes by part on this rank, and those of a save."""
+    step, stage = step_shape(cfg, groups.dp.size(), [Kind(1, [side_shapes(cfg)])]), groups.pp.rank()
+    return stage_memory(cfg, stage, step, on_gpu=False), save_bytes(cfg, stage, step)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,7 +304,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = override_config(cfg, [f"train.global_batch_size={total}"])
     validate_batch(cfg, data_parallel)
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
-    row = {"planned": planned(cfg, groups), "measured": measure(cfg, groups)}
+    (parts, save), (measured, saved) = planned(cfg, groups), measure(cfg, groups)
+    row = {"planned": parts, "measured": measured, "save": {"planned": save, **saved}}
     rows: list[Any] = [None] * ranks
     dist.all_gather_object(rows, row)
     if dist.get_rank() == 0:
@@ -246,6 +326,9 @@ def print_table(rows: list[dict[str, dict[str, int]]]) -> None:
             print(f"| {rank} | {part} | {size / 1e6:.3f} | {measured / 1e6:.3f} | {ratio} |")
         sums = [sum(row[kind].values()) for kind in ("planned", "measured")]
         print(f"| {rank} | all | {sums[0] / 1e6:.3f} | {sums[1] / 1e6:.3f} | {sums[0] / sums[1]:.3f} |")
+        for kind in ("copied", "grown"):
+            size, measured = row["save"]["planned"], row["save"][kind]
+            print(f"| {rank} | save: {kind} | {size / 1e6:.3f} | {measured / 1e6:.3f} | {size / measured:.3f} |")
 
 
 def main() -> None:

@@ -158,6 +158,7 @@ def step_table(plan: Plan, source: str) -> Table:
         "balance of the stages": f"{plan.balance:.2f}",
         "gathered by the loss per rank": f"{plan.gather_bytes / 1e6:.1f} MB",
         "gradients, weights per rank": f"{plan.reduction_bytes / 1e6:.1f} MB",
+        "host memory of a save per node": f"{plan.save_per_node / GIB:.1f} GB",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -173,6 +174,7 @@ def memory_table(plan: Plan) -> Table:
     for part in plan.stages[0].memory:
         table.add_row(part, *(f"{stage.memory[part] / GIB:.2f}" for stage in plan.stages))
     table.add_row("all", *(f"{stage.total / GIB:.2f}" for stage in plan.stages))
+    table.add_row("of the host, for a save", *(f"{stage.save / GIB:.2f}" for stage in plan.stages))
     return _right(table)
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
@@ -100,7 +102,7 @@ class CheckpointWriter:
             request = dist_checkpointing.save(state, str(partial), strategy, **options)
         caller = TemporalAsyncCaller()
         with _block_stop_signals():
-            caller.schedule_async_call(request._replace(finalize_fns=[]))
+            caller.schedule_async_call(_copied_to_pageable_memory(request)._replace(finalize_fns=[]))
         self._current = _Save(step, partial, request, caller, started)
         if not self._cfg.checkpoint.asynchronous:
             self.poll(wait=True)
@@ -255,6 +257,18 @@ class _Reports:
         if not report:
             raise queue.Empty
         return pickle.loads(report)
+
+
+def _copied_to_pageable_memory(request: AsyncRequest) -> AsyncRequest:
+    """Copy tensors of a GPU to memory that ends with the save and that the writers, as forks, have to themselves.
+
+    megatron-core copies them to pinned memory. torch rounds its blocks up to powers of two and never gives them back,
+    and 0.16.1 frees them while the writers still read them, so that the next pinned batch could overwrite them.
+    """
+    if request.preload_fn is None:  # this rank writes nothing
+        return request
+    buckets = request.async_fn_args[1]
+    return request._replace(preload_fn=partial(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False))
 
 
 def _own_writer() -> dict[str, str]:

@@ -4,22 +4,25 @@ They are megatron-core's sharded state dicts, so that a checkpoint that was save
 other one. folders.py has the folders, async_writer.py writes them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_llave.checkpoint.folders import AVERAGE, reading
+from megatron_llave.checkpoint.optimizer_state import (
+    SHARDING,
+    make_states,
+    own_settings,
+    restore_steps,
+    sharded_optimizer_state,
+)
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
@@ -47,7 +50,7 @@ class TrainingState:
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
         if self._is_trained():
-            state["optimizer"] = self._optimizer_state(state, metadata, is_loading=False)
+            state["optimizer"] = self._optimizer_state(state)
         if self.average is not None:
             state |= _average_state(self.chunks, metadata, self.average.tensors())
             state["average_updates"] = self.average.updates
@@ -66,7 +69,7 @@ class TrainingState:
             CheckpointError: the checkpoint is damaged or of another model.
         """
         with reading(folder):
-            with _own_settings(self.trainable.optimizer):
+            with own_settings(self.trainable.optimizer):
                 loaded = self._load_all(folder, is_same_layout)
             if self.average is not None:
                 self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
@@ -81,8 +84,8 @@ class TrainingState:
         state = _model_state(self.chunks, metadata)
         optimizer = self.trainable.optimizer
         if self._is_trained():
-            _make_states(optimizer)
-            state["optimizer"] = self._optimizer_state(state, metadata, is_loading=True)
+            make_states(optimizer)
+            state["optimizer"] = self._optimizer_state(state)
         if self.average is not None:
             state |= _average_state(self.chunks, metadata, self.average.tensors())
         if is_same_layout:
@@ -91,19 +94,15 @@ class TrainingState:
         for key, chunk in zip(_model_keys(self.chunks), self.chunks):
             _fill(chunk, loaded[key])
         if self._is_trained():
-            with _steps_of_torch_adamw(_distributed(optimizer)):
-                optimizer.load_state_dict(loaded["optimizer"])
+            restore_steps(optimizer, loaded["optimizer"])
         return loaded
 
     def _is_trained(self) -> bool:
         """Whether this rank has optimizer state; a pipeline stage that is completely frozen has none."""
         return any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
 
-    def _optimizer_state(self, state: dict, metadata: dict, is_loading: bool) -> dict:
-        # Several chunks are passed as a nested dictionary, since their parameters have the same names.
-        models = {key: state[key] for key in _model_keys(self.chunks)}
-        models = models if len(models) > 1 else state["model"]
-        return self.trainable.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    def _optimizer_state(self, state: dict) -> dict:
+        return sharded_optimizer_state(self.trainable.optimizer, {key: state[key] for key in _model_keys(self.chunks)})
 
     def _random_state(self) -> dict:
         """Return the random states of this rank; none without dropout, which alone draws from them."""
@@ -156,9 +155,9 @@ def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCo
 
 
 def state_metadata(groups: ProcessGroupCollection) -> dict:
-    """Return how optimizer states are stored: "fully reshardable" loads at any number of data-parallel ranks."""
+    """Return how tensors are stored: the optimizer's so that they load at any number of data-parallel ranks."""
     return dict(
-        distrib_optim_sharding_type="fully_reshardable",
+        distrib_optim_sharding_type=SHARDING,
         singleton_local_shards=False,
         chained_optim_avoid_prefix=True,
         dp_cp_group=groups.dp_cp,
@@ -214,72 +213,6 @@ def _average_state(chunks: list[Module], metadata: dict, averages: dict[Paramete
         if trained:
             states[AVERAGE + key] = trained
     return states
-
-
-def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """Return the optimizers of a chain that have parameters on this rank."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
-
-
-def _make_states(optimizer: MegatronOptimizer) -> None:
-    """Create the states of torch's AdamW, which it creates in its first step, so that megatron-core can load into them.
-
-    megatron-core does this itself for the AdamW of Transformer Engine and apex.
-    """
-    if HAVE_APEX_OR_TE:
-        return
-    for distributed in _distributed(optimizer):
-        for group in distributed.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not distributed.optimizer.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-                    distributed.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-
-
-@contextmanager
-def _own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Keep learning rates, weight decay and first steps as configured while a checkpoint is loaded inside.
-
-    megatron-core overwrites them with those of the checkpoint. It does so even while it builds the state dict to load
-    into, where it tells groups of parameters apart by wd_mult alone: parts with different rates would swap them.
-    """
-    given = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-    yield
-    for group, values in zip(optimizer.param_groups, given):
-        group.update(values)
-
-
-@contextmanager
-def _steps_of_torch_adamw(optimizers: list[DistributedOptimizer]) -> Iterator[None]:
-    """Repair how megatron-core loads the step count that torch's AdamW keeps for each parameter.
-
-    megatron-core asks the checkpoint for that count, which is not stored as a tensor, and then gives all parameters one
-    shared tensor, which each of them increments: the next update would be off by a quarter of the learning rate.
-    """
-    if HAVE_APEX_OR_TE:
-        yield
-        return
-    for optimizer in optimizers:
-        optimizer._set_main_param_and_optimizer_states = _keeping_step(optimizer)
-    try:
-        yield
-    finally:
-        for optimizer in optimizers:
-            del optimizer._set_main_param_and_optimizer_states
-            for state in optimizer.optimizer.state.values():
-                state["step"] = state["step"].clone()
-
-
-def _keeping_step(optimizer: DistributedOptimizer) -> Callable[[Parameter, dict[str, Tensor]], None]:
-    original = optimizer._set_main_param_and_optimizer_states
-
-    def set_states(parameter: Parameter, tensors: dict[str, Tensor]) -> None:
-        group, order = optimizer.model_param_group_index_map[parameter]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        original(parameter, {"step": state["step"], **tensors})
-
-    return set_states
 
 
 def _restore_random(random: dict) -> None:

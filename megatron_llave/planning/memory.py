@@ -302,6 +302,28 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     return memory
 
 
+def save_bytes(cfg: RunConfig, stage: int, step: StepShape) -> int:
+    """Return the host bytes that a save takes on a rank of a pipeline stage until it is written; on the device, none.
+
+    They are a copy of what the rank writes (checkpoint/async_writer.py): its own share of the optimizer's float32
+    weights and moments, and as many of the weights, and of their averages, as every other data-parallel rank. A tensor
+    is not divided. The first tensor-parallel rank needs most, since it writes what all of them have.
+
+    Args:
+        cfg: configuration of the run, with the sizes of its model.
+        stage: number of the pipeline stage, from 0.
+        step: how a step is divided.
+    """
+    model, ranks = cfg.model, step.data_parallel * cfg.parallel.context
+    groups = [item for chunk in stage_chunks(model, cfg.parallel, stage) for item in chunk.sizes().items()]
+    trained = [size for group, sizes in groups if is_trained(model, group) for size in sizes]
+    frozen = [size for group, sizes in groups if not is_trained(model, group) for size in sizes]
+    tensors = [size * element(model) for size in trained + frozen]
+    tensors += [size * FLOAT for size in trained] if cfg.loss.reward == "ema" else []
+    own = 3 * FLOAT * sum(trained) // ranks
+    return max(own + max(tensors), (own * ranks + sum(tensors)) // ranks)
+
+
 def _kept_features(cfg: RunConfig, step: StepShape) -> int:
     """Return the bytes of a frozen vision encoder's features, for later passes and for the projector's backward."""
     model, layout = cfg.model, cfg.parallel

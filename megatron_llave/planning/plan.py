@@ -13,7 +13,16 @@ from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError, require
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
-from megatron_llave.planning.memory import FLOAT, Chunk, MicroBatch, StepShape, element, stage_chunks, stage_memory
+from megatron_llave.planning.memory import (
+    FLOAT,
+    Chunk,
+    MicroBatch,
+    StepShape,
+    element,
+    save_bytes,
+    stage_chunks,
+    stage_memory,
+)
 from megatron_llave.planning.pair_lengths import Kind, longest_batch
 
 NODE = 8
@@ -32,6 +41,8 @@ class StagePlan:
     """Bytes by part on each rank."""
     flops: float
     """FLOPs of a step of all ranks of the stage together, extra ones included."""
+    save: int
+    """Host bytes that a save takes on each rank."""
 
     @property
     def total(self) -> int:
@@ -59,6 +70,18 @@ class Plan:
     def worst(self) -> StagePlan:
         """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def saves(self) -> list[int]:
+        """Return the host bytes that a save takes on each rank, in the order of the ranks."""
+        layout = self.cfg.parallel
+        ranks = self.step.data_parallel * layout.tensor * layout.context
+        return [stage.save for stage in self.stages for _ in range(ranks)]
+
+    @property
+    def save_per_node(self) -> int:
+        """Return the host bytes that a save takes on the node that needs most."""
+        return max(sum(self.saves[first : first + NODE]) for first in range(0, len(self.saves), NODE))
 
     @property
     def bubble(self) -> float:
@@ -156,7 +179,7 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
     total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers
     if stage == 0:
         total += flops(Work(0, 0, work.tiles))
-    return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), total)
+    return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), total, save_bytes(cfg, stage, step))
 
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:

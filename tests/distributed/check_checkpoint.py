@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from check_layouts import parse_layout, small_config
 from full_parameters import full_weights, let_go
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.resume import resume
-from megatron_llave.checkpoint.state import TrainingState, load_weights
+from megatron_llave.checkpoint.safe_reads import safe_reads
+from megatron_llave.checkpoint.state import TrainingState, load_weights, state_metadata
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import CheckpointError
@@ -53,14 +57,14 @@ def weights(state: TrainingState) -> tuple[dict, dict]:
         return plain, full_weights(state.chunks, state.groups)
 
 
-def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> None:
+def check(output: str, precision: str, is_gathered: bool, saved_at: str, loaded_at: list[str]) -> None:
     """Train a step, save while training another, and go on from there at other layouts, from other weights."""
     layout, freeze = parse_layout(saved_at)
     cfg = small_config(layout, freeze)
     cfg.model.precision = precision
     cfg.train.output = output
     cfg.loss.reward = "ema"
-    folder, *expected = train_and_save(cfg)
+    folder, *expected = train_and_save(cfg, is_gathered)
     process_groups.destroy_model_parallel()
     for text in [saved_at, *loaded_at]:
         check_load(replace(cfg, parallel=parse_layout(text)[0]), folder, text == saved_at, *expected)
@@ -69,21 +73,48 @@ def check(output: str, precision: str, saved_at: str, loaded_at: list[str]) -> N
     print(f"{saved_at} loads bit-equal at {' '.join(loaded_at)}", flush=True)
 
 
-def train_and_save(cfg: RunConfig) -> tuple[Path, tuple[dict, dict], tuple[dict, dict]]:
-    """The checkpoint after one step, the weights in it, and those after the next step."""
+def train_and_save(cfg: RunConfig, is_gathered: bool) -> tuple[Path, tuple[dict, dict], tuple[dict, dict]]:
+    """The checkpoint after one step, the weights in it, and those after the next step.
+
+    It is saved as megatron-core saves it if `is_gathered`, which is how checkpoints were saved before.
+    """
     state = build(cfg, seed=0)
     step(cfg, state, 0)
     writer = CheckpointWriter(cfg, state.groups)
     saved = weights(state)
     assert any(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0]), "the average is another model"
-    assert writer.save(1, state.to_save(1), POSITION)
+    to_save = state.to_save(1)
+    gathered = gathered_optimizer_state(state, to_save)
+    values = [part.data.clone() for part in nested_values(gathered["param_state"])]
+    assert writer.save(1, to_save | ({"optimizer": gathered} if is_gathered else {}), POSITION)
     step(cfg, state, 1)  # while the checkpoint is being written
     assert writer.poll(wait=True)
     assert folders.read_position(writer.last) == POSITION
     assert folders.find(cfg.train.output) == writer.last == folders.newest_usable(cfg.train.output, print)
     after = weights(state)
+    require_as_gathered(writer.last, gathered["param_state"], values)
     let_go(state.trainable)
     return writer.last, saved, after
+
+
+def gathered_optimizer_state(state: TrainingState, to_save: dict) -> dict:
+    """What megatron-core itself saves of the optimizer: whole tensors, gathered on every data-parallel rank."""
+    if "optimizer" not in to_save:
+        return {"param_state": {}}
+    models = {key: part for key, part in to_save.items() if key.startswith("model")}
+    models = models if len(models) > 1 else models["model"]
+    gathered = state.trainable.optimizer.sharded_state_dict(models, metadata=state_metadata(state.groups))
+    apply_factories(gathered)
+    return gathered
+
+
+def require_as_gathered(folder: Path, gathered: dict, values: list[torch.Tensor]) -> None:
+    """megatron-core reads from the checkpoint what it would have gathered, bit by bit."""
+    for part in nested_values(gathered):
+        part.data = torch.full_like(part.data, torch.nan)
+    with safe_reads():
+        loaded = list(nested_values(dist_checkpointing.load({"gathered": gathered}, str(folder)).get("gathered", {})))
+    assert len(loaded) == len(values) and all(torch.equal(*pair) for pair in zip(loaded, values))
 
 
 def check_load(
@@ -134,4 +165,5 @@ def check_other_model(cfg: RunConfig, folder: Path) -> None:
 if __name__ == "__main__":
     cpu_emulation.enable()
     process_groups.initialize_distributed(120)
-    check(*sys.argv[1:4], sys.argv[4:])
+    output, precision, form, saved_at, *loaded_at = sys.argv[1:]
+    check(output, precision, form == "gathered", saved_at, loaded_at)

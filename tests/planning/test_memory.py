@@ -1,4 +1,4 @@
-"""Planned bytes against those of real steps, part by part, on every rank: at most 10 % off."""
+"""Planned bytes against those of real steps, part by part, and of a save, on every rank: at most 10 % off."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,12 @@ WORST_TEMPORARY = 0.4
 """What exists for a moment is the rest of the peak, so it has the errors of all other parts: 37 % of a small number."""
 
 
+def measure(world: int, *arguments: str) -> list[dict]:
+    """What the benchmark found, by rank."""
+    [line] = [line for line in run_ranks(world, MEASURE, "--json", *arguments).splitlines() if line.startswith("[")]
+    return json.loads(line)
+
+
 @pytest.mark.parametrize(
     ("world", "arguments"),
     [
@@ -25,8 +31,8 @@ WORST_TEMPORARY = 0.4
     ],
 )
 def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:
-    [line] = [line for line in run_ranks(world, MEASURE, "--json", *arguments).splitlines() if line.startswith("[")]
-    for rank, row in enumerate(json.loads(line)):
+    rows = measure(world, *arguments)
+    for rank, row in enumerate(rows):
         planned, measured = row["planned"], row["measured"]
         assert planned.keys() == measured.keys()
         for part, found in measured.items():
@@ -34,6 +40,24 @@ def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:
             assert planned[part] == pytest.approx(found, rel=worst), f"{part} of rank {rank}"
         assert sum(planned.values()) == pytest.approx(sum(measured.values()), rel=WORST)
         assert min(measured[part] for part in ("weights", "gradients", "optimizer", "activations", "data")) > 0
+
+    require_planned_save(rows)
+
+
+def test_data_parallel_ranks_share_a_save() -> None:
+    rows = measure(2, "loss.negatives=micro_batch")
+    require_planned_save(rows)
+    copied = sum(row["save"]["copied"] for row in rows)
+    # The weights, and the optimizer's copy of them and two moments: each once, however many ranks there are.
+    assert copied == pytest.approx(4 * rows[0]["measured"]["weights"], rel=0.01)
+
+
+def require_planned_save(rows: list[dict]) -> None:
+    """The bytes that a save copies are those of the plan; nothing else is made, such as tensors of other ranks."""
+    for row in rows:
+        # What all tensor-parallel ranks have is written by the first one.
+        fullest = max(other["save"]["copied"] for other in rows if other["save"]["planned"] == row["save"]["planned"])
+        assert row["save"]["planned"] == pytest.approx(fullest, rel=WORST)
 
 
 def test_sequences_of_a_bucket_are_padded_to_its_longest() -> None:
