@@ -9,6 +9,7 @@ Nothing reads a `.partial`, so what a killed process leaves costs space and noth
 """
 
 import codecs
+import fcntl
 import hashlib
 import json
 import math
@@ -258,21 +259,42 @@ def whole_folder(final: str | Path, what: str) -> Iterator[Path]:
         what: names the contents in messages, such as "exported model".
 
     Raises:
-        CheckpointError: `final` is taken, or cannot be written (a full disk); then nothing is left of it.
+        CheckpointError: `final` is taken, another process is filling it, or it cannot be written (a full disk); then
+            nothing is left of it.
     """
     final = Path(final).absolute()
     if final.is_dir() and any(final.iterdir()) or final.is_file():
         raise CheckpointError(f"{final} exists already; choose another name for the {what}, or remove it")
     partial = final.with_name(f"{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if final.is_dir():
-            final.rmdir()
-        os.replace(partial, final)
+        with _emptied(partial):
+            yield partial
+            if final.is_dir():
+                final.rmdir()
+            os.replace(partial, final)
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise CheckpointError(f"{final}: the {what} cannot be written: {reason}; nothing is left of it") from error
+
+
+@contextmanager
+def _emptied(partial: Path) -> Iterator[None]:
+    """Make or empty a temporary folder that no other process is filling, and remove it at the end."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            hint = "wait for its end, or choose another name"
+            raise CheckpointError(f"another process is filling {partial}; {hint}") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)

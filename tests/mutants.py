@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -37,6 +38,7 @@ from megatron_llave.batch import Pair, Side  # noqa: E402
 from megatron_llave.checkpoint.pretrained import find_pretrained  # noqa: E402
 from megatron_llave.config.load import load_config  # noqa: E402
 from megatron_llave.convert.hf import import_hf  # noqa: E402
+from megatron_llave.data.image_files import ImageSettings, decode_image  # noqa: E402
 from megatron_llave.data.index import Index, read_index, write_index  # noqa: E402
 from megatron_llave.data.shard_reader import ShardReader  # noqa: E402
 from megatron_llave.data.shards import write_subset  # noqa: E402
@@ -54,6 +56,7 @@ from megatron_llave.evaluation.benchmarks.prepared import (  # noqa: E402
     read_evaluation,
     write_evaluation,
 )
+from megatron_llave.prepare.captions import read_captions  # noqa: E402
 from megatron_llave.prepare.jsonl import check_lines  # noqa: E402
 
 SECONDS = 20
@@ -346,6 +349,28 @@ def make_checkpoint(folder: Path) -> None:
     import_hf(source, folder / "checkpoint", load_model(source).groups)
 
 
+def make_captions(folder: Path) -> None:
+    rows = [(f"{i}.png", f"a {word} thing, {i}") for i, word in enumerate(("red", "blue", "gr\u00fcn"))]
+    (folder / "a.csv").write_text("image,caption\n" + "".join(f'{image},"{text}"\n' for image, text in rows))
+    (folder / "b.tsv").write_text("image\tcaption\n" + "".join(f"{image}\t{text}\n" for image, text in rows))
+    (folder / "c.txt").write_text("".join(f"{image}\t{text}\n" for image, text in rows))
+    (folder / "d.jsonl").write_text("".join(json.dumps({"file_name": i, "text": t}) + "\n" for i, t in rows))
+
+
+def read_caption_files(folder: Path) -> list:
+    return [caption[:2] for file in sorted(folder.iterdir()) for caption in read_captions(file)]
+
+
+def make_images(folder: Path) -> None:
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "avif", "jpeg2000"):
+        pixels.save(folder / f"a.{kind}", kind)
+
+
+def read_images(folder: Path) -> list:
+    return [decode_image(file.read_bytes(), ImageSettings(10_000)).tobytes() for file in sorted(folder.iterdir())]
+
+
 READERS = {
     "shards": Reader(make_shards, "*.tar", read_shards, all_in),
     "index": Reader(make_shards, "index.json", read_index),
@@ -357,6 +382,8 @@ READERS = {
     ),
     "parquet": Reader(make_parquet, "*.parquet", lambda f: read_mmeb(f, f, "VOC2007").digest),
     "qrels": Reader(make_qrels, "*", read_qrels),
+    "captions": Reader(make_captions, "*", read_caption_files),
+    "images": Reader(make_images, "*", read_images),
     "store": Reader(make_store, "*", read_store, all_in),
     "sets": Reader(make_sets, "*", lambda f: sorted(read_evaluation(f)[0].items(), key=str), all_in),
 }

@@ -138,3 +138,13 @@ def test_leftover_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
 
 def test_length_limit_of_a_tokenizer_without_one_is_read() -> None:
     assert parse_json('{"model_max_length": 1000000000000000019884624838656}', "a") == {"model_max_length": int(1e30)}
+
+
+def test_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out", "thing") as partial:
+        (partial / "a").touch()
+        with pytest.raises(CheckpointError, match="another process is filling .*out.partial"):
+            with whole_folder(tmp_path / "out", "thing"):
+                pass
+        assert (partial / "a").exists()
+    assert (tmp_path / "out" / "a").exists() and not partial.exists()
