@@ -15,6 +15,7 @@ mkdir -p "$SITE" "$RESULTS" "$STATE/embeddings"
 [ -e "$STATE/raw.jsonl" ] && cp "$STATE/raw.jsonl" "$RESULTS/"
 exec > >(tee -a "$RESULTS/log.txt") 2>&1
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONPATH=$SITE:$PWD/tests:$PWD
+export CUDA_DEVICE_MAX_CONNECTIONS=1  # as the package sets it, but before transformers asks for a GPU
 if [ -z "${CUDA_HOME:-}" ] && command -v nvcc > /dev/null; then
     CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")"); export CUDA_HOME
 fi

@@ -1,19 +1,23 @@
 """What a run says of its kernels, with and without the packages that it may find."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.fusions import fused_bias_dropout
+from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu, fused_bias_swiglu
 from megatron.core.transformer import mlp
+from megatron.core.transformer.enums import AttnMaskType
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks import kernels, qwen2, siglip
+from megatron_llave.models.blocks.layer_specs import LocalAttention, packed_row
+from megatron_llave.models.blocks.qwen2 import language_transformer_config
 from megatron_llave.train import train_step
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import build_trainable
@@ -104,6 +108,39 @@ def test_activations_are_fused_where_they_can_be(groups, found: set[str], monkey
     assert calls.count("bias_dropout_add_fused_train") == 32, "with dropout there is something to fuse in the decoder"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core has compiled its functions already")
+def test_new_lengths_need_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gives a function up after 8 compilations, and each of them takes seconds on a GPU."""
+    compilations: Counter[str] = Counter()
+    of_torch = getattr(torch.compile, "original", torch.compile)  # megatron-core gets another one on a CPU
+    for module, name in (
+        *((fused_bias_swiglu, name) for name in ("swiglu", "swiglu_back")),
+        *((fused_bias_gelu, name) for name in ("bias_gelu", "bias_gelu_back")),
+        (fused_bias_dropout, "bias_dropout_add_fused_train"),
+    ):
+        count = lambda graph, inputs, name=name: (compilations.update([name]), graph.forward)[1]  # noqa: E731
+        monkeypatch.setattr(module, name, of_torch(getattr(module, name), backend=count))
+
+    def run(length: int, tiles: int, is_trained: bool) -> None:
+        text, image = torch.randn(length, 1, 8), torch.randn(9, tiles, 8)
+        bias = torch.nn.Parameter(torch.randn(8))
+        with torch.set_grad_enabled(is_trained):
+            text, image = text.requires_grad_(is_trained), image.requires_grad_(is_trained)
+            inner = fused_bias_gelu.bias_gelu_impl(image, bias)
+            outer = fused_bias_dropout.bias_dropout_add_fused_train((inner, bias), image, 0.0)
+            total = fused_bias_swiglu.bias_swiglu_impl(text, None).sum() + outer.sum()
+        if is_trained:
+            total.backward()
+
+    seen = []
+    for shape in ((256, 5), (128, 3), (384, 1), (512, 9), (1024, 4), (640, 11)):
+        for is_trained in (False, True):
+            run(*shape, is_trained)
+        seen.append(dict(compilations))
+    assert seen[2] == seen[-1], "nothing is new after two lengths and a single tile"
+    assert len(compilations) == 5 and max(compilations.values()) <= 6, compilations
+
+
 def test_activations_are_not_fused_without_a_gpu_or_compiler(
     found: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -152,6 +189,19 @@ def of_torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window
 def test_attention_of_each_torch_is_causal(attention, expected, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(varlen_attn=attention))
     assert kernels.variable_length_attention.__wrapped__() == (attention, expected)
+
+
+def test_call_fits_the_attention_of_this_torch() -> None:
+    """Its real function with shapes alone, as it computes on a GPU only; test_layer_specs.py has the mathematics."""
+    heads = ModelConfig(language=LanguageConfig(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2))
+    attention = LocalAttention(language_transformer_config(heads, ParallelConfig()), 1, AttnMaskType.causal, "self")
+    shapes = [(10, 1, number, 8) for number in (4, 2, 2)]
+    inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    row = packed_row(torch.empty(3, device="meta", dtype=torch.int32), [3, 7], "variable_length")
+    output = attention(*inputs, None, packed_seq_params=row)
+    assert output.shape == (10, 1, 4 * 8) and output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert [x.grad.shape for x in inputs] == shapes
 
 
 def test_rounded_row_is_exact(groups) -> None:

@@ -121,18 +121,6 @@ def test_packed_decoder_equals_padded_batch(groups, on_cpu: None, attention_kern
             assert error < 1e-5, f"{name}: {error:.1e}"
 
 
-def test_call_fits_the_attention_of_this_torch(groups) -> None:
-    """The shapes alone, with its real function: it computes on a GPU only."""
-    attention = LocalAttention(language_transformer_config(MODEL, ParallelConfig()), 1, AttnMaskType.causal, "self")
-    shapes = [(sum(LENGTHS), 1, heads, 8) for heads in (4, 2, 2)]
-    inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    layout = packed_row(boundaries(LENGTHS).to("meta"), LENGTHS, "variable_length")
-    output = attention(*inputs, None, packed_seq_params=layout)
-    assert output.shape == (sum(LENGTHS), 1, 4 * 8) and output.dtype == torch.bfloat16
-    output.sum().backward()
-    assert [x.grad.shape for x in inputs] == shapes
-
-
 def test_transformer_engine_is_told_a_length_that_repeats_on_a_gpu() -> None:
     """The bound of the longest sequence; the boundaries are exact, and on a CPU so is the bound."""
     longest = {}
