@@ -66,16 +66,11 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) ->
         batch_p2p_comm=not interleaved,
         # gloo keeps a tensor until it is sent, but not its storage: if that is freed early, rubbish is sent.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        **{**common_config(model), "hidden_dropout": model.dropout, **_fusions(model)},
+        # Dropout is not fused: compiled with a gradient and without one, it might not drop the same channels.
+        **{**common_config(model), "hidden_dropout": model.dropout, "bias_activation_fusion": fuses_activations()},
         **_recompute_settings(model),
         **_fp8_settings(model),
     )
-
-
-def _fusions(model: ModelConfig) -> dict[str, bool]:
-    """Return what is one kernel: SwiGLU, and dropout with the addition after it. These layers add no other biases."""
-    fuses = fuses_activations()
-    return {"bias_activation_fusion": fuses, "bias_dropout_fusion": fuses and model.dropout > 0}
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, Any]:

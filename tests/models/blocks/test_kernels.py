@@ -105,7 +105,7 @@ def test_activations_are_fused_where_they_can_be(groups, found: set[str], monkey
         torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6, msg=name)
     calls.clear()
     gradients(groups, dropout=0.1)
-    assert calls.count("bias_dropout_add_fused_train") == 32, "with dropout there is something to fuse in the decoder"
+    assert calls.count("bias_dropout_add_fused_train") == 16, "dropout itself is drawn by torch alone"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core has compiled its functions already")
