@@ -6,7 +6,8 @@ bash runs it again, and this program then trains.
 
 The number of processes is PROCS, or else the number of GPUs, or two without a GPU. On several nodes run the launch file
 on each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does. Other options of torchrun
-are taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3.
+are taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3, and with PET_LOG_DIR=DIR the output of each
+rank also goes to files of its own (quiet_torchrun.py).
 
 SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop, through the file `stop` in its output directory. So a save may
 take longer than torchrun waits for processes that it has passed a signal on to. The exit status is then 75. A second

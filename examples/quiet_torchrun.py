@@ -2,12 +2,20 @@
 
 A rank that ends with an error of the user prints one line itself, and one that crashes prints its traceback. torchrun
 would add forty lines of its own. The exit status is that of the rank that failed first, and 128 + N after signal N.
+
+With PET_LOG_DIR=DIR, what each rank prints is also written to DIR/TIME-NODE/.../attempt_N/LOCAL_RANK/stdout.log and
+stderr.log, and each line of the terminal begins with the rank. PET_TEE and PET_REDIRECTS choose otherwise.
 """
 
 import json
 import logging
+import os
+import socket
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed import DistError, run
@@ -24,7 +32,7 @@ def main(arguments: list[str]) -> int:
     # It logs which process it ends and which one has failed, and a signal that it has got.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as logs:
+    with log_folder() as logs:
         options = run.parse_args(["--log-dir", logs, *arguments])
         try:
             run.run(options)
@@ -43,6 +51,20 @@ def main(arguments: list[str]) -> int:
             texts = [error["message"]["message"] for error in errors if isinstance(error["message"], dict)]
             return EXIT_USER_ERROR if any(text.startswith("error: ") for text in texts) else 128 + error.sigval
     return 0
+
+
+@contextmanager
+def log_folder() -> Iterator[str]:
+    """A new folder for the files of the ranks: in PET_LOG_DIR, or temporary."""
+    kept = os.environ.get("PET_LOG_DIR")
+    if not kept:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+        return
+    os.environ.setdefault("PET_REDIRECTS", "3")  # stdout and stderr of every rank to files,
+    os.environ.setdefault("PET_TEE", "3")  # and to the terminal
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
+    yield str(Path(kept) / f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{socket.gethostname()}")
 
 
 if __name__ == "__main__":

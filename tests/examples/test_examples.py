@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -42,7 +43,7 @@ def launch(way: str, file: Path, *overrides: str, **env: str) -> str:
 # ---- the launch files ----
 
 
-@pytest.mark.parametrize("file", [*LAUNCH_FILES, BATCH_FILE], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*LAUNCH_FILES, *BATCH_FILE.parent.glob("*.sbatch")], ids=lambda file: file.stem)
 def test_file_is_bash(file: Path) -> None:
     assert file.stat().st_mode & stat.S_IXUSR
     subprocess.run(["bash", "-n", str(file)], check=True)
@@ -85,7 +86,9 @@ def test_every_rank_gets_the_same_arguments(
 
 def test_procs_and_several_nodes(clone: Path, tmp_path: Path) -> None:
     file = clone / "examples" / TINY.name
-    launch("bash", file, PROCS="1")
+    launch("bash", file, PROCS="1", PET_LOG_DIR=str(tmp_path / "logs"))
+    [log] = (tmp_path / "logs").glob(f"*-{socket.gethostname()}/*/attempt_0/0/stdout.log")
+    assert log.read_text() == "child\n"
     assert json.loads((clone / "megatron_llave" / "rank0.json").read_text())["WORLD_SIZE"] == "1"
     with pytest.raises(AssertionError, match="error: NODE_RANK must be set"):
         launch("bash", file, NNODES="2")

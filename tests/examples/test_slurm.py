@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import BATCH_FILE, LIMIT, started, state, wait_for
+from launching import BATCH_FILE, LIMIT, ROOT, started, state, wait_for
 from run_ranks import run_command
 
 # Each notes its arguments in a file of its own; srun starts what it is given, torchrun is the run.
@@ -18,8 +18,9 @@ if sys.argv[1] == "show":
     print("node7", "node8", "node9", sep="\\n")
 """,
     "srun": """
-at = sys.argv.index("torchrun")
-os.execvp("torchrun", sys.argv[at:])
+at = next(number for number, word in enumerate(sys.argv) if word in ("bash", "torchrun"))
+os.environ["SLURMD_NODENAME"] = "node7"
+os.execvp(sys.argv[at], sys.argv[at:])
 """,
     "torchrun": """
 output = Path([word for word in sys.argv if word.startswith("train.output=")][-1].removeprefix("train.output="))
@@ -76,6 +77,7 @@ class Slurm:
         """Status of the batch script; it gets `ask` as soon as it has called srun."""
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
         job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "node[7-9]"}
+        job["SLURM_SUBMIT_DIR"] = str(ROOT)
         env = {**job, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32", "PLAYS": plays, **env, "PATH": path}
         output = self.folder / "slurm.out"
         with started(["bash", str(file), *arguments], output, **env) as script:
@@ -95,11 +97,14 @@ def test_slurm_starts_one_torchrun_per_node_that_meet_on_the_first(slurm: Slurm)
     assert slurm.run("to the end", "examples/pretrain_llave_7b.sh", str(slurm.output), *overrides) == 0
     assert slurm.calls("scontrol") == [["show", "hostnames", "node[7-9]"]], "a finished run is not queued again"
     (step,) = slurm.calls("srun")
-    assert step[: step.index("torchrun")] == ["--kill-on-bad-exit=1"]
+    assert step[: step.index("bash")] == ["--kill-on-bad-exit=1"]
     directives = re.findall(r"^#SBATCH (.+)$", BATCH_FILE.read_text(), re.MULTILINE)
     assert {"--ntasks-per-node=1", "--requeue", "--signal=B:USR1@300", "--open-mode=append"} <= set(directives)
-    options = "--nnodes 3 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node7:23456 "
-    options += "--rdzv-id 123456 --rdzv-conf read_timeout=600 examples/pretrain_llave_7b.sh"
+    options = (
+        f"--log-dir {slurm.output}/logs/node7 --redirects 3 --tee 3 --nnodes 3 --nproc-per-node 4 --max-restarts 3 "
+    )
+    options += "--rdzv-backend c10d --rdzv-endpoint node7:23456 --rdzv-id 123456 --rdzv-conf read_timeout=600 "
+    options += "examples/pretrain_llave_7b.sh"
     ends = [*overrides, f"train.output={slurm.output}", "--resume", "auto"]
     assert slurm.calls("torchrun") == [[*options.split(), *ends]]
     # torchrun itself takes them so.
@@ -140,6 +145,21 @@ def test_slurm_array_has_a_folder_per_task(slurm: Slurm) -> None:
 def test_slurm_script_says_what_it_needs(slurm: Slurm) -> None:
     assert slurm.run("to the end", "file.sh") != 0
     assert "usage: sbatch" in (slurm.folder / "slurm.out").read_text()
+
+
+TOOL_FILE = BATCH_FILE.with_name("tool.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("plays", "ask", "status", "queued"),
+    [("to the end", None, 0, 0), ("broken", None, 3, 0), ("until asked", signal.SIGUSR1, 0, 1)],
+)
+def test_slurm_runs_a_tool_on_all_nodes(slurm: Slurm, plays: str, ask, status: int, queued: int) -> None:
+    arguments = ["tools/evaluate.py", "mmeb", "--out", "with space", f"train.output={slurm.output}"]
+    assert slurm.run(plays, *arguments, ask=ask, file=TOOL_FILE) == status
+    options = "--nnodes 3 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:23456 --rdzv-id 123456 "
+    assert slurm.calls("torchrun") == [[*(options + "--rdzv-conf read_timeout=600").split(), *arguments]]
+    assert slurm.calls("scontrol")[1:] == [["requeue", "123456"]] * queued
 
 
 STUDY_FILE = BATCH_FILE.with_name("study.sbatch")
