@@ -76,8 +76,8 @@ def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
     return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
 
 
-def make_batch(cfg: RunConfig) -> PairBatch:
-    """A micro batch of such pairs."""
+def make_batch(cfg: RunConfig, rank: int) -> PairBatch:
+    """The part of context rank `rank` of a micro batch of such pairs."""
     pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
     grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
     layout = visual_layout(*IMAGE_SIZE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
@@ -86,11 +86,11 @@ def make_batch(cfg: RunConfig) -> PairBatch:
     words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
     sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs
     sequences += [EncodedSequence(words[1], [], [])] * pairs
-    packed = pack_sequences(
-        sequences, row_multiple(cfg.model, cfg.parallel), TileShape(vision.image_size, vision.patches_per_side**2)
-    )
+    shape = TileShape(vision.image_size, vision.patches_per_side**2)
+    packed = pack_sequences(sequences, row_multiple(cfg.model, cfg.parallel), shape, cfg.parallel.context)
+    part = packed.part(rank).map(Tensor.clone)
     ids = torch.arange(pairs)
-    return PairBatch(packed, ids, ids, ids[:0], "random", [str(i) for i in range(pairs)])
+    return PairBatch(part, ids, ids, ids[:0], "random", [str(i) for i in range(pairs)])
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
@@ -194,8 +194,8 @@ def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[dict[str, i
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
     trainable = build_trainable(cfg, chunks, groups)
     share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
-    train_step(trainable, [make_batch(cfg) for _ in range(share)], cfg.loss, 0, groups)  # this creates the moments
-    batches = [make_batch(cfg) for _ in range(share)]
+    first, batches = ([make_batch(cfg, groups.cp.rank()) for _ in range(share)] for _ in range(2))
+    train_step(trainable, first, cfg.loss, 0, groups)  # this creates the moments
     weights = storages(p.data for chunk in chunks for p in chunk.parameters())
     gradients = storages(p.main_grad for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     data = storages(x for b in batches for x in (*vars(b).values(), *vars(b.sequences).values()))

@@ -1,7 +1,7 @@
 """The records that data, model and loss hand to each other.
 
 Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, u blended rows,
-b pairs, m hard negatives.
+b pairs, m hard negatives, c context ranks.
 """
 
 import re
@@ -89,26 +89,43 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return (tensor.pin_memory() if is_upload else tensor).to(device, non_blocking=is_upload)
 
 
+def padded_length(length: int, context: int) -> int:
+    """Return the length of a sequence in a row that `context` ranks share, each of which has two chunks of it."""
+    multiple = 2 * context if context > 1 else 1
+    return -(-length // multiple) * multiple
+
+
 @dataclass
 class PackedSequences:
-    """n sequences end to end in one row of t tokens, with padding only at the end of the row."""
+    """n sequences in one row of t tokens, with padding only at the end of the row.
+
+    They lie end to end. If c context ranks share the row, each sequence is padded at its end (`padded_length`), and the
+    row has the tokens of one rank after those of the other (distributed/context.py); a place is an index into it. The
+    model takes the `part` of a rank: t / c tokens, v visual tokens among them, and k tiles, as many on every rank.
+    """
 
     tokens: Tensor
     """[t] int64 token ids; 0 at visual tokens and at padding."""
     cu_seqlens: Tensor
-    """[n + 1] int32 boundaries of the sequences; with padding there is one entry more."""
+    """[n + 1] int32 boundaries of the sequences, padded and end to end; with padding of the row there is one entry
+    more."""
     lengths: list[int]
-    """Number of tokens of each sequence, and of the padding where there is one: the differences of cu_seqlens, which
-    the host knows without waiting for the device."""
+    """Number of tokens of each sequence, and of the padding of the row where there is one, which the host knows without
+    waiting for the device. The differences of cu_seqlens are `padded_lengths`."""
     num_sequences: int
     """n, not counting the padding."""
     tiles: Tensor
-    """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0."""
+    """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0. The last tile may be
+    repeated, so that context ranks have equally many."""
+    num_tiles: int
+    """Number of tiles of the row without repeated ones, also in the part of a rank."""
     visual_source: Tensor
-    """[v] int64: visual token i is row visual_source[i] of the tiles' features [k * p]; row k * p is image_newline,
-    row k * p + 1 + j is blended row j."""
+    """[v] int64: visual token i is row visual_source[i] of the features [num_tiles * p] of the row's tiles; row
+    num_tiles * p is image_newline, row num_tiles * p + 1 + j is blended row j."""
     visual_position: Tensor
-    """[v] int64: the position of visual token i in the packed row."""
+    """[v] int64: the place of visual token i in the row or part; rising if context ranks share the row."""
+    last_token: Tensor
+    """[n] int64: the place in the row of each sequence's last token, which is the pooled one."""
     blank: Tensor | None = None
     """[k] bool: the tiles whose normalised pixels are zeros, which no uint8 value gives; None: no tile is."""
     blend_source: Tensor | None = None
@@ -116,6 +133,10 @@ class PackedSequences:
     feature map consists of blended rows. None: there are no blended rows."""
     blend_weights: Tensor | None = None
     """[u, 4] float32 weights of the rows in blend_source."""
+    context: int = 1
+    """c, the number of context ranks that share the row."""
+    visual_bounds: list[int] | None = None
+    """c + 1 boundaries of the context ranks' visual tokens; None: this is a part, or one rank has the row."""
     features: Tensor | None = None
     """[k, p, vision hidden] output of a frozen vision encoder in the first forward pass, kept for the second."""
 
@@ -125,14 +146,34 @@ class PackedSequences:
         return sum(self.lengths[: self.num_sequences])
 
     @property
-    def last_token(self) -> Tensor:
-        """Return the position of each sequence's last token, which is the pooled one, [n] int64."""
-        return self.cu_seqlens[1 : self.num_sequences + 1].long() - 1
+    def padded_lengths(self) -> list[int]:
+        """Return the lengths with the padding of each sequence."""
+        return [padded_length(length, self.context) for length in self.lengths]
+
+    def part(self, rank: int) -> "PackedSequences":
+        """Return the part of a context rank, as views of the row's tensors; the row itself if one rank has it."""
+        if self.visual_bounds is None:
+            return self
+        start, end = self.visual_bounds[rank : rank + 2]
+        t, k = len(self.tokens) // self.context, len(self.tiles) // self.context
+        return replace(
+            self,
+            tokens=self.tokens[rank * t : (rank + 1) * t],
+            tiles=self.tiles[rank * k : (rank + 1) * k],
+            visual_source=self.visual_source[start:end],
+            visual_position=self.visual_position[start:end] - rank * t,
+            blank=None if self.blank is None else self.blank[rank * k : (rank + 1) * k],
+            visual_bounds=None,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedSequences":
+        """Apply a function to all tensors."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
     def to(self, device: torch.device | str) -> "PackedSequences":
         """Return the batch with all its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: to_device(v, device) for k, v in moved.items() if isinstance(v, Tensor)})
+        return self.map(lambda tensor: to_device(tensor, device))
 
 
 @dataclass
@@ -166,15 +207,18 @@ class PairBatch:
         """Return m, the number of hard negatives."""
         return len(self.hard_negative_ids)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PairBatch":
+        """Apply a function to all tensors."""
+        ids = {name: function(getattr(self, name)) for name in ("query_ids", "target_ids", "hard_negative_ids")}
+        return replace(self, sequences=self.sequences.map(function), **ids)
+
     def to(self, device: torch.device | str) -> "PairBatch":
         """Return the batch with all its tensors on `device`."""
-        return replace(
-            self,
-            sequences=self.sequences.to(device),
-            query_ids=to_device(self.query_ids, device),
-            target_ids=to_device(self.target_ids, device),
-            hard_negative_ids=to_device(self.hard_negative_ids, device),
-        )
+        return self.map(lambda tensor: to_device(tensor, device))
+
+    def part(self, rank: int) -> "PairBatch":
+        """Return the batch with the part of a context rank of its row (`PackedSequences.part`)."""
+        return replace(self, sequences=self.sequences.part(rank))
 
 
 @dataclass

@@ -95,7 +95,7 @@ def train_in_output(
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     watchdog.announce(f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
-    steps = broadcast_steps(open_data(cfg, groups, position), groups.mp, process_groups.device())
+    steps = broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device())
     is_new = pretrained is None and resumed is None
     watchdog.announce(f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
@@ -193,7 +193,7 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
     Raises:
         UserError: the data, the tokenizer or the mixture cannot work, or differ from those at `position`.
     """
-    if not is_reader(groups.mp):
+    if not is_reader(groups):
         return None
     encoder = build_processor(cfg.data, cfg.model)
     multiple = row_multiple(cfg.model, cfg.parallel)

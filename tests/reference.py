@@ -92,9 +92,9 @@ def tile_shape(model: ModelConfig) -> TileShape:
     return TileShape(model.vision.image_size, model.vision.patches_per_side**2)
 
 
-def pack(sequences: list[EncodedSequence], model: ModelConfig, multiple: int = 1) -> PackedSequences:
+def pack(sequences: list[EncodedSequence], model: ModelConfig, multiple: int = 1, context: int = 1) -> PackedSequences:
     """One packed row."""
-    return pack_sequences(sequences, multiple, tile_shape(model))
+    return pack_sequences(sequences, multiple, tile_shape(model), context)
 
 
 def pack_pair_batch(
@@ -102,10 +102,11 @@ def pack_pair_batch(
     model: ModelConfig,
     multiple: int = 1,
     hard_negatives: list[EncodedSequence] = (),
+    context: int = 1,
 ) -> PairBatch:
     """One micro batch: queries, then targets, then hard negatives."""
     sequences = [query for query, _ in pairs] + [target for _, target in pairs] + list(hard_negatives)
     ids = torch.arange(len(pairs))
     keys = [str(i) for i in range(len(pairs))]
     hard_ids = torch.arange(len(hard_negatives)) + 1000
-    return PairBatch(pack(sequences, model, multiple), ids, ids, hard_ids, "random", keys)
+    return PairBatch(pack(sequences, model, multiple, context), ids, ids, hard_ids, "random", keys)

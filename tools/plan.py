@@ -8,6 +8,8 @@ prints the first combination that fits. docs/planner.md says what is counted and
 """
 
 import argparse
+from contextlib import suppress
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +18,15 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
-from megatron_llave.planning.plan import SMALL_PART, Plan, count_parameters, find_fit, find_smallest, make_plan
+from megatron_llave.planning.plan import (
+    SMALL_PART,
+    Plan,
+    count_parameters,
+    find_fit,
+    find_smallest,
+    longest_pair,
+    make_plan,
+)
 from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
@@ -78,6 +88,7 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
     console.print(parameter_table(plan))
     console.print(step_table(plan, source))
     console.print(memory_table(plan))
+    console.print(longest_pairs(plan.cfg, kinds, args.gpus, memory), soft_wrap=True)
     room = memory * (1 - SMALL_PART)
     limit = f"{room / GIB:.1f} GB ({args.gpu_memory:g} less {SMALL_PART:.0%} for CUDA, NCCL and fragmentation)"
     need = f"{plan.worst.total / GIB:.1f} GB on the fullest rank"
@@ -89,6 +100,17 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
     if fit is not None:
         ratio = (fit.model_flops + fit.extra_flops) / (plan.model_flops + plan.extra_flops)
         console.print(f"That is {ratio:.2f} times the FLOPs, with a bubble of {fit.bubble:.0%}.", soft_wrap=True)
+
+
+def longest_pairs(cfg: RunConfig, kinds: list[Kind], gpus: int, memory: float) -> str:
+    """A line with the longest pair that fits, at the numbers of context-parallel ranks that are possible."""
+    found = []
+    for context in (cfg.parallel.context * 2**power for power in range(DOUBLINGS)):
+        layout = replace(cfg.parallel, context=context)
+        with suppress(ConfigError):  # too few GPUs, or pairs
+            tokens = longest_pair(replace(cfg, parallel=layout), gpus, kinds, memory)
+            found.append(f"{tokens:,} (parallel.context={context})")
+    return f"Tokens of the longest pair that fits, one per micro batch: {', '.join(found)}."
 
 
 def suggest(

@@ -36,8 +36,7 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallel: split norms and residuals over the tensor-parallel ranks."""
     context: int = 1
-    """Number of context-parallel ranks, over which each sequence would be split. Not implemented: any value but 1 is
-    refused."""
+    """Number of context-parallel ranks, over which the tokens of each sequence and the tiles of a row are split."""
     first_stage_layers: int | None = None
     """Number of decoder layers on the first pipeline stage; fewer than on the others balance the vision encoder, which
     is on that stage too. null: all stages have the same number."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
+from megatron_llave.distributed.context import shared_row
 from megatron_llave.errors import DataError
 
 NEWLINE = -1
@@ -112,12 +113,16 @@ class Processor(Protocol):
         """
 
 
-def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, tile_shape: TileShape) -> PackedSequences:
-    """Put the sequences end to end; padding up to a multiple of `pad_to_multiple` tokens is one more sequence.
+def pack_sequences(
+    encoded: Sequence[EncodedSequence], pad_to_multiple: int, tile_shape: TileShape, context: int = 1
+) -> PackedSequences:
+    """Put the sequences into a row; padding up to a multiple of `pad_to_multiple` tokens is one more sequence.
 
     Without sequences the result is one padding sequence of `pad_to_multiple` tokens, so that a rank without data can
-    take part in the step.
+    take part in the step. If several context ranks share the row, the multiple must be one of twice their number too.
     """
+    if context > 1:
+        return shared_row(pack_sequences(encoded, 1, tile_shape), context, pad_to_multiple)
     ids = np.array([token for sequence in encoded for token in sequence.tokens], np.int64)
     layouts = [layout for sequence in encoded for layout in sequence.layouts]
     tiles = [tile for sequence in encoded for tile in sequence.tiles]
@@ -140,14 +145,17 @@ def pack_sequences(encoded: Sequence[EncodedSequence], pad_to_multiple: int, til
     image_start = start[is_image] - (np.cumsum(visual_lengths) - visual_lengths)
     position = np.repeat(image_start, visual_lengths) + np.arange(visual_lengths.sum())  # [v]
 
+    bounds = np.cumsum([0, *with_padding])
     no_tile = np.zeros((0, 3, tile_shape.size, tile_shape.size), np.uint8)
     return PackedSequences(
         tokens=torch.from_numpy(tokens),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *with_padding], dtype=np.int32)),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         lengths=with_padding,
         num_sequences=len(encoded),
         tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
+        num_tiles=int(num_tiles.sum()),
         visual_position=torch.from_numpy(position),
+        last_token=torch.from_numpy(bounds[1 : len(encoded) + 1] - 1),
         blank=torch.from_numpy(blank) if blank.any() else None,
         **_merge_layouts(layouts, num_tiles * tile_shape.patches),
     )
@@ -206,13 +214,18 @@ def _encode(side: Side, processor: Processor) -> EncodedSequence:
 
 
 def pack_pairs(
-    pairs: Sequence[EncodedPair], num_skipped: int, subset: str, pad_to_multiple: int, tile_shape: TileShape
+    pairs: Sequence[EncodedPair],
+    num_skipped: int,
+    subset: str,
+    pad_to_multiple: int,
+    tile_shape: TileShape,
+    context: int = 1,
 ) -> PairBatch:
     """Pack a micro batch: the pairs' queries, their targets, then the hard negatives pair by pair."""
     sequences = [pair.query for pair in pairs] + [pair.target for pair in pairs]
     sequences += [negative for pair in pairs for negative in pair.hard_negatives]
     return PairBatch(
-        sequences=pack_sequences(sequences, pad_to_multiple, tile_shape),
+        sequences=pack_sequences(sequences, pad_to_multiple, tile_shape, context),
         query_ids=_hashes(pair.pair.query_id for pair in pairs),
         target_ids=_hashes(pair.pair.target_id for pair in pairs),
         hard_negative_ids=_hashes(name for pair in pairs for name in pair.hard_negative_ids),

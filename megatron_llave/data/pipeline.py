@@ -113,6 +113,7 @@ def build_train_stream(
         hard_negatives=cfg.data.hard_negatives,
         balance=cfg.loss.negatives == "global_batch",
         pad_to_multiple=pad_to_multiple,
+        context=cfg.parallel.context,
     )
     steps = read_ahead(reader, plan_steps(mixture, start_step), cfg.data.workers)
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
@@ -235,6 +236,8 @@ class StepReader(Dataset):
     hard_negatives: int
     balance: bool
     pad_to_multiple: int
+    context: int = 1
+    """Number of context ranks that share a packed row."""
 
     def __getitem__(self, plan: StepPlan) -> "TrainStep | UserError":
         """Return the step, or the error that it ran into; a raised error would arrive with the worker's traceback."""
@@ -262,7 +265,7 @@ class StepReader(Dataset):
         subset = "+".join(sorted({name for name, _ in plan.parts}))
         shape = self.processor.tile_shape
         batches = [
-            pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape)
+            pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape, self.context)
             for pairs, skipped in zip(encoded, num_skipped)
         ]
         data = pack_step(StepBatches(batches, plan.position))

@@ -20,8 +20,11 @@ def validate_layout(model: ModelConfig, layout: ParallelConfig, world_size: int)
         raise ConfigError(f"{world_size} processes cannot be split into {sizes}: not a multiple of {model_parallel}")
     _validate_tensor(model, layout)
     _validate_pipeline(model.language.num_layers, layout)
-    if layout.context > 1:
-        raise ConfigError(f"parallel.context={layout.context}: packed sequences are not split over context ranks")
+    if layout.context > 1 and (model.kernels, model.precision) == ("transformer_engine", "fp32"):
+        raise ConfigError(
+            f"parallel.context={layout.context}: Transformer Engine shares no attention in model.precision=fp32; use "
+            "bf16, or model.kernels=local"
+        )
     return world_size // model_parallel
 
 

@@ -71,10 +71,11 @@ class LoadedModel:
             noticed = ", ".join(f"{count} x {note}" for note, count in counts.most_common())
             print(f"noticed: {noticed} (docs/data.md says how they are read)", file=sys.stderr)
 
-    @property
-    def pad_to_multiple(self) -> int:
-        """The length of a packed row, in tokens, must be a multiple of this number."""
-        return row_multiple(self.cfg.model, self.cfg.parallel)
+    def pack(self, encoded: list[EncodedSequence]) -> PackedSequences:
+        """Return a row of these sequences, or of padding alone, as this rank of the layout needs it."""
+        layout, shape = self.cfg.parallel, self.encoder.tile_shape
+        row = pack_sequences(encoded, row_multiple(self.cfg.model, layout), shape, layout.context)
+        return row.part(self.groups.cp.rank())
 
     def embed(self, inputs: Embeddable | Iterable[Embeddable]) -> Tensor:
         """Embed inputs as float32 of unit length on every rank: a list of them as [n, d] in their order, one as [d].
@@ -180,7 +181,7 @@ def embed_parts(
         DataError: an input cannot be read; the message names its key.
     """
     groups = model.groups
-    has_result = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
+    has_result = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == groups.cp.rank() == 0
     pool = ThreadPoolExecutor(model.cfg.evaluate.threads)
     try:
         ahead: deque[list[Future[EncodedSequence]]] = deque()
@@ -244,18 +245,18 @@ def packed_rows(encoded: list[EncodedSequence], model: LoadedModel) -> Iterator[
     num_tokens = 0
     for sequence in encoded:
         if row and num_tokens + sequence.length > model.cfg.evaluate.tokens_per_batch:
-            yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+            yield model.pack(row)
             row, num_tokens = [], 0
         row.append(sequence)
         num_tokens += sequence.length
-    yield pack_sequences(row, model.pad_to_multiple, model.encoder.tile_shape)
+    yield model.pack(row)
 
 
 def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor]:
     """Run rows through megatron-core's schedule: embeddings [n, d] of each on the last pipeline stage, else empty."""
     stages, num_chunks = model.groups.pp.size(), len(model.chunks)
     missing = -len(rows) % stages if num_chunks > 1 else 0  # the interleaved schedule needs a multiple of the stages
-    empty = pack_sequences([], model.pad_to_multiple, model.encoder.tile_shape)
+    empty = model.pack([])
     padded = rows + [empty] * missing
     forward_step = partial(_forward_step, progress=model.progress)
     return run_schedule(model.chunks, padded, forward_step, forward_only=True)[: len(rows)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
+from megatron_llave.batch import padded_length
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
@@ -29,24 +30,49 @@ PART_OF = {"vision": "vision", "projector": "projector", "embedding": "language"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The amount of input of one micro batch."""
+    """The amount of input of one micro batch, and the share of it that each context rank has."""
 
     work: Work
+    """All of it."""
     sequences: int
+    context: int
+    """Number of context ranks."""
     visual_tokens: int
+    """Of a context rank, as all numbers below."""
+    tokens: int
+    tiles: int
     attended: int
-    """Tokens in the local attention, which pads sequences of similar lengths to the longest of them."""
+    """Queries of the local attention, which pads sequences of similar lengths to the longest of them."""
+    keys: int
+    """Keys of these queries, padded in the same way."""
+    masked: int
+    """Products of queries and keys; 0 if one rank has the row, which needs no mask."""
 
     @staticmethod
-    def of(sides: Sequence[SideShape]) -> "MicroBatch":
-        """Return the micro batch of these sides, packed into one row."""
+    def of(sides: Sequence[SideShape], context: int = 1) -> "MicroBatch":
+        """Return the micro batch of these sides, packed into one row that `context` ranks share."""
         lengths = [side.tokens for side in sides]
+        padded = [padded_length(length, context) for length in lengths]
         buckets: dict[int, list[int]] = {}
-        for length in lengths:
-            buckets.setdefault(length_bucket(length), []).append(length)
+        for length in padded:
+            attended = length if context == 1 else length // (2 * context)
+            buckets.setdefault(length_bucket(attended), []).append(attended)
         tiles, visual = (sum(getattr(side, name) for side in sides) for name in ("tiles", "visual_tokens"))
         attended = sum(len(bucket) * max(bucket) for bucket in buckets.values())
-        return MicroBatch(Work(sum(lengths), sum(x * x for x in lengths), tiles), len(sides), visual, attended)
+        squares = sum(len(bucket) * max(bucket) ** 2 for bucket in buckets.values())
+        # The chunks r and 2c - 1 - r of a sequence have r + 1 and 2c - r chunks of keys.
+        queries, keys, masked = (2, 2 * context + 1, squares * (2 * context + 1)) if context > 1 else (1, 1, 0)
+        return MicroBatch(
+            work=Work(sum(lengths), sum(x * x for x in lengths), tiles),
+            sequences=len(sides),
+            context=context,
+            visual_tokens=-(-visual // context),
+            tokens=sum(padded) // context,
+            tiles=-(-tiles // context),
+            attended=queries * attended,
+            keys=keys * attended,
+            masked=masked,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,18 +116,18 @@ class Chunk:
         kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute)
         if model.kernels == "local":
             if model.recompute == "full":  # the rotary angles, an input of every layer
-                kept += FLOAT * h // model.language.num_heads * batch.work.tokens
+                kept += FLOAT * h // model.language.num_heads * batch.tokens
             elif has_buckets(model, on_gpu):  # indices of the tokens in the buckets
-                kept += 8 * (batch.work.tokens + batch.attended)
+                kept += 8 * (batch.tokens + batch.attended + (batch.keys if batch.context > 1 else 0)) + batch.masked
         if self.is_first and model.dropout:
-            kept += batch.work.tokens * h * e
+            kept += batch.tokens * h * e
         if self.is_first and not {"vision", "projector"} <= set(model.freeze):
-            patches = batch.work.tiles * model.vision.patches_per_side**2
+            patches = batch.tiles * model.vision.patches_per_side**2
             kept += 2 * patches * h * e // self.layout.tensor + batch.visual_tokens * h * e
-            kept += 0 if "vision" in model.freeze else vision_encoder_activations(model, self.layout, batch.work.tiles)
+            kept += 0 if "vision" in model.freeze else vision_encoder_activations(model, self.layout, batch.tiles)
         if self.is_last:
             spread = self.layout.tensor if self.layout.sequence else 1
-            kept += (norm_activations(model, on_gpu) - h * e) * batch.work.tokens // spread
+            kept += (norm_activations(model, on_gpu) - h * e) * batch.tokens // spread
             kept += 3 * FLOAT * h * batch.sequences  # pooled and normalised
         return kept
 
@@ -143,7 +169,7 @@ def layer_activations(
 ) -> int:
     """Return the bytes that a decoder layer keeps of a micro batch for the backward."""
     language, e, tp = model.language, element(model), layout.tensor
-    h, f, kv, t = language.hidden_size, language.ffn_hidden_size, kv_width(model), batch.work.tokens
+    h, f, kv, t = language.hidden_size, language.ffn_hidden_size, kv_width(model), batch.tokens
     spread = tp if layout.sequence else 1
     if recompute == "full":
         return t * h * e // spread
@@ -153,7 +179,10 @@ def layer_activations(
     if not is_selective:
         attention += t * FLOAT * language.num_heads
         if has_buckets(model, on_gpu):  # sequences are copied into buckets and back
-            attention = t * e * h + batch.attended * (e * (2 * h + 2 * kv) + FLOAT * language.num_heads)
+            attention = t * e * h + batch.attended * (e * 2 * h + FLOAT * language.num_heads) + batch.keys * e * 2 * kv
+            attention += batch.masked * e * tp  # which torch makes of the mask, the same for all heads
+        elif not fused and batch.context > 1:  # the keys of each chunk
+            attention += t * (2 * batch.context + 1) // 2 * e * 2 * kv
     # Both halves of the gated MLP, and the product. Where SwiGLU is not one kernel, as on a CPU, also SiLU of the gate,
     # and the other half plus megatron-core's offset.
     mlp = 0 if is_selective else (3 if on_gpu else 5) * f * t * e
@@ -182,8 +211,8 @@ def feature_bytes(model: ModelConfig, tiles: int) -> int:
 
 def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of the inputs of a micro batch: ids, indices of visual tokens, pixels."""
-    tiles = 3 * model.vision.image_size**2 * batch.work.tiles
-    return 8 * batch.work.tokens + 16 * batch.visual_tokens + tiles + 12 * batch.sequences
+    tiles = 3 * model.vision.image_size**2 * batch.tiles
+    return 8 * batch.tokens + 16 * batch.visual_tokens + tiles + 20 * batch.sequences
 
 
 def loss_bytes(rows: int, columns: int, dim: int) -> int:
@@ -198,19 +227,23 @@ def loss_bytes(rows: int, columns: int, dim: int) -> int:
 
 def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     """Return the bytes of the largest temporary tensors."""
-    model, e, tp, work = chunk.model, element(chunk.model), chunk.layout.tensor, batch.work
+    model, e, tp = chunk.model, element(chunk.model), chunk.layout.tensor
     # Gradients in the MLP of a layer, or in a norm of several operations; the layer itself if it is recomputed.
     in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT
     of_layer = [layer_activations(model, chunk.layout, batch, on_gpu, way) for way in ("none", model.recompute)]
-    in_layer = of_layer[0] - of_layer[1] + max(2 * model.language.ffn_hidden_size * e // tp, in_norm) * work.tokens
+    # Or keys and values of all context ranks, and their gradients.
+    gathered = 4 * kv_width(model) * e // tp * batch.context if batch.context > 1 and model.kernels == "local" else 0
+    largest = max(2 * model.language.ffn_hidden_size * e // tp, in_norm, gathered)
+    in_layer = of_layer[0] - of_layer[1] + largest * batch.tokens
     if not chunk.is_first:
         return in_layer
-    vision, patches = model.vision, work.tiles * model.vision.patches_per_side**2
+    vision, patches = model.vision, batch.tiles * model.vision.patches_per_side**2
     inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tp
     at_ends = [
         patches * (2 * vision.hidden_size + inner) * e,  # in the vision encoder, which keeps nothing if it is frozen
-        work.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
+        batch.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
+        3 * batch.context * patches * model.language.hidden_size * e * (batch.context > 1),  # features of all ranks
     ]
     # These tensors exist before the activations of the micro batch are kept, or after they are freed.
     return max(in_layer, max(at_ends) - chunk.activations(batch, on_gpu))
@@ -280,7 +313,8 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     """
     model, e, stages = cfg.model, element(cfg.model), cfg.parallel.pipeline
     chunks = stage_chunks(model, cfg.parallel, stage)
-    trained = sum(chunk.buffer(step.data_parallel) for chunk in chunks)
+    sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
+    trained = sum(chunk.buffer(sharing) for chunk in chunks)
     frozen = sum(sum(s) for c in chunks for group, s in c.sizes().items() if not is_trained(model, group))
     kept = [chunk.activations(step.batch, on_gpu) for chunk in chunks]
     is_last = stage == stages - 1
@@ -288,7 +322,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         "weights": (trained + frozen) * e,
         "gradients": trained * FLOAT,
         # Two moments, and float32 weights if the model's are less precise.
-        "optimizer": trained // step.data_parallel * FLOAT * (2 if e == FLOAT else 3),
+        "optimizer": trained // sharing * FLOAT * (2 if e == FLOAT else 3),
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
         "loss": loss_bytes(step.rows, step.columns, model.language.hidden_size) if is_last else 0,
@@ -329,7 +363,7 @@ def _kept_features(cfg: RunConfig, step: StepShape) -> int:
     model, layout = cfg.model, cfg.parallel
     if "vision" not in model.freeze:
         return 0
-    of_one = feature_bytes(model, step.batch.work.tiles)
+    of_one = feature_bytes(model, step.batch.tiles)
     if step.has_embed_pass or cfg.loss.reward == "ema":
         return step.micro_batches * of_one
     if "projector" in model.freeze:

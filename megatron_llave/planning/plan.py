@@ -4,8 +4,9 @@ Everything is computed by the formulas of flops.py and memory.py; tools/plan.py 
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from megatron_llave.config.checks import has_sizes
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
@@ -23,10 +24,14 @@ from megatron_llave.planning.memory import (
     stage_chunks,
     stage_memory,
 )
-from megatron_llave.planning.pair_lengths import Kind, longest_batch
+from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch
 
 NODE = 8
 """Devices of a node, which fast links connect; tensor parallelism stays within a node."""
+SPLITS = (1, 2, 4, NODE)
+"""Numbers of tensor- and context-parallel ranks that the search for a layout tries."""
+LONGEST = 2**22
+"""Tokens of a pair up to which `longest_pair` looks."""
 SMALL_PART = 0.1
 """Share of a device's memory that is kept free for the CUDA context, NCCL buffers and fragmentation."""
 
@@ -139,7 +144,8 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     losses = cfg.train.global_batch_size // step.rows  # summed over all ranks
     dims = cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]
     stages = range(cfg.parallel.pipeline)
-    trained = [sum(c.buffer(step.data_parallel) for c in stage_chunks(cfg.model, cfg.parallel, s)) for s in stages]
+    sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
+    trained = [sum(c.buffer(sharing) for c in stage_chunks(cfg.model, cfg.parallel, s)) for s in stages]
     moved = max(trained) * (FLOAT + element(cfg.model))
     return Plan(
         cfg=cfg,
@@ -149,7 +155,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
         extra_flops=extra_flops(cfg.model, work, step.has_embed_pass, has_reward)
         + losses * loss_flops(step.rows, step.columns, dims, has_reward),
         gather_bytes=losses // step.data_parallel * gather_bytes(cfg, step.rows, step.data_parallel),
-        reduction_bytes=moved * (step.data_parallel - 1) // step.data_parallel,
+        reduction_bytes=moved * (sharing - 1) // sharing,
     )
 
 
@@ -165,7 +171,7 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
     has_embed_pass = size < share and cfg.loss.negatives == "global_batch"
     rows = share if cfg.loss.negatives == "global_batch" else size
     columns = rows * data_parallel * (1 + cfg.data.hard_negatives)
-    batch = MicroBatch.of(longest_batch(kinds, size, cfg.data.hard_negatives))
+    batch = MicroBatch.of(longest_batch(kinds, size, cfg.data.hard_negatives), cfg.parallel.context)
     return StepShape(data_parallel, share // size, rows, columns, has_embed_pass, batch)
 
 
@@ -195,8 +201,9 @@ def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
 def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tuple[Plan, list[str]] | None:
     """Return the first other configuration that fits into `memory` bytes per rank, and the overrides that make it.
 
-    Parallel layouts are tried in the order of the number of parts they split the model into, that of the configuration
-    first. Among the plans of a layout the fewest FLOPs win, then the largest micro batch. None: nothing fits.
+    Parallel layouts are tried in the order of the number of parts that they split a pair's work into, that of the
+    configuration first, and context parallel, which splits no weights, last. Among the plans of a layout the fewest
+    FLOPs win, then the largest micro batch. None: nothing fits.
     """
     for plans in _plans(cfg, ranks, kinds):
         fitting = [plan for plan in plans if plan.fits(memory)]
@@ -228,26 +235,28 @@ def _plans(cfg: RunConfig, ranks: int, kinds: list[Kind]) -> Iterator[list[Plan]
 
 
 def _layouts(given: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
-    """Yield the given layout, then others with as many parts of the model, twice as many, and so on.
+    """Yield the given layout, then others with as many parts, twice as many, and so on.
 
     If the ranks cannot be split into that many parts, the others begin with the whole model on each rank.
     """
     yield given
-    parts = given.tensor * given.pipeline
+    parts = given.tensor * given.pipeline * given.context
     if ranks % parts:
         parts = 1
     while parts <= ranks:
-        for tensor in (1, 2, 4, NODE)[::-1]:
-            if parts % tensor == 0 and (tensor, parts // tensor) != (given.tensor, given.pipeline):
-                pipeline = parts // tensor
-                yield replace(
-                    given,
-                    tensor=tensor,
-                    pipeline=pipeline,
-                    sequence=tensor > 1,
-                    virtual_pipeline=1,
-                    first_stage_layers=None,
-                )
+        for context, tensor in itertools.product(SPLITS, SPLITS[::-1]):
+            pipeline, rest = divmod(parts, context * tensor)
+            if rest or (tensor, pipeline, context) == (given.tensor, given.pipeline, given.context):
+                continue
+            yield replace(
+                given,
+                tensor=tensor,
+                pipeline=pipeline,
+                context=context,
+                sequence=tensor > 1,
+                virtual_pipeline=1,
+                first_stage_layers=None,
+            )
         parts *= 2
 
 
@@ -258,6 +267,26 @@ def _settings(cfg: RunConfig) -> Iterator[tuple[int, str]]:
         for recompute in RECOMPUTE[RECOMPUTE.index(cfg.model.recompute) :]:
             yield size, recompute
         size //= 2
+
+
+def longest_pair(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> int:
+    """Return the tokens of the longest pair that fits into `memory` bytes per rank with one pair per micro batch.
+
+    Its query and target are in the same proportion as those of the longest pair of these kinds, and so are their
+    visual tokens and tiles. 0: not even a pair of one token fits.
+
+    Raises:
+        ConfigError: parallel layout or batch do not fit these ranks.
+    """
+    longest = max((pair for kind in kinds for pair in kind.pairs), key=lambda pair: sum(side.tokens for side in pair))
+    total = sum(side.tokens for side in longest)
+    single = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
+
+    def is_too_long(tokens: int) -> bool:
+        query, target = (SideShape(*(-(-x * tokens // total) for x in astuple(side))) for side in longest)
+        return not make_plan(single, ranks, [Kind(1, [(query, target)])]).fits(memory)
+
+    return bisect_left(range(1, LONGEST), True, key=is_too_long)
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[str]:

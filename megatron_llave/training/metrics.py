@@ -83,7 +83,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     device = batches[0].query_ids.device
     counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
     rows = [batch.sequences for batch in batches]
-    counts = [sum(row.num_tokens for row in rows), sum(len(row.tiles) for row in rows)]
+    counts = [sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows)]
     counts += [sum(length**2 for row in rows for length in row.lengths[: row.num_sequences])]
     counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
     values = [_values(shares, name, device) for name in MEANS]

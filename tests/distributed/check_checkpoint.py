@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from check_layouts import parse_layout, small_config
+from check_layouts import pack_for, parse_layout, small_config
 from full_parameters import full_weights, let_go
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from reference import pack_pair_batch, random_pairs
+from reference import random_pairs
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
@@ -44,8 +44,7 @@ def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
     groups = state.groups
     share = 4 // groups.dp.size()
     pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
-    multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
-    batches = [pack_pair_batch(pairs[start : start + share], cfg.model, multiple) for start in (0, 4)]
+    batches = [pack_for(cfg, groups, pairs[start : start + share]) for start in (0, 4)]
     result = train_step(state.trainable, batches, cfg.loss, number, groups, state.average)
     assert result.gradient_norm > 0, "saving, averaging or loading cost the gradients"
 

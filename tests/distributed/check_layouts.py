@@ -2,7 +2,7 @@
 
 check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
 check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
-and the names of frozen parts, and at the end `overlap` for parallel.overlap
+and the names of frozen parts, `context2` for parallel.context=2, and at the end `overlap` for parallel.overlap
 check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
 """
 
@@ -23,7 +23,7 @@ from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pair
 from safetensors.torch import load_file, save_file
 
 from megatron_llave.batch import PairBatch, PairEmbeddings
-from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import cpu_emulation, process_groups
@@ -33,6 +33,7 @@ from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks.initialization import initialize_parameters
+from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.train import train_step
 from megatron_llave.training import gradient_cache, optimizer
 from megatron_llave.training.ema import ExponentialMovingAverage
@@ -144,9 +145,17 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
 
 def micro_batches(pairs: list, size: int, cfg: RunConfig, groups: ProcessGroupCollection) -> list[PairBatch]:
     """This rank's micro batches, each `size` pairs; all ranks' m-th micro batches lie together in the global batch."""
-    multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
     starts = range(groups.dp.rank() * size, len(pairs), groups.dp.size() * size)
-    return [pack_pair_batch(pairs[start : start + size], cfg.model, multiple) for start in starts]
+    return [pack_for(cfg, groups, pairs[start : start + size]) for start in starts]
+
+
+def pack_for(
+    cfg: RunConfig, groups: ProcessGroupCollection, pairs: list, hard_negatives: list[EncodedSequence] = ()
+) -> PairBatch:
+    """This rank's part of a micro batch."""
+    multiple = row_multiple(cfg.model, cfg.parallel)
+    batch = pack_pair_batch(pairs, cfg.model, multiple, hard_negatives, cfg.parallel.context)
+    return batch.part(groups.cp.rank())
 
 
 def compare_gradients(
@@ -156,7 +165,7 @@ def compare_gradients(
     calls = TowerCalls(trainable.chunks)
     batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), size, cfg, groups)
     if negatives == "global_batch":  # whose last decides when gradients are summed: one rank's has no pictures
-        batches.sort(key=lambda batch: len(batch.sequences.tiles) == 0)
+        batches.sort(key=lambda batch: batch.sequences.num_tiles == 0)
     trainable.zero_gradients()
     seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, negatives=negatives), negatives)
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
@@ -165,7 +174,7 @@ def compare_gradients(
     error = check_step(directory / f"pool{pool}.safetensors", seen, cfg, trainable, groups, what)
     assert all(batch.sequences.features is None for batch in batches), f"{what}: features are kept after the step"
     passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in cfg.model.freeze else 1
-    with_images = sum(len(batch.sequences.tiles) > 0 for batch in batches)
+    with_images = sum(batch.sequences.num_tiles > 0 for batch in batches)
     assert calls.stop() in (0, passes * with_images), f"{what}: the tower ran {calls.count} times"
     return error
 
@@ -201,12 +210,12 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
     average = ExponentialMovingAverage(chunks, decay=0.9)
     initialize_parameters(chunks, groups.tp, 0)
     rank, world = groups.dp.rank(), groups.dp.size()
-    share, multiple = GLOBAL_BATCH // world, cfg.parallel.tensor if cfg.parallel.sequence else 1
+    share = GLOBAL_BATCH // world
     own = random_pairs(cfg.model, GLOBAL_BATCH)[rank * share : (rank + 1) * share]
     first_hard = sum(HARD_SHARES[world][:rank])
     hard = hard_negatives(cfg)[first_hard : first_hard + HARD_SHARES[world][rank]]
     deal = [(own[:1], []), ([], []), (own[2:], hard[:1]), (own[1:2], hard[1:])]  # the second: all unreadable
-    batches = [pack_pair_batch(part, cfg.model, multiple, further) for part, further in deal]
+    batches = [pack_for(cfg, groups, part, further) for part, further in deal]
     trainable.zero_gradients()
     with ExitStack() as scaled:
         for chunk in trainable.chunks:
@@ -295,8 +304,7 @@ def save_losses(directory: Path, freeze: list[str], losses: list[float]) -> None
 def check_embeddings(directory, chunks, pairs, cfg, groups) -> None:
     """All sequences packed into one row, on the last stage, against one at a time."""
     model = LoadedModel(cfg, chunks, FakeEncoder(cfg.model), groups)
-    row = pack([side for pair in pairs for side in pair], cfg.model, model.pad_to_multiple)
-    outputs = forward_only(model, [row])
+    outputs = forward_only(model, [model.pack([side for pair in pairs for side in pair])])
     if groups.pp.rank() == groups.pp.size() - 1:
         expected = load_file(directory / "embeddings.safetensors")["embeddings"]
         torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-5)
@@ -310,15 +318,17 @@ class FakeEncoder:
 
 
 def parse_layout(text: str) -> tuple[ParallelConfig, list[str]]:
-    """tensor,pipeline,virtual,sequence,first_stage_layers[,frozen part][,overlap]."""
-    tensor, pipeline, virtual, sequence, first, *freeze = text.removesuffix(",overlap").split(",")
+    """tensor,pipeline,virtual,sequence,first_stage_layers[,frozen part][,context2][,overlap]."""
+    tensor, pipeline, virtual, sequence, first, *others = text.split(",")
+    freeze = [name for name in others if name in PARTS]
     layout = ParallelConfig(
         tensor=int(tensor),
         pipeline=int(pipeline),
         virtual_pipeline=int(virtual),
         sequence=sequence == "1",
         first_stage_layers=int(first) or None,
-        overlap=text.endswith(",overlap"),
+        context=2 if "context2" in others else 1,
+        overlap="overlap" in others,
     )
     return layout, freeze
 

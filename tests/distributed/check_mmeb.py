@@ -1,7 +1,7 @@
 """Under torchrun: MMEB evaluation at a layout.
 
 check_mmeb.py golden OUT tensor,pipeline       golden embeddings: the official evaluation's files
-check_mmeb.py model FOLDER OUT tensor,pipeline TOKENIZER   a model: its results, in OUT
+check_mmeb.py model FOLDER OUT tensor,pipeline[,context] TOKENIZER   a model: its results, in OUT
 """
 
 import sys
@@ -38,8 +38,8 @@ def check_golden(out: Path, layout: str) -> None:
 
 def check_model(folder: str, out: Path, layout: str, tokenizer: str) -> None:
     """A real model writes its results; in memory they are the same."""
-    tensor, pipeline = map(int, layout.split(","))
-    overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"data.tokenizer={tokenizer}"]
+    sizes = zip(("tensor", "pipeline", "context"), layout.split(","))
+    overrides = [f"data.tokenizer={tokenizer}", *(f"parallel.{key}={size}" for key, size in sizes)]
     model = load_model(folder, overrides=overrides)
     tasks = golden_tasks()
     embedder = partial(embed_parts, model)

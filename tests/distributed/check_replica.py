@@ -1,6 +1,6 @@
 """Under torchrun: one rank of each replica reads and decodes; all ranks of it get the same step, each replica its own.
 
-check_replica.py DATA OUT tensor,pipeline...
+check_replica.py DATA OUT tensor,pipeline,context...
 """
 
 import itertools
@@ -32,37 +32,41 @@ def main() -> None:
     process_groups.destroy_distributed()
 
 
-def check(data: str, tensor: int, pipeline: int, out: Path) -> None:
+def check(data: str, tensor: int, pipeline: int, context: int, out: Path) -> None:
     """Three steps at this layout; leaves the number of pictures that this rank decoded in `out`."""
     cfg = config_from_dict(
         {
             "model": {"preset": "tiny"},
             "data": {"path": data, "prompt": "plain", "workers": 0, "subsets": {"image_to_name": {}}},
             "train": {"global_batch_size": BATCH},
-            "parallel": {"tensor": tensor, "pipeline": pipeline},
+            "parallel": {"tensor": tensor, "pipeline": pipeline, "context": context},
         }
     )
     groups = process_groups.initialize_model_parallel(cfg.parallel)
     decoded, decode = [], decode_image
     with patch.object(processor, "decode_image", lambda *args: decoded.append(1) or decode(*args)):
-        stream = broadcast_steps(open_data(cfg, groups, None), groups.mp, process_groups.device())
+        stream = broadcast_steps(open_data(cfg, groups, None), groups, process_groups.device())
         steps = list(itertools.islice(stream, STEPS))
     share = BATCH // groups.dp.size()
-    assert len(decoded) == (STEPS * share if is_reader(groups.mp) else 0), len(decoded)
+    assert len(decoded) == (STEPS * share if is_reader(groups) else 0), len(decoded)
     assert [step.position["step"] for step in steps] == [1, 2, 3]
 
     seen = [None] * dist.get_world_size()
     dist.all_gather_object(seen, [[key for batch in step.batches for key in batch.keys] for step in steps])
-    of_replica = dist.get_process_group_ranks(groups.mp)
+    of_replica = {rank for group in (groups.mp, groups.cp) for rank in dist.get_process_group_ranks(group)}
     assert all(seen[rank] == seen[dist.get_rank()] for rank in of_replica)
     pairs = sorted(key for rank in dist.get_process_group_ranks(groups.dp) for step in seen[rank] for key in step)
     assert len(set(pairs)) == len(pairs) == STEPS * BATCH
 
     payload = pack_step(steps[-1]).payload.long()
     sums = torch.stack([payload.sum(), (payload * torch.arange(len(payload))).sum()])
-    gathered = [torch.empty_like(sums) for _ in of_replica]
+    gathered = [torch.empty_like(sums) for _ in range(groups.mp.size())]
     dist.all_gather(gathered, sums, group=groups.mp)
     assert all(other.equal(sums) for other in gathered)
+    # Context ranks have different parts of the same rows.
+    rows = [batch.sequences for step in steps for batch in step.batches]
+    assert all(row.context == context and row.part(0) is row for row in rows)
+    assert all(len(row.tokens) * context == sum(row.padded_lengths) for row in rows)
     out.mkdir(exist_ok=True)
     (out / str(dist.get_rank())).write_text(str(len(decoded)))
 

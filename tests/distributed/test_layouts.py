@@ -9,17 +9,19 @@ pytestmark = pytest.mark.long
 
 HERE = Path(__file__).parent
 CHECK = HERE / "check_layouts.py"
-# tensor, pipeline, virtual pipeline, sequence parallel, layers on the first stage (0: even), frozen parts, overlap
+# tensor, pipeline, virtual pipeline, sequence parallel, layers on the first stage (0: even); frozen parts, others
 LAYOUTS = {
     1: ["1,1,1,0,0", "1,1,1,0,0,vision", "1,1,1,0,0,projector", "1,1,1,0,0,vision,language"],
     2: [
         *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,1,0,1", "1,2,2,0,0"),
         *("2,1,1,0,0,vision", "1,2,1,0,0,vision", "1,2,2,0,0,vision", "1,2,1,0,0,vision,language"),
         *("1,1,1,0,0,overlap", "1,2,2,0,0,overlap", "1,1,1,0,0,vision,overlap", "1,1,1,0,0,vision,language,overlap"),
+        *("1,1,1,0,0,context2", "1,1,1,0,0,vision,language,context2,overlap"),
     ],
     4: [
         *("2,2,1,0,0", "1,4,1,0,0", "2,2,2,1,0,vision", "2,2,1,1,1,projector"),
         *("1,1,1,0,0,overlap", "2,1,1,1,0,overlap", "1,2,1,0,0,vision,overlap"),
+        *("2,1,1,1,0,context2", "1,2,2,0,0,context2", "1,1,1,0,0,vision,context2,overlap"),
     ],
 }
 
@@ -42,8 +44,9 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
 @pytest.mark.parametrize(
     ("world", "precision", "form", "saved_at", "loaded_at"),
     [
-        (4, "fp32", "own", "2,1,1,1,0", ["1,1,1,0,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]),
+        (4, "fp32", "own", "2,1,1,1,0", ["1,1,1,0,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1", "1,2,1,0,0,context2"]),
         (2, "bf16", "own", "1,2,2,0,0", ["1,1,1,0,0", "2,1,1,1,0"]),
+        (2, "fp32", "own", "1,1,1,0,0,context2", ["1,1,1,0,0", "1,2,1,0,0"]),
         (2, "fp32", "own", "1,2,1,0,0,vision,language", ["1,1,1,0,0", "2,1,1,1,0"]),
         (2, "bf16", "gathered", "1,1,1,0,0", ["2,1,1,1,0"]),
     ],

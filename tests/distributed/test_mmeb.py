@@ -22,7 +22,7 @@ def test_golden_sets_give_the_released_files(tmp_path: Path, world: int, layout:
 def test_a_model_scores_the_same_at_every_layout(tmp_path: Path) -> None:
     tokenizer = str(byte_tokenizer(tmp_path))
     found = []
-    for world, layout in ((1, "1,1"), (2, "2,1"), (4, "2,2"), (4, "1,1")):
+    for world, layout in ((1, "1,1"), (2, "2,1"), (4, "2,2"), (4, "1,1"), (2, "1,1,2")):
         out = tmp_path / f"{world} {layout}"
         run_ranks(world, SCRIPT, "model", str(ONEVISION), str(out), layout, tokenizer)
         found.append([json.loads((out / f"{name}_result.json").read_text())["result"] for name in NAMES])

@@ -1,5 +1,7 @@
 """Layouts that cannot work are refused with the numbers; the groups that do work are tested under tests/distributed."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_llave.config.load import config_from_dict
@@ -25,7 +27,7 @@ def tiny() -> ModelConfig:
         (dict(virtual_pipeline=2), 1, ["parallel.virtual_pipeline=2", "parallel.pipeline of at least 2"]),
         (dict(pipeline=2, virtual_pipeline=2), 2, ["model.language.num_layers=2", "2 chunks"]),
         (dict(sequence=True), 1, ["parallel.sequence=true", "parallel.tensor of at least 2"]),
-        (dict(context=2), 2, ["parallel.context=2"]),
+        (dict(context=2), 3, ["3 processes", "parallel.context=2", "multiple of 2"]),
     ],
 )
 def test_impossible_layout_is_named(layout: dict, world: int, named: list[str]) -> None:
@@ -36,8 +38,16 @@ def test_impossible_layout_is_named(layout: dict, world: int, named: list[str]) 
     assert all(part in message for part in named), message
 
 
+def test_transformer_engine_shares_attention_in_bf16_alone() -> None:
+    model, layout = replace(tiny(), kernels="transformer_engine"), ParallelConfig(context=2)
+    with pytest.raises(ConfigError, match="parallel.context=2: .*model.precision=fp32; use bf16, or model.kernels=loc"):
+        validate_layout(model, layout, 2)
+    assert validate_layout(replace(model, precision="bf16"), layout, 2) == 1
+
+
 def test_possible_layouts_leave_the_rest_to_data_parallel() -> None:
     assert validate_layout(tiny(), ParallelConfig(tensor=2, pipeline=2, sequence=True), 8) == 2
+    assert validate_layout(tiny(), ParallelConfig(tensor=2, context=2), 8) == 2
     assert validate_layout(tiny(), ParallelConfig(), 3) == 3
 
 

@@ -28,6 +28,7 @@ def measure(world: int, *arguments: str) -> list[dict]:
         (1, ["model.recompute=selective", "model.freeze=[vision]", "--micro-batches", "3"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2", "model.recompute=full"]),
+        (2, ["parallel.context=2", "--pairs", "4"]),
     ],
 )
 def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:
@@ -65,6 +66,14 @@ def test_sequences_of_a_bucket_are_padded_to_its_longest() -> None:
     assert batch.attended == 8 + 8 + 9 + 20
     assert (batch.work.tokens, batch.work.squared_lengths, batch.work.tiles) == (42, 25 + 64 + 81 + 400, 4)
     assert (batch.sequences, batch.visual_tokens) == (4, 16)
+    assert (batch.tokens, batch.tiles, batch.keys, batch.masked) == (42, 4, batch.attended, 0)
+
+
+def test_context_ranks_share_a_micro_batch() -> None:
+    """Sequences of 8, 8, 12 and 20 tokens after padding: chunks of 2, 2, 3 and 5, in three buckets."""
+    batch = MicroBatch.of([SideShape(5), SideShape(8), SideShape(9), SideShape(20, 16, 5)], context=2)
+    assert (batch.work.tokens, batch.tokens, batch.visual_tokens, batch.tiles) == (42, 24, 8, 3)
+    assert (batch.attended, batch.keys, batch.masked) == (2 * 12, 5 * 12, 5 * (2 * 4 + 9 + 25))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.models import build_model
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
-from megatron_llave.planning.plan import count_parameters, find_fit, make_plan, mean_work
+from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
 from tools import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,30 @@ def test_what_does_not_fit_gets_a_proposal_that_does() -> None:
     assert changes and better.fits(80 * GIB)
     assert make_plan(override_config(cfg, changes), 8, kinds).fits(80 * GIB), "the overrides are what was planned"
     assert find_fit(cfg, 8, kinds, 2 * GIB) is None
+
+
+def video(tokens: int) -> list[Kind]:
+    """Pairs of a video, with 196 tokens per frame and tile, and a short text."""
+    return [Kind(1, [(SideShape(tokens - 60, tokens - 92, tokens // 196), SideShape(60))])]
+
+
+def test_pairs_can_be_longer_with_context_parallel() -> None:
+    cfg = example("7b", "train.global_batch_size=64", "train.micro_batch_size=4")
+    longest = {}
+    for context in (1, 2):
+        shared = override_config(cfg, [f"parallel.context={context}"])
+        longest[context] = longest_pair(shared, 8, video(6364), 80 * GIB)
+        alone = override_config(shared, ["train.micro_batch_size=1"])
+        for length, fits in ((0.98, True), (1.02, False)):
+            assert make_plan(alone, 8, video(int(length * longest[context]))).fits(80 * GIB) == fits
+    assert 1.5 < longest[2] / longest[1] < 2
+
+
+def test_context_parallel_is_proposed_where_tensor_parallel_ends() -> None:
+    """The 0.5b has two key heads, so no more than two tensor-parallel ranks."""
+    cfg = example("0.5b", "train.global_batch_size=8", "train.micro_batch_size=1")
+    _, changes = find_fit(cfg, 8, video(1_200_000), 80 * GIB)
+    assert {"parallel.tensor=2", "parallel.context=2"} <= set(changes)
 
 
 def test_pipeline_waits_and_splits() -> None:
@@ -120,7 +144,7 @@ def test_tool_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "40")
     output = capsys.readouterr().out
     assert "It does not fit" in output and "Fits: " in output
-    for part in ("vision (frozen)", "activations", "pipeline bubble", "gathered by the loss"):
+    for part in ("vision (frozen)", "activations", "pipeline bubble", "gathered by the loss", "(parallel.context=2)"):
         assert part in output
     sizes = ["--pair-tokens", "900", "40", "--pair-tiles", "5", "0"]
     run(monkeypatch, "--config", "examples/7b.yaml", "--gpus", "16", "--gpu-memory", "141", *sizes)

@@ -5,7 +5,8 @@ from pathlib import Path
 from run_ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "check_replica.py"
-READERS = {"2,2": 1, "2,1": 2, "1,2": 2, "1,1": 4}
+READERS = {"2,2,1": 1, "2,1,1": 2, "1,2,1": 2, "1,1,1": 4, "1,1,2": 2, "1,2,2": 1}
+"""Number of ranks that read at each layout: tensor, pipeline, context."""
 
 
 def test_images_are_decoded_once_per_replica(openmoji_data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def batch(pairs: int, tokens: int, skipped: int) -> PairBatch:
     lengths = [0] * (2 * pairs - 1) + [tokens, 3]  # the last is padding
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
     empty = torch.zeros(0, dtype=torch.int64)
-    row = PackedSequences(empty, boundaries, lengths, 2 * pairs, empty, empty, empty)
+    row = PackedSequences(empty, boundaries, lengths, 2 * pairs, empty, 0, empty, empty, empty)
     return PairBatch(row, ids, ids, torch.arange(3), "birds", [str(i) for i in range(pairs)], skipped)
 
 

@@ -8,12 +8,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -23,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_llave.batch import to_device
+from megatron_llave.distributed.context import Share, share_of
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.blocks.kernels import variable_length_attention
 
@@ -76,6 +80,17 @@ class PackedRow(PackedSeqParams):
     """[t] int64: index of each packed token in the concatenation of the flattened buckets."""
     positions: Tensor | None = None
     """[t] int64 position of each token in its own sequence."""
+    key_rows: list[Tensor] = field(default_factory=list)
+    """If context ranks share the row: the places of the keys in the whole row, for each bucket [sequences, most keys]
+    int64, or for all sequences end to end. Empty if this rank has the row: then keys lie as the queries do."""
+    masks: list[Tensor] = field(default_factory=list)
+    """For each bucket with key_rows [sequences, 1, longest, most keys] bool: whether a query sees a key."""
+    query_ends: Tensor | None = None
+    """Boundaries int32 of the queries for an attention that takes the row as it is: cu_seqlens, or those of chunks."""
+    key_ends: Tensor | None = None
+    """Boundaries int32 of their keys."""
+    longest: tuple[int, int] = (0, 0)
+    """Most queries and most keys between these boundaries."""
 
     @property
     def max_seqlen(self) -> int:
@@ -93,16 +108,20 @@ def length_bucket(length: int) -> int:
     return (length - 1).bit_length()
 
 
-def packed_row(cu_seqlens: Tensor, lengths: list[int], attention: str) -> PackedRow:
+def packed_row(
+    cu_seqlens: Tensor, lengths: list[int], attention: str, context: dist.ProcessGroup | None = None
+) -> PackedRow:
     """Describe a packed row for the attention, without waiting for the device.
 
-    Transformer Engine takes "thd" with cu_seqlens. Buckets batch sequences whose lengths lie between the same powers of
-    two: a few large calls instead of one per sequence, with at most four times the attention arithmetic.
+    Transformer Engine takes "thd" with cu_seqlens, those of the whole row if context ranks share it. Buckets batch
+    sequences whose lengths lie between the same powers of two: a few large calls instead of one per sequence, with at
+    most four times the attention arithmetic.
 
     Args:
-        cu_seqlens: [n + 1] int32 boundaries of the sequences, on the device.
+        cu_seqlens: [n + 1] int32 boundaries of the sequences end to end, on the device.
         lengths: their n differences.
         attention: see kernels.attention_kernel.
+        context: the ranks that share the row; None: this rank has all of it.
     """
     row = PackedRow(qkv_format="sbhd", cu_seqlens=cu_seqlens, lengths=lengths)
     total, device = sum(lengths), cu_seqlens.device
@@ -112,6 +131,11 @@ def packed_row(cu_seqlens: Tensor, lengths: list[int], attention: str) -> Packed
         step = LENGTH_STEP if device.type == "cuda" else 1
         row.max_seqlen_q = row.max_seqlen_kv = -(-row.max_seqlen // step) * step
         return row
+    if context is not None and context.size() > 1:
+        _set_share(row, share_of(lengths, context.rank(), context.size()), attention)
+        return row
+    row.query_ends = row.key_ends = cu_seqlens
+    row.longest = (row.max_seqlen, row.max_seqlen)
     if attention == "buckets":
         shapes, places = _buckets(lengths)
         # One copy to the device for all of them.
@@ -124,12 +148,48 @@ def packed_row(cu_seqlens: Tensor, lengths: list[int], attention: str) -> Packed
     return row
 
 
-def _buckets(lengths: list[int]) -> tuple[list[tuple[int, int]], Tensor]:
-    """Return the shape of each bucket, and bucket_rows and from_buckets of a PackedRow flattened into one tensor."""
+def _set_share(row: PackedRow, share: Share, attention: str) -> None:
+    """Set what the attention needs for the chunks of a context rank, whose keys are those of all ranks."""
+    device, lengths = row.cu_seqlens.device, share.bounds.diff().tolist()
+    if attention == "variable_length":
+        parts = [share.positions, share.bounds, share.key_bounds, share.keys]
+        row.positions, bounds, key_bounds, keys = _to_device(parts, device)
+        row.query_ends, row.key_ends, row.key_rows = bounds.int(), key_bounds.int(), [keys]
+        row.longest = (max(lengths), int(share.key_bounds.diff().max()))
+        return
+    shapes, flat = _buckets(lengths, kinds=2)
+    *buckets, from_buckets = flat.split([*(rows * longest for rows, longest in shapes), sum(lengths)])
+    keys = []
+    for bucket, shape in zip(buckets, shapes):
+        chunk = (
+            torch.searchsorted(share.bounds, bucket.view(shape)[:, :1].contiguous(), right=True) - 1
+        )  # [sequences, 1]
+        first, counts = share.key_bounds[chunk], share.key_bounds.diff()[chunk]
+        steps = torch.arange(int(counts.max()))[None]  # [1, most keys]
+        keys.append(share.keys[first + torch.minimum(steps, counts - 1)])
+    moved = _to_device([share.positions, from_buckets, *buckets, *(x.flatten() for x in keys)], device)
+    row.positions, row.from_buckets = moved[:2]
+    row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(moved[2:], shapes)]
+    row.key_rows = [flat.view(x.shape) for flat, x in zip(moved[2 + len(shapes) :], keys)]
+    for rows, key_rows in zip(row.bucket_rows, row.key_rows):
+        steps = torch.arange(key_rows.shape[1], device=device)
+        row.masks.append((steps <= row.positions[rows][:, :, None])[:, None])
+
+
+def _to_device(vectors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy vectors of one dtype to the device, all at once."""
+    return to_device(torch.cat(vectors), device).split([len(vector) for vector in vectors])
+
+
+def _buckets(lengths: list[int], kinds: int = 1) -> tuple[list[tuple[int, int]], Tensor]:
+    """Return the shape of each bucket, and bucket_rows and from_buckets of a PackedRow flattened into one tensor.
+
+    Lengths i and j get into one bucket only if i - j is a multiple of `kinds`.
+    """
     starts = list(accumulate(lengths, initial=0))
-    buckets: dict[int, list[int]] = {}
+    buckets: dict[tuple[int, int], list[int]] = {}
     for index, length in enumerate(lengths):
-        buckets.setdefault(length_bucket(length), []).append(index)
+        buckets.setdefault((length_bucket(length), index % kinds), []).append(index)
     rows, from_buckets, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
     for members in buckets.values():
         start = torch.tensor([starts[i] for i in members])[:, None]  # [sequences, 1]
@@ -154,9 +214,11 @@ class LocalAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
+        self.context = None if pg_collection is None else pg_collection.cp
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.num_heads_per_group = config.num_attention_heads // config.num_query_groups
@@ -179,28 +241,49 @@ class LocalAttention(MegatronModule):
         # A short sequence is padded at its end, and a causal mask keeps later keys from every real token.
         assert causal, "packed sequences are padded at their end, which only a causal mask hides"
         query, key, value = (x.squeeze(1) for x in (query, key, value))  # [t, n, d]
-        if not packed_seq_params.bucket_rows:
+        if packed_seq_params.key_rows:
+            # One all-gather in forward, reduce-scatter in backward: [t, groups, d] of the rank -> of the whole row.
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context)
+            key, value = both.chunk(2, dim=-1)
+        if packed_seq_params.bucket_rows:
+            output = self._attend_buckets(query, key, value, packed_seq_params)  # [t, n, d]
+        else:
             output = self._attend_variable_length(query, key, value, packed_seq_params)  # [t, n, d]
-            return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
-        outputs = []
-        for rows in packed_seq_params.bucket_rows:
-            bucket = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (query, key, value))
-            outputs.append(self._attend(*bucket, causal).flatten(0, 1))
-        output = torch.cat(outputs).index_select(0, packed_seq_params.from_buckets)  # [t, n, d]
         return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
 
     def _attend_variable_length(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
-        """[t, n, d], keys and values with their own number of heads -> [t, n, d]."""
+        """[t, n, d], keys and values with their own numbers of heads and tokens -> [t, n, d].
+
+        Where there are more keys than queries, the last query sees all of them.
+        """
         attention, causal = variable_length_attention()
         scale = {} if self.softmax_scale is None else {"scale": self.softmax_scale}
-        ends, longest = row.cu_seqlens, row.max_seqlen
-        return attention(query, key, value, ends, ends, longest, longest, **scale, **causal)
+        key, value = (x.index_select(0, row.key_rows[0]) if row.key_rows else x for x in (key, value))
+        return attention(query, key, value, row.query_ends, row.key_ends, *row.longest, **scale, **causal)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        """[b, s, n, d], keys and values with their own number of heads -> [b, s, n, d]."""
+    def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        """[t, n, d], keys and values with their own numbers of heads and tokens -> [t, n, d]."""
+        outputs, masks = [], row.masks or [None] * len(row.bucket_rows)
+        for rows, key_rows, mask in zip(row.bucket_rows, row.key_rows or row.bucket_rows, masks):
+            of_each = zip((query, key, value), (rows, key_rows, key_rows))
+            bucket = (x.index_select(0, places.flatten()).unflatten(0, places.shape) for x, places in of_each)
+            outputs.append(self._attend(*bucket, causal=mask is None, mask=mask).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, row.from_buckets)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+        """[b, s, n, d], keys and values with their own numbers of heads and tokens -> [b, s, n, d].
+
+        A mask [b, 1, s, keys] bool says which keys a query sees.
+        """
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [b, n, s, d]
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=self.num_heads_per_group > 1
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=self.num_heads_per_group > 1,
         )
         return output.transpose(1, 2)
 

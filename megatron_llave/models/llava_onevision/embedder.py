@@ -68,8 +68,11 @@ class LlaveEmbedder(MegatronModule):
         self.language.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, sequences: PackedSequences) -> Tensor:
-        """Embed the packed sequences. Every pipeline stage gets the same ones and uses what it needs of them."""
-        layout = packed_row(sequences.cu_seqlens, sequences.lengths, self.attention)
+        """Embed the packed sequences. Every pipeline stage gets the same ones and uses what it needs of them.
+
+        A context rank gets its part of the row, and returns the embeddings of all sequences.
+        """
+        layout = packed_row(sequences.cu_seqlens, sequences.padded_lengths, self.attention, self.groups.cp)
         hidden = None
         if self.pre_process:
             hidden = self.splice(sequences, self.visual_tokens(sequences))  # [t, 1, h]
@@ -83,7 +86,7 @@ class LlaveEmbedder(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
-        return last_token_pool(hidden, sequences.last_token)
+        return last_token_pool(hidden, sequences.last_token, self.groups.cp)
 
     def visual_tokens(self, sequences: PackedSequences) -> Tensor | None:
         """Return projected patch features and newlines in packed order, [v, h]; without images None, or [0, h].
@@ -91,8 +94,9 @@ class LlaveEmbedder(MegatronModule):
         The base tile and the unpadded grid with a newline after each row (spatial_unpad of the official repository) are
         gathered at once from the features of all tiles; the data pipeline computed the index from the image sizes. Rows
         of an interpolated feature map (anyres_max of the official repository) are blended first and then gathered too.
+        A context rank encodes its own tiles, and its visual tokens come from those of all ranks.
         """
-        if len(sequences.visual_source) == 0:
+        if sequences.num_tiles == 0:
             return self._no_visual_tokens() if self.overlap and torch.is_grad_enabled() else None
         newline = self.image_newline[None]  # before the rest, so that its gradient comes after theirs
         features = sequences.features
@@ -101,7 +105,11 @@ class LlaveEmbedder(MegatronModule):
                 features = self.vision(sequences.tiles, sequences.blank)  # [k, p, vision h]
             if self.vision_is_frozen:
                 sequences.features = features
+        patches = features.shape[1]
         features = self.projector(features.flatten(0, 1))  # [k * p, h]
+        if sequences.context > 1:  # all-gather in forward, reduce-scatter in backward
+            features = tensor_parallel.gather_from_sequence_parallel_region(features, group=self.groups.cp)
+            features = features[: sequences.num_tiles * patches]
         rows = [features, newline.to(features.dtype)]
         if sequences.blend_source is not None:
             rows.append(blend(features, sequences.blend_source, sequences.blend_weights))

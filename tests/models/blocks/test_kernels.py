@@ -1,6 +1,7 @@
 """What a run says of its kernels, with and without the packages that it may find."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,7 +220,8 @@ def test_rows_are_rounded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     split = ParallelConfig(tensor=6, sequence=True)
     fp8 = ModelConfig(precision="fp8", fp8_recipe="mxfp8", kernels="transformer_engine")
     cases = [(ModelConfig(), ParallelConfig()), (ModelConfig(), split), (fp8, ParallelConfig()), (fp8, split)]
+    cases += [(ModelConfig(), ParallelConfig(context=2)), (fp8, replace(split, context=3))]
     if not torch.cuda.is_available():
-        assert [kernels.row_multiple(*case) for case in cases] == [1, 6, 32, 192]
+        assert [kernels.row_multiple(*case) for case in cases] == [1, 6, 32, 192, 4, 576]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [kernels.row_multiple(*case) for case in cases] == [128, 384, 128, 384]
+    assert [kernels.row_multiple(*case) for case in cases] == [128, 384, 128, 384, 256, 1152]

@@ -1,5 +1,6 @@
 """Packed attention and norms against plain padded ones, forward and gradient; the kernels that are not here."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_llave.batch import padded_length
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.distributed.context import row_order
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.blocks import layer_specs
 from megatron_llave.models.blocks.initialization import initialize_parameters
@@ -40,16 +43,21 @@ def test_layout_restarts_positions_and_finds_every_token() -> None:
 
 
 def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn computes on a GPU alone: each sequence attends to itself."""
-    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) == len(value)
-    lengths = cu_seq_q.diff().tolist()
-    assert max_q == max_k == max(lengths) and isinstance(max_q, int)
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in part), is_causal=window_size == (-1, 0), enable_gqa=enable_gqa
-        ).transpose(0, 1)
-        for part in zip(*(x.split(lengths) for x in (query, key, value)))
-    ]
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU alone: each sequence attends to its keys.
+
+    The causal mask is aligned at the end, as FlashAttention's is: the last query sees all keys of its sequence.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(value)) and window_size == (-1, 0)
+    lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(lengths), max(key_lengths)) and isinstance(max_q, int) and isinstance(max_k, int)
+    outputs = []
+    for own in zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths)):
+        mask = torch.ones(len(own[0]), len(own[1]), dtype=torch.bool).tril(len(own[1]) - len(own[0]))
+        heads_first = (x.transpose(0, 1) for x in own)
+        outputs.append(
+            F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=enable_gqa).transpose(0, 1)
+        )
     return torch.cat(outputs)
 
 
@@ -87,6 +95,38 @@ def test_packed_attention_equals_one_sequence_at_a_time(groups, on_cpu: None, at
     (output * direction).sum().backward()
     (expected * direction).sum().backward()
     for ours, reference in zip(packed, single):
+        torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_attention_shared_by_context_ranks_equals_that_of_one(
+    on_cpu: None, attention_kernel: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank with its chunks and the keys of all, which one process stands in for: outputs and gradients."""
+    attention = LocalAttention(language_transformer_config(MODEL, ParallelConfig()), 1, AttnMaskType.causal, "self")
+    lengths = [padded_length(length, ranks) for length in LENGTHS]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), 1, heads, 8) for heads in (4, 2, 2)]
+    whole = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    shared = [x.detach().clone().requires_grad_() for x in whole]
+    direction = torch.randn(sum(lengths), 1, 32, generator=generator, dtype=torch.float64)
+    expected = attention(*whole, None, packed_seq_params=packed_row(boundaries(lengths), lengths, "buckets"))
+    (expected * direction).sum().backward()
+
+    order = torch.from_numpy(row_order(lengths, ranks))
+    parts = list(zip(*(x[order].chunk(ranks) for x in shared)))
+    gathered = torch.cat([torch.cat([key, value], dim=-1).squeeze(1) for _, key, value in parts])
+    monkeypatch.setattr(layer_specs, "gather_from_sequence_parallel_region", lambda own, group: gathered)
+    for rank, part in enumerate(parts):
+        group = SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))
+        layout = packed_row(boundaries(lengths), lengths, attention_kernel, group)
+        places = order.chunk(ranks)[rank]
+        assert torch.equal(layout.positions, torch.cat([torch.arange(length) for length in lengths])[places])
+        output = attention(*part, None, packed_seq_params=layout)
+        torch.testing.assert_close(output, expected[places], rtol=0, atol=1e-12)
+        (output * direction[places]).sum().backward(retain_graph=True)
+    for ours, reference in zip(shared, whole):
         torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
 
 
