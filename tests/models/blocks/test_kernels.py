@@ -165,6 +165,12 @@ def test_attention_that_takes_the_row_as_it_is_where_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert kernels.attention_kernel(local) == "variable_length"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setenv("CC", "cc")
+    assert "no Triton or C compiler to fuse activations with" in kernels.describe_kernels(local, "")
+    found.add("triton")
+    line = kernels.describe_kernels(local, "fused AdamW of torch")
+    assert "attention variable_length, fused activations, fused AdamW of torch" in line
     assert kernels.attention_kernel(ModelConfig(precision="fp32")) == "buckets"
     assert kernels.attention_kernel(ModelConfig(kernels="transformer_engine")) == "transformer_engine"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
