@@ -40,13 +40,14 @@ help:
 	@echo "TORCH_INDEX=$(TORCH_INDEX)  index of torch's wheels; empty: pip's own"
 	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml for the demo"
 
-$(STAMP): requirements.txt setup.py
+$(STAMP): requirements.txt tests/engine/requirements.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name a Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but the demo's data needs 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version 2>&1): installing requirements.txt, which takes some minutes the first time."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)" || { echo "$(TORCH_INDEX) cannot be reached: make TORCH_INDEX= takes torch from pip's own index (several GB of CUDA)" >&2; exit 1; })
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --target $(VENV)/transformer_engine -r tests/engine/requirements.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "$(VENV) is ready."

@@ -3,8 +3,8 @@ tensors goes through here.
 
 A checkpoint of torch consists of pickles, and a pickle can call any function when it is read. megatron-core and torch
 read `.metadata` and the objects of `*.distcp` (`_extra_state`, random states) as such. Here `.metadata` may build
-nothing but the classes that describe tensors, and all else is read by torch.load(weights_only=True). The extra state
-that Transformer Engine unpickles itself, for FP8, is looked through before it gets it.
+nothing but the classes that describe tensors, and all else is read by torch.load(weights_only=True). Checkpoints of
+earlier versions hold extra states that Transformer Engine has pickled, for FP8: these are looked through too.
 
 torch.save stores a CRC-32 with each tensor, which torch.load does not compare: changed values are noticed here too.
 """

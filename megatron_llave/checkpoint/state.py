@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_llave.checkpoint.folders import AVERAGE, reading
+from megatron_llave.checkpoint.fp8_scales import EXTRA, SCALES, load_scales, requested_scales, saved_scales
 from megatron_llave.checkpoint.optimizer_state import (
     SHARDING,
     make_states,
@@ -26,9 +27,6 @@ from megatron_llave.checkpoint.optimizer_state import (
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
-
-EXTRA_STATE = "_extra_state"
-"""Last part of the name under which torch keeps what a layer adds to its parameters in a state dict."""
 
 
 @dataclass
@@ -81,7 +79,7 @@ class TrainingState:
     def _load_all(self, folder: Path, is_same_layout: bool) -> dict:
         """Return the checkpoint's tensors after weights and optimizer state have been put in place."""
         metadata = state_metadata(self.groups)
-        state = _model_state(self.chunks, metadata)
+        state = _model_state(self.chunks, metadata, folder)
         optimizer = self.trainable.optimizer
         if self._is_trained():
             make_states(optimizer)
@@ -142,7 +140,7 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
 
 def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool) -> None:
     metadata = state_metadata(groups)
-    loaded = _load(path, _model_state(chunks, metadata))
+    loaded = _load(path, _model_state(chunks, metadata, Path(path)))
     for key, chunk in zip(_model_keys(chunks), chunks):
         _fill(chunk, loaded[key])
     if average:
@@ -176,13 +174,14 @@ def sharded_parameters(chunk: Module, metadata: dict, prefix: str = "") -> dict:
         prefix: is put before each name.
     """
     state = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
-    return {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
+    return {name: part for name, part in state.items() if not name.endswith(EXTRA)}
 
 
-def _fill(chunk: Module, parameters: dict) -> None:
-    """Load every parameter of a chunk; its layers keep their extra states."""
-    missing, unexpected = chunk.load_state_dict(parameters, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith(EXTRA_STATE)]
+def _fill(chunk: Module, loaded: dict) -> None:
+    """Load every parameter of a chunk, and what FP8 scales there are."""
+    load_scales(chunk, {name: loaded.pop(name) for name in list(loaded) if name.endswith(SCALES)})
+    missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith(EXTRA)]
     assert not wrong, f"{wrong[0]} is in the model or in its sharded state dict, but not in both"
 
 
@@ -196,8 +195,13 @@ def _model_keys(chunks: list[Module]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def _model_state(chunks: list[Module], metadata: dict) -> dict:
-    return {key: sharded_parameters(chunk, metadata) for key, chunk in zip(_model_keys(chunks), chunks)}
+def _model_state(chunks: list[Module], metadata: dict, folder: Path | None = None) -> dict:
+    """Return parameters and FP8 scales of each chunk: those to save, or those to load from checkpoint `folder`."""
+    states = {}
+    for key, chunk in zip(_model_keys(chunks), chunks):
+        scales = requested_scales(chunk, metadata, folder) if folder else saved_scales(chunk, metadata)
+        states[key] = sharded_parameters(chunk, metadata) | scales
+    return states
 
 
 def _average_state(chunks: list[Module], metadata: dict, averages: dict[Parameter, Tensor]) -> dict:

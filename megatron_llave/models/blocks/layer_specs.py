@@ -320,8 +320,8 @@ def transformer_engine() -> Any:
         from megatron.core.extensions import transformer_engine as wrappers
     except ImportError as error:
         raise ConfigError(
-            'model.kernels=transformer_engine needs Transformer Engine: pip install -e ".[gpu]" on a machine '
-            "with CUDA, or set model.kernels=local"
+            "model.kernels=transformer_engine needs Transformer Engine: pip install --no-build-isolation -e '.[gpu]' "
+            "beside the CUDA build of torch, or set model.kernels=local"
         ) from error
     return wrappers
 

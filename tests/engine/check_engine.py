@@ -1,0 +1,82 @@
+"""Transformer Engine against local kernels, on a CPU: gradients, layouts, checkpoints. Started by test_engine.py.
+
+python tests/engine/check_engine.py FOLDER         the cases of the tests; their figures go into FOLDER/*.json
+python tests/engine/check_engine.py FOLDER all     every precision at every layout, with every recomputation
+
+FOLDER has what a process without Transformer Engine wrote (test_engine.py), and gets what it reads afterwards.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+
+from engine import double  # noqa: E402
+
+if __name__ == "__main__":
+    double.enable()
+
+import torch  # noqa: E402
+from engine import checkpoints, gradients  # noqa: E402
+
+from megatron_llave.distributed import cpu_emulation, process_groups  # noqa: E402
+
+Figures = dict[str, object]
+
+
+def run_rank(world: int, rank: int, port: int, folder: Path, cases: dict[str, Callable[[], Figures]]) -> None:
+    """Run cases on this rank; a case that fails has its traceback as its figures."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+    process_groups.initialize_distributed(100)
+    figures: Figures = {}
+    for name, case in cases.items():
+        start = time.process_time()
+        try:
+            figures[name] = case() | {"seconds": round(time.process_time() - start, 2)}
+            print(f"rank {rank} of {world}, {name}: {figures[name]}", flush=True)
+        except Exception:
+            figures[name] = {"error": traceback.format_exc()[-3000:]}
+            print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if world > 1:
+                break  # the other ranks wait for this one in vain
+        process_groups.destroy_model_parallel()
+    (folder / f"world{world}_rank{rank}.json").write_text(json.dumps(figures))
+
+
+def run_world(world: int, folder: Path, cases: dict[str, Callable[[], Figures]]) -> None:
+    """Run cases on `world` forks of this process."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
+    ranks = []
+    for rank in range(world):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            try:
+                run_rank(world, rank, store.port, folder, cases)
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+    for rank in ranks:
+        os.waitpid(rank, 0)
+
+
+def main() -> None:
+    """Run all cases."""
+    folder, is_all = Path(sys.argv[1]), sys.argv[2:] == ["all"]
+    cpu_emulation.enable()
+    for world in (1, 2):
+        cases = gradients.cases(world, folder, is_all)
+        if not is_all:
+            cases |= checkpoints.cases(world, folder)
+        run_world(world, folder, cases)
+
+
+if __name__ == "__main__":
+    main()

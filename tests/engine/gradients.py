@@ -1,0 +1,221 @@
+"""Gradients of a small model on Transformer Engine against those of local kernels, at one precision and layout."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from check_layouts import BUCKET_SIZE, GLOBAL_BATCH, comparison, micro_batches, parse_layout, small_config
+from engine import extension
+from full_parameters import full_gradients, let_go, worst_relative_error
+from megatron.core.distributed import DistributedDataParallelConfig as DataParallelConfig
+from megatron.core.fp8_utils import get_fp8_context
+from reference import random_pairs
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed import process_groups
+from megatron_llave.models import build_model
+from megatron_llave.models.hf.mapping import local_kernel_name
+from megatron_llave.training import optimizer
+from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.optimizer import build_trainable
+
+LOCAL, ENGINE = "local", "transformer_engine"
+RECIPES = ("tensorwise", "delayed", "blockwise")
+PRECISIONS = ("fp32", "bf16", *RECIPES)
+ONE = "1,1,1,0,0"
+LAYOUTS = ("2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", ONE, f"{ONE},overlap")
+"""Of two processes: tensor, the same with sequence parallel, pipeline, interleaved pipeline, data, overlapped."""
+FREEZES = ("vision", "language", "vision,language")
+RECOMPUTES = ("none", "selective", "full")
+RECOMPUTED = [("bf16", "full"), ("tensorwise", "selective"), ("tensorwise", "full"), ("delayed", "full")]
+AT_LAYOUTS = [
+    *(("fp32", layout, "none") for layout in LAYOUTS),
+    *(("bf16", "2,1,1,1,0", "full"), ("bf16", "1,2,2,0,0", "selective"), ("bf16", f"{ONE},vision,overlap", "none")),
+    *(("tensorwise", "2,1,1,1,0", "none"), ("tensorwise", "1,2,2,0,0", "full"), ("tensorwise", ONE, "none")),
+    *(("delayed", "2,1,1,0,0", "none"), ("delayed", "1,2,1,0,0", "selective")),
+    *(("blockwise", "2,1,1,1,0", "selective"), ("blockwise", "1,2,1,0,0,language", "full")),
+]
+"""Cases of the tests; `all` has every precision at every layout, with all recomputations and frozen parts."""
+
+
+def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "none") -> RunConfig:
+    """A run of the small model, whose sizes FP8 and cuDNN take at tensor parallel 2; FP8 is named by its recipe."""
+    cfg = small_config(*parse_layout(layout))
+    language = replace(cfg.model.language, hidden_size=64, ffn_hidden_size=96)
+    fp8 = {"precision": "fp8", "fp8_recipe": precision} if precision in RECIPES else {"precision": precision}
+    cfg.model = replace(cfg.model, language=language, kernels=kernels, recompute=recompute, **fp8)
+    return cfg
+
+
+def gradients_of(cfg: RunConfig) -> dict[str, Tensor]:
+    """Every parameter's gradient, and the loss, of one step with negatives of the global batch.
+
+    Delayed scaling has no scales at first: its gradients are those of a second step, with the same weights.
+    """
+    groups = process_groups.initialize_model_parallel(cfg.parallel)
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    with patch.object(optimizer, "DistributedDataParallelConfig", partial(DataParallelConfig, bucket_size=BUCKET_SIZE)):
+        trainable = build_trainable(cfg, chunks, groups)
+    is_delayed = cfg.model.precision == "fp8" and cfg.model.fp8_recipe == "delayed"
+    for _ in range(2 if is_delayed else 1):
+        batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), 2, cfg, groups)
+        trainable.zero_gradients()
+        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+    found = {local_kernel_name(name): value for name, value in full_gradients(trainable, groups).items()}
+    if seen:
+        loss = torch.stack([share for share, _ in seen]).mean()
+        torch.distributed.all_reduce(loss, group=groups.dp)
+        found["loss"] = loss / groups.dp.size()
+    let_go(trainable)
+    reset_fp8()
+    return found
+
+
+def reset_fp8() -> None:
+    """Transformer Engine remembers the layers of models that are gone."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
+def compared(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, object]:
+    """The worst relative error of a parameter, that of the whole gradient, and that of the loss."""
+    loss, expected_loss = found.pop("loss", None), expected.pop("loss")
+    expected = {name: expected[name] for name in found}
+    name, worst = worst_relative_error(found, expected)
+    rows = {key: min(len(found[key]), len(expected[key])) for key in found}
+    difference = torch.stack([(found[key][:n] - expected[key][:n]).norm() for key, n in rows.items()]).norm()
+    whole = float(difference / torch.stack([value.norm() for value in expected.values()]).norm())
+    figures = {"parameter": name, "worst": worst, "whole": whole}
+    if loss is not None:
+        figures["loss"] = abs(float(loss) / float(expected_loss) - 1)
+    return figures
+
+
+def compare(folder: Path, precision: str, layout: str, recompute: str, reference: str) -> dict[str, object]:
+    """Gradients of Transformer Engine against those in FOLDER/REFERENCE.safetensors."""
+    extension.CALLS.clear()
+    found = gradients_of(config(ENGINE, precision, layout, recompute))
+    kinds = {"fp8 products": "fp8 gemm", "attention": "attention"}
+    figures = {name: extension.CALLS[kind] for name, kind in kinds.items()}
+    return figures | compared(found, load_file(folder / f"{reference}.safetensors"))
+
+
+def package() -> dict[str, object]:
+    """Which Transformer Engine runs."""
+    import transformer_engine
+    from transformer_engine.pytorch.module import linear
+
+    return {"version": transformer_engine.__version__, "layers": linear.__file__}
+
+
+def broken(folder: Path) -> dict[str, object]:
+    """Gradients with a kernel that is off by one percent."""
+    right = extension.rmsnorm_bwd
+
+    def off(*args: object) -> tuple:
+        dx, weight = right(*args)
+        return dx * 1.01, weight
+
+    with patch.object(extension, "rmsnorm_bwd", off):
+        return compare(folder, "fp32", ONE, "none", "local fp32")
+
+
+def one_layer(recipe: str) -> dict[str, object]:
+    """A linear layer in FP8 against its definition: output and gradients, as relative errors.
+
+    With the same input twice, delayed scaling has the scales of that input, as tensorwise scaling has at once.
+    """
+    cfg = config(ENGINE, recipe)
+    groups = process_groups.initialize_model_parallel(cfg.parallel)
+    (chunk,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    layer = chunk.language.decoder.layers[0].mlp.linear_fc2
+    generator = torch.Generator().manual_seed(0)
+    sizes = layer.weight.shape[::-1]
+    input, direction = (torch.randn(128, 1, size, generator=generator).bfloat16() for size in sizes)
+    input.requires_grad_()
+    for _ in range(2):
+        input.grad, layer.weight.main_grad = None, torch.zeros(layer.weight.shape)
+        chunk.set_is_first_microbatch()  # so that the weight is rounded anew
+        with get_fp8_context(chunk.config):
+            output, _ = layer(input)
+        output.backward(direction)
+    reset_fp8()
+    x, w, g = input.detach().flatten(0, 1), layer.weight.detach(), direction.flatten(0, 1)
+    rows, columns = ((1,), (0,)) if recipe == "blockwise" else ((0, 1), (0, 1))
+    weight = rounded(w, torch.float8_e4m3fn, (0, 1), recipe)
+    expected = {
+        "output": rounded(x, torch.float8_e4m3fn, rows, recipe) @ weight.T,
+        "input": rounded(g, torch.float8_e5m2, rows, recipe) @ weight,
+        "weight": rounded(g, torch.float8_e5m2, columns, recipe).T @ rounded(x, torch.float8_e4m3fn, columns, recipe),
+    }
+    found = {"output": output.flatten(0, 1), "input": input.grad.flatten(0, 1), "weight": layer.weight.main_grad}
+    return {name: float((found[name] - value).norm() / value.norm()) for name, value in expected.items()}
+
+
+def rounded(matrix: Tensor, dtype: torch.dtype, dims: tuple[int, ...], recipe: str) -> Tensor:
+    """float32 values that an FP8 format holds, after the largest ones along `dims` are scaled to its maximum.
+
+    The matrix is one block of blockwise scaling, whose scales are powers of two.
+    """
+    scale = torch.finfo(dtype).max / matrix.float().abs().amax(dims, keepdim=True)
+    if recipe == "blockwise":
+        scale = torch.exp2(scale.log2().floor())
+    return (matrix.float() * scale).to(dtype).float() / scale
+
+
+def write(path: Path, kernels: str, precision: str) -> dict[str, object]:
+    """Write gradients that others are compared with, and compare them with those of local kernels in fp32."""
+    found = gradients_of(config(kernels, precision))
+    save_file({name: value.contiguous() for name, value in found.items()}, path)
+    return compared(found, load_file(path.parent / "local fp32.safetensors"))
+
+
+def cases(world: int, folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
+    """Cases by name: precision, layout, recomputation."""
+    return _of_one_process(folder, is_all) if world == 1 else _of_two_processes(folder, is_all)
+
+
+def _of_one_process(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
+    found: dict[str, Callable[[], dict[str, object]]] = {"package": package}
+    for name, kernels, precision in (("local fp32", LOCAL, "fp32"), ("local bf16", LOCAL, "bf16")):
+        found[name] = partial(write, folder / f"{name}.safetensors", kernels, precision)
+    for precision in PRECISIONS:
+        found[f"engine {precision}"] = partial(write, folder / f"engine {precision}.safetensors", ENGINE, precision)
+    found["broken"] = partial(broken, folder)
+    for recipe in RECIPES:
+        found[f"layer {recipe}"] = partial(one_layer, recipe)
+    pairs = [(precision, recompute) for precision in PRECISIONS for recompute in RECOMPUTES[1:]]
+    for precision, recompute in pairs if is_all else RECOMPUTED:
+        same = partial(compare, folder, precision, ONE, recompute, f"engine {precision}")
+        found[f"{precision} recompute {recompute}"] = same
+    for frozen in FREEZES:
+        found[f"fp32 {ONE},{frozen}"] = partial(compare, folder, "fp32", f"{ONE},{frozen}", "none", "local fp32")
+    return found
+
+
+def _of_two_processes(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
+    every = [
+        (precision, with_frozen(layout, frozen), recompute)
+        for precision in PRECISIONS
+        for layout in LAYOUTS
+        for frozen in ("", *FREEZES)
+        for recompute in RECOMPUTES
+    ]
+    found = {}
+    for precision, layout, recompute in every if is_all else AT_LAYOUTS:
+        reference = "local fp32" if precision == "fp32" else f"engine {precision}"
+        case = partial(compare, folder, precision, layout, recompute, reference)
+        found[f"{precision} {layout} recompute {recompute}"] = case
+    return found
+
+
+def with_frozen(layout: str, frozen: str) -> str:
+    """Frozen parts stand before `overlap`."""
+    plain = layout.removesuffix(",overlap")
+    return ",".join(part for part in (plain, frozen, "overlap" if plain != layout else "") if part)
