@@ -79,8 +79,8 @@ def row_multiple(model: ModelConfig, layout: ParallelConfig) -> int:
     """Return the number of tokens that the length of a packed row is a multiple of.
 
     FP8 needs blocks of tokens, and sequence parallel splits the row. Context parallel splits it first, into two chunks
-    of every sequence for each rank. On a GPU lengths are rounded up, so that they
-    repeat: work that libraries do once per shape, such as choosing a kernel, is then done once and not at every step.
+    of every sequence for each rank. On a GPU lengths are rounded up, so that they repeat: work that libraries do once
+    per shape, such as choosing a kernel, is then done once and not at every step.
     """
     block = {"mxfp8": 32, "blockwise": 128}.get(model.fp8_recipe, 16) if model.precision == "fp8" else 1
     needed = block * (layout.tensor if layout.sequence else 1)
