@@ -231,7 +231,8 @@ def test_going_back_sets_the_later_checkpoints_aside(saved, tmp_path: Path, capl
     saved.checkpoint.resume = "auto"
     assert find_checkpoint(saved) == first
     # torchrun starts the run with its first command again: what it has saved meanwhile counts.
-    shutil.copytree(first, first.with_name("step-0000005"))
+    later = shutil.copytree(first, first.with_name("step-0000005"))
+    folders.write_manifest(later, 5, folders.require_complete(first)["layout"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     saved.checkpoint.resume = str(first)
     assert find_checkpoint(saved).name == "step-0000005"
