@@ -196,6 +196,8 @@ class PairBatch:
     because pairs are distributed over the micro batches after they are read."""
     num_cut: int = 0
     """Number of sequences whose text was cut to data.max_length."""
+    of_ranks: tuple[list[int], list[int]] | None = None
+    """Numbers of pairs and of hard negatives in this micro batch of each data-parallel rank; None: not exchanged."""
 
     @property
     def num_pairs(self) -> int:
@@ -219,6 +221,15 @@ class PairBatch:
     def part(self, rank: int) -> "PairBatch":
         """Return the batch with the part of a context rank of its row (`PackedSequences.part`)."""
         return replace(self, sequences=self.sequences.part(rank))
+
+
+def rows_of_ranks(batches: list[PairBatch]) -> tuple[list[int], list[int]] | None:
+    """Return b and m of each data-parallel rank over several micro batches; None: the ranks have not exchanged them."""
+    known = [batch.of_ranks for batch in batches if batch.of_ranks is not None]
+    if not known or len(known) < len(batches):
+        return None
+    pairs, hard_negatives = ([sum(rank) for rank in zip(*numbers)] for numbers in zip(*known))
+    return pairs, hard_negatives
 
 
 @dataclass
@@ -264,9 +275,12 @@ class PairIds:
     """[b] int64."""
     hard_negatives: Tensor
     """[m] int64."""
+    of_ranks: tuple[list[int], list[int]] | None = None
+    """b and m of each data-parallel rank; None: the ranks have not exchanged them."""
 
     @staticmethod
     def of(batches: list[PairBatch]) -> "PairIds":
         """Concatenate the ids of several batches."""
         names = ("query_ids", "target_ids", "hard_negative_ids")
-        return PairIds(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))
+        tensors = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
+        return PairIds(*tensors, rows_of_ranks(batches))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_llave.batch import to_device
 from megatron_llave.distributed.process_groups import device
 
 Result = TypeVar("Result")
@@ -32,19 +33,26 @@ def from_all_ranks(items: list[Result]) -> list[Result]:
 
 def largest_of_ranks(*values: int) -> list[int]:
     """The largest value that any rank has given, for each of the values; all ranks call it and get the same result."""
-    largest = torch.tensor(values, dtype=torch.int64, device=device())
+    if dist.get_world_size() == 1:
+        return list(map(int, values))
+    largest = to_device(torch.tensor(values, dtype=torch.int64), device())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 
 
 def row_counts(group: dist.ProcessGroup | None, *rows: Tensor) -> list[list[int]]:
     """Number of rows of each rank of the group, in rank order, one list per tensor; one collective for all tensors."""
+    return numbers_of_ranks(group, [len(x) for x in rows])
+
+
+def numbers_of_ranks(group: dist.ProcessGroup | None, numbers: list[int]) -> list[list[int]]:
+    """Each number on every rank of the group, in rank order; one list per number, one collective for all of them."""
     if group is None or group.size() == 1:
-        return [[len(x)] for x in rows]
-    local = torch.tensor([[len(x) for x in rows]], device=rows[0].device)
-    counts = local.new_empty(group.size(), len(rows))
-    dist.all_gather_into_tensor(counts, local, group=group)
-    return counts.T.tolist()
+        return [[number] for number in numbers]
+    local = to_device(torch.tensor([numbers], dtype=torch.int64), device())
+    gathered = local.new_empty(group.size(), len(numbers))
+    dist.all_gather_into_tensor(gathered, local, group=group)
+    return gathered.T.tolist()
 
 
 def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.batch import PackedSequences, Side
+from megatron_llave.batch import PackedSequences, Side, to_device
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.config.load import override_config
 from megatron_llave.config.schema import RunConfig
@@ -159,7 +159,7 @@ def embed(model: LoadedModel, sides: Mapping[str, Side]) -> Tensor:
     gathered = collectives.all_gather_rows(local, counts, groups.dp)  # [n, d] rank by rank
     places = torch.cat([torch.arange(rank, len(sides), groups.dp.size()) for rank in range(groups.dp.size())])
     embeddings = torch.empty_like(gathered)
-    embeddings[places.to(gathered.device)] = gathered
+    embeddings[to_device(places, gathered.device)] = gathered
     require_finite(embeddings, sides)
     return embeddings
 
@@ -197,10 +197,11 @@ def embed_parts(
 
 def _embed_readable(model: LoadedModel, inputs: Sequence[Future[EncodedSequence]], skip_bad: bool) -> Tensor:
     """Embed encoded inputs as [n, d]; with `skip_bad` those that raised a BadInputError get rows of zeros."""
-    readable = [not (skip_bad and isinstance(future.exception(), BadInputError)) for future in inputs]
-    embedded = embed_encoded(model, [future.result() for future, is_readable in zip(inputs, readable) if is_readable])
+    is_bad = [skip_bad and isinstance(future.exception(), BadInputError) for future in inputs]
+    readable = [number for number, bad in enumerate(is_bad) if not bad]
+    embedded = embed_encoded(model, [inputs[number].result() for number in readable])
     rows = embedded.new_zeros(len(inputs), embedded.shape[1])
-    rows[torch.tensor(readable, device=rows.device)] = embedded
+    rows[to_device(torch.tensor(readable, dtype=torch.int64), rows.device)] = embedded
     return rows
 
 
@@ -212,7 +213,7 @@ def embed_encoded(model: LoadedModel, encoded: list[EncodedSequence]) -> Tensor:
     outputs = forward_only(model, list(packed_rows([encoded[index] for index in order], model)))
     rows = torch.zeros(len(encoded), model.cfg.model.language.hidden_size, device=process_groups.device())
     if model.groups.pp.rank() == model.groups.pp.size() - 1 and encoded:
-        rows[torch.tensor(order, device=rows.device)] = torch.cat(outputs)
+        rows[to_device(torch.tensor(order), rows.device)] = torch.cat(outputs)
     return rows
 
 
@@ -259,7 +260,8 @@ def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor
     empty = model.pack([])
     padded = rows + [empty] * missing
     forward_step = partial(_forward_step, progress=model.progress)
-    return run_schedule(model.chunks, padded, forward_step, forward_only=True)[: len(rows)]
+    lengths = [len(row.tokens) for row in padded]
+    return run_schedule(model.chunks, padded, lengths, forward_step, forward_only=True)[: len(rows)]
 
 
 def _forward_step(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_llave.batch import to_device
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.evaluation.ranking import Ranking, alignment, hub_share, rank_candidates, uniformity
@@ -107,4 +108,4 @@ def _rank_own(task: Task, rows: Rows, group: dist.ProcessGroup) -> Ranking:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device())
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device())

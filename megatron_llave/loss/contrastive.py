@@ -62,7 +62,7 @@ def hardness_weighted_contrastive_loss(
         embeddings: unit vectors of this rank. Row i of the targets is the positive of row i of the queries; all other
             targets and all hard negatives of all ranks are negatives of every query.
         ids: needed by config.mask_same_target. A hard negative whose id equals that of a query's target is masked for
-            that query.
+            that query. If they do not know the numbers of rows of all ranks, the ranks exchange them here.
         reward: embeddings of the same inputs by the reward model, whose cosines are the hardness; None: `embeddings`
             themselves, as in the paper.
         config: temperature, alpha (0 is plain InfoNCE), mask_same_target, mask_margin, hardness and directions; the
@@ -84,7 +84,8 @@ def hardness_weighted_contrastive_loss(
         raise ValueError(f"query {tuple(query.shape)} and target {tuple(target.shape)} must have one shape")
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target, hard = (x.to(precise) for x in (query, target, embeddings.hard_negatives))
-    counts, hard_counts = row_counts(group, query, hard)
+    is_known = group is not None and ids is not None and ids.of_ranks is not None
+    counts, hard_counts = ids.of_ranks if is_known else row_counts(group, query, hard)
     context = _Context(config, group, chunk, counts, hard_counts)
     if config.mask_same_target:
         rows = [len(query), len(target), len(hard)]

@@ -1,4 +1,4 @@
-"""Broadcasts the micro batches within a replica.
+"""Broadcasts the micro batches within a replica, and exchanges their numbers of pairs between replicas.
 
 All tensor-, pipeline- and context-parallel ranks of a replica need the same micro batches. The first of them reads,
 decodes and packs them; the others receive the same bytes by broadcast.
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave.batch import StepBatches
+from megatron_llave.batch import PairBatch, StepBatches, to_device
 from megatron_llave.data.step_buffer import StepBuffer, unpack_step
+from megatron_llave.distributed.collectives import numbers_of_ranks
 
 
 def is_reader(groups: ProcessGroupCollection) -> bool:
@@ -51,12 +52,23 @@ def _next_step(steps: Iterator[StepBuffer] | None, groups: ProcessGroupCollectio
 
 def _broadcast(step: StepBuffer | None, group: dist.ProcessGroup, device: torch.device) -> StepBuffer:
     source = dist.get_global_rank(group, 0)
-    sizes = torch.tensor([0, 0] if step is None else [step.header.nbytes, step.payload.nbytes], device=device)
+    sizes = to_device(torch.tensor([0, 0] if step is None else [step.header.nbytes, step.payload.nbytes]), device)
     dist.broadcast(sizes, source, group=group)
     if step is None:
-        step = StepBuffer(*(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes.tolist()))
+        shared = StepBuffer(*(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes.tolist()))
     else:
-        step = StepBuffer(step.header.to(device), step.payload)
-    for buffer in (step.header, step.payload):
+        shared = replace(step, header=to_device(step.header, device))
+    for buffer in (shared.header, shared.payload):
         dist.broadcast(buffer, source, group=group)
-    return step
+    return step or shared  # the reader has the header on the CPU, where it is read
+
+
+def exchange_row_counts(batches: list[PairBatch], group: dist.ProcessGroup) -> None:
+    """Tell each micro batch how many pairs and hard negatives those of the other data-parallel ranks have.
+
+    The host waits for this once, before it gives the device any work, and not in the middle of the step.
+    """
+    numbers = [number for batch in batches for number in (batch.num_pairs, batch.num_hard_negatives)]
+    of_ranks = numbers_of_ranks(group, numbers)
+    for batch, pairs, hard_negatives in zip(batches, of_ranks[::2], of_ranks[1::2]):
+        batch.of_ranks = (pairs, hard_negatives)

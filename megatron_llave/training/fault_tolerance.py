@@ -6,7 +6,6 @@
 import faulthandler
 import json
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_llave.batch import PairBatch
 from megatron_llave.distributed.collectives import from_all_ranks, largest_of_ranks
@@ -110,6 +110,20 @@ class StopRequests:
             signal.signal(number, handler)
 
 
+def read_norm(squared_norm: Tensor, shares: list[LossShare]) -> tuple[float, bool]:
+    """Wait once for the norm of the gradient, and for whether it and the losses of all ranks are finite.
+
+    Args:
+        squared_norm: of the whole gradient, the same on all ranks (Trainable.squared_norm).
+        shares: the results of the loss; an empty list on all pipeline stages but the last.
+    """
+    is_finite = torch.stack([squared_norm.isfinite(), *(loss.isfinite() for loss, _ in shares)]).all()
+    values = torch.stack([squared_norm.double(), (~is_finite).double()])
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    squared, is_bad = values.tolist()
+    return squared**0.5, not is_bad
+
+
 class FiniteSteps:
     """Detects steps whose loss or gradient is not finite, and which must not change the weights."""
 
@@ -120,11 +134,11 @@ class FiniteSteps:
         self.num_bad = 0
         """Number of such steps so far."""
 
-    def check(self, gradient_norm: float, shares: list[LossShare], batches: list[PairBatch], step: int) -> bool:
-        """Whether loss and gradient of the step are finite, the same on all ranks.
+    def check(self, is_finite: bool, shares: list[LossShare], batches: list[PairBatch], step: int) -> bool:
+        """Count the step unless its losses and gradient are finite, and return whether they are.
 
         Args:
-            gradient_norm: norm of the whole gradient.
+            is_finite: whether they are, of `read_norm`, the same on all ranks.
             shares: the results of the loss; an empty list on all pipeline stages but the last.
             batches: this rank's micro batches.
             step: number of the step from 0, for the message.
@@ -132,9 +146,7 @@ class FiniteSteps:
         Raises:
             DivergedError: too many consecutive steps are not finite; the message names pairs without finite embedding.
         """
-        is_finite = math.isfinite(gradient_norm) and all(loss.isfinite().item() for loss, _ in shares)
-        [is_bad] = largest_of_ranks(not is_finite)
-        if not is_bad:
+        if is_finite:
             self._in_a_row = 0
             return True
         self.num_bad, self._in_a_row = self.num_bad + 1, self._in_a_row + 1

@@ -54,12 +54,12 @@ def forward_backward(
         loss is the mean over these results and over the data-parallel ranks.
     """
     nothing: list[None] = [None] * len(batches)  # stages before the last have neither embeddings nor gradients
-    rewards = nothing
+    rewards, lengths = nothing, _lengths(batches)
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
     if negatives != "global_batch" or len(batches) == 1:
-        return run_schedule(chunks, list(zip(batches, rewards)), partial(_compare_step, compare=compare))
+        return run_schedule(chunks, list(zip(batches, rewards)), lengths, partial(_compare_step, compare=compare))
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)
     gradients, shares = nothing, []
@@ -68,7 +68,7 @@ def forward_backward(
         shares = [share]
     after = states.current()
     replay = partial(_replay_step, schedule_divisor=len(batches), states=states)
-    run_schedule(chunks, list(zip(range(len(batches)), batches, gradients)), replay)
+    run_schedule(chunks, list(zip(range(len(batches)), batches, gradients)), lengths, replay)
     states.restore(after)
     return shares
 
@@ -104,7 +104,12 @@ class _RandomStates:
 
 def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
     """Embeddings [2b + m, d] of every micro batch on the last pipeline stage; an empty list on the other stages."""
-    return run_schedule(chunks, list(enumerate(batches)), partial(_embed_step, states=states), forward_only=True)
+    step = partial(_embed_step, states=states)
+    return run_schedule(chunks, list(enumerate(batches)), _lengths(batches), step, forward_only=True)
+
+
+def _lengths(batches: list[PairBatch]) -> list[int]:
+    return [len(batch.sequences.tokens) for batch in batches]
 
 
 def _embed_step(

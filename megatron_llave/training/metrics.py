@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_llave.batch import PairBatch
+from megatron_llave.batch import PairBatch, rows_of_ranks, to_device
 from megatron_llave.config.schema import LossConfig, RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
@@ -68,7 +68,7 @@ def collect(
     record |= {"temperature": result.config.temperature, "alpha": result.config.alpha}
     record |= {"gradient_norm": result.gradient_norm} | step_metrics(result.shares, result.batches, group)
     if is_due(step, cfg.log.histogram_interval):
-        record |= histograms(result.shares, group, result.batches[0].query_ids.device)
+        record |= histograms(result.shares, result.batches, group)
     seconds = time.perf_counter() - started
     work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
     record |= {"seconds": seconds, "data_seconds": data_seconds, "memory_gb": peak_memory_gb()}
@@ -86,33 +86,39 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     counts = [sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows)]
     counts += [sum(length**2 for row in rows for length in row.lengths[: row.num_sequences])]
     counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
+    counts_on_device = to_device(torch.tensor(counts, dtype=torch.float64), device)
     values = [_values(shares, name, device) for name in MEANS]
     finite = [x.isfinite() for x in values]  # -inf where a query has no negative
     sums = [x.masked_fill(~ok, 0.0).sum() for x, ok in zip(values, finite)]
     loss = torch.stack([loss for loss, _ in shares]).mean() if shares else torch.zeros((), device=device)
     local = [x.double() for x in (loss, *sums, *(ok.sum() for ok in finite))]
-    totals = torch.cat([torch.stack(local), torch.tensor(counts, dtype=torch.float64, device=device)])
+    totals = torch.cat([torch.stack(local), counts_on_device])
     dist.all_reduce(totals, group=group)
-    loss, *totals = totals.tolist()
+    samples = similarities(shares, batches, group)  # [B, 2]
+    read = torch.cat([totals, samples.double().flatten()]).cpu()  # all at once, since the host waits for each copy
+    (loss, *totals), samples = read[: len(totals)].tolist(), read[len(totals) :].to(samples.dtype).view(-1, 2)
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
-    samples = similarities(shares, group, device)
-    compared = {f"similarity_{name}": compare(*samples) for name, compare in COMPARISONS.items()}
+    compared = {f"similarity_{name}": compare(*samples.unbind(1)) for name, compare in COMPARISONS.items()}
     names = ("tokens", "tiles", "squared_lengths", "pairs", "hard_negatives", "skipped", "cut")
     return {"loss": loss / group.size(), **means, **compared, **dict(zip(names, map(int, counts)))}
 
 
-def histograms(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> dict[str, list[int]]:
+def histograms(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, list[int]]:
     """Number of queries per bin (see `cosine_counts`) of the cosine of the positive and of the hardest negative."""
-    counted = map(cosine_counts, similarities(shares, group, device))
+    counted = map(cosine_counts, similarities(shares, batches, group).cpu().unbind(1))
     return dict(zip(("positive_histogram", "hardest_negative_histogram"), counted))
 
 
-def similarities(shares: list[LossShare], group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines [B] of the positives and cosines [B] of the hardest negatives of the step's queries of all ranks."""
+def similarities(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> Tensor:
+    """Cosines [B, 2] of the positive and of the hardest negative of each of the step's queries of all ranks."""
+    device = batches[0].query_ids.device
     local = torch.stack([_values(shares, name, device) for name in ("positive", "hardest_negative")], dim=1)  # [b, 2]
-    [counts] = row_counts(group, local)
-    return all_gather_rows(local, counts, group).unbind(1)
+    if not shares:
+        return local
+    of_ranks = rows_of_ranks(batches)
+    counts = of_ranks[0] if of_ranks else row_counts(group, local)[0]
+    return all_gather_rows(local, counts, group)
 
 
 def peak_memory_gb() -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -13,12 +14,16 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
+from torch import Tensor
 from torch.nn import Module
 
+from megatron_llave.batch import to_device
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.distributed.process_groups import device
 
 PART_PARAMETERS = {
     "vision": ("vision.*",),
@@ -48,16 +53,30 @@ class Trainable:
         self.optimizer.zero_grad()
         self._gather_weights()  # does nothing but before the first step: `update` has started it after every other one
 
-    def gradient_norm(self) -> float:
-        """Norm of the step's gradient over all parameters before clipping; the same on every rank."""
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+    def squared_norm(self) -> Tensor:
+        """Square of the norm of the step's gradient before clipping, over all parameters; the same on every rank.
 
-    def update(self, is_skipped: bool = False) -> None:
-        """Take the optimizer step unless it is skipped, and advance the schedule."""
+        It is a scalar on the device, for which the host does not wait, as it does in megatron-core's own function.
+        """
+        self.optimizer.prepare_grads()
+        parts = _parts(self.optimizer)
+        gradients = [gradient for part in parts for gradient in _gradients(part)]
+        squared = to_device(torch.nn.utils.get_total_norm(gradients), device()).square()
+        dist.all_reduce(squared, group=parts[0].get_grad_stats_parallel_group())
+        return squared
+
+    def update(self, gradient_norm: float | None) -> None:
+        """Take the optimizer step with the gradients of `squared_norm`, clipped, and advance the schedule.
+
+        Args:
+            gradient_norm: norm of the whole gradient; None: leave out the optimizer step.
+        """
         self.wait_for_weights()  # modules that this step did not run may still be gathering what the optimizer writes
-        if not is_skipped:
-            self.optimizer.step()
+        if gradient_norm is not None:
+            for part in _parts(self.optimizer):
+                if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, gradient_norm)
+            self.optimizer.step_with_ready_grads()
         self._gather_weights()
         self.schedule.step(increment=1)
 
@@ -103,8 +122,17 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """Return the optimizers that update the weights; none on a rank on which all parameters are frozen."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in chained if getattr(part, "optimizer", None) is not None]
+    return [part.optimizer for part in _parts(optimizer) if getattr(part, "optimizer", None) is not None]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _gradients(part: MegatronOptimizer) -> list[Tensor]:
+    """Return the gradients that count for the norm; megatron-core 0.19 has another name for this than 0.16."""
+    name = "get_grads_for_grad_norm" if hasattr(part, "get_grads_for_grad_norm") else "get_main_grads_for_grad_norm"
+    return getattr(part, name)()
 
 
 def choose_fused(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from run_ranks import run_torchrun
 
 from megatron_llave.errors import DivergedError
-from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopReason, StopRequests
+from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopReason, StopRequests, read_norm
 
 pytestmark = pytest.mark.long
 
@@ -59,17 +59,23 @@ def shares(loss: float, *positives: float) -> list:
 BATCHES = [SimpleNamespace(subset="birds", keys=["a", "b"]), SimpleNamespace(subset="birds", keys=["c"])]
 
 
+def check(finite: FiniteSteps, squared_norm: float, results: list, step: int) -> bool:
+    norm, is_finite = read_norm(torch.tensor(squared_norm), results)
+    assert norm == squared_norm or not math.isfinite(squared_norm)
+    return finite.check(is_finite, results, BATCHES, step)
+
+
 def test_steps_that_are_not_finite_are_counted_and_named(groups, caplog) -> None:
     finite = FiniteSteps(2, groups)
-    assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 0)
-    assert not finite.check(1.0, shares(math.nan, 0.1, 0.2, math.nan), BATCHES, 1)
+    assert check(finite, 1.0, shares(0.5, 0.1, 0.2, 0.3), 0)
+    assert not check(finite, 1.0, shares(math.nan, 0.1, 0.2, math.nan), 1)
     assert "step 2 is skipped" in caplog.text and "the embeddings of birds/c are not finite" in caplog.text
-    assert not finite.check(math.inf, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 2)
+    assert not check(finite, math.inf, shares(0.5, 0.1, 0.2, 0.3), 2)
     assert "no pair stands out" in caplog.text
-    assert finite.check(1.0, shares(0.5, 0.1, 0.2, 0.3), BATCHES, 3)
-    assert not finite.check(math.nan, [], BATCHES, 4) and not finite.check(math.nan, [], BATCHES, 5)
+    assert check(finite, 1.0, shares(0.5, 0.1, 0.2, 0.3), 3)
+    assert not check(finite, math.nan, [], 4) and not check(finite, math.nan, [], 5)
     with pytest.raises(DivergedError, match="3 steps in a row .* train.max_bad_steps=2; in step 7 .* birds/a, birds/b"):
-        finite.check(math.nan, shares(math.nan, math.nan, math.nan, 0.1), BATCHES, 6)
+        check(finite, math.nan, shares(math.nan, math.nan, math.nan, 0.1), 6)
     assert finite.num_bad == 5
 
 

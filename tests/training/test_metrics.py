@@ -44,7 +44,7 @@ def test_nothing_seen_before_the_last_stage(groups) -> None:
 
 
 def test_histograms_hold_every_query(groups) -> None:
-    counted = histograms([seen(1.0, [1.0, 0.99], [-1.0, 0.01])], groups.dp, torch.device("cpu"))
+    counted = histograms([seen(1.0, [1.0, 0.99], [-1.0, 0.01])], [batch(2, 40, 0)], groups.dp)
     assert [len(x) for x in counted.values()] == [HISTOGRAM_BINS] * 2
     assert counted["positive_histogram"][-1] == 2 and sum(counted["positive_histogram"]) == 2
     assert counted["hardest_negative_histogram"][0] == 1 and counted["hardest_negative_histogram"][25] == 1
@@ -55,5 +55,5 @@ def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
     record = step_metrics(lonely, [batch(2, 40, 0)], groups.dp)
     assert record["positive_similarity"] == pytest.approx(0.6)
     assert record["hardest_negative_similarity"] == pytest.approx(0.25)
-    counted = histograms(lonely, groups.dp, torch.device("cpu"))
+    counted = histograms(lonely, [batch(2, 40, 0)], groups.dp)
     assert [sum(x) for x in counted.values()] == [2, 1]

@@ -99,7 +99,7 @@ def test_skipped_step_changes_no_weight_but_moves_the_schedule_on(groups) -> Non
     step(cfg, trainable, groups)
     before = [value.detach().clone() for value in trainable.chunks[0].parameters()]
     rate = learning_rate(trainable)
-    trainable.update(is_skipped=True)
+    trainable.update(None)
     assert all(torch.equal(*pair) for pair in zip(before, trainable.chunks[0].parameters()))
     assert learning_rate(trainable) < rate
 

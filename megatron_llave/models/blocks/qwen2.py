@@ -57,13 +57,11 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig) ->
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         pipeline_dtype=DTYPES[model.precision],
-        # Packed rows of different micro batches differ in length, which megatron-core allows only with this
-        # mixture-of-experts setting.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
         # megatron-core silently computes wrong gradients if two interleaved stages use batched sends.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # megatron-core guards against a race in batched sends that torch 1.13 has removed (pytorch pull request 82450).
+        batch_p2p_sync=False,
         # gloo keeps a tensor until it is sent, but not its storage: if that is freed early, rubbish is sent.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         # Dropout is not fused: compiled with a gradient and without one, it might not drop the same channels.
@@ -118,6 +116,7 @@ class LanguageModel(MegatronModule):
         config = language_transformer_config(model, parallel)
         super().__init__(config=config)
         self.is_first = is_first
+        self.num_parts = parallel.tensor if parallel.sequence else 1
         if is_first:
             self.embedding = LanguageModelEmbedding(
                 config,
@@ -140,7 +139,7 @@ class LanguageModel(MegatronModule):
         )
 
     def forward(self, hidden: Tensor | None, packed: PackedRow) -> Tensor:
-        """hidden [t, 1, h] on the first chunk, None on others (the schedule sets it) -> [t, 1, h].
+        """hidden [t, 1, h] on the first chunk, None on others (the schedule sets it, padded) -> [t, 1, h].
 
         With sequence parallel the output holds this tensor-parallel rank's t / tp tokens.
         """
@@ -148,6 +147,8 @@ class LanguageModel(MegatronModule):
         positions = packed.positions
         if positions is None:
             positions = torch.arange(packed.max_seqlen, device=packed.cu_seqlens.device)
+        if not self.is_first:
+            self.decoder.set_input_tensor(self.decoder.input_tensor[: sum(packed.lengths) // self.num_parts])
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
