@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -109,21 +109,30 @@ class _Values:
 class _StreamPlanner(torch_checkpoint.DefaultSavePlanner):
     """Plans megatron-core's sharded tensors as torch plans its own, and reads a value when it is written."""
 
-    def __init__(self, parts: list[ShardedTensor], values: _Values) -> None:
+    def __init__(self, parts: list[ShardedBase], values: _Values) -> None:
         super().__init__(flatten_state_dict=False)
         self.parts, self.values = parts, values
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(list(map(_write_item, self.parts)))
+        self.objects = {part.unique_key: part for part in self.parts if isinstance(part, ShardedObject)}
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        value = self.values(write_item.index.fqn, tuple(write_item.index.offset))
+        index = write_item.index
+        if write_item.type == WriteItemType.BYTE_IO:
+            return [self.objects[index.fqn].data]
+        value = self.values(index.fqn, tuple(index.offset))
         return value.reshape(write_item.tensor_data.chunk.sizes)
 
 
-def _write_item(part: ShardedTensor) -> WriteItem:
-    """Describe a part of a tensor: a layer's parameter is a part of a tensor over all layers."""
+def _write_item(part: ShardedBase) -> WriteItem:
+    """Describe a part of a tensor, as a layer's parameter is one of a tensor over all layers, or an object.
+
+    megatron-core 0.19 stores what is common to all ranks as an object.
+    """
+    if isinstance(part, ShardedObject):
+        return WriteItem(MetadataIndex(part.unique_key), WriteItemType.BYTE_IO)
     data = TensorWriteData(_chunk(part), TensorProperties(dtype=part.dtype), torch.Size(part.global_shape))
     return WriteItem(MetadataIndex(part.key, data.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
