@@ -6,7 +6,8 @@ import numpy as np
 import tokenizers
 import torch
 
-from megatron_llave.data.packing import EncodedSequence
+from megatron_llave.batch import PackedSequences
+from megatron_llave.data.packing import EncodedSequence, TileShape, pack_sequences
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,8 +41,14 @@ def sequence(case: str) -> EncodedSequence:
     return EncodedSequence(tokens, [tiles], [layout], blank=is_blank)
 
 
+def packed(pad_to_multiple: int = 1) -> PackedSequences:
+    """All cases in one row."""
+    shape = TileShape(TILE, PATCHES_PER_SIDE**2)
+    return pack_sequences([sequence(case) for case in CASES + OFFICIAL], pad_to_multiple, shape)
+
+
 def embeddings() -> torch.Tensor:
-    """[n, 64] float32, in the order of CASES and OFFICIAL."""
+    """[n, 64] float32, in the order of `packed`."""
     return torch.from_numpy(np.stack([arrays(case)["embedding"] for case in CASES + OFFICIAL]))
 
 

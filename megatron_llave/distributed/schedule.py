@@ -22,7 +22,7 @@ def run_schedule(
     Args:
         chunks: this rank's model chunks, which leave out the rows of their input that are padding.
         items: one per micro batch; each chunk iterates over all of them.
-        lengths: number of tokens of each micro batch's packed row, the same on all pipeline stages.
+        lengths: number of tokens of each micro batch's packed row, the same on all pipeline stages and context ranks.
         step: megatron-core's forward step. It takes an iterator of items and a chunk, and returns the chunk's output
             and a function that the last stage calls with it.
         forward_only: do not compute gradients; the function that `step` returns is then called with (output, True).

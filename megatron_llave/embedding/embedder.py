@@ -260,7 +260,7 @@ def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor
     empty = model.pack([])
     padded = rows + [empty] * missing
     forward_step = partial(_forward_step, progress=model.progress)
-    lengths = [len(row.tokens) for row in padded]
+    lengths = [sum(row.padded_lengths) for row in padded]
     return run_schedule(model.chunks, padded, lengths, forward_step, forward_only=True)[: len(rows)]
 
 

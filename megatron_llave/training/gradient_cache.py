@@ -109,7 +109,7 @@ def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates
 
 
 def _lengths(batches: list[PairBatch]) -> list[int]:
-    return [len(batch.sequences.tokens) for batch in batches]
+    return [sum(batch.sequences.padded_lengths) for batch in batches]
 
 
 def _embed_step(

@@ -1,6 +1,6 @@
 """Under torchrun: the golden model at a layout, from a checkpoint or an HF folder, gives the golden embeddings.
 
-check_golden_model.py FOLDER:tensor,pipeline[,sequence[,context]] ...
+check_golden_model.py FOLDER:tensor,pipeline[,sequence] ...
 """
 
 import sys
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from golden_model import CASES, OFFICIAL, arrays, byte_tokenizer, embeddings, sequence
+from golden_model import CASES, arrays, byte_tokenizer, embeddings, packed
 
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding.embedder import forward_only, load_model
@@ -19,23 +19,22 @@ HIDDEN_TOLERANCE = 1e-4
 
 def check(folder: str, layout: str) -> None:
     """Load at the layout, compare embeddings and last hidden states."""
-    tensor, pipeline, *others = [int(number) for number in layout.split(",")]
-    is_sequence, context = others[:1] == [1], dict(enumerate(others)).get(1, 1)
+    tensor, pipeline, *sequence = [int(number) for number in layout.split(",")]
+    is_sequence = bool(sequence and sequence[0])
     overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.sequence={is_sequence}"]
-    overrides += [f"parallel.context={context}"]
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = byte_tokenizer(Path(scratch))
         model = load_model(folder, overrides=[*overrides, f"data.tokenizer={tokenizer}"])
     hidden = {}
     if model.groups.pp.rank() == pipeline - 1:
         model.chunks[-1].language.register_forward_hook(lambda *call: hidden.update(value=call[-1]))
-    batch = model.pack([sequence(case) for case in CASES + OFFICIAL])
+    batch = packed(tensor if is_sequence else 1)
     with torch.no_grad():
         rows = forward_only(model, [batch])
     if hidden:
         worst = (rows[0] - embeddings()).abs().max().item()
         assert worst <= EMBEDDING_TOLERANCE, f"{folder} at {layout}: embeddings are {worst} off"
-        far = 0.0 if is_sequence or context > 1 else check_hidden_states(hidden["value"].squeeze(1), batch)
+        far = 0.0 if is_sequence else check_hidden_states(hidden["value"].squeeze(1), batch)
         print(f"{Path(folder).name} at {layout}: embeddings {worst:.1e}, last hidden states {far:.1e}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The golden model at one process, tensor 2, pipeline 2, context 2 ..., from checkpoints and Hugging Face folders."""
+"""The golden model at one process, tensor 2, pipeline 2 and 2 x 2, from checkpoints and from Hugging Face folders."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ def test_embeddings_are_golden_at_every_layout(groups: ProcessGroupCollection, t
     runs = []
     for source in (ONEVISION, QWEN):
         checkpoint = import_hf(source, tmp_path / source.name, groups)
-        runs += [f"{checkpoint}:{layout}" for layout in ("1,1", "2,1", "1,2", "2,2", "2,2,1", "2,1,1,2")]
+        runs += [f"{checkpoint}:{layout}" for layout in ("1,1", "2,1", "1,2", "2,2", "2,2,1")]
         runs += [f"{source}:{layout}" for layout in ("1,1", "2,2")]
     output = run_ranks(4, SCRIPT, *runs)
     # Each rank of a last pipeline stage has compared and says so.
-    assert output.count("embeddings") == 2 * (4 + 4 + 2 + 2 + 2 + 4 + 4 + 2)
+    assert output.count("embeddings") == 2 * (4 + 4 + 2 + 2 + 2 + 4 + 2)

@@ -116,7 +116,7 @@ class LanguageModel(MegatronModule):
         config = language_transformer_config(model, parallel)
         super().__init__(config=config)
         self.is_first = is_first
-        self.num_parts = parallel.tensor if parallel.sequence else 1
+        self.num_parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
         if is_first:
             self.embedding = LanguageModelEmbedding(
                 config,
@@ -141,7 +141,8 @@ class LanguageModel(MegatronModule):
     def forward(self, hidden: Tensor | None, packed: PackedRow) -> Tensor:
         """hidden [t, 1, h] on the first chunk, None on others (the schedule sets it, padded) -> [t, 1, h].
 
-        With sequence parallel the output holds this tensor-parallel rank's t / tp tokens.
+        t are the tokens of the row, or of this context rank's part of it. With sequence parallel the output holds this
+        tensor-parallel rank's t / tp tokens.
         """
         # Transformer Engine counts the positions of each sequence itself, from cu_seqlens.
         positions = packed.positions

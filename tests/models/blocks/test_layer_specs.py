@@ -98,36 +98,53 @@ def test_packed_attention_equals_one_sequence_at_a_time(groups, on_cpu: None, at
         torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
 
 
-@ATTENTIONS
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_attention_shared_by_context_ranks_equals_that_of_one(
-    on_cpu: None, attention_kernel: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+def compare_shared_attention(
+    attention_kernel: str, ranks: int, like: torch.Tensor, atol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rank with its chunks and the keys of all, which one process stands in for: outputs and gradients."""
+    """Every rank with its chunks and the keys of all, which one process stands in for: outputs and gradients.
+
+    The reference is one rank in float64 on the CPU; the ranks compute with the device and the dtype of `like`.
+    """
     attention = LocalAttention(language_transformer_config(MODEL, ParallelConfig()), 1, AttnMaskType.causal, "self")
     lengths = [padded_length(length, ranks) for length in LENGTHS]
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), 1, heads, 8) for heads in (4, 2, 2)]
     whole = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    shared = [x.detach().clone().requires_grad_() for x in whole]
+    shared = [x.detach().to(like).requires_grad_() for x in whole]
     direction = torch.randn(sum(lengths), 1, 32, generator=generator, dtype=torch.float64)
     expected = attention(*whole, None, packed_seq_params=packed_row(boundaries(lengths), lengths, "buckets"))
     (expected * direction).sum().backward()
 
     order = torch.from_numpy(row_order(lengths, ranks))
-    parts = list(zip(*(x[order].chunk(ranks) for x in shared)))
+    parts = list(zip(*(x[order.to(like.device)].chunk(ranks) for x in shared)))
     gathered = torch.cat([torch.cat([key, value], dim=-1).squeeze(1) for _, key, value in parts])
     monkeypatch.setattr(layer_specs, "gather_from_sequence_parallel_region", lambda own, group: gathered)
     for rank, part in enumerate(parts):
         group = SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))
-        layout = packed_row(boundaries(lengths), lengths, attention_kernel, group)
+        layout = packed_row(boundaries(lengths).to(like.device), lengths, attention_kernel, group)
         places = order.chunk(ranks)[rank]
-        assert torch.equal(layout.positions, torch.cat([torch.arange(length) for length in lengths])[places])
+        assert torch.equal(layout.positions.cpu(), torch.cat([torch.arange(length) for length in lengths])[places])
         output = attention(*part, None, packed_seq_params=layout)
-        torch.testing.assert_close(output, expected[places], rtol=0, atol=1e-12)
-        (output * direction[places]).sum().backward(retain_graph=True)
+        torch.testing.assert_close(output.cpu().double(), expected[places], rtol=0, atol=atol)
+        (output * direction[places].to(like)).sum().backward(retain_graph=True)
     for ours, reference in zip(shared, whole):
-        torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
+        torch.testing.assert_close(ours.grad.cpu().double(), reference.grad, rtol=0, atol=10 * atol)
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_attention_shared_by_context_ranks_equals_that_of_one(
+    on_cpu: None, attention_kernel: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_shared_attention(attention_kernel, ranks, torch.empty(0, dtype=torch.float64), 1e-12, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_of_torch_aligns_its_mask_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a chunk has more keys than queries, FlashAttention's causal mask must let its last query see all keys."""
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    compare_shared_attention("variable_length", 2, like, 3e-2, monkeypatch)
 
 
 @ATTENTIONS
