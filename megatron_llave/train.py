@@ -77,6 +77,7 @@ def train(cfg: RunConfig) -> str:
     """
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
+        pretrained.require_plausible()
         cfg = starting_from(pretrained, cfg)
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))

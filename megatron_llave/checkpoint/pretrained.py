@@ -19,7 +19,7 @@ from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
-from megatron_llave.models.hf.weights import fill_from_hf
+from megatron_llave.models.hf.weights import fill_from_hf, require_plausible
 
 HF_CONFIG = "config.json"
 
@@ -40,6 +40,15 @@ class Pretrained:
     def assets(self) -> Path:
         """Return the folder that may hold a tokenizer."""
         return self.folder if self.is_hf else self.folder / folders.ASSETS
+
+    def require_plausible(self) -> None:
+        """Refuse a Hugging Face folder whose config.json is of another model, before a model is built for it.
+
+        Raises:
+            CheckpointError: names what its weights lack.
+        """
+        if self.is_hf:
+            require_plausible(open_hf(self.folder))
 
     def load(self, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
         """Fill this rank's chunks, at the parallel layout of `groups`.

@@ -122,6 +122,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     cfg = _configure(pretrained, overrides)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
+    pretrained.require_plausible()
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=None)
     pretrained.load(chunks, groups, average)
     for chunk in chunks:

@@ -252,6 +252,23 @@ def test_wrong_folder_is_refused_by_name(groups, tmp_path: Path, kind: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing half-written may be left"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 400, "missing: language_model.model.layers.10.input_layernorm.weight"),
+        ("hidden_size", 16_000_000, r"wrong shape: language_model.model.embed_tokens.weight, .* \[..., 16000000\]"),
+    ],
+)
+def test_config_of_another_model_takes_no_memory(tmp_path: Path, key: str, value: int, message: str) -> None:
+    """It describes a model of up to 10 PB, and is refused before one is built."""
+
+    def enlarge(config: dict, tensors: dict[str, Tensor]) -> None:
+        config["text_config"][key] = value
+
+    with pytest.raises(CheckpointError, match=message):
+        find_pretrained(variant(tmp_path / "source", enlarge)).require_plausible()
+
+
 def test_inspect_lists_every_fault(groups, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spoil(config: dict, tensors: dict[str, Tensor]) -> None:
         for change, _ in (WRONG["missing"], WRONG["extra"], WRONG["shape"]):

@@ -151,6 +151,24 @@ def require_complete(weights: HfWeights, expected: dict[str, tuple[int, ...]], e
         raise CheckpointError(f"{weights.files.folder} does not fit its config.json: {'; '.join(problems[:5])}{more}")
 
 
+def require_plausible(weights: HfWeights) -> None:
+    """Refuse a folder whose config.json is of another model, before memory is taken for what it describes.
+
+    Raises:
+        CheckpointError: names the first tensors that are missing, or the token embedding.
+    """
+    model, layout = weights.config.model, weights.config.layout
+    rules = weights.format.rules(model).values()
+    missing = sorted({name for rule in rules for name in rule.names} - weights.names.keys())
+    problems = [f"missing: {weights.format.layout_name(name, layout)}" for name in missing[:5]]
+    if not missing and weights.shape(weights.format.embedding)[1:] != (model.language.hidden_size,):
+        width = f"config.json makes it [..., {model.language.hidden_size}]"
+        problems = [f"wrong shape: {weights.names[weights.format.embedding]}, {width}"]
+    if problems:
+        more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{weights.files.folder} does not fit its config.json: {'; '.join(problems)}{more}")
+
+
 def fill_from_hf(chunks: Iterable[Module], weights: HfWeights, groups: ProcessGroupCollection) -> None:
     """Copy an HF folder's weights into this rank's chunks, at any parallel layout; each rank reads what it holds.
 
