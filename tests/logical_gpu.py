@@ -7,6 +7,7 @@ synchronization. A device tensor is one whose storage is marked; the marks sprea
 backward passes included. gloo takes NCCL's place.
 """
 
+import inspect
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_llave.distributed import cpu_emulation
+
 ROOT = Path(__file__).resolve().parents[1]
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CUDA, CPU, BASE = torch.device("cuda", 0), torch.device("cpu"), torch._C.TensorBase
 READS_VALUES = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique", "_unique2",
     "unique_consecutive", "bincount",
@@ -263,19 +266,19 @@ def _new_tensor(gpu: LogicalGpu, tensor: Tensor, *args: Any, **kwargs: Any) -> T
 
 
 HANDLERS: dict[Callable, Callable] = {
-    Tensor.device.__get__: _device,
-    Tensor.is_cuda.__get__: lambda gpu, tensor: tensor in gpu.device,
-    Tensor.is_cpu.__get__: lambda gpu, tensor: tensor not in gpu.device,
-    Tensor.get_device: lambda gpu, tensor: 0 if tensor in gpu.device else -1,
-    Tensor.type: _type,
-    Tensor.to: _to,
-    Tensor.cuda: lambda gpu, tensor, *args, **kwargs: _to(gpu, tensor, CUDA, **kwargs),
-    Tensor.cpu: lambda gpu, tensor, **kwargs: _to(gpu, tensor, CPU, **kwargs),
-    Tensor.pin_memory: lambda gpu, tensor, *args: gpu.pinned.set(tensor.clone()),
-    Tensor.is_pinned: lambda gpu, tensor, *args: tensor in gpu.pinned,
-    Tensor.tolist: _tolist,
-    Tensor.numpy: _numpy,
-    Tensor.new_tensor: _new_tensor,
+    BASE.device.__get__: _device,
+    BASE.is_cuda.__get__: lambda gpu, tensor: tensor in gpu.device,
+    BASE.is_cpu.__get__: lambda gpu, tensor: tensor not in gpu.device,
+    BASE.get_device: lambda gpu, tensor: 0 if tensor in gpu.device else -1,
+    BASE.type: _type,
+    BASE.to: _to,
+    BASE.cuda: lambda gpu, tensor, *args, **kwargs: _to(gpu, tensor, CUDA, **kwargs),
+    BASE.cpu: lambda gpu, tensor, **kwargs: _to(gpu, tensor, CPU, **kwargs),
+    BASE.pin_memory: lambda gpu, tensor, *args: gpu.pinned.set(tensor.clone()),
+    BASE.is_pinned: lambda gpu, tensor, *args: tensor in gpu.pinned,
+    BASE.tolist: _tolist,
+    BASE.numpy: _numpy,
+    BASE.new_tensor: _new_tensor,
 }
 
 
@@ -300,6 +303,10 @@ class _Stream:
 
 def _replacements(gpu: LogicalGpu) -> Iterator[tuple[Any, str, Any]]:
     """What is replaced while the logical GPU is entered: object, name, value."""
+    for name in cpu_emulation.FACTORIES:  # where megatron-core has been made to run on the CPU
+        yield torch, name, inspect.unwrap(getattr(torch, name))
+    for name in ("to", "cuda", "type"):
+        yield Tensor, name, getattr(BASE, name)
     stream, cuda, c10d = _Stream(gpu), torch.cuda, dist.distributed_c10d
     constants = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "logical GPU"}
     constants |= {"get_device_capability": (9, 0), "is_bf16_supported": True, "is_current_stream_capturing": False}

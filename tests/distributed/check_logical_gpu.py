@@ -61,14 +61,13 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-def count(gpu: LogicalGpu, folder: str, text: str) -> dict[str, Counter[str]]:
-    """What waits in a step, an embed and an evaluation at a layout."""
-    cfg = small_config(parse_layout(text.removesuffix(",item"))[0], [])
-    cfg.train.output, cfg.train.steps = f"{folder}/{text}", STEPS
+def count(gpu: LogicalGpu, cfg: RunConfig, folder: str, reads_a_value: bool = False) -> dict[str, Counter[str]]:
+    """What waits in a step, an embed and an evaluation; the run writes into the folder."""
+    cfg.train.output, cfg.train.steps = folder, STEPS
     groups = process_groups.initialize_model_parallel(cfg.parallel)
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed)
-    reads_the_loss = patch.object(gradient_cache, "_loss_over", partial(read_the_loss, gradient_cache._loss_over))
-    with reads_the_loss if text.endswith(",item") else nullcontext():
+    reading = patch.object(gradient_cache, "_loss_over", partial(read_the_loss, gradient_cache._loss_over))
+    with reading if reads_a_value else nullcontext():
         waits = {"step": count_step(gpu, cfg, chunks, groups)}
     for chunk in chunks:
         chunk.eval()
@@ -95,9 +94,9 @@ def count_step(
 ) -> Counter[str]:
     """What waits from one call for data to the next one in the training loop."""
     state = TrainingState(chunks, build_trainable(cfg, chunks, groups), None, groups)
-    data = read(cfg) if is_reader(groups.mp) else None
+    data = read(cfg) if is_reader(groups) else None
     before: list[Counter[str]] = []
-    steps = noted(broadcast_steps(data, groups.mp, process_groups.device()), gpu, before)
+    steps = noted(broadcast_steps(data, groups, process_groups.device()), gpu, before)
     run = RunState(cfg.train.output, dist.get_rank() == 0)
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     log = RunLog(Path(cfg.train.output), 1, STEPS, process_groups.is_reporting_rank(groups), [])
@@ -174,7 +173,8 @@ def main() -> None:
     with LogicalGpu() as gpu:
         process_groups.initialize_distributed(120)
         for text in layouts:
-            waits = count(gpu, folder, text)
+            cfg = small_config(parse_layout(text.removesuffix(",item"))[0], [])
+            waits = count(gpu, cfg, f"{folder}/{text}", text.endswith(",item"))
             print(json.dumps({"layout": text, **waits}), flush=True)
             process_groups.destroy_model_parallel()
         process_groups.destroy_distributed()
