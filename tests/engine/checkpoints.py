@@ -39,15 +39,20 @@ from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import build_trainable
 
 DIRECTIONS = [
-    *((LOCAL, "fp32", ENGINE, "fp32"), (ENGINE, "fp32", LOCAL, "fp32"), (ENGINE, "fp32", ENGINE, "fp32")),
+    *((LOCAL, "fp32", ENGINE, "fp32"), (ENGINE, "fp32", LOCAL, "fp32")),
     *((LOCAL, "bf16", ENGINE, "bf16"), (ENGINE, "bf16", LOCAL, "bf16")),
     *((ENGINE, recipe, ENGINE, recipe) for recipe in RECIPES),
     *((ENGINE, "delayed", LOCAL, "bf16"), (ENGINE, "delayed", ENGINE, "bf16"), (LOCAL, "bf16", ENGINE, "delayed")),
 ]
 """Kernels and precision that a checkpoint is of, and those it is loaded into."""
-OLD = [(LOCAL, "fp32", ENGINE, "fp32"), (ENGINE, "fp32", LOCAL, "fp32"), (ENGINE, "delayed", ENGINE, "delayed")]
+OLD = [(LOCAL, "fp32", ENGINE, "fp32"), (ENGINE, "delayed", ENGINE, "delayed")]
 """The same for checkpoints with extra states, which earlier versions wrote."""
 LAYOUT_SAVED, LAYOUT_LOADED = "1,2,2,0,0", "2,1,1,1,0"
+
+
+def short(kernels: str, precision: str) -> RunConfig:
+    """A run of a model with few layers."""
+    return config(kernels, precision, num_layers=2)
 
 
 def build(cfg: RunConfig, seed: int) -> TrainingState:
@@ -127,9 +132,9 @@ def between(folder: Path, kernels: str, precision: str, to_kernels: str, to_prec
     """Save with one kind of kernels, load with another: as weights, and to resume where the precision is the same."""
     name = f"{kernels} {precision}{' old' if is_old else ''}"
     if name not in SAVED:
-        SAVED[name] = saved_run(config(kernels, precision), folder / name, is_old)
+        SAVED[name] = saved_run(short(kernels, precision), folder / name, is_old)
     reset_fp8()
-    saved, cfg, said = SAVED[name], config(to_kernels, to_precision), io.StringIO()
+    saved, cfg, said = SAVED[name], short(to_kernels, to_precision), io.StringIO()
     handler = logging.StreamHandler(said)
     fp8_scales.logger.addHandler(handler)
     run = build(cfg, seed=1)
@@ -142,7 +147,7 @@ def between(folder: Path, kernels: str, precision: str, to_kernels: str, to_prec
         "said": said.getvalue(),
     }
     if precision == to_precision:
-        figures["loss"] = abs(resumed(config(to_kernels, to_precision), saved.path) / saved.loss - 1)
+        figures["loss"] = abs(resumed(short(to_kernels, to_precision), saved.path) / saved.loss - 1)
     return figures
 
 
@@ -187,8 +192,8 @@ def apart(one: Tensor, other: Tensor) -> float:
 def from_elsewhere(folder: Path) -> dict:
     """Resume the run of a process without Transformer Engine, and leave it one to resume."""
     elsewhere = next((folder / "local run").glob("checkpoints/step-*"))
-    saved = saved_run(config(ENGINE, "fp32"), folder / "engine run")
-    return {"resumed": resumed(config(ENGINE, "fp32"), elsewhere), "to resume": saved.loss}
+    saved = saved_run(short(ENGINE, "fp32"), folder / "engine run")
+    return {"resumed": resumed(short(ENGINE, "fp32"), elsewhere), "to resume": saved.loss}
 
 
 def scales_at_other_layouts(folder: Path) -> dict:

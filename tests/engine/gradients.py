@@ -43,10 +43,10 @@ AT_LAYOUTS = [
 """Cases of the tests; `all` has every precision at every layout, with all recomputations and frozen parts."""
 
 
-def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "none") -> RunConfig:
+def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "none", num_layers: int = 4) -> RunConfig:
     """A run of the small model, whose sizes FP8 and cuDNN take at tensor parallel 2; FP8 is named by its recipe."""
     cfg = small_config(*parse_layout(layout))
-    language = replace(cfg.model.language, hidden_size=64, ffn_hidden_size=96)
+    language = replace(cfg.model.language, hidden_size=64, ffn_hidden_size=96, num_layers=num_layers)
     fp8 = {"precision": "fp8", "fp8_recipe": precision} if precision in RECIPES else {"precision": precision}
     cfg.model = replace(cfg.model, language=language, kernels=kernels, recompute=recompute, **fp8)
     return cfg

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine import checkpoints, double, gradients
-from engine.gradients import LOCAL, RECIPES, config
+from engine.gradients import LOCAL, RECIPES
 from golden_model import ONEVISION
 from run_ranks import run_command
 
@@ -29,7 +29,7 @@ BF16_ROUNDING = 2**-9
 def local_loss(groups, folder: Path) -> float:
     """The second step of a run without Transformer Engine, whose checkpoint after the first one is in the folder."""
     import_hf(ONEVISION, folder / "golden", groups)
-    return checkpoints.saved_run(config(LOCAL, "fp32"), folder / "local run").loss
+    return checkpoints.saved_run(checkpoints.short(LOCAL, "fp32"), folder / "local run").loss
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_checkpoints_load_into_other_kernels_and_precisions(figures, direction: 
         assert case["loss"] <= 1e-5 and case["embeddings"] <= 1e-6, case
     else:
         assert case["embeddings"] <= (0.02 if precision == to_precision == "bf16" else 0.2), case
-        assert case.get("loss", 0) <= 0.05, case
+        assert case.get("loss", 0) <= (0.2 if has_no_scales else 0.05), case
 
 
 def test_golden_model_is_embedded_evaluated_trained_and_exported(figures) -> None:
@@ -140,7 +140,7 @@ def test_runs_go_on_between_machines_with_and_without_transformer_engine(figures
     (case,) = of(figures, "from elsewhere")
     assert case["resumed"] == pytest.approx(local_loss, rel=1e-5)
     path = next((folder / "engine run").glob("checkpoints/step-*"))
-    assert checkpoints.resumed(config(LOCAL, "fp32"), path) == pytest.approx(case["to resume"], rel=1e-5)
+    assert checkpoints.resumed(checkpoints.short(LOCAL, "fp32"), path) == pytest.approx(case["to resume"], rel=1e-5)
 
 
 def test_delayed_scales_load_at_another_layout(figures) -> None:
