@@ -108,7 +108,8 @@ def count_step(
 def read(cfg: RunConfig) -> Iterator[StepBuffer]:
     """Steps of micro batches of different lengths, in page-locked memory as torch's DataLoader yields them."""
     pairs, hard = random_pairs(cfg.model, MICRO_BATCHES * PAIRS), [random_sequence(cfg.model, 100, True)]
-    batches = [pack_pair_batch(pairs[i : i + PAIRS], cfg.model, 2, hard) for i in range(0, len(pairs), PAIRS)]
+    parts = [pairs[start : start + PAIRS] for start in range(0, len(pairs), PAIRS)]
+    batches = [pack_pair_batch(part, cfg.model, 4, hard, cfg.parallel.context) for part in parts]
     while True:
         yield pack_step(StepBatches(batches, {})).pin_memory()
 
