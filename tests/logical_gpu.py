@@ -133,6 +133,9 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in HANDLERS:
             return HANDLERS[func](self._gpu, *args, **kwargs)
+        if getattr(func, "__name__", "") in COPIES_PYTHON_VALUES and not isinstance(args[0], Tensor):
+            for _ in filter(self._gpu.device.__contains__, _tensors(args)):
+                self._gpu.wait(f"{func.__name__} of values of the device")
         is_pinned = kwargs.get("pin_memory") is not None and kwargs.pop("pin_memory")
         wanted = kwargs.get("device")
         if wanted is None or is_pinned:
@@ -146,8 +149,6 @@ class _FunctionMode(TorchFunctionMode):
         if not isinstance(made, Tensor):
             return made
         if is_cuda and name in COPIES_PYTHON_VALUES:
-            for _ in filter(self._gpu.device.__contains__, _tensors(args)):
-                self._gpu.wait(name)
             return self._gpu.upload(made.clone(), None)
         return self._gpu.device.set(made, is_cuda)
 

@@ -159,7 +159,12 @@ def check_rules() -> None:
             *(lambda: torch.tensor([1.0], device="cuda"), lambda: device.new_tensor([1.0])),
             *(lambda: device[device > 1], lambda: device.masked_select(device > 1), lambda: device.copy_(host)),
             *(lambda: host.copy_(device), lambda: torch.repeat_interleave(device, device.long())),
-            *(lambda: device.unique(), lambda: torch.equal(device, device), torch.cuda.Event().synchronize),
+            *(
+                lambda: torch.tensor([device[0]]),
+                lambda: device.unique(),
+                lambda: torch.equal(device, device),
+                torch.cuda.Event().synchronize,
+            ),
         ]
         for number, call in enumerate(waiting, 1):
             call()
