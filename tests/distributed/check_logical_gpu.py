@@ -181,7 +181,9 @@ def main() -> None:
         for text in layouts:
             cfg = small_config(parse_layout(text.removesuffix(",item"))[0], [])
             waits = count(gpu, cfg, f"{folder}/{text}", text.endswith(",item"))
-            print(json.dumps({"layout": text, **waits}), flush=True)
+            # In one piece, since all ranks write into the same file, and other lines may not have ended yet.
+            sys.stdout.write(f"\n{json.dumps({'layout': text, **waits})}\n")
+            sys.stdout.flush()
             process_groups.destroy_model_parallel()
         process_groups.destroy_distributed()
 
