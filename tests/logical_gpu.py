@@ -289,6 +289,7 @@ class _Stream:
     def __init__(self, gpu: LogicalGpu) -> None:
         self.synchronize = lambda: gpu.wait("synchronize")
         self.cuda_stream = 0
+        self.is_capturing = lambda: False
 
     def __getattr__(self, name: str) -> Callable:
         if name not in ("wait_stream", "wait_event", "record_event", "record", "wait", "query", "elapsed_time"):
@@ -317,6 +318,7 @@ def _replacements(gpu: LogicalGpu) -> Iterator[tuple[Any, str, Any]]:
     constants |= {"is_initialized": True, "device": nullcontext()}
     for name, value in constants.items():
         yield cuda, name, lambda *args, value=value, **kwargs: value
+    yield torch.accelerator, "current_stream", lambda *args: stream
     yield cuda, "synchronize", lambda *args: gpu.wait("synchronize")
     yield cuda, "manual_seed", torch.manual_seed
     for module, name in ((cuda, "{}_rng_state"), (random, "_{}_cuda_rng_state")):
