@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ STUB = """
 import json
 import multiprocessing
 import os
+import random
 from pathlib import Path
 
 def main(argv):
@@ -38,9 +40,12 @@ def main(argv):
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """A free port of those that the kernel gives to nobody by itself, such as to the connections of another test."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def environment(**env: str) -> dict[str, str]:
