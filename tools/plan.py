@@ -180,7 +180,7 @@ def step_table(plan: Plan, source: str) -> Table:
         "balance of the stages": f"{plan.balance:.2f}",
         "gathered by the loss per rank": f"{plan.gather_bytes / 1e6:.1f} MB",
         "gradients, weights per rank": f"{plan.reduction_bytes / 1e6:.1f} MB",
-        "host memory of a save per node": f"{plan.save_per_node / GIB:.1f} GB",
+        "host memory of a save per node": f"{plan.save_per_node() / GIB:.1f} GB",
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -8,6 +8,7 @@ the columns.
 """
 
 import argparse
+import os
 import sys
 
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def needs_of(cfg: RunConfig) -> tuple[Needs, list[str]]:
     except ConfigError as error:
         return Needs(), [f"the run: {error}"]
     kept = max(cfg.checkpoint.keep_last, 1) + 1  # the newest is written before an old one is removed
-    return Needs(plan.save_per_node, kept * sum(plan.saves)), []
+    return Needs(plan.save_per_node(int(os.environ.get("LOCAL_WORLD_SIZE", 1))), kept * sum(plan.saves)), []
 
 
 def show(nodes: list[Node], over_all: float, faults: list[str]) -> None:

@@ -44,9 +44,9 @@ def initialize_distributed(timeout_seconds: int) -> int:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
-        # With its device NCCL connects now, so that a bad network is an error here, and barriers need not guess it.
-        own = device() if torch.cuda.is_available() else None
-        dist.init_process_group(backend, timeout=limit, device_id=own, **_rendezvous())
+        # Without device_id: with it, torch splits every later group off one communicator at once, also megatron-core's
+        # gloo groups, which hangs in some layouts (pytorch issues 145376 and 153960) and takes memory for each group.
+        dist.init_process_group(backend, timeout=limit, **_rendezvous())
     return dist.get_world_size()
 
 

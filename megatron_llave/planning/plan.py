@@ -83,10 +83,9 @@ class Plan:
         ranks = self.step.data_parallel * layout.tensor * layout.context
         return [stage.save for stage in self.stages for _ in range(ranks)]
 
-    @property
-    def save_per_node(self) -> int:
-        """Return the host bytes that a save takes on the node that needs most."""
-        return max(sum(self.saves[first : first + NODE]) for first in range(0, len(self.saves), NODE))
+    def save_per_node(self, ranks: int = NODE) -> int:
+        """Return the host bytes that a save takes on the node that needs most, with so many ranks on each."""
+        return max(sum(self.saves[first : first + ranks]) for first in range(0, len(self.saves), ranks))
 
     @property
     def bubble(self) -> float:

@@ -66,7 +66,8 @@ def _broadcast(step: StepBuffer | None, group: dist.ProcessGroup, device: torch.
 def exchange_row_counts(batches: list[PairBatch], group: dist.ProcessGroup) -> None:
     """Tell each micro batch how many pairs and hard negatives those of the other data-parallel ranks have.
 
-    The host waits for this once, before it gives the device any work, and not in the middle of the step.
+    The host waits for this once, at the beginning of the step and for what the device still has to do, and not in the
+    middle of the step.
     """
     numbers = [number for batch in batches for number in (batch.num_pairs, batch.num_hard_negatives)]
     of_ranks = numbers_of_ranks(group, numbers)

@@ -34,7 +34,7 @@ def test_import_sets_them_before_it_asks_for_a_gpu(monkeypatch: pytest.MonkeyPat
     assert DEFAULTS.items() <= seen[0].items()
 
 
-def test_process_group_is_bound_to_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_has_its_gpu_and_groups_have_communicators_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -45,4 +45,4 @@ def test_process_group_is_bound_to_its_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: given.update(backend=backend, **rest))
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
     assert process_groups.initialize_distributed(60) == 8
-    assert given["backend"] == "nccl" and given["device_id"] == torch.device("cuda", 3)
+    assert given["backend"] == "nccl" and chosen == [3] and "device_id" not in given

@@ -59,7 +59,7 @@ def test_kubernetes_runs_the_documented_command(tmp_path: Path) -> None:
     plan = make_plan(cfg, 8 * job["completions"], mmeb_like(cfg.model, cfg.data.max_length))
     memory = int(container["resources"]["requests"]["memory"].removesuffix("Gi")) << 30
     shared = int(pod["volumes"][1]["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30
-    assert 100 << 30 < memory - plan.save_per_node - shared
+    assert 100 << 30 < memory - plan.save_per_node() - shared
 
 
 def test_image_is_pinned_and_not_roots() -> None:

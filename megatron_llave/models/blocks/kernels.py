@@ -28,6 +28,8 @@ VARIABLE_LENGTH_ATTENTION = "torch.nn.attention.varlen"
 """The module of torch's attention over packed sequences, since torch 2.10."""
 VARIABLE_LENGTH_SINCE = (8, 0)
 """The lowest compute capability that it runs on."""
+LARGEST_HEAD = 256
+"""The most channels of a head that it has kernels for; their number must be a multiple of 8."""
 
 
 def fuses_weight_gradients(kernels: str) -> bool:
@@ -53,11 +55,13 @@ def attention_kernel(model: ModelConfig) -> str:
     """Return what the decoder attends to a packed row with.
 
     This is transformer_engine; or with local kernels variable_length, torch's FlashAttention, which takes the row as it
-    is, on a GPU in bf16; or else buckets of sequences of similar lengths.
+    is, on a GPU in bf16 with heads that it has kernels for; or else buckets of sequences of similar lengths.
     """
     if model.kernels == "transformer_engine":
         return model.kernels
-    if torch.cuda.is_available() and model.precision != "fp32" and find_spec(VARIABLE_LENGTH_ATTENTION) is not None:
+    head_size = model.language.hidden_size // max(1, model.language.num_heads)
+    fits = model.precision != "fp32" and head_size % 8 == 0 and head_size <= LARGEST_HEAD
+    if torch.cuda.is_available() and fits and find_spec(VARIABLE_LENGTH_ATTENTION) is not None:
         return "variable_length" if torch.cuda.get_device_capability() >= VARIABLE_LENGTH_SINCE else "buckets"
     return "buckets"
 

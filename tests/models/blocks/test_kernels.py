@@ -172,6 +172,9 @@ def test_attention_that_takes_the_row_as_it_is_where_there_is_one(
     line = kernels.describe_kernels(local, "fused AdamW of torch")
     assert "attention variable_length, fused activations, fused AdamW of torch" in line
     assert kernels.attention_kernel(ModelConfig(precision="fp32")) == "buckets"
+    for size, kernel in ((64, "variable_length"), (256, "variable_length"), (60, "buckets"), (264, "buckets")):
+        heads = LanguageConfig(hidden_size=2 * size, num_heads=2)
+        assert kernels.attention_kernel(ModelConfig(precision="bf16", language=heads)) == kernel
     assert kernels.attention_kernel(ModelConfig(kernels="transformer_engine")) == "transformer_engine"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert kernels.attention_kernel(local) == "buckets"
