@@ -59,7 +59,8 @@ def main() -> int:
         if number == signal.SIGINT:
             if number in asked:
                 for rank in psutil.Process(process.pid).children(recursive=True):
-                    rank.kill()  # torchrun has put each into a session of its own
+                    with suppress(psutil.Error):  # it has ended
+                        rank.kill()  # torchrun has put each into a session of its own
                 process.kill()
                 os._exit(128 + number)
             print("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once", file=sys.stderr, flush=True)

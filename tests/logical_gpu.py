@@ -116,7 +116,8 @@ def _place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and (file.startswith(f"{ROOT}/") or "/megatron/core/" in file):
+        is_ours = file.startswith(f"{ROOT}/") and "/site-packages/" not in file  # .venv may lie in the clone
+        if file != __file__ and (is_ours or "/megatron/core/" in file):
             return f"{file.split('site-packages/')[-1].removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -45,7 +46,8 @@ def ranks_of(torchrun: psutil.Process) -> list[psutil.Process]:
 
 def kill_all(process: psutil.Process) -> None:
     for one in [process, *process.children(recursive=True)]:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # the kernel ends forks with the process that has made them
+            one.kill()
 
 
 def start_and_disturb(arguments: list[str], run: Path, after: int, disturb: Callable[[psutil.Process], None]) -> int:
