@@ -4,7 +4,6 @@ Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v 
 b pairs, m hard negatives, c context ranks.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_llave.errors import DataError
-from megatron_llave.files import read_bytes
+from megatron_llave.files import NO_CHARACTER, read_bytes
 
 MAX_IMAGE_BYTES = 2**30
 """The largest image file that is read."""
@@ -24,7 +23,7 @@ MAX_IMAGE_BYTES = 2**30
 
 def check_text(text: str) -> None:
     """Raise a DataError if a text holds a NUL or half a surrogate pair, which are no characters."""
-    wrong = re.search("[\0\ud800-\udfff]", text)
+    wrong = NO_CHARACTER.search(text)
     if wrong:
         kind = "a NUL" if wrong[0] == "\0" else "half a surrogate pair, as of a cut emoji"
         raise DataError(f"the text holds {kind} ({wrong[0]!a} at character {wrong.start() + 1}); remove it")

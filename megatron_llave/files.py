@@ -39,6 +39,10 @@ NO_LENGTH_LIMIT = str(int(1e30))
 """The one integer of more than 64 bits that JSON may have: transformers' model_max_length where there is no limit."""
 
 
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+"""What a Python string can hold and a text cannot: NUL, and half of a surrogate pair, as of a cut emoji."""
+
+
 @contextmanager
 def atomic_write(path: str | Path, only_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary name that is renamed to `path` at the end, so that readers see the old or the new file.
@@ -161,7 +165,7 @@ def parse_json(text: str | bytes, where: str, error: type[UserError] = DataError
     value = _decode(text, where, error, "")
     if (b"\\u" if isinstance(text, bytes) else "\\u") in text or isinstance(text, str) and not text.isascii():
         for string in _strings(value):
-            if "\0" in string or not string.isascii() and re.search("[\ud800-\udfff]", string):
+            if NO_CHARACTER.search(string):
                 wrong = "a NUL" if "\0" in string else "half a surrogate pair, as of a cut emoji"
                 raise error(f"{where}: the text {string!r} holds {wrong}, which is no character; remove it")
     return value

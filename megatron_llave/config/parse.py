@@ -19,7 +19,7 @@ import yaml
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, require
-from megatron_llave.files import MAX_JSON_DEPTH, read_bytes
+from megatron_llave.files import MAX_JSON_DEPTH, NO_CHARACTER, read_bytes
 
 MAX_BYTES = 2**20
 """The largest configuration file that is read."""
@@ -167,7 +167,7 @@ class TypedReader:
         require(self.count <= MAX_VALUES, f"{self.source} has more than {MAX_VALUES} values")
         is_reference = isinstance(value, str) and "${" in value
         require(not is_reference, f"{key}={value}: ${{...}} is not resolved; write the value")
-        wrong = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)
+        wrong = isinstance(value, str) and NO_CHARACTER.search(value)
         require(not wrong, f"{key}={value!a} holds a NUL or a byte that is not UTF-8, which is no character")
         require(value != "???", f"{key}=??? is no value; leave the key out for its default")
         origin, arguments = get_origin(hint), get_args(hint)
