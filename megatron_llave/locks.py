@@ -132,7 +132,9 @@ def _acquire(directory: Path, name: str) -> tuple[int, dict[str, Any]]:
                 if is_earlier_start or state is not _Holder.LIVES:
                     logger.warning("%s: waiting for the end of %s", name, _named(holder))
             lives = state is _Holder.LIVES or state is _Holder.SILENT and last_touch != touched
-            if lives and not is_earlier_start or deadline is not None and time.monotonic() > deadline:
+            # A file that nobody touches decides by its age alone, by the file server's clock: its writer is gone then.
+            is_late = deadline is not None and time.monotonic() > deadline and (lives or state is _Holder.ENDING)
+            if is_late or lives and not is_earlier_start:
                 hint = "wait for its end, or choose another folder"
                 raise DataError(f"another process is writing into {directory}: {_named(holder)}; {hint}")
         time.sleep(POLL_SECONDS)
