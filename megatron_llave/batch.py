@@ -115,7 +115,8 @@ class PackedSequences:
     """n, not counting the padding."""
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0. The last tile may be
-    repeated, so that context ranks have equally many."""
+    repeated, so that context ranks have equally many. With `grids`, a tile is one visual token's pixels,
+    [k, 4, 3, 2, patch, patch]: four patches of two frames, and every context rank has all tiles."""
     num_tiles: int
     """Number of tiles of the row without repeated ones, also in the part of a rank."""
     visual_source: Tensor
@@ -125,6 +126,11 @@ class PackedSequences:
     """[v] int64: the place of visual token i in the row or part; rising if context ranks share the row."""
     last_token: Tensor
     """[n] int64: the place in the row of each sequence's last token, which is the pooled one."""
+    positions: Tensor | None = None
+    """[3, t] int64: temporal, vertical and horizontal position of each token of the row or part; None: tokens are
+    counted from the beginning of their sequence."""
+    grids: list[list[int]] = field(default_factory=list)
+    """Frames, rows and columns of patches of each image or video, which the host knows; empty: tiles are squares."""
     blank: Tensor | None = None
     """[k] bool: the tiles whose normalised pixels are zeros, which no uint8 value gives; None: no tile is."""
     blend_source: Tensor | None = None
@@ -158,7 +164,8 @@ class PackedSequences:
         return replace(
             self,
             tokens=self.tokens[rank * t : (rank + 1) * t],
-            tiles=self.tiles[rank * k : (rank + 1) * k],
+            positions=None if self.positions is None else self.positions[:, rank * t : (rank + 1) * t],
+            tiles=self.tiles if self.grids else self.tiles[rank * k : (rank + 1) * k],
             visual_source=self.visual_source[start:end],
             visual_position=self.visual_position[start:end] - rank * t,
             blank=None if self.blank is None else self.blank[rank * k : (rank + 1) * k],

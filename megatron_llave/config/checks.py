@@ -11,6 +11,8 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import require
 
 MOST_LAYERS = 500
+NEEDED = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"}
+"""Sizes without a default that every family has."""
 
 
 def validate(cfg: RunConfig) -> None:
@@ -80,21 +82,28 @@ def _validate_model(model: ModelConfig) -> None:
     for part, values in (("vision", model.vision), ("language", model.language)):
         for f in fields(values):
             value = getattr(values, f.name)
-            require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+            if f.name in NEEDED or value != f.default and not isinstance(value, list):
+                require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
         require(
             values.num_layers <= MOST_LAYERS, f"model.{part}.num_layers={values.num_layers} is beyond {MOST_LAYERS}"
         )
-        ok = values.hidden_size % values.num_heads == 0
+        ok = values.hidden_size % values.num_heads == 0 or getattr(values, "head_size", 0) > 0
         sizes = f"model.{part}.hidden_size={values.hidden_size}"
         require(ok, f"{sizes} is not divisible by model.{part}.num_heads={values.num_heads}")
     vision, language = model.vision, model.language
-    ok = vision.image_size >= vision.patch_size
+    ok = vision.image_size == 0 or vision.image_size >= vision.patch_size
     sizes = f"model.vision.image_size={vision.image_size}"
     require(ok, f"{sizes} is smaller than model.vision.patch_size={vision.patch_size}")
     heads = f"model.language.num_heads={language.num_heads}"
     ok = language.num_heads % language.num_kv_heads == 0
     require(ok, f"{heads} is not a multiple of model.language.num_kv_heads={language.num_kv_heads}")
-    ok = language.hidden_size // language.num_heads % 2 == 0
+    ok = language.head_channels % 2 == 0
     sizes = f"model.language.hidden_size={language.hidden_size} / {heads}"
+    sizes = f"model.language.head_size={language.head_size}" if language.head_size else sizes
     require(ok, f"{sizes} must be even, as rotary embeddings turn pairs of channels")
+    section, pairs = language.mrope_section, language.head_channels // 2
+    ok = not section or len(section) == 3 and sum(section) == pairs and min(section) > 0
+    require(
+        ok, f"model.language.mrope_section={section} must be three numbers whose sum is {pairs}, the pairs of a head"
+    )
     require(set(model.freeze) != set(PARTS), f"model.freeze={model.freeze} leaves nothing to train")

@@ -17,7 +17,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass
 class VisionConfig:
-    """The SigLIP vision encoder."""
+    """The vision encoder: SigLIP of llava_onevision, or that of a Qwen-VL family."""
 
     hidden_size: int = 0
     """Width of the vision encoder."""
@@ -28,9 +28,19 @@ class VisionConfig:
     ffn_hidden_size: int = 0
     """Width of the MLP in each layer."""
     image_size: int = 0
-    """Side of one square tile, in pixels."""
+    """Side of one square tile, in pixels; 0 for the Qwen-VL families, whose images keep their shape."""
     patch_size: int = 14
     """Side of one patch, in pixels. Where it does not divide image_size, the remaining pixels are ignored."""
+    num_positions: int = 0
+    """Rows of the table of learned positions, a square number, for qwen3_vl; it is interpolated to each image."""
+    window_size: int = 0
+    """Side of the windows that patches attend in, in pixels, for qwen2_5_vl."""
+    full_attention_layers: list[int] = field(default_factory=list)
+    """Layers of qwen2_5_vl, counted from 0, in which a patch attends to its whole image."""
+    tokens_per_second: int = 0
+    """Temporal positions per second of a video, for qwen2_5_vl; 0: each pair of frames is one position."""
+    deepstack_layers: list[int] = field(default_factory=list)
+    """Layers of qwen3_vl, counted from 0, whose output is added after the decoder's first layers (deepstack)."""
 
     @property
     def patches_per_side(self) -> int:
@@ -40,7 +50,7 @@ class VisionConfig:
 
 @dataclass
 class LanguageConfig:
-    """The Qwen2 decoder, up to and including its final norm."""
+    """The Qwen2 or Qwen3 decoder, up to and including its final norm."""
 
     hidden_size: int = 0
     """Width of the decoder; this is also the size of the embedding."""
@@ -58,6 +68,16 @@ class LanguageConfig:
     """Base of the rotary position embedding."""
     norm_epsilon: float = 1e-6
     """Epsilon of the RMS norms."""
+    head_size: int = 0
+    """Channels of an attention head; 0: hidden_size / num_heads."""
+    mrope_section: list[int] = field(default_factory=list)
+    """Numbers of channel pairs of a head that the rotary embedding turns by temporal, vertical and horizontal position,
+    for the Qwen-VL families. Empty: all are turned by the position in the sequence."""
+
+    @property
+    def head_channels(self) -> int:
+        """Number of channels of an attention head."""
+        return self.head_size or self.hidden_size // max(1, self.num_heads)
 
 
 @dataclass
@@ -65,7 +85,8 @@ class ModelConfig:
     """The complete embedding model: vision encoder, projector and decoder."""
 
     family: str = "llava_onevision"
-    """Model family: llava_onevision, of which LLaVE is (SigLIP, projector, Qwen2). A preset sets it too."""
+    """Model family: llava_onevision, of which LLaVE is (SigLIP, projector, Qwen2), qwen2_vl, qwen2_5_vl or qwen3_vl. A
+    preset sets it too."""
     preset: str | None = None
     """Preset that gives the sizes: tiny, 0.5b, 2b or 7b (presets.py). Keys that are set beside it override it."""
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -113,6 +113,10 @@ class DataConfig:
     its own subset."""
     too_long: str = "cut"
     """What happens to a pair with a text beyond data.max_length: cut the text, or skip the pair like a bad one."""
+    min_pixels: int | None = None
+    """Images of the Qwen-VL families with fewer pixels are enlarged; null: the pixels of 4 visual tokens."""
+    max_pixels: int | None = None
+    """Images of the Qwen-VL families with more pixels are shrunk; null: the pixels of 1280 visual tokens."""
     max_image_pixels: int = 89_000_000
     """Images with more pixels (width x height) than this are not decoded, and their pairs are bad. A side may have at
     most 1,000,000 pixels."""
@@ -141,7 +145,9 @@ class DataConfig:
         ok = colour is None or (len(colour) == 3 and all(0 <= value <= 255 for value in colour))
         require(ok, f"data.image_background={colour} must be null or [red, green, blue], each from 0 to 255")
         at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
-        at_least(self, "data", 1, ("sub_batches", "max_image_pixels"))
+        at_least(self, "data", 1, ("sub_batches", "max_image_pixels", "min_pixels", "max_pixels"))
+        ok = None in (self.min_pixels, self.max_pixels) or self.min_pixels <= self.max_pixels
+        require(ok, f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}")
         allowed = 0 <= self.max_bad_fraction <= 1
         require(allowed, f"data.max_bad_fraction={self.max_bad_fraction} must be from 0 to 1")
         for name, subset in self.subsets.items():

@@ -51,6 +51,13 @@ class TileShape:
     """Number of pixels along one side."""
     patches: int
     """p, the number of feature rows per tile."""
+    of_pixels: tuple[int, ...] | None = None
+    """Shape of a tile's array of pixels; None: [3, size, size]."""
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Return the shape of a tile's array of pixels."""
+        return self.of_pixels or (3, self.size, self.size)
 
 
 @dataclass
@@ -60,7 +67,7 @@ class EncodedSequence:
     tokens: list[int]
     """Token ids, with IMAGE once per image."""
     tiles: list[np.ndarray]
-    """The tiles of each image, uint8 [k_i, 3, size, size]."""
+    """The tiles of each image, uint8 [k_i, *TileShape.pixels]."""
     layouts: list[VisualLayout]
     """The layout of each image."""
     blank: bool = False
@@ -69,6 +76,11 @@ class EncodedSequence:
     """The text was cut to the processor's max_length."""
     image_notes: tuple[str, ...] = ()
     """What its images lost or are (notes of data.image_files.decode_image), in their order."""
+    positions: np.ndarray | None = None
+    """int64 [3, length]: temporal, vertical and horizontal position of each token, for rotary embeddings that tell them
+    apart; None: tokens are counted."""
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    """Frames, rows and columns of patches of each image, for vision encoders that take images as they are."""
 
     @property
     def length(self) -> int:
@@ -146,7 +158,7 @@ def pack_sequences(
     position = np.repeat(image_start, visual_lengths) + np.arange(visual_lengths.sum())  # [v]
 
     bounds = np.cumsum([0, *with_padding])
-    no_tile = np.zeros((0, 3, tile_shape.size, tile_shape.size), np.uint8)
+    no_tile = np.zeros((0, *tile_shape.pixels), np.uint8)
     return PackedSequences(
         tokens=torch.from_numpy(tokens),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
@@ -157,8 +169,17 @@ def pack_sequences(
         visual_position=torch.from_numpy(position),
         last_token=torch.from_numpy(bounds[1 : len(encoded) + 1] - 1),
         blank=torch.from_numpy(blank) if blank.any() else None,
+        positions=_positions(encoded, padding),
+        grids=[list(grid) for sequence in encoded for grid in sequence.grids],
         **_merge_layouts(layouts, num_tiles * tile_shape.patches),
     )
+
+
+def _positions(encoded: Sequence[EncodedSequence], padding: int) -> Tensor | None:
+    """Return the positions [3, t] of all sequences and of the padding; None if tokens are counted."""
+    if not any(sequence.positions is not None for sequence in encoded):
+        return None
+    return torch.from_numpy(np.concatenate([*(s.positions for s in encoded), np.zeros((3, padding), np.int64)], axis=1))
 
 
 def _merge_layouts(layouts: Sequence[VisualLayout], num_rows: np.ndarray) -> dict[str, Tensor]:

@@ -97,10 +97,17 @@ def shared_row(packed: PackedSequences, ranks: int, pad_to_multiple: int) -> Pac
     tokens[place] = packed.tokens.numpy()[: len(place)]
     visual = place[packed.visual_position.numpy()]  # [v]
     by_place = np.argsort(visual)
-    tiles = torch.arange(-(-packed.num_tiles // ranks) * ranks).clamp(max=packed.num_tiles - 1)
+    # Images with grids are not cut into parts: every rank encodes all of them.
+    num_tiles = packed.num_tiles if packed.grids else -(-packed.num_tiles // ranks) * ranks
+    tiles = torch.arange(num_tiles).clamp(max=packed.num_tiles - 1)
+    positions = packed.positions
+    if positions is not None:
+        positions = torch.zeros(3, len(tokens), dtype=torch.int64)
+        positions[:, place] = packed.positions[:, : len(place)]
     return replace(
         packed,
         tokens=torch.from_numpy(tokens),
+        positions=positions,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         lengths=lengths,
         tiles=packed.tiles[tiles],

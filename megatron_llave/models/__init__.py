@@ -49,10 +49,12 @@ def family_of(model: ModelConfig) -> Family:
     """Return the family of a model.
 
     Raises:
-        ConfigError: no family of that name is registered.
+        ConfigError: no family of that name is registered, or it has no models of these sizes.
     """
     one_of("model.family", model.family, tuple(FAMILIES))
-    return FAMILIES[model.family]
+    family = FAMILIES[model.family]
+    family.check(model)
+    return family
 
 
 def build_model(

@@ -37,6 +37,8 @@ class Family:
     """Lines about the parts before the decoder, for tools/convert_hf.py inspect."""
     hf: HfFormat
     """How its models are stored in Hugging Face folders."""
+    check: Callable[[ModelConfig], None] = lambda model: None
+    """Raises a ConfigError for sizes that this family cannot have; config/checks.py has what holds for every family."""
     presets: Mapping[str, dict] = field(default_factory=dict)
     """Further values of model.preset: keys of the section `model` by name. Those of the package's own families are in
     config/presets.py, which can be read before any model is imported."""

@@ -292,11 +292,14 @@ def test_every_field_has_a_docstring_under_it() -> None:
 
 
 def test_number_of_keys_stays_small() -> None:
+    """The sizes of a model do not count: a preset gives them, or the weights that are imported."""
+
     def count(cls: type) -> int:
         nested = [field.default_factory for field in dataclasses.fields(cls)]
         return sum(count(inner) if dataclasses.is_dataclass(inner) else 1 for inner in nested)
 
-    assert 40 < count(RunConfig) <= 100
+    sizes = count(model.VisionConfig) + count(model.LanguageConfig)
+    assert 40 < count(RunConfig) - sizes <= 88
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))

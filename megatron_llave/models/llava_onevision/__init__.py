@@ -13,6 +13,7 @@ FAMILY = Family(
     count_tokens=processor.count_tokens,
     input_settings=processor.input_settings,
     describe=processor.describe,
+    check=processor.check_model,
     hf=HfFormat(
         layouts=hf_config.LAYOUTS,
         presets=("0.5b", "2b", "7b"),

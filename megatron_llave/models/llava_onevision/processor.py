@@ -21,7 +21,7 @@ from megatron_llave.data.image_files import (
 from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
 from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.errors import ConfigError, DataError, require
 from megatron_llave.models.llava_onevision import anyres
 from megatron_llave.models.llava_onevision.prompt import encode_prompt
 
@@ -183,6 +183,11 @@ def input_settings(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
         "video_newline": data.video_newline,
         **settings_of_embeddings(data),
     }
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise a ConfigError for a model without tiles."""
+    require(model.vision.image_size > 0, "model.vision.image_size=0 must be positive; set it or choose model.preset")
 
 
 def describe(model: ModelConfig) -> list[str]:
