@@ -1,6 +1,7 @@
 """LLaVA-OneVision, the family that LLaVE is made of: SigLIP, a two-layer projector and a Qwen2 decoder."""
 
 from megatron_llave.models.family import Family
+from megatron_llave.models.hf import side_files
 from megatron_llave.models.hf.weights import HfFormat
 from megatron_llave.models.llava_onevision import hf_checks, hf_config, hf_files, hf_reference, hf_weights, processor
 from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
@@ -28,7 +29,7 @@ FAMILY = Family(
         is_unused=hf_weights.is_unused,
         unused_shapes=hf_weights.unused_shapes,
         room_for_tokens=hf_files.room_for_image_tokens,
-        keep_files=hf_files.keep_side_files,
+        keep_files=side_files.keep_side_files,
         write_files=hf_files.write_side_files,
         reference_model=hf_reference.reference_model,
         reference_inputs=hf_reference.reference_inputs,

@@ -18,16 +18,15 @@ from itertools import product
 from typing import Any
 
 from megatron_llave.config.checks import require_same_model
-from megatron_llave.config.model import MOST_TILES, LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import MOST_TILES, ModelConfig, VisionConfig
 from megatron_llave.config.presets import SIGLIP_SO400M
 from megatron_llave.config.schema import DataConfig, RunConfig
 from megatron_llave.errors import one_of, require
 from megatron_llave.models.hf.config_json import DTYPE_KEYS, DTYPES, HfConfig, Section
+from megatron_llave.models.hf.decoder_config import language_section, read_language
 from megatron_llave.models.llava_onevision.hf_keys import (
-    DEFAULT_ROPE_THETA,
+    DECODER,
     IMAGE_TOKENS,
-    LANGUAGE_FIXED,
-    LANGUAGE_KEYS,
     ONEVISION_FIXED,
     QWEN_FIXED,
     QWEN_REFUSED,
@@ -91,7 +90,7 @@ def _read_onevision(top: Section) -> HfConfig:
         pinpoints = [[384 * rows, 384 * columns] for rows, columns in product(range(1, 7), repeat=2)]
     model = ModelConfig(
         vision=vision,
-        language=_read_language(text),
+        language=read_language(text, DECODER),
         image_grids=[[columns, rows] for rows, columns in _grids(top, pinpoints, tile)],
         anyres_max_tiles=_max_tiles(top, "vision_aspect_ratio", "anyres_max_9"),
     )
@@ -110,7 +109,7 @@ def _read_qwen(top: Section) -> HfConfig:
     else:
         raise top.refuse("mm_vision_tower", f"a name with {SIGLIP_NAME}, or vision_config must hold its sizes")
     top.check({"mm_hidden_size": (vision.hidden_size, vision.hidden_size)})
-    model = ModelConfig(vision=vision, language=_read_language(top))
+    model = ModelConfig(vision=vision, language=read_language(top, DECODER))
     ratio = top.values.get("image_aspect_ratio", "square")
     if ratio != "square":  # square: one squashed tile
         model.anyres_max_tiles = None if ratio == "anyres" else _max_tiles(top, "image_aspect_ratio", "square")
@@ -124,40 +123,6 @@ def _read_qwen(top: Section) -> HfConfig:
 def _read_vision(section: Section) -> VisionConfig:
     section.check(VISION_FIXED)
     return VisionConfig(**{name: section.number(key, default) for name, (key, default) in VISION_KEYS.items()})
-
-
-def _read_language(section: Section) -> LanguageConfig:
-    section.check(LANGUAGE_FIXED)
-    values = section.values
-    heads = section.number(*LANGUAGE_KEYS["num_heads"])
-    named = dict(LANGUAGE_KEYS)
-    if values.get("num_key_value_heads", 0) is None:
-        named["num_kv_heads"] = ("num_attention_heads", heads)
-    language = LanguageConfig(**{name: section.number(key, default) for name, (key, default) in named.items()})
-    language.rope_theta = _rope_theta(section)
-    width = language.hidden_size // heads
-    if values.get("head_dim") not in (None, width):
-        raise section.refuse("head_dim", f"hidden_size / num_attention_heads = {width}")
-    is_sliding = "sliding_attention" in str(values.get("layer_types"))
-    if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None:
-        slides = section.number("max_window_layers", 28) < language.num_layers
-        if is_sliding if values.get("layer_types") else slides:
-            raise section.refuse("use_sliding_window", "false: every layer of ours sees the whole sequence")
-    if is_sliding:
-        raise section.refuse("layer_types", "full_attention in each place: every layer of ours sees the whole sequence")
-    return language
-
-
-def _rope_theta(section: Section) -> float:
-    """Return the base of the rotary embedding; as transformers 5.x does, from rope_parameters before rope_theta."""
-    theta = float(section.number("rope_theta", DEFAULT_ROPE_THETA))
-    for key in ("rope_parameters", "rope_scaling"):
-        inner = section.inner(key)
-        if inner is not None:
-            if inner.values.get("rope_type", inner.values.get("type", "default")) != "default":
-                raise section.refuse(key, "null, or of rope_type default")
-            theta = float(inner.number("rope_theta", theta))
-    return theta
 
 
 def _max_tiles(top: Section, key: str, default: str) -> int:
@@ -290,28 +255,10 @@ def _image_keys(model: ModelConfig, layout: str) -> dict:
 
 
 def _language_section(model: ModelConfig, tied: bool, source: HfConfig | None) -> dict:
-    """Return the keys of Qwen2Config, with rope_theta as in transformers 4.x and as in 5.x."""
+    """Return the keys of Qwen2Config."""
     raw = {} if source is None else source.raw
     given = raw if source is None or source.layout == "llava_qwen" else raw.get("text_config") or {}
-    rows, language = model.language.vocab_size, asdict(model.language)
-    special = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
-    theta = model.language.rope_theta
-    return {
-        **{key: given.get(key, token if token < rows else None) for key, token in special.items()},
-        "attention_dropout": given.get("attention_dropout", 0.0),
-        "hidden_act": "silu",
-        "initializer_range": given.get("initializer_range", 0.02),
-        "max_position_embeddings": given.get("max_position_embeddings", 32768),
-        "max_window_layers": model.language.num_layers,
-        **{key: language[name] for name, (key, _) in LANGUAGE_KEYS.items()},
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "rope_scaling": None,
-        "rope_theta": theta,
-        "sliding_window": None,
-        "tie_word_embeddings": tied,
-        "use_cache": given.get("use_cache", True),
-        "use_sliding_window": False,
-    }
+    return language_section(model.language, DECODER, given, tied, mrope={})
 
 
 def _vision_section(vision: VisionConfig) -> dict:

@@ -6,6 +6,8 @@ Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py 
 5.x); llava_arch.py and multimodal_projector/builder.py of the official LLaVE repository.
 """
 
+from megatron_llave.models.hf.decoder_config import DecoderKeys
+
 # Our field -> the key in config.json, and the value that Qwen2Config and SiglipVisionConfig give a missing key.
 LANGUAGE_KEYS = {
     "hidden_size": ("hidden_size", 4096),
@@ -35,6 +37,7 @@ LANGUAGE_FIXED = {
     "mlp_bias": (False, False),
     "partial_rotary_factor": (1.0, 1.0),
 }
+DECODER = DecoderKeys(LANGUAGE_KEYS, LANGUAGE_FIXED, DEFAULT_ROPE_THETA, window_layers=28)
 VISION_FIXED = {
     "model_type": ("siglip_vision_model", "siglip_vision_model"),
     "hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),

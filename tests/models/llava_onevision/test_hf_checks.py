@@ -14,8 +14,9 @@ from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import open_hf, read_hf_config
+from megatron_llave.models.hf.side_checks import BICUBIC, STEPS
+from megatron_llave.models.hf.side_files import SPECIAL_TOKEN
 from megatron_llave.models.llava_onevision import hf_checks, prompt
-from megatron_llave.models.llava_onevision.hf_files import SPECIAL_TOKEN
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 IMAGES, PROCESSOR, VIDEOS = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
@@ -157,8 +158,8 @@ def test_what_transformers_would_take_in_its_own_layout(name: str, change: dict,
 def test_a_missing_key_is_what_transformers_takes_for_it() -> None:
     theirs, missing = LlavaOnevisionImageProcessorPil(), hf_checks.MISSING
     assert list(theirs.image_mean) == missing["image_mean"] and list(theirs.image_std) == missing["image_std"]
-    assert all(getattr(theirs, key) == default for key, (default, _) in hf_checks.STEPS.items())
-    assert theirs.resample == hf_checks.BICUBIC and theirs.rescale_factor == 1 / 255
+    assert all(getattr(theirs, key) == default for key, (default, _) in {**STEPS, "do_pad": (True, True)}.items())
+    assert theirs.resample == BICUBIC and theirs.rescale_factor == 1 / 255
 
 
 def test_every_way_into_a_folder_looks_at_its_files(groups, tmp_path: Path) -> None:

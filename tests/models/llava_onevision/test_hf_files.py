@@ -32,13 +32,9 @@ from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.embedding.embedder import LoadedModel, load_model
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models import read_hf_config
+from megatron_llave.models.hf.side_files import SIDE_FILES, keep_side_files, make_tokenizer_json
 from megatron_llave.models.llava_onevision.hf_config import build_config_json
-from megatron_llave.models.llava_onevision.hf_files import (
-    SIDE_FILES,
-    keep_side_files,
-    make_tokenizer_json,
-    write_side_files,
-)
+from megatron_llave.models.llava_onevision.hf_files import write_side_files
 from megatron_llave.models.llava_onevision.prompt import (
     QWEN_HEAD,
     QWEN_TAIL,
