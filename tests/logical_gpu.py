@@ -8,10 +8,13 @@ backward passes included. gloo takes NCCL's place.
 """
 
 import inspect
+import json
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +33,7 @@ from megatron_llave.distributed import cpu_emulation
 ROOT = Path(__file__).resolve().parents[1]
 CUDA, CPU, BASE = torch.device("cuda", 0), torch.device("cpu"), torch._C.TensorBase
 READS_VALUES = {
-    "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique", "_unique2",
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "allclose", "unique_dim", "_unique", "_unique2",
     "unique_consecutive", "bincount",
 }  # fmt: skip
 """Operations that return a value of the device to the host, or whose result has a size that depends on values."""
@@ -47,11 +50,11 @@ class Marks:
         self._most = 1000
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._storages
+        return BASE.untyped_storage(tensor)._cdata in self._storages
 
     def set(self, tensor: Tensor, is_in: bool = True) -> Tensor:
         """Add the storage of a tensor or take it out, and return the tensor."""
-        storage = tensor.untyped_storage()
+        storage = BASE.untyped_storage(tensor)
         if not is_in:
             self._storages.pop(storage._cdata, None)
         elif storage._cdata not in self._storages:
@@ -69,8 +72,8 @@ class LogicalGpu:
         self.device, self.pinned = Marks(), Marks()
         self.waits: Counter[str] = Counter()
         """What made the host wait, and where -> how often."""
-        self.is_gloo_at_work = False
-        """gloo imitates reductions to parts with copies of its own."""
+        self.is_in_kernel = False
+        """Whether code runs that stands for a kernel of the device: what it makes lies there, and nothing waits."""
         self.sent: deque[Any] = deque(maxlen=100)
         """The last storages that were sent; gloo keeps only their tensors, and megatron-core frees the storages."""
 
@@ -93,34 +96,68 @@ class LogicalGpu:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
+    def refuse_host(self, name: str, inputs: list[Tensor]) -> None:
+        """Raise RuntimeError if one of the inputs of an operation of the device is on the host and is no number."""
+        host = [x for x in inputs if x not in self.device and x.ndim > 0]
+        if host:
+            shapes = ", ".join(str(tuple(x.shape)) for x in host)
+            raise RuntimeError(f"{name} at {_place()}: tensors of the device and of the host ({shapes}) meet")
+
     def wait(self, what: str) -> None:
         """Count that the host waits for the device."""
+        if self.is_in_kernel:
+            return
         self.waits[f"{what} at {_place()}"] += 1
+
+    def kernel(self, function: Callable) -> Callable:
+        """Let a function stand for a kernel of the device, which takes tensors of the device alone."""
+
+        @wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self.refuse_host(function.__name__, _tensors((args, kwargs)))
+            with patch.object(self, "is_in_kernel", True):
+                return function(*args, **kwargs)
+
+        return wrapper
 
     def upload(self, made: Tensor, source: Any, non_blocking: bool = False) -> Tensor:
         """Mark a tensor that was copied from the host; the host waits unless its memory is page-locked."""
-        if not (non_blocking and isinstance(source, Tensor) and source in self.pinned):
+        if made.numel() > 0 and not (non_blocking and isinstance(source, Tensor) and source in self.pinned):
             self.wait("copy from the host")
         return self.device.set(made)
 
     def download(self, made: Tensor, non_blocking: bool = False) -> Tensor:
         """Take the mark off a tensor that was copied from the device, which is page-locked if the copy did not wait."""
-        if not non_blocking:
+        if made.numel() > 0 and not non_blocking:
             self.wait("copy to the host")
         self.pinned.set(made, non_blocking)
         return self.device.set(made, False)
 
 
 def _place() -> str:
-    """The line of the package, of megatron-core or of a test that is being executed."""
+    """The line of the package, of megatron-core, of Transformer Engine or of a test that is being executed."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         is_ours = file.startswith(f"{ROOT}/") and "/site-packages/" not in file  # .venv may lie in the clone
-        if file != __file__ and (is_ours or "/megatron/core/" in file):
-            return f"{file.split('site-packages/')[-1].removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        is_theirs = any(name in file for name in ("/megatron/core/", "/transformer_engine/pytorch/"))
+        if file != __file__ and (is_ours or is_theirs):
+            path = re.split("site-packages/|/transformer_engine/", file)[-1].removeprefix(f"{ROOT}/")
+            return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def check_waits(ranks: list[dict[str, dict[str, int]]], numbers: tuple[int, int, int]) -> None:
+    """Fail unless the rank that waits most often in a step, an embed and an evaluation does so as often as expected.
+
+    Args:
+        ranks: for each rank, and each of the three, what waited and how often.
+        numbers: of waits in each of the three.
+    """
+    for kind, expected in zip(("step", "embed", "evaluation"), numbers):
+        worst = max((rank[kind] for rank in ranks), key=lambda where: sum(where.values()))
+        assert sum(worst.values()) == expected, f"{kind}: {json.dumps(worst, indent=1)}"
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -167,22 +204,17 @@ class _DispatchMode(TorchDispatchMode):
         is_marked = [x in self._gpu.device for x in inputs]
         if func.namespace == "c10d":
             self._collective(name, inputs)
-        elif any(is_marked):
-            self._refuse_mixes(name, inputs, is_marked)
+        elif any(is_marked) and not self._gpu.is_in_kernel:
+            if name not in MOVES:
+                self._gpu.refuse_host(name, inputs)
             self._count_waits(name, inputs, args, kwargs)
-        if name == "copy_":
+        if name == "copy_" and not self._gpu.is_in_kernel:
             self._copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
         made = func(*args, **kwargs)
-        if any(is_marked) and name != "copy_":
+        if self._gpu.is_in_kernel or any(is_marked) and name != "copy_":
             for x in _tensors(made):
                 self._gpu.device.set(x)
         return made
-
-    def _refuse_mixes(self, name: str, inputs: list[Tensor], is_marked: list[bool]) -> None:
-        host = [x for x, marked in zip(inputs, is_marked) if not marked and x.ndim > 0]
-        if host and name not in MOVES:
-            shapes = ", ".join(str(tuple(x.shape)) for x in host)
-            raise RuntimeError(f"{name} at {_place()}: tensors of the device and of the host ({shapes}) meet")
 
     def _count_waits(self, name: str, inputs: list[Tensor], args: tuple, kwargs: dict) -> None:
         is_boolean_index = False
@@ -196,9 +228,7 @@ class _DispatchMode(TorchDispatchMode):
 
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
         sides = target in self._gpu.device, source in self._gpu.device
-        if self._gpu.is_gloo_at_work:
-            return
-        if sides == (True, False) and source.ndim > 0:
+        if sides == (True, False):
             self._gpu.upload(target, source, non_blocking)
         elif sides == (False, True) and not (non_blocking and target in self._gpu.pinned):
             self._gpu.wait("copy to the host")
@@ -267,6 +297,12 @@ def _new_tensor(gpu: LogicalGpu, tensor: Tensor, *args: Any, **kwargs: Any) -> T
     return gpu.upload(made, None) if tensor in gpu.device else made
 
 
+def _set_item(gpu: LogicalGpu, tensor: Tensor, index: Any, value: Any) -> None:
+    if not isinstance(value, Tensor):  # torch makes it on the device
+        value = gpu.device.set(tensor.new_tensor(value), tensor in gpu.device)
+    tensor[index] = value
+
+
 HANDLERS: dict[Callable, Callable] = {
     BASE.device.__get__: _device,
     BASE.is_cuda.__get__: lambda gpu, tensor: tensor in gpu.device,
@@ -281,6 +317,7 @@ HANDLERS: dict[Callable, Callable] = {
     BASE.tolist: _tolist,
     BASE.numpy: _numpy,
     BASE.new_tensor: _new_tensor,
+    BASE.__setitem__: _set_item,
 }
 
 
@@ -310,6 +347,13 @@ def _replacements(gpu: LogicalGpu) -> Iterator[tuple[Any, str, Any]]:
         yield torch, name, inspect.unwrap(getattr(torch, name))
     for name in ("to", "cuda", "type"):
         yield Tensor, name, getattr(BASE, name)
+
+    def wrapper_subclass(*args: Any, device: Any = CPU, **kwargs: Any) -> Tensor:
+        if not _names_cuda(device):
+            return BASE._make_wrapper_subclass(*args, device=device, **kwargs)
+        return gpu.device.set(BASE._make_wrapper_subclass(*args, device=CPU, **kwargs))
+
+    yield Tensor, "_make_wrapper_subclass", wrapper_subclass
     stream, cuda, c10d = _Stream(gpu), torch.cuda, dist.distributed_c10d
     constants = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "logical GPU"}
     constants |= {"get_device_capability": (9, 0), "is_bf16_supported": True, "is_current_stream_capturing": False}
@@ -340,7 +384,7 @@ def _replacements(gpu: LogicalGpu) -> Iterator[tuple[Any, str, Any]]:
     wait = dist.Work.wait
 
     def wait_for_gloo(work: dist.Work, *args: Any) -> Any:
-        with patch.object(gpu, "is_gloo_at_work", True):
+        with patch.object(gpu, "is_in_kernel", True):  # gloo imitates reductions to parts with copies of its own
             return wait(work, *args)
 
     yield dist.Work, "wait", wait_for_gloo

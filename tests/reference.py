@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
@@ -110,3 +111,26 @@ def pack_pair_batch(
     keys = [str(i) for i in range(len(pairs))]
     hard_ids = torch.arange(len(hard_negatives)) + 1000
     return PairBatch(pack(sequences, model, multiple, context), ids, ids, hard_ids, "random", keys)
+
+
+CAUSAL = {"window_size": (-1, 0), "enable_gqa": True}
+"""Keyword arguments with which one_by_one, as torch's own function, is causal."""
+
+
+def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU alone: each sequence attends to its keys.
+
+    The causal mask is aligned at the end, as FlashAttention's is: the last query sees all keys of its sequence.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(value)) and window_size == (-1, 0)
+    lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(lengths), max(key_lengths)) and isinstance(max_q, int) and isinstance(max_k, int)
+    outputs = []
+    for own in zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths)):
+        mask = torch.ones(len(own[0]), len(own[1]), dtype=torch.bool).tril(len(own[1]) - len(own[0]))
+        heads_first = (x.transpose(0, 1) for x in own)
+        outputs.append(
+            F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=enable_gqa).transpose(0, 1)
+        )
+    return torch.cat(outputs)

@@ -1,7 +1,8 @@
 """On a GPU that is only logical: how often the host waits in a step of training, in an embed and in an evaluation.
 
-check_logical_gpu.py FOLDER LAYOUT...   LAYOUT is that of check_layouts.py, with `,item` at the end for a step in which
-                                        the loss is read where nobody needs it
+check_logical_gpu.py FOLDER LAYOUT...   LAYOUT is that of check_layouts.py, with `,bf16` for the kernels of a GPU in
+                                        bf16, and `,item` at the end for a step in which the loss is read where nobody
+                                        needs it
 check_logical_gpu.py rules              (one process) what the logical GPU refuses and counts
 
 Each rank prints a line of JSON per layout, with the lines of code that waited.
@@ -10,8 +11,9 @@ Each rank prints a line of JSON per layout, with the lines of code that waited.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -22,8 +24,9 @@ import torch.distributed as dist
 from check_layouts import parse_layout, small_config
 from logical_gpu import LogicalGpu
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import mlp
 from PIL import Image
-from reference import pack_pair_batch, random_pairs, random_sequence
+from reference import CAUSAL, one_by_one, pack_pair_batch, random_pairs, random_sequence
 
 from megatron_llave.batch import Side, StepBatches
 from megatron_llave.checkpoint.state import TrainingState
@@ -36,6 +39,8 @@ from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_t
 from megatron_llave.evaluation.evaluate import evaluate_tasks
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model
+from megatron_llave.models.blocks import kernels, layer_specs
+from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 from megatron_llave.train import run_steps
 from megatron_llave.training import gradient_cache
@@ -49,6 +54,8 @@ MICRO_BATCHES, PAIRS = 2, 2
 """Micro batches of a rank, and pairs of a micro batch, at every layout."""
 STEPS = 2
 """The first one is counted: the last one saves."""
+FUSED = ("bias_swiglu_impl", "bias_gelu_impl")
+"""megatron-core's fused activations of the decoder and of the vision encoder."""
 
 
 class Letters:
@@ -109,7 +116,8 @@ def read(cfg: RunConfig) -> Iterator[StepBuffer]:
     """Steps of micro batches of different lengths, in page-locked memory as torch's DataLoader yields them."""
     pairs, hard = random_pairs(cfg.model, MICRO_BATCHES * PAIRS), [random_sequence(cfg.model, 100, True)]
     parts = [pairs[start : start + PAIRS] for start in range(0, len(pairs), PAIRS)]
-    batches = [pack_pair_batch(part, cfg.model, 4, hard, cfg.parallel.context) for part in parts]
+    multiple = row_multiple(cfg.model, cfg.parallel)
+    batches = [pack_pair_batch(part, cfg.model, multiple, hard, cfg.parallel.context) for part in parts]
     while True:
         yield pack_step(StepBatches(batches, {})).pin_memory()
 
@@ -127,13 +135,37 @@ def read_the_loss(loss_over: callable, *args: object) -> LossShare:
     return loss, statistics
 
 
+@contextmanager
+def kernels_of_a_gpu(gpu: LogicalGpu) -> Iterator[Counter[str]]:
+    """Let the local kernels of a GPU be found, and count their calls: torch's attention for packed rows, and
+    megatron-core's fused functions, which are not compiled here."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable) -> Callable:
+        return lambda *args, **kwargs: (calls.update([name]), function(*args, **kwargs))[1]
+
+    find_spec, attention = kernels.find_spec, counted("attention", gpu.kernel(one_by_one))
+    with ExitStack() as stack:
+        for target, name, value in (
+            (kernels, "find_spec", lambda name: "found" if name == "triton" else find_spec(name)),
+            (layer_specs, "variable_length_attention", lambda: (attention, CAUSAL)),
+            *((mlp, name, counted(name, getattr(mlp, name))) for name in FUSED),
+        ):
+            stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(patch.dict("os.environ", {"CC": "cc"}))
+        yield calls
+
+
 def check_rules() -> None:
     """Everything that the logical GPU must refuse or count, and what it must let pass, one by one."""
     with LogicalGpu() as gpu:
         host, device = torch.arange(4.0), torch.arange(4.0, device="cuda")
         assert device.device.type == "cuda" and device.is_cuda and host.device.type == "cpu" and not gpu.waits
         assert (device[1:] * 2).view(-1).is_cuda and device.new_zeros(2).is_cuda and torch.zeros_like(device).is_cuda
-        for mix in (lambda: device + host, lambda: torch.cat([device, host]), lambda: device[host.long()]):
+        kernel = gpu.kernel(lambda x: x * torch.arange(4.0) + float(x.sum()))
+        assert kernel(device).is_cuda
+        mixes = (lambda: device + host, lambda: torch.cat([device, host]), lambda: device[host.long()])
+        for mix in (*mixes, lambda: kernel(host)):
             with pytest.raises(RuntimeError, match="tensors of the device and of the host"):
                 mix()
         with pytest.raises(TypeError, match="can't convert"):
@@ -147,6 +179,9 @@ def check_rules() -> None:
             lambda: device.copy_(page_locked, non_blocking=True),
             lambda: torch.repeat_interleave(device, device.long(), output_size=6),
             lambda: device.index_put_((device > 1,), torch.tensor(0.0)),
+            lambda: device.__setitem__(0, 1.0),
+            lambda: device.__setitem__(slice(2), torch.tensor(1.0)),
+            lambda: device.fill_(torch.tensor(1.0)),
             lambda: device.to("cpu", non_blocking=True),
         ]
         for call in free:
@@ -163,6 +198,10 @@ def check_rules() -> None:
                 lambda: torch.tensor([device[0]]),
                 lambda: device.unique(),
                 lambda: torch.equal(device, device),
+                lambda: torch.allclose(device, device),
+                lambda: device[0].copy_(torch.tensor(1.0)),
+                lambda: torch.tensor(1.0).copy_(device[0]),
+                lambda: device.__setitem__(0, torch.tensor(1.0)),
                 torch.cuda.Event().synchronize,
             ),
         ]
@@ -179,8 +218,16 @@ def main() -> None:
     with LogicalGpu() as gpu:
         process_groups.initialize_distributed(120)
         for text in layouts:
-            cfg = small_config(parse_layout(text.removesuffix(",item"))[0], [])
-            waits = count(gpu, cfg, f"{folder}/{text}", text.endswith(",item"))
+            cfg, words = small_config(parse_layout(text)[0], []), text.split(",")
+            if "bf16" not in words:
+                waits = count(gpu, cfg, f"{folder}/{text}", "item" in words)
+            else:
+                cfg.model = replace(cfg.model, precision="bf16", language=replace(cfg.model.language, hidden_size=64))
+                with kernels_of_a_gpu(gpu) as calls:
+                    waits = count(gpu, cfg, f"{folder}/{text}", "item" in words)
+                    assert row_multiple(cfg.model, cfg.parallel) % 128 == 0
+                # Rank 0 is on the first stage of a pipeline, which has the vision encoder.
+                assert {"attention", *FUSED[: 2 if dist.get_rank() == 0 else 1]} <= calls.keys(), calls
             # In one piece, since all ranks write into the same file, and other lines may not have ended yet.
             sys.stdout.write(f"\n{json.dumps({'layout': text, **waits})}\n")
             sys.stdout.flush()

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     double.enable()
 
 import torch  # noqa: E402
-from engine import checkpoints, gradients  # noqa: E402
+from engine import checkpoints, gradients, logical  # noqa: E402
 
 from megatron_llave.distributed import cpu_emulation, process_groups  # noqa: E402
 
@@ -74,7 +74,8 @@ def main() -> None:
     for world in (1, 2):
         cases = gradients.cases(world, folder, is_all)
         if not is_all:
-            cases |= checkpoints.cases(world, folder)
+            # Those on the logical GPU first, while nothing of the host is in a cache of Transformer Engine.
+            cases = logical.cases(world, folder) | cases | checkpoints.cases(world, folder)
         run_world(world, folder, cases)
 
 

@@ -8,14 +8,17 @@ seen: limits of the kernels other than those that extension.py checks, their spe
 needs a process of its own; check_engine.py is one.
 """
 
+import functools
 import importlib.util
+import inspect
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -41,6 +44,8 @@ CHANGES = {
     ],
 }
 """Text that is replaced in modules of Transformer Engine: where it insists on a GPU."""
+gpu: Any = None
+"""The LogicalGpu whose kernels the double is, while one is entered."""
 UNUSED = ("transformer_engine.pytorch.triton", "transformer_engine.pytorch.onnx_extensions")
 """Modules that need further packages, and whose functions no dense transformer layer calls."""
 
@@ -91,7 +96,18 @@ def enable(folder: Path = FOLDER) -> None:
     sys.path.append(str(folder))
     sys.meta_path.insert(0, _Finder())
     sys.modules["transformer_engine_torch"] = extension
+    for name, function in vars(extension).copy().items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            setattr(extension, name, _kernel(function))
     _pretend_hopper()
+
+
+def _kernel(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def kernel(*args: object, **kwargs: object) -> object:
+        return (function if gpu is None else gpu.kernel(function))(*args, **kwargs)
+
+    return kernel
 
 
 def _pretend_hopper() -> None:

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import checkpoints, double, gradients
+from engine import checkpoints, double, gradients, logical
 from engine.gradients import LOCAL, RECIPES
 from golden_model import ONEVISION
+from logical_gpu import check_waits
 from run_ranks import run_command
 
 from megatron_llave.convert.hf import import_hf
@@ -152,6 +153,14 @@ def test_it_is_the_code_of_transformer_engine_that_runs(figures) -> None:
     (case,) = of(figures, "package")
     assert f"transformer_engine=={case['version']}" in (HERE / "requirements.txt").read_text().splitlines()
     assert Path(case["layers"]).is_relative_to(double.FOLDER) and "transformer_engine" not in sys.modules
+
+
+@pytest.mark.parametrize("case", [*logical.WAITS[1], *logical.WAITS[2]])
+def test_host_waits_no_more_often_than_with_local_kernels(figures, case: tuple[str, str]) -> None:
+    """On a GPU that is only logical, where nothing mixed tensors of the host and of the device."""
+    ranks, world = of(figures, f"waits {' '.join(case)}"), 1 if case in logical.WAITS[1] else 2
+    assert len(ranks) == world and all(rank["fp8 products"] > 0 and rank["attention"] > 0 for rank in ranks)
+    check_waits(ranks, logical.WAITS[world][case])
 
 
 def test_comparison_fails_when_a_kernel_is_off(figures) -> None:

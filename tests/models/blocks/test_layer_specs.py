@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
+from reference import CAUSAL, one_by_one
 
 from megatron_llave.batch import padded_length
 from megatron_llave.config.model import LanguageConfig, ModelConfig
@@ -42,30 +43,10 @@ def test_layout_restarts_positions_and_finds_every_token() -> None:
     assert shapes == [(1, 1), (1, 2), (1, 5), (1, 17), (1, 33), (2, 16)]
 
 
-def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn computes on a GPU alone: each sequence attends to its keys.
-
-    The causal mask is aligned at the end, as FlashAttention's is: the last query sees all keys of its sequence.
-    """
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(value)) and window_size == (-1, 0)
-    lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-    assert (max_q, max_k) == (max(lengths), max(key_lengths)) and isinstance(max_q, int) and isinstance(max_k, int)
-    outputs = []
-    for own in zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths)):
-        mask = torch.ones(len(own[0]), len(own[1]), dtype=torch.bool).tril(len(own[1]) - len(own[0]))
-        heads_first = (x.transpose(0, 1) for x in own)
-        outputs.append(
-            F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=enable_gqa).transpose(0, 1)
-        )
-    return torch.cat(outputs)
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch's FlashAttention compute one sequence at a time, as it does not run on a CPU."""
-    causal = {"window_size": (-1, 0), "enable_gqa": True}
-    monkeypatch.setattr(layer_specs, "variable_length_attention", lambda: (one_by_one, causal))
+    monkeypatch.setattr(layer_specs, "variable_length_attention", lambda: (one_by_one, CAUSAL))
 
 
 ATTENTIONS = pytest.mark.parametrize("attention_kernel", ["buckets", "variable_length"])
