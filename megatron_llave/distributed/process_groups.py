@@ -44,8 +44,8 @@ def initialize_distributed(timeout_seconds: int) -> int:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=timeout_seconds + SECONDS_FOR_THE_WATCHDOG)
-        # Without device_id: with it, torch splits every later group off one communicator at once, also megatron-core's
-        # gloo groups, which hangs in some layouts (pytorch issues 145376 and 153960) and takes memory for each group.
+        # Without device_id: with it, torch splits every later group off one communicator at once, which hangs in some
+        # layouts (pytorch issues 145376 and 153960) and takes memory for each group.
         dist.init_process_group(backend, timeout=limit, **_rendezvous())
     return dist.get_world_size()
 
@@ -84,6 +84,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int = 0) -> ProcessG
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=virtual_pipeline,
             context_parallel_size=config.context,
+            create_gloo_process_groups=False,  # for saves that gather the optimizer's state, which ours do not
             distributed_timeout_minutes=(config.timeout_seconds + SECONDS_FOR_THE_WATCHDOG) / 60,
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -174,7 +174,7 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
         for index, chunk in enumerate(chunks)
     ]
     config = _optimizer_config(cfg, chunks[0].config.params_dtype)
-    optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config))
+    optimizer = get_megatron_optimizer(config, wrapped, _overrides(cfg, config), use_gloo_process_groups=False)
     for inner in inner_optimizers(optimizer):
         choose_fused(inner, True if torch.cuda.is_available() else None)
     no_sync = [chunk.no_sync for chunk in wrapped]
