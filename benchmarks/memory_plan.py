@@ -72,7 +72,7 @@ TEXT = 30, 12
 
 def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
     """Lengths of the query and the target, the same in every pair."""
-    visual, tiles = image_lengths(*IMAGE_SIZE, cfg.model)
+    visual, tiles = image_lengths(*IMAGE_SIZE, cfg.data, cfg.model)
     return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
 
 
@@ -81,7 +81,7 @@ def make_batch(cfg: RunConfig, rank: int) -> PairBatch:
     pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
     grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
     layout = visual_layout(*IMAGE_SIZE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
-    _, tiles = image_lengths(*IMAGE_SIZE, cfg.model)
+    _, tiles = image_lengths(*IMAGE_SIZE, cfg.data, cfg.model)
     pixels = rng.integers(0, 256, (tiles, 3, vision.image_size, vision.image_size), np.uint8)
     words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
     sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs

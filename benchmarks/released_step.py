@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from megatron_llave.batch import PairBatch
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
 from megatron_llave.models.blocks.initialization import named_global_parameters
 from megatron_llave.models.blocks.siglip import normalise
@@ -62,7 +63,7 @@ def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> 
     size, vision = SIZES[rng.integers(len(SIZES))], model.vision
     grids = tuple((columns, rows) for columns, rows in model.image_grids)
     layout = visual_layout(*size, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles)
-    num_tiles = image_lengths(*size, model)[1]
+    num_tiles = image_lengths(*size, DataConfig(), model)[1]
     pixels = rng.integers(0, 256, (num_tiles, 3, vision.image_size, vision.image_size), np.uint8)
     return Side(EncodedSequence([*words[:HEAD], IMAGE, *words[HEAD:]], [pixels], [layout]), size)
 

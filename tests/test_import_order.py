@@ -20,7 +20,8 @@ errors files < locks processes < config < batch < distributed < data < models < 
 between the same two signs do not see each other, but for errors and files, of which files is the second."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}
 
-FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")} - {"blocks", "hf"}
+SHARED_BY_FAMILIES = {"blocks", "hf", "qwen_vl"}
+FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")} - SHARED_BY_FAMILIES
 """The second rule: nobody but models/__init__.py imports a family's folder from outside of it, or names it."""
 MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model"}
 """The registry, and the default of model.family."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.schema import DataConfig, RunConfig
 from megatron_llave.data.packing import EncodedSequence, TileShape
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
@@ -80,7 +80,7 @@ class WordsProcessor:
         return EncodedSequence([*self.tokenizer.encode(side.text), self.tokenizer.eos_id], [], [])
 
 
-def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, template: str, model: ModelConfig) -> int:
+def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> int:
     return len(tokenizer.encode(text)) + 1
 
 
@@ -121,7 +121,7 @@ FAMILY = Family(
     name="words",
     embedder=WordsEmbedder,
     build_processor=WordsProcessor,
-    image_lengths=lambda width, height, model: (0, 0),
+    image_lengths=lambda width, height, data, model: (0, 0),
     count_tokens=count_tokens,
     input_settings=lambda data, model: {},
     describe=lambda model: ["words: no images"],

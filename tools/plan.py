@@ -73,7 +73,7 @@ def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]
         return read_kinds(args.data, cfg), args.data
     if args.pair_tokens is None:
         require(args.pair_tiles is None, "--pair-tiles needs --pair-tokens")
-        return mmeb_like(cfg.model, cfg.data.max_length), "pairs like MMEB's"
+        return mmeb_like(cfg), "pairs like MMEB's"
     tiles = args.pair_tiles or [0, 0]
     ok = min(args.pair_tokens) >= 1 and min(tiles) >= 0 and max(args.pair_tokens) <= cfg.data.max_length
     require(ok, f"--pair-tokens must be 1 to data.max_length={cfg.data.max_length}, --pair-tiles 0 or more")

@@ -54,7 +54,7 @@ def main() -> None:
 def needs_of(cfg: RunConfig) -> tuple[Needs, list[str]]:
     """What the run needs on these processes, and why it cannot start on them, if so."""
     try:
-        plan = make_plan(cfg, dist.get_world_size(), mmeb_like(cfg.model, cfg.data.max_length))
+        plan = make_plan(cfg, dist.get_world_size(), mmeb_like(cfg))
     except ConfigError as error:
         return Needs(), [f"the run: {error}"]
     kept = max(cfg.checkpoint.keep_last, 1) + 1  # the newest is written before an old one is removed

@@ -268,8 +268,8 @@ def cluster_steps(
     steps = []
     for name in MODELS:
         recipe = {"preset": name, "precision": "bf16", "freeze": ["vision"]}
-        model = config_from_dict({"model": recipe}).model
-        kinds = mmeb_like(model, MAX_TOKENS)
+        cfg = config_from_dict({"model": recipe, "data": {"max_length": MAX_TOKENS}})
+        model, kinds = cfg.model, mmeb_like(cfg)
         counts = count_parameters(model)
         trained = sum(counts.values()) - counts["vision"]
         for gpus in CLUSTERS:

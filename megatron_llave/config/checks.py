@@ -78,6 +78,11 @@ def has_sizes(model: ModelConfig) -> bool:
     return (model.vision, model.language) != (VisionConfig(), LanguageConfig())
 
 
+def require_sizes(cfg: RunConfig) -> None:
+    """Raise a ConfigError if the sizes of the model come with the weights that it starts from."""
+    require(has_sizes(cfg.model), f"checkpoint.init={cfg.checkpoint.init} has the model's sizes: name model.preset too")
+
+
 def _validate_model(model: ModelConfig) -> None:
     for part, values in (("vision", model.vision), ("language", model.language)):
         for f in fields(values):

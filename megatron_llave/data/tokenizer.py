@@ -18,7 +18,7 @@ import tokenizers
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.placeholders import MARK
 from megatron_llave.data.storage import REMOTE
-from megatron_llave.errors import DataError
+from megatron_llave.errors import ConfigError, DataError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Names of the files that can be a folder's tokenizer; the first one that is there is read."""
@@ -161,3 +161,22 @@ def find_tokenizer(data: DataConfig) -> Path:
         make = "set data.tokenizer, or make one with tools/prepare_data.py tokenizer"
         raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; {make}")
     return file
+
+
+def tokenizer_of_run(data: DataConfig, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer that `data.tokenizer` names or that is found in `data.path`.
+
+    Args:
+        data: of the run.
+        vocab_size: model.language.vocab_size, the number of rows of the token embedding.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConfigError: it has more ids than the embedding has rows.
+    """
+    path = find_tokenizer(data)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        what = f"{path} has {tokenizer.vocab_size} token ids"
+        raise ConfigError(f"{what}, more than model.language.vocab_size={vocab_size}")
+    return tokenizer

@@ -105,9 +105,17 @@ def build_processor(data: DataConfig, model: ModelConfig) -> Processor:
 
     Raises:
         DataError: the tokenizer is missing or damaged.
-        ConfigError: the family is unknown, or the tokenizer has more ids than the model's embedding.
+        ConfigError: the family is unknown or has no such prompt, or the tokenizer does not fit the model.
     """
-    return family_of(model).build_processor(data, model)
+    family = family_of(model)
+    require_prompt(family, data.prompt)
+    return family.build_processor(data, model)
+
+
+def require_prompt(family: Family, prompt: str) -> None:
+    """Raise a ConfigError unless models of the family can have this value of data.prompt."""
+    known = f"those of model.family={family.name}: {', '.join(family.prompts)}"
+    require(prompt in family.prompts, f"data.prompt={prompt} is not one of {known}")
 
 
 def read_hf_config(folder: str | Path, with_other_files: bool = True) -> HfConfig:

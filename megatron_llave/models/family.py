@@ -26,17 +26,19 @@ class Family:
     blocks.qwen2.LanguageModel or has the same `decoder`; other parts are called as in model.freeze."""
     build_processor: Callable[[DataConfig, ModelConfig], Processor]
     """The processor of a run; ConfigError or DataError where its tokenizer does not fit or cannot be read."""
-    image_lengths: Callable[[int, int, ModelConfig], tuple[int, int]]
+    image_lengths: Callable[[int, int, DataConfig, ModelConfig], tuple[int, int]]
     """Width and height of an image, pixels -> its visual tokens, and the tiles that the vision encoder sees."""
-    count_tokens: Callable[[str, list[list[int]], Tokenizer, str, ModelConfig], int]
-    """Text, [width, height] of its images, tokenizer, data.prompt -> tokens of the input, visual ones counted, however
-    long it is; DataError where text and images do not fit together."""
+    count_tokens: Callable[[str, list[list[int]], Tokenizer, DataConfig, ModelConfig], int]
+    """Text, [width, height] of its images, tokenizer -> tokens of the input, visual ones counted, however long it is;
+    DataError where text and images do not fit together."""
     input_settings: Callable[[DataConfig, ModelConfig], dict[str, Any]]
     """The settings that embeddings depend on beside weights, tokenizer and precision, by key."""
     describe: Callable[[ModelConfig], list[str]]
     """Lines about the parts before the decoder, for tools/convert_hf.py inspect."""
     hf: HfFormat
     """How its models are stored in Hugging Face folders."""
+    prompts: tuple[str, ...] = ("qwen", "plain")
+    """Values of data.prompt that its models can have."""
     check: Callable[[ModelConfig], None] = lambda model: None
     """Raises a ConfigError for sizes that this family cannot have; config/checks.py has what holds for every family."""
     presets: Mapping[str, dict] = field(default_factory=dict)

@@ -9,15 +9,16 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+from megatron_llave.config.checks import require_sizes
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.schema import DataConfig, RunConfig
 from megatron_llave.data.index import Shard, Subset, read_index
 from megatron_llave.data.mixture import build_mixture
 from megatron_llave.data.shards import unpack_json
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
-from megatron_llave.models import family_of
+from megatron_llave.models import family_of, require_prompt
 
 PAIRS_COUNTED = 20_000
 """Pairs of a subset that inspect reads: all of a smaller subset, about this many of a larger one."""
@@ -34,9 +35,8 @@ class TokenCounter:
     """Counts the tokens of a query or target as training packs it, but without a limit to its length."""
 
     tokenizer: Tokenizer
+    data: DataConfig
     model: ModelConfig
-    template: str
-    """Prompt template: qwen or plain."""
 
     def __call__(self, text: str, sizes: Sizes) -> int:
         """Return the number of tokens, visual ones included.
@@ -44,7 +44,7 @@ class TokenCounter:
         Raises:
             DataError: more placeholders than images.
         """
-        return family_of(self.model).count_tokens(text, sizes, self.tokenizer, self.template, self.model)
+        return family_of(self.model).count_tokens(text, sizes, self.tokenizer, self.data, self.model)
 
 
 def sample_shards(subset: Subset) -> list[Shard]:
@@ -105,12 +105,18 @@ class Kind:
     pairs: list[Shape]
 
 
-def mmeb_like(model: ModelConfig, max_length: int) -> list[Kind]:
-    """Return MMEB_LIKE with the tiles of this model."""
+def mmeb_like(cfg: RunConfig) -> list[Kind]:
+    """Return MMEB_LIKE with the images as the model of a run sees them.
+
+    Raises:
+        ConfigError: the configuration does not have the model's sizes.
+    """
+    require_sizes(cfg)
+    data, model = cfg.data, cfg.model
 
     def shape(image: tuple[int, int] | None, text: int) -> SideShape:
-        visual, tiles = family_of(model).image_lengths(*image, model) if image else (0, 0)
-        return SideShape(min(text + visual, max_length), visual, tiles)
+        visual, tiles = family_of(model).image_lengths(*image, data, model) if image else (0, 0)
+        return SideShape(min(text + visual, data.max_length), visual, tiles)
 
     return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
 
@@ -119,11 +125,14 @@ def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
     """Return the kinds of pairs that a run draws from a folder of shards: the first pairs of evenly spaced shards.
 
     Raises:
-        ConfigError: the mixture cannot be drawn from the folder.
+        ConfigError: the mixture cannot be drawn from the folder, the configuration does not have the model's sizes, or
+            the family has no such prompt.
         DataError: the folder or the tokenizer cannot be used.
     """
+    require_sizes(cfg)
+    require_prompt(family_of(cfg.model), cfg.data.prompt)
     folder, index = Path(folder), read_index(folder)
-    counter = TokenCounter(load_tokenizer(find_tokenizer(cfg.data)), cfg.model, cfg.data.prompt)
+    counter = TokenCounter(load_tokenizer(find_tokenizer(cfg.data)), cfg.data, cfg.model)
     kinds = []
     for name, source in build_mixture(cfg, index).sources.items():
         shards = sample_shards(index.subsets[name])
@@ -151,7 +160,7 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
     image_lengths = family_of(counter.model).image_lengths
-    images = [image_lengths(*size, counter.model) for size in side["sizes"]]
+    images = [image_lengths(*size, counter.data, counter.model) for size in side["sizes"]]
     tokens = min(counter(side["text"], side["sizes"]), max_length)
     return SideShape(tokens, sum(visual for visual, _ in images), sum(tiles for _, tiles in images))
 

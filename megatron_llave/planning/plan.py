@@ -8,11 +8,11 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 
-from megatron_llave.config.checks import has_sizes
+from megatron_llave.config.checks import require_sizes
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import ConfigError, require
+from megatron_llave.errors import ConfigError
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
 from megatron_llave.planning.memory import (
     FLOAT,
@@ -136,7 +136,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     Raises:
         ConfigError: the model's sizes are not given, or parallel layout or batch do not fit these ranks.
     """
-    require(has_sizes(cfg.model), f"checkpoint.init={cfg.checkpoint.init} has the model's sizes: name model.preset too")
+    require_sizes(cfg)
     step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds)
     work = mean_work(kinds, cfg.train.global_batch_size, cfg.data.hard_negatives)
     has_reward = cfg.loss.reward == "ema"

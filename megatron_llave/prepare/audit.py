@@ -82,8 +82,9 @@ def token_counter(tokenizer: str | Path, preset: str) -> TokenCounter:
         ConfigError: the preset does not exist.
         DataError: the tokenizer cannot be read.
     """
-    model = config_from_dict({"model": {"preset": preset}}).model
-    return TokenCounter(load_tokenizer(tokenizer), model, "plain" if preset == "tiny" else "qwen")
+    prompt = "plain" if preset.startswith("tiny") else "qwen"
+    cfg = config_from_dict({"model": {"preset": preset}, "data": {"prompt": prompt}})
+    return TokenCounter(load_tokenizer(tokenizer), cfg.data, cfg.model)
 
 
 def inspect(

@@ -56,7 +56,7 @@ def test_kubernetes_runs_the_documented_command(tmp_path: Path) -> None:
     assert container["resources"]["limits"]["rdma/rdma_shared_device_a"] == 1
     assert Path(env["PET_LOG_DIR"]).parent == Path(load_config(EXAMPLES / "7b.yaml", overrides).train.output)
     cfg = load_config(EXAMPLES / "7b.yaml", overrides)
-    plan = make_plan(cfg, 8 * job["completions"], mmeb_like(cfg.model, cfg.data.max_length))
+    plan = make_plan(cfg, 8 * job["completions"], mmeb_like(cfg))
     memory = int(container["resources"]["requests"]["memory"].removesuffix("Gi")) << 30
     shared = int(pod["volumes"][1]["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30
     assert 100 << 30 < memory - plan.save_per_node() - shared

@@ -24,7 +24,7 @@ def example(name: str, *overrides: str) -> RunConfig:
 
 
 def plan_of(cfg: RunConfig, ranks: int):
-    return make_plan(cfg, ranks, mmeb_like(cfg.model, cfg.data.max_length))
+    return make_plan(cfg, ranks, mmeb_like(cfg))
 
 
 def test_parameters_are_those_of_the_built_model(groups) -> None:
@@ -48,7 +48,7 @@ def test_examples_fit_where_they_say(name: str, memory: float) -> None:
 
 def test_what_does_not_fit_gets_a_proposal_that_does() -> None:
     cfg = example("7b", "parallel.tensor=1", "parallel.sequence=false", "train.micro_batch_size=32")
-    kinds = mmeb_like(cfg.model, cfg.data.max_length)
+    kinds = mmeb_like(cfg)
     assert not make_plan(cfg, 8, kinds).fits(80 * GIB)
     better, changes = find_fit(cfg, 8, kinds, 80 * GIB)
     assert changes and better.fits(80 * GIB)

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from megatron_llave.data.image_files import (
 )
 from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
 from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
-from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megatron_llave.errors import ConfigError, DataError, require
+from megatron_llave.data.prompt import encode_within
+from megatron_llave.data.tokenizer import Tokenizer, tokenizer_of_run
+from megatron_llave.errors import require
 from megatron_llave.models.llava_onevision import anyres
 from megatron_llave.models.llava_onevision.prompt import encode_prompt
 
@@ -98,13 +98,11 @@ class LlavaOnevisionProcessor:
 
     def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
-        encode = partial(encode_prompt, text, num_images, self.tokenizer, self.template)
-        tokens = encode(self.max_length, visual_tokens)
-        may_be_cut = len(tokens) - num_images + visual_tokens == self.max_length
-        is_cut = may_be_cut and len(encode(sys.maxsize, visual_tokens)) > len(tokens)
-        if is_cut and self.too_long == "skip":
-            raise DataError(f"text of {len(text)} characters is beyond data.max_length={self.max_length} tokens")
-        return tokens, is_cut
+
+        def encode(max_length: int) -> list[int]:
+            return encode_prompt(text, num_images, self.tokenizer, self.template, max_length, visual_tokens)
+
+        return encode_within(encode, text, visual_tokens - num_images, self.max_length, self.too_long)
 
     def _layout(self, width: int, height: int, grids: anyres.Grids) -> VisualLayout:
         patches = self.tile_size // self.patch_size
@@ -118,15 +116,8 @@ def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevis
         DataError: the tokenizer is missing or damaged.
         ConfigError: the tokenizer has more ids than the model's embedding.
     """
-    path = find_tokenizer(cfg_data)
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > cfg_model.language.vocab_size:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab_size} token ids, more than "
-            f"model.language.vocab_size={cfg_model.language.vocab_size}"
-        )
     return LlavaOnevisionProcessor(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of_run(cfg_data, cfg_model.language.vocab_size),
         template=cfg_data.prompt,
         max_length=cfg_data.max_length,
         grids=_grids(cfg_model),
@@ -140,7 +131,7 @@ def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevis
     )
 
 
-def image_lengths(width: int, height: int, model: ModelConfig) -> tuple[int, int]:
+def image_lengths(width: int, height: int, data: DataConfig, model: ModelConfig) -> tuple[int, int]:
     """Visual tokens and tiles of an image, from its size in pixels."""
     grids, vision = _grids(model), model.vision
     visual = anyres.num_visual_tokens(
@@ -152,23 +143,23 @@ def image_lengths(width: int, height: int, model: ModelConfig) -> tuple[int, int
     return visual, 1 + columns * rows
 
 
-def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, template: str, model: ModelConfig) -> int:
+def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> int:
     """Tokens of an input, visual ones counted, however long it is.
 
     Args:
         text: as in a pair, with or without placeholders.
         sizes: [width, height] of each image, pixels.
         tokenizer: of the run.
-        template: data.prompt.
+        data: of the run.
         model: of the run.
 
     Raises:
         DataError: more placeholders than images.
     """
-    visual = [image_lengths(width, height, model)[0] for width, height in sizes]
-    if template == "qwen" and not sizes:
+    visual = [image_lengths(width, height, data, model)[0] for width, height in sizes]
+    if data.prompt == "qwen" and not sizes:
         visual = [model.vision.patches_per_side**2 + 1] * count_placeholders(text)  # a blank tile and its newline
-    tokens = encode_prompt(text, len(visual), tokenizer, template, sys.maxsize, sum(visual))
+    tokens = encode_prompt(text, len(visual), tokenizer, data.prompt, sys.maxsize, sum(visual))
     return len(tokens) - len(visual) + sum(visual)
 
 

@@ -5,7 +5,8 @@ There are two templates: `qwen` of the released models, in which the pooled last
 """
 
 from megatron_llave.data.packing import IMAGE
-from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders, has_literals, unescape
+from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders
+from megatron_llave.data.prompt import fit_to_length, join_at_images, split_at_images
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
 
@@ -94,10 +95,8 @@ def encode_prompt(
         DataError: even an empty text does not fit, or the text has more placeholders than there are images.
     """
     if template == "plain":
-        words = PLACEHOLDER.sub("", text).strip()
-        words = tokenizer.encode_plain(unescape(words)) if has_literals(words) else tokenizer.encode(words)
-        head, tail = [], [tokenizer.eos_id]
-        body = [IMAGE] * num_images + words
+        pieces, encode = split_at_images(PLACEHOLDER.sub("", text).strip(), tokenizer)
+        head, body, tail = [], [IMAGE] * num_images + encode(pieces[0]), [tokenizer.eos_id]
     else:
         ids = _encode_qwen(user_content(text, num_images), tokenizer)
         if len(ids) - num_images + visual_tokens <= max_length:
@@ -105,42 +104,17 @@ def encode_prompt(
         # Special tokens bound what the tokenizer joins, so the tail's ids do not depend on the text before them.
         num_head, num_tail = len(tokenizer.encode(QWEN_HEAD)), len(tokenizer.encode(QWEN_TAIL))
         head, body, tail = ids[:num_head], ids[num_head:-num_tail], ids[-num_tail:]
-    fixed = len(head) + len(tail) + visual_tokens
-    if fixed > max_length:
-        raise DataError(
-            f"{visual_tokens} visual tokens and {len(head) + len(tail)} of the prompt template exceed "
-            f"data.max_length={max_length}; raise it to at least {fixed}"
-        )
-    room = max_length - fixed
-    return head + (body if len(body) - num_images <= room else _keep_text(body, room)) + tail
+    return fit_to_length(head, body, tail, visual_tokens, max_length)
 
 
 def _encode_qwen(content: str, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of the chat template around a user turn, with IMAGE for each placeholder."""
-    pieces = [unescape(piece) for piece in PLACEHOLDER.split(content)]
-    if has_literals(content) and any(tokenizer.encode(piece) != tokenizer.encode_plain(piece) for piece in pieces):
-        # Special tokens bound what the tokenizer joins: these are the ids of the template with ordinary text in it.
-        pieces[0] = QWEN_USER + pieces[0]
-        encoded = [tokenizer.encode_plain(piece) for piece in pieces]
-        encoded[0] = tokenizer.encode(QWEN_HEAD.removesuffix(QWEN_USER)) + encoded[0]
-        encoded[-1] += tokenizer.encode(QWEN_TAIL)
-    else:
+    pieces, encode = split_at_images(content, tokenizer)
+    if encode == tokenizer.encode:
         pieces[0] = QWEN_HEAD + pieces[0]
         pieces[-1] += QWEN_TAIL
-        encoded = [tokenizer.encode(piece) for piece in pieces]
-    ids = encoded[0]
-    for part in encoded[1:]:
-        ids += [IMAGE, *part]
-    return ids
-
-
-def _keep_text(ids: list[int], room: int) -> list[int]:
-    """Return every IMAGE, and the first `room` of the other ids."""
-    kept = []
-    for token in ids:
-        if token == IMAGE:
-            kept.append(token)
-        elif room > 0:
-            kept.append(token)
-            room -= 1
-    return kept
+        return join_at_images([encode(piece) for piece in pieces])
+    # Special tokens bound what the tokenizer joins: these are the ids of the template with ordinary text in it.
+    pieces[0] = QWEN_USER + pieces[0]
+    head, tail = tokenizer.encode(QWEN_HEAD.removesuffix(QWEN_USER)), tokenizer.encode(QWEN_TAIL)
+    return [*head, *join_at_images([encode(piece) for piece in pieces]), *tail]
