@@ -16,7 +16,8 @@ def run_schedule(
 ) -> list:
     """Run the micro batches through megatron-core's schedule for this layout: no pipelining, 1F1B or interleaved.
 
-    Pipeline stages send hidden states of one shape, padded to the longest row. They could exchange the shape before
+    Pipeline stages send hidden states of one shape, padded to the longest row, and what a LanguageModel sends on
+    beside them (`sent_rows`). They could exchange the shape before
     every send in its place, for which the host would wait each time.
 
     Args:
@@ -30,7 +31,8 @@ def run_schedule(
     Returns:
         The results of that function on the last stage, one per item; an empty list on other stages.
     """
-    longest = max(lengths)
+    language = get_attr_wrapped_model(chunks[0], "language")
+    longest = max(lengths) * getattr(language, "sent_rows", 1)
 
     def padded_step(data: Iterator, chunk: Module) -> tuple[Tensor, Callable]:
         output, function = step(data, chunk)

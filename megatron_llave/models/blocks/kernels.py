@@ -28,6 +28,8 @@ VARIABLE_LENGTH_ATTENTION = "torch.nn.attention.varlen"
 """The module of torch's attention over packed sequences, since torch 2.10."""
 VARIABLE_LENGTH_SINCE = (8, 0)
 """The lowest compute capability that it runs on."""
+CAUSAL = ("window_size", "is_causal")
+"""Its arguments that make it causal, in newer and in older versions of torch."""
 LARGEST_HEAD = 256
 """The most channels of a head that it has kernels for; their number must be a multiple of 8."""
 
@@ -51,15 +53,15 @@ def fuses_activations() -> bool:
     return torch.cuda.is_available() and find_spec("triton") is not None and compiler is not None
 
 
-def attention_kernel(model: ModelConfig) -> str:
-    """Return what the decoder attends to a packed row with.
+def attention_kernel(model: ModelConfig, head_size: int | None = None) -> str:
+    """Return what the decoder, or another part with heads of `head_size` channels, attends to a packed row with.
 
     This is transformer_engine; or with local kernels variable_length, torch's FlashAttention, which takes the row as it
     is, on a GPU in bf16 with heads that it has kernels for; or else buckets of sequences of similar lengths.
     """
     if model.kernels == "transformer_engine":
         return model.kernels
-    head_size = model.language.hidden_size // max(1, model.language.num_heads)
+    head_size = head_size or model.language.head_channels
     fits = model.precision != "fp32" and head_size % 8 == 0 and head_size <= LARGEST_HEAD
     if torch.cuda.is_available() and fits and find_spec(VARIABLE_LENGTH_ATTENTION) is not None:
         return "variable_length" if torch.cuda.get_device_capability() >= VARIABLE_LENGTH_SINCE else "buckets"

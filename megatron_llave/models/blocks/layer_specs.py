@@ -3,7 +3,9 @@
 Shapes: s sequence, t packed tokens, b batch, h hidden, n heads, d head dimension; megatron-core order [s, b, h].
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,7 +31,7 @@ from torch import Tensor
 from megatron_llave.batch import to_device
 from megatron_llave.distributed.context import Share, share_of
 from megatron_llave.errors import ConfigError
-from megatron_llave.models.blocks.kernels import variable_length_attention
+from megatron_llave.models.blocks.kernels import CAUSAL, variable_length_attention
 
 
 class RMSNorm(torch.nn.Module):
@@ -91,6 +94,9 @@ class PackedRow(PackedSeqParams):
     """Boundaries int32 of their keys."""
     longest: tuple[int, int] = (0, 0)
     """Most queries and most keys between these boundaries."""
+    thd: PackedSeqParams | None = None
+    """What Transformer Engine's attention gets where each token's position is given: the rotary embedding then takes
+    the row as one sequence ("sbhd"), and only the attention knows the boundaries."""
 
     @property
     def max_seqlen(self) -> int:
@@ -109,7 +115,12 @@ def length_bucket(length: int) -> int:
 
 
 def packed_row(
-    cu_seqlens: Tensor, lengths: list[int], attention: str, context: dist.ProcessGroup | None = None
+    cu_seqlens: Tensor,
+    lengths: list[int],
+    attention: str,
+    context: dist.ProcessGroup | None = None,
+    positions: Tensor | None = None,
+    causal: bool = True,
 ) -> PackedRow:
     """Describe a packed row for the attention, without waiting for the device.
 
@@ -122,26 +133,37 @@ def packed_row(
         lengths: their n differences.
         attention: see kernels.attention_kernel.
         context: the ranks that share the row; None: this rank has all of it.
+        positions: [t] or [3, t] int64 of the tokens that this rank has; None: they are counted in each sequence.
+        causal: whether a token attends to the tokens before it alone, or to its whole sequence. Without a mask a bucket
+            has sequences of one length.
     """
     row = PackedRow(qkv_format="sbhd", cu_seqlens=cu_seqlens, lengths=lengths)
     total, device = sum(lengths), cu_seqlens.device
     if attention == "transformer_engine":
-        row.qkv_format = "thd"
-        row.cu_seqlens_q = row.cu_seqlens_kv = cu_seqlens
         step = LENGTH_STEP if device.type == "cuda" else 1
-        row.max_seqlen_q = row.max_seqlen_kv = -(-row.max_seqlen // step) * step
+        longest = -(-row.max_seqlen // step) * step
+        known = dict(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+        known |= dict(max_seqlen_q=longest, max_seqlen_kv=longest)
+        if positions is None:  # it counts them itself
+            return PackedRow(**known, cu_seqlens=cu_seqlens, lengths=lengths)
+        row.thd = PackedSeqParams(**known)
+        row.positions = positions
         return row
     if context is not None and context.size() > 1:
         _set_share(row, share_of(lengths, context.rank(), context.size()), attention)
+        row.positions = row.positions if positions is None else positions
         return row
     row.query_ends = row.key_ends = cu_seqlens
     row.longest = (row.max_seqlen, row.max_seqlen)
     if attention == "buckets":
-        shapes, places = _buckets(lengths)
+        shapes, places = _buckets(lengths, [length_bucket(length) if causal else length for length in lengths])
         # One copy to the device for all of them.
         sizes = [rows * longest for rows, longest in shapes]
         *buckets, row.from_buckets = to_device(places, device).split([*sizes, total])
         row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(buckets, shapes)]
+    if positions is not None:
+        row.positions = positions
+        return row
     starts = cu_seqlens.long()
     first = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=total)
     row.positions = torch.arange(total, device=device) - first
@@ -157,7 +179,7 @@ def _set_share(row: PackedRow, share: Share, attention: str) -> None:
         row.query_ends, row.key_ends, row.key_rows = bounds.int(), key_bounds.int(), [keys]
         row.longest = (max(lengths), int(share.key_bounds.diff().max()))
         return
-    shapes, flat = _buckets(lengths, kinds=2)
+    shapes, flat = _buckets(lengths, [(length_bucket(length), index % 2) for index, length in enumerate(lengths)])
     *buckets, from_buckets = flat.split([*(rows * longest for rows, longest in shapes), sum(lengths)])
     keys = []
     for bucket, shape in zip(buckets, shapes):
@@ -181,15 +203,12 @@ def _to_device(vectors: list[Tensor], device: torch.device) -> tuple[Tensor, ...
     return to_device(torch.cat(vectors), device).split([len(vector) for vector in vectors])
 
 
-def _buckets(lengths: list[int], kinds: int = 1) -> tuple[list[tuple[int, int]], Tensor]:
-    """Return the shape of each bucket, and bucket_rows and from_buckets of a PackedRow flattened into one tensor.
-
-    Lengths i and j get into one bucket only if i - j is a multiple of `kinds`.
-    """
+def _buckets(lengths: list[int], bucket_of: list[Hashable]) -> tuple[list[tuple[int, int]], Tensor]:
+    """Return the shape of each bucket, and bucket_rows and from_buckets of a PackedRow flattened into one tensor."""
     starts = list(accumulate(lengths, initial=0))
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for index, length in enumerate(lengths):
-        buckets.setdefault((length_bucket(length), index % kinds), []).append(index)
+    buckets: dict[Hashable, list[int]] = {}
+    for index, bucket in enumerate(bucket_of):
+        buckets.setdefault(bucket, []).append(index)
     rows, from_buckets, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
     for members in buckets.values():
         start = torch.tensor([starts[i] for i in members])[:, None]  # [sequences, 1]
@@ -238,36 +257,41 @@ class LocalAttention(MegatronModule):
         if packed_seq_params is None:
             inputs = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, n, d]
             return self._attend(*inputs, causal).transpose(0, 1).flatten(2)
-        # A short sequence is padded at its end, and a causal mask keeps later keys from every real token.
-        assert causal, "packed sequences are padded at their end, which only a causal mask hides"
         query, key, value = (x.squeeze(1) for x in (query, key, value))  # [t, n, d]
         if packed_seq_params.key_rows:
             # One all-gather in forward, reduce-scatter in backward: [t, groups, d] of the rank -> of the whole row.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context)
             key, value = both.chunk(2, dim=-1)
         if packed_seq_params.bucket_rows:
-            output = self._attend_buckets(query, key, value, packed_seq_params)  # [t, n, d]
+            output = self._attend_buckets(query, key, value, packed_seq_params, causal)  # [t, n, d]
         else:
-            output = self._attend_variable_length(query, key, value, packed_seq_params)  # [t, n, d]
+            output = self._attend_variable_length(query, key, value, packed_seq_params, causal)  # [t, n, d]
         return output.flatten(1).unsqueeze(1)  # [t, 1, n * d]
 
-    def _attend_variable_length(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    def _attend_variable_length(
+        self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, causal: bool
+    ) -> Tensor:
         """[t, n, d], keys and values with their own numbers of heads and tokens -> [t, n, d].
 
         Where there are more keys than queries, the last query sees all of them.
         """
-        attention, causal = variable_length_attention()
+        attention, settings = variable_length_attention()
+        if not causal:
+            settings = {key: value for key, value in settings.items() if key not in CAUSAL}
         scale = {} if self.softmax_scale is None else {"scale": self.softmax_scale}
         key, value = (x.index_select(0, row.key_rows[0]) if row.key_rows else x for x in (key, value))
-        return attention(query, key, value, row.query_ends, row.key_ends, *row.longest, **scale, **causal)
+        return attention(query, key, value, row.query_ends, row.key_ends, *row.longest, **scale, **settings)
 
-    def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
-        """[t, n, d], keys and values with their own numbers of heads and tokens -> [t, n, d]."""
+    def _attend_buckets(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, causal: bool) -> Tensor:
+        """[t, n, d], keys and values with their own numbers of heads and tokens -> [t, n, d].
+
+        A short sequence is padded at its end, and a causal mask keeps later keys from every real token.
+        """
         outputs, masks = [], row.masks or [None] * len(row.bucket_rows)
         for rows, key_rows, mask in zip(row.bucket_rows, row.key_rows or row.bucket_rows, masks):
             of_each = zip((query, key, value), (rows, key_rows, key_rows))
             bucket = (x.index_select(0, places.flatten()).unflatten(0, places.shape) for x, places in of_each)
-            outputs.append(self._attend(*bucket, causal=mask is None, mask=mask).flatten(0, 1))
+            outputs.append(self._attend(*bucket, causal=causal and mask is None, mask=mask).flatten(0, 1))
         return torch.cat(outputs).index_select(0, row.from_buckets)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
@@ -292,21 +316,43 @@ class LocalAttention(MegatronModule):
         return {}
 
 
-def layer_spec(kernels: str, norm: type, mask: AttnMaskType) -> ModuleSpec:
+def layer_spec(kernels: str, norm: type, mask: AttnMaskType, qk_norm: bool = False) -> ModuleSpec:
     """Return megatron-core's spec of a pre-norm layer; local layers get the norms and the attention of this file.
 
     `norm` is RMSNorm or LayerNorm; Transformer Engine fuses its own norm of that kind into the next layer. Checkpoints
     of both kernels have the same keys, those of Transformer Engine, since extra states of layers are not saved.
+    With `qk_norm` each head's queries and keys are normalised as well.
     """
     if kernels == "transformer_engine":
-        transformer_engine()
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        spec.submodules.self_attention.submodules.core_attention = packed_te_attention()
     else:
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-        spec.submodules.self_attention.submodules.core_attention = LocalAttention
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = LocalAttention
+        attention.q_layernorm = attention.k_layernorm = norm if qk_norm else IdentityOp
     spec.submodules.self_attention.params["attn_mask_type"] = mask
     return spec
+
+
+@cache
+def packed_te_attention() -> type:
+    """Return Transformer Engine's attention, which also takes a row whose tokens' positions are given."""
+
+    class PackedAttention(transformer_engine().TEDotProductAttention):
+        """[t, 1, n, d] -> [t, 1, n * d] for such a row."""
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """See TEDotProductAttention."""
+            row = kwargs.get("packed_seq_params")
+            if row is None or row.qkv_format == "thd":
+                return super().forward(query, key, value, *args, **kwargs)
+            parts = (x.squeeze(1) for x in (query, key, value))
+            output = super().forward(*parts, *args, **{**kwargs, "packed_seq_params": row.thd})
+            return output.reshape(len(query), 1, -1)
+
+    return PackedAttention
 
 
 def transformer_engine() -> Any:

@@ -45,7 +45,7 @@ def test_visual_tokens_stand_where_the_image_stood(groups: ProcessGroupCollectio
     sequences = [random_sequence(model, seed, with_image=seed != 1) for seed in range(4)]
     packed = pack(sequences, model, multiple=8)
     with torch.no_grad():
-        hidden = embedder.splice(packed, embedder.visual_tokens(packed)).squeeze(1)
+        hidden = embedder.inputs(packed)[0].squeeze(1)
         table = embedder.language.embedding.word_embeddings.weight
         expected = []
         for sequence in sequences:
@@ -81,7 +81,7 @@ def merged(cases: list[dict], multiple: int) -> list[torch.Tensor]:
         vision_is_frozen=False,
     )
     row = torch.full((len(packed.tokens), 8), torch.nan)
-    row[packed.visual_position] = LlaveEmbedder.visual_tokens(stand_in, packed)
+    [row[packed.visual_position]] = LlaveEmbedder.visual_tokens(stand_in, packed)
     bounds = packed.cu_seqlens.tolist()
     assert row[packed.tokens > 0].isnan().all()
     return [row[start + 1 : end - 1] for start, end in zip(bounds, bounds[1 : len(cases) + 1])]
@@ -132,7 +132,7 @@ def test_blank_tile_is_zeros_after_normalisation(groups: ProcessGroupCollection,
     tile = np.full((1, 3, 56, 56), 127, np.uint8)
     sequences = [EncodedSequence([IMAGE, 3], [tile], [layout], blank) for blank in (True, False)]
     with torch.no_grad():
-        blank, grey = embedder.visual_tokens(pack(sequences, model)).split(17)
+        blank, grey = embedder.visual_tokens(pack(sequences, model))[0].split(17)
         expected = embedder.projector(embedder.vision.encoder(torch.from_numpy(released)).flatten(0, 1))
     torch.testing.assert_close(blank[:16], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(blank[16], embedder.image_newline.detach())
