@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave.models.blocks.initialization import GATED, named_global_parameters
+from megatron_llave.models.blocks.initialization import named_global_parameters
 from megatron_llave.training.optimizer import Trainable
 
 
@@ -32,18 +32,18 @@ def _full(chunks, groups, value) -> dict[str, Tensor]:
     for chunk in chunks:
         for name, parameter in named_global_parameters(chunk):
             if parameter.requires_grad:
-                own[name] = _gather_tensor_parallel(value(parameter).detach(), parameter, name, groups.tp)
+                own[name] = _gather_tensor_parallel(value(parameter).detach(), parameter, groups.tp)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return {name: tensor for part in everyone for name, tensor in part.items()}
 
 
-def _gather_tensor_parallel(part, parameter, name, group) -> Tensor:
+def _gather_tensor_parallel(part, parameter, group) -> Tensor:
     if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return part.clone()
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
-    if name.startswith("language.") and name.endswith(GATED):
+    if getattr(parameter, "is_gated", False):
         return torch.cat([p.chunk(2)[0] for p in parts] + [p.chunk(2)[1] for p in parts])
     return torch.cat(parts, dim=parameter.partition_dim)
 

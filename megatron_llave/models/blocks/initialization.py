@@ -12,8 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-GATED = "mlp.linear_fc1.weight"
-"""The decoder's [gate; up] matrix: each tensor-parallel rank holds its part of both halves."""
+
+def mark_gated(decoder: Module) -> None:
+    """Mark the [gate; up] parameters of a TransformerBlock: each tensor-parallel rank holds its part of both halves."""
+    if decoder.config.gated_linear_unit:
+        for layer in decoder.layers:
+            for parameter in (layer.mlp.linear_fc1.weight, layer.mlp.linear_fc1.bias):
+                if parameter is not None:
+                    parameter.is_gated = True
 
 
 def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
@@ -39,7 +45,7 @@ def initialize_parameters(chunks: list[Module], tensor_group: dist.ProcessGroup,
         for name, parameter in named_global_parameters(chunk):
             device = parameter.device if parameter.is_cuda else torch.device("cpu")
             full = _draw(name, full_shape(parameter, tensor_group.size()), seed, device)
-            part = tensor_parallel_part(full, parameter, name, tensor_group.rank(), tensor_group.size())
+            part = tensor_parallel_part(full, parameter, tensor_group.rank(), tensor_group.size())
             with torch.no_grad():
                 parameter.copy_(part)
 
@@ -52,11 +58,11 @@ def full_shape(parameter: Parameter, tensor: int) -> list[int]:
     return shape
 
 
-def tensor_parallel_part(full: Tensor, parameter: Parameter, name: str, rank: int, tensor: int) -> Tensor:
+def tensor_parallel_part(full: Tensor, parameter: Parameter, rank: int, tensor: int) -> Tensor:
     """Return the part of a full parameter that tensor-parallel rank `rank` of `tensor` holds."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
-    if name.startswith("language.") and name.endswith(GATED):
+    if getattr(parameter, "is_gated", False):
         gate, up = full.chunk(2)
         return torch.cat([gate.chunk(tensor)[rank], up.chunk(tensor)[rank]])
     return full.chunk(tensor, parameter.partition_dim)[rank]

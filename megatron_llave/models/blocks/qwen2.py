@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
+from megatron_llave.models.blocks.initialization import mark_gated
 from megatron_llave.models.blocks.kernels import fuses_activations
 from megatron_llave.models.blocks.layer_specs import PackedRow, RMSNorm, final_norm, layer_spec
 from megatron_llave.models.blocks.settings import DTYPES, common_config
@@ -203,6 +204,7 @@ class LanguageModel(MegatronModule):
             pg_collection=groups,
             vp_stage=chunk,
         )
+        mark_gated(self.decoder)
         layers_before = self.decoder.layers[0].layer_number - 1 if num_layers else 0
         of_first_chunk = get_num_layers_to_build(config, vp_stage=None if chunk is None else 0, pp_rank=0)
         self.deepstack_received = max(0, num_deepstack - layers_before)

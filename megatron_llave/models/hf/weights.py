@@ -184,4 +184,4 @@ def fill_from_hf(chunks: Iterable[Module], weights: HfWeights, groups: ProcessGr
         full = rules[name].join([weights.read(theirs) for theirs in rules[name].names])
         full = pad_rows(full, full_shape(parameter, size)[0])
         with torch.no_grad():
-            parameter.copy_(tensor_parallel_part(full, parameter, name, rank, size))
+            parameter.copy_(tensor_parallel_part(full, parameter, rank, size))
