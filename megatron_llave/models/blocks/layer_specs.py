@@ -324,8 +324,9 @@ def layer_spec(kernels: str, norm: type, mask: AttnMaskType, qk_norm: bool = Fal
     With `qk_norm` each head's queries and keys are normalised as well.
     """
     if kernels == "transformer_engine":
+        core_attention = packed_te_attention()  # first, since megatron-core's own error would not name the key
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-        spec.submodules.self_attention.submodules.core_attention = packed_te_attention()
+        spec.submodules.self_attention.submodules.core_attention = core_attention
     else:
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
