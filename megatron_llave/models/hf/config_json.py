@@ -16,7 +16,7 @@ from megatron_llave.files import read_json
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_VALUE = 200
 """Number of characters of a value that a message repeats."""
-MOST = {"num_hidden_layers": 500, "image_size": 4096}
+MOST = {"num_hidden_layers": 500, "depth": 500, "image_size": 4096}
 MOST_SIZE = 2**24
 """The largest whole numbers, for keys in MOST and for all others: a model is laid out before its weights are read."""
 DTYPE_KEYS = ("dtype", "torch_dtype")

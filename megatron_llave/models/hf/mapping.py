@@ -12,29 +12,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """How one parameter of ours is made of the folder's tensors. Made by `copied`, `padded`, `qkv` and `gated`."""
+    """How one parameter of ours is made of the folder's tensors. Made by the functions below."""
 
     kind: str
-    """copied, padded, qkv or gated."""
+    """copied, padded, qkv, stacked_qkv, gated or flattened."""
     names: tuple[str, ...]
     """Canonical names of the folder's tensors (see HfFormat)."""
     heads: int = 1
-    """Query heads, for kind qkv."""
+    """Query heads, for kinds qkv and stacked_qkv."""
     groups: int = 1
-    """Key/value heads, for kind qkv."""
+    """Key/value heads, for kinds qkv and stacked_qkv."""
     rows: int = 0
     """Rows that the folder's tensor has, for kind padded."""
+    columns: tuple[int, ...] = ()
+    """Sizes of the folder's tensor after the first, for kind flattened."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The folder's tensors, in the order of `names`, as one parameter of ours (not padded yet, see pad_rows)."""
         if self.kind == "qkv":
             return join_qkv(parts, self.groups)
+        if self.kind == "stacked_qkv":
+            each = [len(parts[0]) * part // (self.heads + 2 * self.groups) for part in (self.heads, self.groups)]
+            return join_qkv(list(parts[0].split([*each, each[1]])), self.groups)
+        if self.kind == "flattened":
+            return parts[0].flatten(1)
         return torch.cat(parts) if self.kind == "gated" else parts[0]
 
     def split(self, ours: Tensor) -> list[Tensor]:
         """The inverse of `join`; rows of padding are left out."""
         if self.kind == "qkv":
             return split_qkv(ours, self.heads, self.groups)
+        if self.kind == "stacked_qkv":
+            return [torch.cat(split_qkv(ours, self.heads, self.groups))]
+        if self.kind == "flattened":
+            return [ours.unflatten(1, self.columns)]
         if self.kind == "gated":
             return list(ours.chunk(2))
         return [ours[: self.rows] if self.kind == "padded" else ours]
@@ -61,6 +72,16 @@ def padded(name: str, rows: int) -> Rule:
 def qkv(query: str, key: str, value: str) -> Rule:
     """The parameter interleaves the projections to queries, keys and values (join_qkv); layer_rules adds the heads."""
     return Rule("qkv", (query, key, value))
+
+
+def stacked_qkv(name: str) -> Rule:
+    """The parameter interleaves what the tensor stacks: queries, keys and values; layer_rules adds the heads."""
+    return Rule("stacked_qkv", (name,))
+
+
+def flattened(name: str, columns: tuple[int, ...]) -> Rule:
+    """The parameter is the tensor [h, *columns], such as the kernel of a convolution, as a matrix of h rows."""
+    return Rule("flattened", (name,), columns=columns)
 
 
 def gated(gate: str, up: str) -> Rule:
