@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from golden_model import CASES, OFFICIAL, ONEVISION, PATCHES_PER_SIDE, TILE, embeddings, sequence
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from megatron_llave.batch import PairBatch
 from megatron_llave.config.load import config_from_dict, override_config
+from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import TileShape, pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import exit_with_one_line
+from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.loss import build_loss
 from megatron_llave.models import build_model, open_hf, read_hf_config
 from megatron_llave.models.blocks.initialization import named_global_parameters
@@ -37,11 +39,24 @@ from megatron_llave.training.optimizer import build_trainable
 
 LEAST_COSINE = {
     **{("local", "fp32"): 0.999999, ("transformer_engine", "fp32"): 0.9999},  # its products are in TF32
-    **{("local", "bf16"): 0.995, ("transformer_engine", "bf16"): 0.995, ("transformer_engine", "fp8"): 0.85},
+    **{("local", "bf16"): 0.995, ("transformer_engine", "bf16"): 0.995},
 }
-"""The least cosine of embeddings. An H200 reached 0.998 in bf16 and, with only 64 channels, 0.89 to 0.93 in FP8."""
-LEAST_GRADIENT_COSINE = {"fp32": 0.999, "bf16": 0.98, "fp8": 0.65}
-"""The least cosine of the gradients of all parameters as one vector. An H200 reached 0.80 to 0.85 in FP8."""
+"""The least cosine of embeddings. An H200 reached 0.998 in bf16."""
+LEAST_GRADIENT_COSINE = {"fp32": 0.999, "bf16": 0.98}
+"""The least cosine of the gradients of all parameters as one vector."""
+FP8 = {
+    "delayed": {"embedding_cosine": 0.922, "gradient_cosine": 0.765, "gradient_norm_ratio": 0.895},
+    "blockwise": {"embedding_cosine": 0.926, "gradient_cosine": 0.786, "gradient_norm_ratio": 0.887},
+    "tensorwise": {"embedding_cosine": 0.915, "gradient_cosine": 0.810, "gradient_norm_ratio": 0.973},
+}
+"""Means of 20 draws on a CPU, where tests/engine/double.py rounds as each recipe says. With only 64 channels, one draw
+says little: its standard deviation is 0.02 to 0.04, 0.04 to 0.06, and 0.07 to 0.08. A draw changes every weight by some
+2**-9 of itself, as rounding to bf16 does."""
+DRAWS = 8
+"""Draws of a case in FP8."""
+FP8_MARGIN = {"embedding_cosine": 0.05, "gradient_cosine": 0.08, "gradient_norm_ratio": 0.1}
+"""How far the means of DRAWS may be off: 3 standard errors of the difference, of the recipe that varies most. With a
+forward product 15 % too large, all three were further off, and with such a gradient of a norm, the last one was."""
 SOFT_LOSS = ["loss.temperature=0.2", "loss.alpha=1.0"]
 """A soft loss, which does not amplify rounding errors."""
 USED = (CASES + OFFICIAL)[:6]
@@ -51,6 +66,7 @@ USED = (CASES + OFFICIAL)[:6]
 def build_case(case: str) -> RunConfig:
     """The configuration of KERNELS:PRECISION[:FP8_RECIPE]."""
     kernels, precision, recipe = (*case.split(":"), "tensorwise")[:3]
+    require(precision != "fp8" or recipe in FP8, f"{case}: the recipe must be one of {', '.join(FP8)}")
     fixed = {"model": {"preset": "tiny"}, "train": {"steps": 1, "global_batch_size": 3}}
     cfg = override_config(config_from_dict(fixed), SOFT_LOSS)
     model = replace(read_hf_config(ONEVISION).model, kernels=kernels, precision=precision, fp8_recipe=recipe)
@@ -64,11 +80,16 @@ def golden_batch(multiple: int) -> PairBatch:
     return PairBatch(row, ids, ids, ids[:0], "golden", [str(i) for i in ids.tolist()])
 
 
-def compute(cfg: RunConfig) -> dict[str, Tensor]:
-    """Compute embeddings, loss and the gradient of every parameter; returns them in float32 on the CPU."""
+def compute(cfg: RunConfig, draw: int = 0) -> dict[str, Tensor]:
+    """Compute embeddings, loss and the gradient of every parameter; returns them in float32 on the CPU.
+
+    Draw 0 has the golden weights, the others slightly different ones.
+    """
     groups, device = process_groups.initialize_model_parallel(cfg.parallel), process_groups.device()
     chunks = build_model(cfg.model, cfg.parallel, groups, device, seed=None)
     fill_from_hf(chunks, open_hf(ONEVISION), groups)
+    if draw > 0:
+        shake(chunks[0], draw)
     trainable = build_trainable(cfg, chunks, groups)
     batch = golden_batch(row_multiple(cfg.model, cfg.parallel)).to(device)
     with torch.no_grad():
@@ -80,6 +101,14 @@ def compute(cfg: RunConfig) -> dict[str, Tensor]:
     for name, parameter in named_global_parameters(chunks[0]):
         computed[f"gradient {local_kernel_name(name)}"] = parameter.main_grad
     return {name: value.detach().float().cpu().clone() for name, value in computed.items()}
+
+
+@torch.no_grad()
+def shake(chunk: torch.nn.Module, seed: int) -> None:
+    """Change every weight by 2**-9 of itself, times a normal number."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in chunk.parameters():
+        weight.copy_(weight.float() * (1 + 2**-9 * torch.randn(weight.shape, generator=generator).to(weight.device)))
 
 
 def compare_with(computed: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float | str]:
@@ -103,15 +132,24 @@ def compare_with(computed: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
     }
 
 
+def is_within_limits(model: ModelConfig, deviations: dict[str, float | str]) -> bool:
+    """Whether the figures of `compare_with`, in FP8 the means of DRAWS of them, are as good as they should be."""
+    if model.precision == "fp8":
+        expected = FP8[model.fp8_recipe]
+        return all(abs(deviations[name] - expected[name]) <= margin for name, margin in FP8_MARGIN.items())
+    is_good = deviations["embedding_cosine"] >= LEAST_COSINE[model.kernels, model.precision]
+    return is_good and deviations["gradient_cosine"] >= LEAST_GRADIENT_COSINE[model.precision]
+
+
 def check(case: str, against: Path, raw: Path | None) -> bool:
     """Compute a case and print how it compares. True if it is within the limits."""
     if torch.cuda.is_available():
         torch.compiler.reset()  # else the kernels compiled for other cases count towards torch's limit
-    cfg = build_case(case)
-    deviations = compare_with(compute(cfg), load_file(against))
-    least = LEAST_COSINE[cfg.model.kernels, cfg.model.precision]
-    is_good = deviations["embedding_cosine"] >= least
-    is_good &= deviations["gradient_cosine"] >= LEAST_GRADIENT_COSINE[cfg.model.precision]
+    cfg, wanted = build_case(case), load_file(against)
+    draws = [compare_with(compute(cfg, draw), wanted) for draw in range(DRAWS if cfg.model.precision == "fp8" else 1)]
+    means = {k: mean(draw[k] for draw in draws) for k, v in draws[0].items() if not isinstance(v, str)}
+    deviations = draws[0] | means
+    is_good = is_within_limits(cfg.model, deviations)
     figures = ", ".join(
         f"{k} {v:.3g}" if abs(v) < 0.9 else f"{k} {v:.7f}" for k, v in deviations.items() if k[0] != "w"
     )

@@ -95,6 +95,7 @@ build() {
 check() {
     local golden=("$python" -m benchmarks.gpu_check --raw "$RESULTS/check.jsonl" --against "$STATE/reference.safetensors")
     nvidia-smi -L || echo "no GPU"
+    part "attention for packed rows" 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/models/blocks/test_layer_specs.py
     CUDA_VISIBLE_DEVICES='' part "golden model on the CPU" 90 "$python" -m benchmarks.gpu_check --save "$STATE/reference.safetensors"
     part "golden model, local kernels" 90 "${golden[@]}" local:fp32 local:bf16
 }

@@ -11,6 +11,7 @@ get() {
     "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" -d "$@"
 }
 get "$out" megatron-core==0.19.2 webdataset==1.0.2 braceexpand==0.1.7 omegaconf==2.4.0
+get "$out" pytest==9.2.0 pluggy iniconfig packaging pygments
 # Requirements of Transformer Engine; pydantic and pydantic-core have to be of one release.
 get "$out" nvdlfw-inspect==0.2.2 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection 'importlib-metadata<9' zipp
 get "$work" transformer_engine==$engine transformer_engine_cu13==$engine

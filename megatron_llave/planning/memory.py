@@ -14,6 +14,7 @@ from megatron_llave.batch import padded_length
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
+from megatron_llave.models.blocks.kernels import takes_variable_length
 from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
 from megatron_llave.models.blocks.settings import DTYPES
@@ -148,8 +149,8 @@ def is_trained(model: ModelConfig, group: str) -> bool:
 
 
 def has_buckets(model: ModelConfig, on_gpu: bool) -> bool:
-    """Whether the attention copies sequences into buckets (models/blocks/kernels.py), here with torch 2.10 or later."""
-    return model.kernels == "local" and not (on_gpu and model.precision != "fp32")
+    """Whether the attention copies sequences into buckets, with the torch that is installed here."""
+    return model.kernels == "local" and not (on_gpu and takes_variable_length(model))
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -7,6 +7,7 @@ and over gloo without.
 import hashlib
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -45,6 +46,8 @@ SPEEDS = (
 INTERFACES = Path("/sys/class/net")
 INFINIBAND = Path("/dev/infiniband")
 SHARED_FOLDER = Path("/dev/shm")
+CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY_OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 @dataclass(frozen=True)
@@ -180,12 +183,28 @@ def _device_name() -> str:
 
 
 def _free_memory() -> int:
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # a control group of version 2, with a limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
+    """Return the free bytes of the host, or of the control group with the least room among this process's and its
+    parents: a container's, or a SLURM job's. Both versions of control groups are read."""
+    free = [psutil.virtual_memory().available]
+    for line in OWN_CONTROL_GROUPS.read_text().splitlines() if OWN_CONTROL_GROUPS.exists() else []:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, files = CONTROL_GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, files = CONTROL_GROUPS / "memory", MEMORY_OF_VERSION_1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            with suppress(OSError, ValueError):  # no such folder here, or no limit
+                free.append(_room(folder, *files))
+    return max(0, min(free))
+
+
+def _room(group: Path, limit: str, used: str, cache: str) -> int:
+    """Return the limit of a control group less what it uses, without files that are only cached."""
+    cached = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    return int((group / limit).read_text()) - int((group / used).read_text()) + int(cached[1] if cached else 0)
 
 
 def _problems(cfg: RunConfig) -> list[str]:

@@ -40,6 +40,7 @@ def test_parts_come_in_their_order_with_both_kinds_of_negatives(tmp_path: Path) 
     for command in steps:
         assert option(command, "negatives") == ["micro_batch", "global_batch"]
         assert int(option(command, "limit")[0]) > 0 and option(command, "raw")
+    assert "-m pytest" in commands[0] and "-m gpu" in commands[0] and commands[0].endswith("test_layer_specs.py")
     names = ["gpu_check", "gpu_step", "gpu_profile", "megatron_llave.train"]
     first = [next(i for i, command in enumerate(commands) if name in command) for name in names]
     assert first == sorted(first), "correctness first, the profile and training last"

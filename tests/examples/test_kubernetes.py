@@ -69,7 +69,9 @@ def test_image_is_pinned_and_not_roots() -> None:
     assert re.search(r"git fetch .* https://github.com/NVIDIA/apex [0-9a-f]{40} ", "\n".join(lines))
     assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"] and lines[-1].startswith("USER ")
     job_set = OmegaConf.load(EXAMPLES / "kubernetes" / "jobset.yaml")
-    assert job_set.spec.replicatedJobs[0].template.spec.template.spec.securityContext.runAsUser == 1000
+    pod = job_set.spec.replicatedJobs[0].template.spec.template.spec
+    assert pod.securityContext.runAsUser == 1000
+    assert re.fullmatch(r".*@sha256:[0-9a-f]{64}", pod.containers[0].image)
 
 
 def test_image_has_what_is_tracked_and_no_more() -> None:

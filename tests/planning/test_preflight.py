@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_ranks import run_ranks
@@ -75,6 +76,36 @@ def test_interfaces_and_locked_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(preflight, "INFINIBAND", tmp_path)
     monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (65536, 65536))
     assert preflight._problems(cfg) == ["ulimit -l is 65536 bytes, but InfiniBand locks memory; set it to unlimited"]
+
+
+def test_free_memory_is_that_of_the_tightest_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what is only cached, in a container and in a job of SLURM whose own group has no limit."""
+
+    def write(group: str, names: tuple[str, str, str], limit: object, used: int, cached: int) -> None:
+        folder = tmp_path / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip((*names[:2], "memory.stat"), (limit, used, f"anon 1\n{names[2]} {cached}\nfile 99")):
+            (folder / name).write_text(f"{value}\n")
+
+    monkeypatch.setattr(preflight, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(preflight, "OWN_CONTROL_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    assert preflight._free_memory() == 5000
+    of_2 = ("memory.max", "memory.current", "inactive_file")
+    (tmp_path / "own").write_text("0::/slurm/job_1/step_0\n")
+    write("slurm/job_1/step_0", of_2, "max", 900, 300)
+    assert preflight._free_memory() == 5000, "no limit"
+    write("slurm/job_1", of_2, 2000, 900, 300)
+    assert preflight._free_memory() == 1400
+    write("", of_2, 1500, 1000, 100)  # a container's, seen from within
+    assert preflight._free_memory() == 600
+    (tmp_path / "own").write_text("5:cpu:/\n4:hugetlb,memory:/job\n0::/\n")
+    write("", of_2, "max", 1000, 100)
+    write("memory", preflight.MEMORY_OF_VERSION_1, 2**63, 9000, 0)
+    write("memory/job", preflight.MEMORY_OF_VERSION_1, 1000, 950, 250)
+    assert preflight._free_memory() == 300
+    write("memory/job", preflight.MEMORY_OF_VERSION_1, 1000, 1100, 0)
+    assert preflight._free_memory() == 0
 
 
 def test_output_directory_that_cannot_be_written(groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,15 +57,24 @@ def attention_kernel(model: ModelConfig, head_size: int | None = None) -> str:
     """Return what the decoder, or another part with heads of `head_size` channels, attends to a packed row with.
 
     This is transformer_engine; or with local kernels variable_length, torch's FlashAttention, which takes the row as it
-    is, on a GPU in bf16 with heads that it has kernels for; or else buckets of sequences of similar lengths.
+    is, on a GPU; or else buckets of sequences of similar lengths.
     """
     if model.kernels == "transformer_engine":
         return model.kernels
-    head_size = head_size or model.language.head_channels
-    fits = model.precision != "fp32" and head_size % 8 == 0 and head_size <= LARGEST_HEAD
-    if torch.cuda.is_available() and fits and find_spec(VARIABLE_LENGTH_ATTENTION) is not None:
+    if torch.cuda.is_available() and takes_variable_length(model, head_size):
         return "variable_length" if torch.cuda.get_device_capability() >= VARIABLE_LENGTH_SINCE else "buckets"
     return "buckets"
+
+
+def takes_variable_length(model: ModelConfig, head_size: int | None = None) -> bool:
+    """Whether local kernels attend to a packed row as it is on a GPU that is new enough.
+
+    They do in bf16, with heads that torch's FlashAttention has kernels for (None: those of the decoder), and if the
+    installed torch has it.
+    """
+    head_size = head_size or model.language.head_channels
+    fits = model.precision != "fp32" and head_size % 8 == 0 and head_size <= LARGEST_HEAD
+    return fits and find_spec(VARIABLE_LENGTH_ATTENTION) is not None
 
 
 @cache

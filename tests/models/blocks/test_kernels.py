@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,16 +10,14 @@ import pytest
 import torch
 from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu, fused_bias_swiglu
 from megatron.core.transformer import mlp
-from megatron.core.transformer.enums import AttnMaskType
-from reference import pack_pair_batch, random_pairs
+from reference import CAUSAL, one_by_one, pack_pair_batch, random_pairs
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks import kernels, qwen2, siglip
-from megatron_llave.models.blocks.layer_specs import LocalAttention, packed_row
-from megatron_llave.models.blocks.qwen2 import language_transformer_config
+from megatron_llave.planning.memory import has_buckets
 from megatron_llave.train import train_step
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import build_trainable
@@ -174,13 +173,16 @@ def test_attention_that_takes_the_row_as_it_is_where_there_is_one(
     assert kernels.attention_kernel(ModelConfig(precision="fp32")) == "buckets"
     for size, kernel in ((64, "variable_length"), (256, "variable_length"), (60, "buckets"), (264, "buckets")):
         heads = LanguageConfig(hidden_size=2 * size, num_heads=2)
-        assert kernels.attention_kernel(ModelConfig(precision="bf16", language=heads)) == kernel
+        model = ModelConfig(precision="bf16", language=heads)
+        assert kernels.attention_kernel(model) == kernel
+        assert has_buckets(model, on_gpu=True) == (kernel == "buckets") and has_buckets(model, on_gpu=False)
     assert kernels.attention_kernel(ModelConfig(kernels="transformer_engine")) == "transformer_engine"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert kernels.attention_kernel(local) == "buckets"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     found.clear()
     assert kernels.attention_kernel(local) == "buckets", "torch before 2.10"
+    assert has_buckets(local, on_gpu=True), "the planner asks the same"
 
 
 def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
@@ -202,16 +204,12 @@ def test_attention_of_each_torch_is_causal(attention, expected, monkeypatch: pyt
 
 
 def test_call_fits_the_attention_of_this_torch() -> None:
-    """Its real function with shapes alone, as it computes on a GPU only; test_layer_specs.py has the mathematics."""
-    heads = ModelConfig(language=LanguageConfig(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2))
-    attention = LocalAttention(language_transformer_config(heads, ParallelConfig()), 1, AttnMaskType.causal, "self")
-    shapes = [(10, 1, number, 8) for number in (4, 2, 2)]
-    inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    row = packed_row(torch.empty(3, device="meta", dtype=torch.int32), [3, 7], "variable_length")
-    output = attention(*inputs, None, packed_seq_params=row)
-    assert output.shape == (10, 1, 4 * 8) and output.dtype == torch.bfloat16
-    output.sum().backward()
-    assert [x.grad.shape for x in inputs] == shapes
+    """Its signature and that of its stand-in, as it computes on a GPU only. test_layer_specs.py has the mathematics."""
+    attention, causal = kernels.variable_length_attention()
+    assert causal.items() <= CAUSAL.items() or causal == {"is_causal": True}
+    signature(attention).bind(*range(7), **causal)
+    names = [list(signature(function).parameters)[:7] for function in (attention, one_by_one)]
+    assert names[0] == names[1] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
 def test_rounded_row_is_exact(groups) -> None:
