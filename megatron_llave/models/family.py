@@ -11,6 +11,7 @@ from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.packing import Processor
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.models.hf.weights import HfFormat
+from megatron_llave.models.vision_cost import VisionCost
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Family:
     """Lines about the parts before the decoder, for tools/convert_hf.py inspect."""
     hf: HfFormat
     """How its models are stored in Hugging Face folders."""
+    cost: VisionCost = VisionCost()
+    """Parameters, FLOPs and bytes of vision encoder and projector; the default is right without images."""
     prompts: tuple[str, ...] = ("qwen", "plain")
     """Values of data.prompt that its models can have."""
     check: Callable[[ModelConfig], None] = lambda model: None

@@ -4,7 +4,7 @@ A multiply-add counts as two operations; norms, activation functions, embeddings
 Attention counts as far as its mask allows: half of the square for the decoder. Operations that only the way of
 computing adds (embed pass of the gradient cache, recomputed activations, padding) are not part of `step_flops`;
 `extra_flops` gives those of them that the configuration decides about.
-Shapes: p patches per tile, l tokens of a sequence, h hidden; b rows of a rank, C columns, d embedding.
+Shapes: h hidden; b rows of a rank, C columns, d embedding.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
+from megatron_llave.config.model import LanguageConfig, ModelConfig
+from megatron_llave.models import family_of
+from megatron_llave.models.vision_cost import Products
 
 DENSE_TFLOPS = {
     **{"A100": 312, "A800": 312, "L40S": 362},
@@ -34,43 +36,31 @@ class Work:
     """Sum over the sequences of their squared lengths, tokens squared."""
     tiles: int
     """Tiles of all images."""
+    patch_pairs: int = 0
+    """What the attention of the vision encoder costs where tiles do not say it (VisionCost.patch_pairs)."""
 
 
-def vision_encoder_flops(vision: VisionConfig) -> int:
-    """FLOPs of the forward pass of one tile through the vision encoder."""
-    p, h = vision.patches_per_side**2, vision.hidden_size
-    layer = 2 * p * h * (4 * h + 2 * vision.ffn_hidden_size) + 4 * p * p * h
-    return _patch_flops(vision) + vision.num_layers * layer
-
-
-def _patch_flops(vision: VisionConfig) -> int:
-    """FLOPs of the forward pass of one tile through the patch convolution."""
-    return 2 * vision.patches_per_side**2 * 3 * vision.patch_size**2 * vision.hidden_size
-
-
-def projector_flops(model: ModelConfig) -> tuple[int, int]:
-    """FLOPs of the forward pass of one tile through each of the projector's two layers."""
-    p, h = model.vision.patches_per_side**2, model.language.hidden_size
-    return 2 * p * model.vision.hidden_size * h, 2 * p * h * h
+def _products(model: ModelConfig, work: Work) -> list[Products]:
+    """Matrix products of vision encoder and projector."""
+    return family_of(model).cost.products(model, work.tiles, work.patch_pairs)
 
 
 def decoder_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:
     """FLOPs of the forward pass of sequences through the decoder."""
-    h = language.hidden_size
-    kv = h // language.num_heads * language.num_kv_heads
-    per_token = 2 * h * (2 * h + 2 * kv + 3 * language.ffn_hidden_size)
+    h, head = language.hidden_size, language.head_channels
+    per_token = 2 * h * (2 * head * (language.num_heads + language.num_kv_heads) + 3 * language.ffn_hidden_size)
     return language.num_layers * per_token * tokens + _attention_flops(language, squared_lengths)
 
 
 def _attention_flops(language: LanguageConfig, squared_lengths: int) -> int:
     """FLOPs of the forward pass through the decoder's two products without weights."""
-    return language.num_layers * 2 * squared_lengths * language.hidden_size
+    return language.num_layers * 2 * squared_lengths * language.num_heads * language.head_channels
 
 
 def forward_flops(model: ModelConfig, work: Work) -> int:
     """FLOPs of the forward pass through the complete model."""
-    per_tile = vision_encoder_flops(model.vision) + sum(projector_flops(model))
-    return per_tile * work.tiles + decoder_flops(model.language, work.tokens, work.squared_lengths)
+    vision = sum(products.flops for products in _products(model, work))
+    return vision + decoder_flops(model.language, work.tokens, work.squared_lengths)
 
 
 def step_flops(model: ModelConfig, work: Work) -> int:
@@ -79,16 +69,11 @@ def step_flops(model: ModelConfig, work: Work) -> int:
     The backward pass of a matrix product is two more products: for its input, if something before it is trained, and
     for its weight.
     """
-    encoder = vision_encoder_flops(model.vision)
     decoder = decoder_flops(model.language, work.tokens, work.squared_lengths)
-    first, second = projector_flops(model)
-    trains = {part: part not in model.freeze for part in PARTS}
-    total = (3 * encoder - _patch_flops(model.vision) if trains["vision"] else encoder) * work.tiles
-    total += (1 + trains["vision"] + trains["projector"]) * first * work.tiles
-    total += (1 + (trains["vision"] or trains["projector"]) + trains["projector"]) * second * work.tiles
-    if trains["language"]:
+    total = sum(products.with_backward(model.freeze) for products in _products(model, work))
+    if "language" not in model.freeze:
         return total + 3 * decoder
-    if trains["vision"] or trains["projector"]:  # the gradient passes through the decoder; attention has two inputs
+    if not {"vision", "projector"} <= set(model.freeze):  # the gradient passes through it; attention has two inputs
         return total + 2 * decoder + _attention_flops(model.language, work.squared_lengths)
     return total + decoder
 
@@ -106,9 +91,9 @@ def extra_flops(model: ModelConfig, work: Work, embed_pass: bool, reward_pass: b
         FLOPs of these forward passes, in which a frozen vision encoder does not run again, and of the activations that
         model.recompute recomputes.
     """
-    encoder = 0 if "vision" in model.freeze else vision_encoder_flops(model.vision)
-    decoder = decoder_flops(model.language, work.tokens, work.squared_lengths)
-    forward = (encoder + sum(projector_flops(model))) * work.tiles + decoder
+    run_again = {"vision", "projector"} - ({"vision"} & set(model.freeze))
+    forward = sum(products.flops for products in _products(model, work) if products.part in run_again)
+    forward += decoder_flops(model.language, work.tokens, work.squared_lengths)
     return (embed_pass + reward_pass) * forward + _recomputed_flops(model, work)
 
 

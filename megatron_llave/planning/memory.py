@@ -2,8 +2,8 @@
 
 Each part counts with its largest size: weights and gradients of a step, the activations of as many micro batches as the
 pipeline schedule has in flight, and the largest temporary tensors. docs/planner.md says how the formulas were checked.
-Shapes: t tokens, h hidden, f inner width of the MLP, n heads, d head dimension; H, F of the vision encoder; p patches,
-k tiles; b pairs of a rank, C columns of the loss.
+Shapes: t tokens, h hidden, f inner width of the MLP, n heads, d head dimension, k tiles; b pairs of a rank, C
+columns of the loss. The parts before the decoder have their formulas in their family (models/vision_cost.py).
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,14 @@ from megatron_llave.batch import padded_length
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
+from megatron_llave.models import family_of
 from megatron_llave.models.blocks.kernels import takes_variable_length
 from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
-from megatron_llave.models.blocks.settings import DTYPES
+from megatron_llave.models.vision_cost import FLOAT, VisionCost, element
 from megatron_llave.planning.flops import Work
 from megatron_llave.planning.pair_lengths import SideShape
 
-FLOAT = 4
-"""Bytes of a float32."""
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Alignment in elements of parameters in megatron-core's gradient buffer, and of its end (param_and_grad_buffer.py)."""
 PART_OF = {"vision": "vision", "projector": "projector", "embedding": "language", "decoder": "language"}
@@ -89,22 +88,21 @@ class Chunk:
     is_last: bool
     """Whether it has the final norm and pools."""
 
+    @property
+    def cost(self) -> VisionCost:
+        """Return the formulas of the parts before the decoder."""
+        return family_of(self.model).cost
+
     def sizes(self) -> dict[str, list[int]]:
         """Return the elements of each parameter on one tensor-parallel rank, by group."""
-        language, vision, tp = self.model.language, self.model.vision, self.layout.tensor
+        language, tp = self.model.language, self.layout.tensor
         h, f, kv = language.hidden_size, language.ffn_hidden_size, kv_width(self.model)
         layer = [(h + 2 * kv) * h // tp, (h + 2 * kv) // tp, h * h // tp, 2 * f * h // tp, f * h // tp, h, h]
         sizes = {"decoder": layer * self.layers + [h] * self.is_last}
         if not self.is_first:
             return sizes
-        H, F = vision.hidden_size, vision.ffn_hidden_size
-        block = [3 * H * H // tp, 3 * H // tp, H * H // tp, H, F * H // tp, F // tp, F * H // tp, H, *[H] * 4]
-        stem = [3 * vision.patch_size**2 * H, H, vision.patches_per_side**2 * H]  # convolution, its bias, positions
-        return sizes | {
-            "vision": stem + block * vision.num_layers,
-            "projector": [H * h // tp, h // tp, h * h // tp, h, h],  # the last is image_newline
-            "embedding": [padded_vocab_size(language, tp) // tp * h],
-        }
+        before = self.cost.parameters(self.model, tp)
+        return sizes | before | {"embedding": [padded_vocab_size(language, tp) // tp * h]}
 
     def buffer(self, data_parallel: int) -> int:
         """Return the elements of the gradient buffer: trained parameters with their starts and the end aligned."""
@@ -123,9 +121,10 @@ class Chunk:
         if self.is_first and model.dropout:
             kept += batch.tokens * h * e
         if self.is_first and not {"vision", "projector"} <= set(model.freeze):
-            patches = batch.tiles * model.vision.patches_per_side**2
-            kept += 2 * patches * h * e // self.layout.tensor + batch.visual_tokens * h * e
-            kept += 0 if "vision" in model.freeze else vision_encoder_activations(model, self.layout, batch.tiles)
+            tp = self.layout.tensor
+            kept += self.cost.projector_activations(model, tp, batch.tiles, batch.visual_tokens, on_gpu)
+            if "vision" not in model.freeze:
+                kept += self.cost.encoder_activations(model, tp, batch.tiles, on_gpu)
         if self.is_last:
             spread = self.layout.tensor if self.layout.sequence else 1
             kept += (norm_activations(model, on_gpu) - h * e) * batch.tokens // spread
@@ -136,11 +135,6 @@ class Chunk:
 def kv_width(model: ModelConfig) -> int:
     """Return the width of all key heads together, which is also that of all value heads."""
     return model.language.hidden_size // model.language.num_heads * model.language.num_kv_heads
-
-
-def element(model: ModelConfig) -> int:
-    """Return the bytes of a weight or activation."""
-    return DTYPES[model.precision].itemsize
 
 
 def is_trained(model: ModelConfig, group: str) -> bool:
@@ -195,25 +189,10 @@ def layer_activations(
     return (attention + mlp) // tp + (norms + dropped) // spread + rotary
 
 
-def vision_encoder_activations(model: ModelConfig, layout: ParallelConfig, tiles: int) -> int:
-    """Return the bytes that a trained vision encoder keeps of its tiles for the backward."""
-    vision, e, tp = model.vision, element(model), layout.tensor
-    H, F, p = vision.hidden_size, vision.ffn_hidden_size, vision.patches_per_side**2
-    split = 4 * H + 2 * F  # queries, keys, values and the attention's output; the MLP before and after its GELU
-    layer = p * (e * (4 * H + split // tp) + FLOAT * (vision.num_heads // tp + 4))
-    pixels = 3 * (vision.patches_per_side * vision.patch_size) ** 2
-    return tiles * (vision.num_layers * layer + p * H * e + pixels * e)
-
-
-def feature_bytes(model: ModelConfig, tiles: int) -> int:
-    """Return the bytes of the features of `tiles` tiles."""
-    return tiles * model.vision.patches_per_side**2 * model.vision.hidden_size * element(model)
-
-
 def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of the inputs of a micro batch: ids, indices of visual tokens, pixels."""
-    tiles = 3 * model.vision.image_size**2 * batch.tiles
-    return 8 * batch.tokens + 16 * batch.visual_tokens + tiles + 20 * batch.sequences
+    pixels = family_of(model).cost.pixel_bytes(model, batch.tiles)
+    return 8 * batch.tokens + 16 * batch.visual_tokens + pixels + 20 * batch.sequences
 
 
 def loss_bytes(rows: int, columns: int, dim: int) -> int:
@@ -238,13 +217,9 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     in_layer = of_layer[0] - of_layer[1] + largest * batch.tokens
     if not chunk.is_first:
         return in_layer
-    vision, patches = model.vision, batch.tiles * model.vision.patches_per_side**2
-    inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tp
     at_ends = [
-        patches * (2 * vision.hidden_size + inner) * e,  # in the vision encoder, which keeps nothing if it is frozen
-        batch.tiles * 3 * vision.image_size**2 * 20,  # pixels in float64, twice, and in float32
+        chunk.cost.temporary_bytes(model, tp, batch.tiles, batch.context),
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
-        3 * batch.context * patches * model.language.hidden_size * e * (batch.context > 1),  # features of all ranks
     ]
     # These tensors exist before the activations of the micro batch are kept, or after they are freed.
     return max(in_layer, max(at_ends) - chunk.activations(batch, on_gpu))
@@ -364,7 +339,7 @@ def _kept_features(cfg: RunConfig, step: StepShape) -> int:
     model, layout = cfg.model, cfg.parallel
     if "vision" not in model.freeze:
         return 0
-    of_one = feature_bytes(model, step.batch.tiles)
+    of_one = family_of(model).cost.feature_bytes(model, step.batch.tiles)
     if step.has_embed_pass or cfg.loss.reward == "ema":
         return step.micro_batches * of_one
     if "projector" in model.freeze:

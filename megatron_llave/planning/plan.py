@@ -13,13 +13,12 @@ from megatron_llave.config.model import RECOMPUTE, ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError
+from megatron_llave.models.vision_cost import FLOAT, element
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
 from megatron_llave.planning.memory import (
-    FLOAT,
     Chunk,
     MicroBatch,
     StepShape,
-    element,
     save_bytes,
     stage_chunks,
     stage_memory,

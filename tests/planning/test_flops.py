@@ -10,9 +10,9 @@ from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfi
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
-from megatron_llave.models import build_model
+from megatron_llave.models import build_model, family_of
 from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.planning.flops import Work, forward_flops, peak_tflops, projector_flops, step_flops
+from megatron_llave.planning.flops import Work, forward_flops, peak_tflops, step_flops
 
 LENGTH = 40
 NUM_IMAGES, NUM_TEXTS = 2, 3
@@ -53,7 +53,8 @@ def test_formula_is_torchs_count(groups, freeze: list[str]) -> None:
         embeddings.sum().backward()
     assert forward == forward_flops(model, WORK) + 2 * masked_half(model)
     # megatron-core's layers always compute their input's gradient, that of frozen features too.
-    wasted = projector_flops(model)[0] * NUM_IMAGES if "vision" in freeze and "projector" not in freeze else 0
+    *_, first, _ = family_of(model).cost.products(model, NUM_IMAGES, 0)
+    wasted = first.flops if "vision" in freeze and "projector" not in freeze else 0
     assert counter.get_total_flops() == step_flops(model, WORK) + 6 * masked_half(model) + wasted
 
 

@@ -4,6 +4,7 @@ from megatron_llave.models.family import Family
 from megatron_llave.models.hf import side_files
 from megatron_llave.models.hf.weights import HfFormat
 from megatron_llave.models.llava_onevision import hf_checks, hf_config, hf_files, hf_reference, hf_weights, processor
+from megatron_llave.models.llava_onevision.cost import LlaveCost
 from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
 
 FAMILY = Family(
@@ -15,6 +16,7 @@ FAMILY = Family(
     input_settings=processor.input_settings,
     describe=processor.describe,
     check=processor.check_model,
+    cost=LlaveCost(),
     hf=HfFormat(
         layouts=hf_config.LAYOUTS,
         presets=("0.5b", "2b", "7b"),
