@@ -15,6 +15,7 @@ DIRECTIONS = ("symmetric", "query_to_target")
 NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
 IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
 VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
+PROMPTS = ("qwen", "plain", "vlm2vec_v2", "gme", "qwen3_vl_embedding")
 
 
 def _is_margin(key: str, value: float | None) -> None:
@@ -89,13 +90,14 @@ class DataConfig:
     """SentencePiece .model or Hugging Face tokenizer.json. null: the tokenizer of the checkpoint that the run starts
     from, else the tokenizer.json in data.path, or the tokenizer.model where data.path has no tokenizer.json."""
     prompt: str = "qwen"
-    """Prompt template: qwen (that of the released models) or plain (text and end-of-sequence token)."""
+    """Prompt template: qwen (that of the released models), plain (text and end-of-sequence token), or for the Qwen-VL
+    families that of an embedding model: vlm2vec_v2, gme or qwen3_vl_embedding (docs/qwen_vl.md)."""
     max_length: int = 4096
     """Maximum sequence length in tokens. Longer text is cut before the end of the template, so the pooled token is
     never lost."""
     image_token_without_image: str = "blank"
-    """What an image placeholder in a text without an image becomes, with prompt=qwen: blank (a tile of zeros, with
-    which the released weights were trained) or remove."""
+    """What an image placeholder in a text without an image becomes, in llava_onevision with prompt=qwen: blank (a tile
+    of zeros, with which the released weights were trained) or remove."""
     video_newline: str = "one_token"
     """Where image_newline is inserted among the tokens of a video: one_token (after the last token), grid (after each
     row of each frame), frame (after each frame) or no_token. This is mm_newline_position of the official LLaVE
@@ -134,7 +136,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check names and sizes."""
-        one_of("data.prompt", self.prompt, ("qwen", "plain"))
+        one_of("data.prompt", self.prompt, PROMPTS)
         one_of("data.image_token_without_image", self.image_token_without_image, ("blank", "remove"))
         require(self.max_length >= 8, f"data.max_length={self.max_length} must be at least 8 tokens")
         one_of("data.video_newline", self.video_newline, VIDEO_NEWLINES)

@@ -37,6 +37,7 @@ def fit_to_length(
     visual_tokens: int,
     max_length: int,
     kept: Collection[int] = (IMAGE,),
+    remedy: str = "",
 ) -> list[int]:
     """Return head, body and tail, of which the body's text is cut at its end if the whole exceeds `max_length`.
 
@@ -47,6 +48,7 @@ def fit_to_length(
         visual_tokens: number of tokens that all IMAGEs together expand to.
         max_length: the longest sequence, in tokens, with IMAGEs expanded.
         kept: ids of the body that are never cut.
+        remedy: what would be right beside a larger data.max_length, for the message.
 
     Raises:
         DataError: even an empty text does not fit.
@@ -57,7 +59,7 @@ def fit_to_length(
     if fixed > max_length:
         raise DataError(
             f"{visual_tokens} visual tokens and {template} of the prompt template exceed "
-            f"data.max_length={max_length}; raise it to at least {fixed}"
+            f"data.max_length={max_length}; raise it to at least {fixed}{remedy}"
         )
     cut, room = [], max_length - fixed
     for token in body:

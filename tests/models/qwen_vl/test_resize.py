@@ -142,3 +142,18 @@ def test_the_default_budget_is_four_to_1280_visual_tokens() -> None:
     assert pixel_budget(DataConfig(min_pixels=1024, max_pixels=4096), 16) == PixelBudget(16, 1024, 4096)
     with pytest.raises(ConfigError, match="data.min_pixels=2000000 is above data.max_pixels=1003520; set both"):
         pixel_budget(DataConfig(min_pixels=2_000_000), 14)
+
+
+def test_frames_differ_from_those_of_torchvision_by_one_level_at_most() -> None:
+    """torch's bicubic filter on uint8 is what torchvision, and so transformers, resizes frames with."""
+    frame = np.asarray(picture("wide"))
+    ours = PixelBudget(14, 3136, 20000)
+    tiles, (_, rows, columns) = video_tiles(np.stack([frame, frame]), ours)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(frame.transpose(2, 0, 1).copy())[None],
+        (rows * 14, columns * 14),
+        mode="bicubic",
+        antialias=True,
+    )
+    resized = frame_tiles(theirs.permute(0, 2, 3, 1).repeat(2, 1, 1, 1).numpy(), 14)
+    assert np.abs(tiles.astype(int) - resized).max() <= 1
