@@ -66,8 +66,9 @@ def _broadcast(step: StepBuffer | None, group: dist.ProcessGroup, device: torch.
 def exchange_row_counts(batches: list[PairBatch], group: dist.ProcessGroup) -> None:
     """Tell each micro batch how many pairs and hard negatives those of the other data-parallel ranks have.
 
-    The host waits for this once, at the beginning of the step and for what the device still has to do, and not in the
-    middle of the step.
+    The host waits for this once, at the beginning of the step and not in its middle. All ranks have waited for the end
+    of the step before, by which they agree on whether the run goes on (fault_tolerance.StopRequests). So this takes the
+    time of one small collective and of what the device does before it, which is to receive the data of the step.
     """
     numbers = [number for batch in batches for number in (batch.num_pairs, batch.num_hard_negatives)]
     of_ranks = numbers_of_ranks(group, numbers)
