@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, EnumMeta
+from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
@@ -188,6 +189,7 @@ def safe_reads() -> Iterator[None]:
         yield
     finally:
         torch.load, FileSystemReader.read_metadata = held
+        _unpickle.cache_clear()
 
 
 def _read_metadata(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
@@ -217,7 +219,7 @@ def read_metadata(folder: Path) -> Metadata:
     file = folder / METADATA
     data = read_bytes(file, MAX_METADATA_BYTES, "copy the checkpoint again", CheckpointError)
     with _one_line(str(file)):
-        metadata = _Unpickler(io.BytesIO(data)).load()
+        metadata = _unpickle(data)
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{file} is damaged: it holds a {type(metadata).__name__}")
         if getattr(metadata, "storage_meta", None) is None:
@@ -230,6 +232,12 @@ def read_metadata(folder: Path) -> Metadata:
             if not (isinstance(value, kinds) and isinstance(key, str) and key.isprintable()):
                 raise CheckpointError(f"{file} is damaged: it does not describe {key!a:.200}")
     return metadata
+
+
+@lru_cache(maxsize=1)
+def _unpickle(data: bytes) -> Any:
+    """Read a `.metadata`; it is kept until the end of safe_reads, because a load asks for it four times."""
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 def _check_place(folder: Path, index: MetadataIndex, place: _StorageInfo, sizes: dict[str, int]) -> None:

@@ -186,8 +186,8 @@ def _fill(chunk: Module, loaded: dict) -> None:
 
 
 def _load(path: str | Path, state: dict) -> dict:
-    check_objects(Path(path))
     with safe_reads():
+        check_objects(Path(path))
         return dist_checkpointing.load(state, str(path))
 
 

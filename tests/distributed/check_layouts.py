@@ -22,7 +22,7 @@ from megatron.core.utils import get_model_config
 from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
-from megatron_llave.batch import PairBatch, PairEmbeddings
+from megatron_llave.batch import PairBatch, PairEmbeddings, PairIds
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.data.packing import EncodedSequence
@@ -220,25 +220,30 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
     with ExitStack() as scaled:
         for chunk in trainable.chunks:
             scaled.enter_context(patch.object(get_model_config(chunk), "grad_scale_func", lambda value: 1024 * value))
-        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch", average.applied)
+        compare, counted = counting(cfg, groups)
+        seen = forward_backward(trainable.chunks, batches, compare, "global_batch", average.applied)
         what = f"{cfg.parallel} with a reward model"
         error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
-    count_negatives(trainable, batches, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]), cfg, groups)
+    assert len(counted) == len(seen)
+    for numbers in counted:
+        expected = torch.full_like(numbers, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]))
+        torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=0)
     return error
 
 
-def count_negatives(
-    trainable: Trainable, batches: list, expected: int, cfg: RunConfig, groups: ProcessGroupCollection
-) -> None:
-    """At a huge temperature all negatives weigh the same without alpha, so their effective number is their number.
+def counting(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[Compare, list[torch.Tensor]]:
+    """The loss, and a list to which each of its calls adds how many negatives each of its queries has.
 
-    Ranks of one replica hold the same embeddings: if any of them were gathered, it would be larger.
+    At a huge temperature all negatives weigh the same without alpha, so their effective number is their number. Ranks
+    of one replica hold the same embeddings: if any of them were gathered, it would be larger.
     """
-    compare = comparison(cfg, groups, temperature=1e6, alpha=0.0)
-    trainable.zero_gradients()
-    for _, statistics in forward_backward(trainable.chunks, batches, compare, "global_batch"):
-        counted = statistics.effective_negatives
-        torch.testing.assert_close(counted, torch.full_like(counted, expected), rtol=1e-4, atol=0)
+    compare, count, counted = comparison(cfg, groups), comparison(cfg, groups, temperature=1e6, alpha=0.0), []
+
+    def both(embeddings: PairEmbeddings, ids: PairIds, reward: PairEmbeddings | None) -> LossShare:
+        counted.append(count(embeddings, ids, reward)[1].effective_negatives)
+        return compare(embeddings, ids, reward)
+
+    return both, counted
 
 
 def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:

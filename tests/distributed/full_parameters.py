@@ -1,4 +1,5 @@
-"""Whole parameters and gradients under their global names, put together from all ranks: for comparing layouts."""
+"""Whole parameters and gradients under their global names, put together from the ranks of each replica: for comparing
+layouts."""
 
 import megatron_llave  # noqa: F401  (before megatron-core, so that a process starts in half the time)
 
@@ -6,6 +7,7 @@ import megatron_llave  # noqa: F401  (before megatron-core, so that a process st
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import load, save
 from torch import Tensor
 
 from megatron_llave.models.blocks.initialization import named_global_parameters
@@ -33,9 +35,11 @@ def _full(chunks, groups, value) -> dict[str, Tensor]:
         for name, parameter in named_global_parameters(chunk):
             if parameter.requires_grad:
                 own[name] = _gather_tensor_parallel(value(parameter).detach(), parameter, groups.tp)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: tensor for part in everyone for name, tensor in part.items()}
+    if groups.pp.size() == 1:
+        return own
+    stages = [None] * groups.pp.size()
+    dist.all_gather_object(stages, save(own), group=groups.pp)
+    return {name: tensor for stage in stages for name, tensor in load(stage).items()}
 
 
 def _gather_tensor_parallel(part, parameter, group) -> Tensor:
