@@ -1,6 +1,6 @@
 """Convert between Hugging Face folders and checkpoints (import, export), inspect one, or compare two (verify).
 
-python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
+python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b] [--base HF_DIR_OF_AN_ADAPTER'S_WEIGHTS]
 python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
 python tools/convert_hf.py inspect DIR
 python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--from", required=True, dest="source", help="folder with config.json and safetensors")
     command.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
     command.add_argument("--preset", choices=presets, help="fail if it is another model")
+    command.add_argument("--base", help="folder of the weights that an adapter is for; default: the one it names")
     command = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
     command.add_argument("--from", required=True, dest="source", help="checkpoint or output directory (its newest)")
     command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to write")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return inspect(args.folder, groups)
     if args.command == "import":
-        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset)}")
+        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset, args.base)}")
     else:
         if not args.shard_size > 0:
             raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")

@@ -19,6 +19,7 @@ from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
+from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
 from megatron_llave.models.hf.weights import fill_from_hf, require_plausible
 
 HF_CONFIG = "config.json"
@@ -129,6 +130,8 @@ def find_pretrained(path: str | Path) -> Pretrained:
         raise CheckpointError(f"{path} does not exist; name a checkpoint, an output directory or a Hugging Face folder")
     if os.path.isfile(path / HF_CONFIG):
         return Pretrained(path, read_hf_config(path).run, is_hf=True)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{path} has an adapter and no model; tools/convert_hf.py import merges it into its base")
     try:
         folder = folders.find(path)
     except folders.NoCheckpointError as error:

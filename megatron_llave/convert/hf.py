@@ -23,30 +23,40 @@ from megatron_llave.errors import CheckpointError, one_of
 from megatron_llave.files import whole_folder
 from megatron_llave.models import family_of, model_without_memory, open_hf, read_hf_config
 from megatron_llave.models.blocks.settings import DTYPES
+from megatron_llave.models.hf.adapters import find_base
 from megatron_llave.models.hf.mapping import hf_shapes, pad_rows
 from megatron_llave.models.hf.tensor_files import SHARD_BYTES, write_tensor_files
 from megatron_llave.models.hf.weights import HfFormat, require_complete
 
 
-def import_hf(source: str | Path, out: str | Path, groups: ProcessGroupCollection, preset: str | None = None) -> Path:
+def import_hf(
+    source: str | Path,
+    out: str | Path,
+    groups: ProcessGroupCollection,
+    preset: str | None = None,
+    base: str | Path | None = None,
+) -> Path:
     """Write the weights of an HF folder as a checkpoint that loads at every parallel layout.
 
-    Weights keep their dtype, bf16 or fp32; float16 becomes fp32, which loses nothing.
+    Weights keep their dtype, bf16 or fp32; float16 becomes fp32, which loses nothing. A LoRA adapter is merged into
+    them (models/hf/adapters.py).
 
     Args:
-        source: an HF folder of any known family and layout, with safetensors.
+        source: an HF folder of any known family and layout, with safetensors; or a folder with an adapter.
         out: folder of the checkpoint; must not exist.
         groups: process groups of this single process.
         preset: the preset whose sizes the model must have; None: any.
+        base: folder of the weights that an adapter is for; None: `source`, or the folder that the adapter names.
 
     Raises:
         UserError: the folder is no known model, damaged, incomplete, or contradicts the preset; or `out` exists or
             cannot be written. No partial checkpoint is left.
     """
-    config = read_hf_config(source)
+    source, adapter = find_base(Path(source), base)
+    config = read_hf_config(source, with_adapter=source == adapter)
     if preset is not None:
         check_preset(config.model, preset)
-    weights = open_hf(source, config)
+    weights = open_hf(source, config, adapter)
     used = {name: dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
     for name, dtype in used.items():
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):

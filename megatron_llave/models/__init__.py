@@ -16,11 +16,12 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import DataConfig, ParallelConfig
 from megatron_llave.data.packing import Processor
-from megatron_llave.errors import one_of, require
-from megatron_llave.models import llava_onevision
+from megatron_llave.errors import CheckpointError, one_of, require
+from megatron_llave.models import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from megatron_llave.models.blocks.initialization import initialize_parameters
 from megatron_llave.models.blocks.layer_specs import transformer_engine
 from megatron_llave.models.family import Family
+from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
 from megatron_llave.models.hf.config_json import HfConfig, read_config_json
 from megatron_llave.models.hf.weights import HfWeights, open_weights
 
@@ -41,8 +42,8 @@ def register_family(family: Family) -> None:
     PRESETS.update({name: {"family": family.name, **sizes} for name, sizes in family.presets.items()})
 
 
-for built_in in (llava_onevision.FAMILY,):
-    register_family(built_in)
+for built_in in (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl):
+    register_family(built_in.FAMILY)
 
 
 def family_of(model: ModelConfig) -> Family:
@@ -118,17 +119,21 @@ def require_prompt(family: Family, prompt: str) -> None:
     require(prompt in family.prompts, f"data.prompt={prompt} is not one of {known}")
 
 
-def read_hf_config(folder: str | Path, with_other_files: bool = True) -> HfConfig:
+def read_hf_config(folder: str | Path, with_other_files: bool = True, with_adapter: bool = False) -> HfConfig:
     """Read config.json of a Hugging Face folder of any family, and check that its other files agree with it.
 
     Args:
         folder: an HF folder, or the assets of a checkpoint.
         with_other_files: whether files of the processor and the tokenizer are compared with config.json.
+        with_adapter: whether the folder may have an adapter, which is added to the weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, describes a model that we cannot run, or contradicts another.
     """
-    top = read_config_json(folder)
+    top, adapter = read_config_json(folder), Path(folder) / ADAPTER_CONFIG
+    if adapter.is_file() and not with_adapter:
+        hint = "tools/convert_hf.py import merges it into the weights"
+        raise CheckpointError(f"{adapter}: the folder has an adapter, which is not read here; {hint}")
     for family in FAMILIES.values():
         if family.hf.layout_of(top.values) is not None:
             config = family.hf.read_config(top)
@@ -139,12 +144,17 @@ def read_hf_config(folder: str | Path, with_other_files: bool = True) -> HfConfi
     raise top.refuse("model_type", " or ".join(layouts))
 
 
-def open_hf(folder: str | Path, config: HfConfig | None = None) -> HfWeights:
+def open_hf(folder: str | Path, config: HfConfig | None = None, adapter: str | Path | None = None) -> HfWeights:
     """Read config.json, unless it is given, and the headers of the weights of a Hugging Face folder of any family.
+
+    Args:
+        folder: an HF folder.
+        config: its config.json.
+        adapter: folder with an adapter for the weights, which it is added to.
 
     Raises:
         CheckpointError: a file is missing, damaged or pickled, describes a model that we cannot run, or two tensors
-            mean the same one.
+            mean the same one; or the adapter is of another kind or for other weights.
     """
     config = config or read_hf_config(folder)
-    return open_weights(folder, config, family_of(config.model).hf)
+    return open_weights(folder, config, family_of(config.model).hf, adapter)

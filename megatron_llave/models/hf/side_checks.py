@@ -1,4 +1,4 @@
-"""What the files beside config.json say, as far as all families read it: processor, tokenizer, what is put on top.
+"""What the files beside config.json say, as far as all families read it: processor, tokenizer and pooling.
 
 The families compare it with what they run: nothing is ignored. padding_side has no meaning for packed sequences, and
 chat templates none for embeddings: data.prompt is the prompt.
@@ -81,15 +81,12 @@ def _all_close(value: Any, right: Sequence[float]) -> bool:
     return is_number and fits and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(numbers, wanted))
 
 
-def check_additions(folder: Path) -> None:
-    """Refuse a folder with what is put on top of the model: an adapter, or another pooling than the last token's.
+def check_pooling(folder: Path) -> None:
+    """Refuse a folder of sentence-transformers with another pooling than that of the last token.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: names the file and the key.
     """
-    if (folder / "adapter_config.json").is_file():
-        hint = "merge it into the weights first (merge_and_unload of peft), and remove the file"
-        raise CheckpointError(f"{folder / 'adapter_config.json'}: the folder has an adapter, which is not read; {hint}")
     pooling = read_section(folder / "1_Pooling" / "config.json") if (folder / "modules.json").is_file() else None
     for mode in [] if pooling is None else pooling.values:
         if mode.startswith("pooling_mode_") and pooling.values[mode] and mode != "pooling_mode_lasttoken":

@@ -18,8 +18,9 @@ from torch import Tensor
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM, SUFFIX = "model", ".safetensors"
+SINGLE = STEM + SUFFIX
+INDEX = f"{SINGLE}.index.json"
 SHARD_BYTES = 5_000_000_000
 """Bytes of the largest file that is written, unless a single tensor is larger; long the default of transformers."""
 LONGEST_NAME = 255
@@ -49,20 +50,20 @@ class TensorInfo:
 class TensorFiles:
     """All tensors of a folder by name. Headers of the files are read at once, values when they are asked for."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Find the files and read their headers.
+    def __init__(self, folder: str | Path, stem: str = STEM) -> None:
+        """Find the files STEM.safetensors, or those that STEM.safetensors.index.json lists, and read their headers.
 
         Raises:
             CheckpointError: there are no files, one is missing, damaged or truncated, or they are pickled.
         """
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
-        for file, names in _files(self.folder).items():
+        for file, names in _files(self.folder, stem).items():
             with _opened(file) as handle:
                 held = set(handle.keys())
                 lost = sorted(names - held)
                 if lost:
-                    raise CheckpointError(f"{file} lacks {_some(lost)}, which {self.folder / INDEX} says it holds")
+                    raise CheckpointError(f"{file} lacks {_some(lost)}, which {stem}{SUFFIX}.index.json says it holds")
                 for name in sorted(names or held):
                     part = handle.get_slice(name)
                     code = part.get_dtype()
@@ -80,27 +81,28 @@ class TensorFiles:
             return handle.get_tensor(name)
 
 
-def _files(folder: Path) -> dict[Path, set[str]]:
+def _files(folder: Path, stem: str) -> dict[Path, set[str]]:
     """Return each file with the names that the index expects in it; without an index, one file with no such names."""
+    single, index = folder / f"{stem}{SUFFIX}", folder / f"{stem}{SUFFIX}.index.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
-    if (folder / INDEX).is_file():
+    if index.is_file():
         files: dict[Path, set[str]] = {}
-        for name, file in _read_index(folder / INDEX).items():
+        for name, file in _read_index(index).items():
             files.setdefault(folder / file, set()).add(name)
         for file, names in files.items():
             if not file.is_file():
-                raise CheckpointError(f"{file} is missing; {folder / INDEX} says it holds {_some(sorted(names))}")
+                raise CheckpointError(f"{file} is missing; {index} says it holds {_some(sorted(names))}")
         return files
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: set()}
+    if single.is_file():
+        return {single: set()}
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
     if pickled:
         raise CheckpointError(
             f"{pickled[0]} is a pickle, which can run any code when it is read, so it is not; save the model as "
             "safetensors first (transformers: model.save_pretrained(folder))"
         )
-    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}")
 
 
 def _read_index(path: Path) -> dict[str, str]:

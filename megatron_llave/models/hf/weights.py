@@ -6,7 +6,8 @@ initialization.named_global_parameters: layers are counted over all pipeline sta
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.blocks.initialization import full_shape, named_global_parameters, tensor_parallel_part
+from megatron_llave.models.hf.adapters import Adapter, read_adapter
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.mapping import Rule, hf_shapes, local_kernel_name, pad_rows
 from megatron_llave.models.hf.tensor_files import TensorFiles
@@ -77,10 +79,13 @@ class HfWeights:
     files: TensorFiles
     names: dict[str, str]
     """Canonical name -> the folder's own."""
+    adapter: Adapter | None = None
+    """What is added to the weights when they are read."""
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by canonical name."""
-        return self.files.read(self.names[name])
+        """Read a tensor by canonical name, with what an adapter adds to it."""
+        value = self.files.read(self.names[name])
+        return value if self.adapter is None else self.adapter.merged(name, value)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor from the header of its file."""
@@ -122,11 +127,14 @@ class HfWeights:
         return lines
 
 
-def open_weights(folder: str | Path, config: HfConfig, format: HfFormat) -> HfWeights:
-    """Read the headers of an HF folder.
+def open_weights(
+    folder: str | Path, config: HfConfig, format: HfFormat, adapter: str | Path | None = None
+) -> HfWeights:
+    """Read the headers of an HF folder, and of an adapter for its weights (models/hf/adapters.py).
 
     Raises:
-        CheckpointError: the files are missing, damaged or pickled, or two tensors mean the same one.
+        CheckpointError: the files are missing, damaged or pickled, two tensors mean the same one, or the adapter is of
+            another kind or for other weights.
     """
     files = TensorFiles(folder)
     names: dict[str, str] = {}
@@ -135,7 +143,12 @@ def open_weights(folder: str | Path, config: HfConfig, format: HfFormat) -> HfWe
         if name in names:
             raise CheckpointError(f"{folder}: {spelling} and {names[name]} are the same tensor in two spellings")
         names[name] = spelling
-    return HfWeights(format, config, files, names)
+    weights = HfWeights(format, config, files, names)
+    if adapter is None:
+        return weights
+    canonical = partial(format.canonical_name, layout=config.layout)
+    shapes = {name: weights.shape(name) for name in names}
+    return replace(weights, adapter=read_adapter(Path(adapter), Path(folder), canonical, shapes))
 
 
 def require_complete(weights: HfWeights, expected: dict[str, tuple[int, ...]], elsewhere: Collection[str] = ()) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.side_checks import (
     chat_templates,
-    check_additions,
     check_pixels,
+    check_pooling,
     check_tokenizer,
     processor_sections,
 )
@@ -54,7 +54,7 @@ def check_files(config: HfConfig, folder: Path) -> list[str]:
         _check_images(videos, config, {})
     if processor is not None:
         _check_processor(processor, config)
-    check_additions(folder)
+    check_pooling(folder)
     image = config.raw.get("image_token_index") if is_onevision else None
     check_tokenizer(folder, {} if image is None else {"<image>": image})
     templates = chat_templates(folder)

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.side_checks import (
     chat_templates,
-    check_additions,
     check_pixels,
+    check_pooling,
     check_tokenizer,
     processor_sections,
 )
@@ -59,7 +59,7 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
         _check_patches(section, patch, patch)
         where = f"{section.file.name}{f' ({section.prefix[:-1]})' if section.prefix else ''}"
         notes.append(f"size in {where}: not used, since data.min_pixels and data.max_pixels hold for videos too")
-    check_additions(folder)
+    check_pooling(folder)
     check_tokenizer(folder, {token: config.raw.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()})
     known = {chat_template(template, END): prompt for prompt, template in files.prompts.items()}
     for name, text in chat_templates(folder).items():
