@@ -54,7 +54,8 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     if transformers is None:
         raise CheckpointError("verify compares with transformers, which is not installed: pip install transformers")
     weights = open_hf(hf)
-    image_file = _generated_image(weights.config.model.vision.image_size) if image is None else _read(image)
+    vision = weights.config.model.vision
+    image_file = _generated_image(vision.image_size or 8 * vision.patch_size) if image is None else _read(image)
     sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [image_file])}
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["data.prompt=qwen", "model.precision=fp32"]
@@ -84,7 +85,7 @@ def _print_differences(names: list[str], ours: Tensor, theirs: Tensor) -> int:
 
 
 def _generated_image(tile: int) -> bytes:
-    """Return a wide PNG, which needs several tiles if there are grids, and padding that is removed again."""
+    """Return a wide PNG, which needs several tiles if there are grids, and padding or a change of its shape."""
     height, width = tile * 3 // 4, tile * 7 // 4
     rows, columns = np.mgrid[0:height, 0:width]
     pixels = np.stack([columns * 255 // width, rows * 255 // height, (columns * rows) % 256], axis=-1)
@@ -98,11 +99,11 @@ def _read(path: str | Path) -> bytes:
 
 
 def _byte_tokenizer(path: Path) -> Path:
-    """Write a tokenizer.json with one id per byte."""
+    """Write a tokenizer.json with one id per byte, and the special tokens of Qwen's prompts."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.add_special_tokens(["<|im_end|>"])
+    model.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"])
     model.save(str(path))
     return path
 

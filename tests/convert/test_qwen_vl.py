@@ -1,0 +1,180 @@
+"""Qwen-VL folders -> checkpoint -> folder: bit-equal, in all layouts, read whole by transformers, verified with it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from forking import run_script
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_llave.convert.hf import export_hf, import_hf
+from megatron_llave.convert.inspect import inspect
+from megatron_llave.errors import CheckpointError
+from megatron_llave.models import FAMILIES, open_hf
+
+pytestmark = pytest.mark.long
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen_vl"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_hf.py"
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+HEAD = "lm_head.weight"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors by canonical name."""
+    weights = open_hf(folder)
+    return {name: weights.files.read(spelling) for name, spelling in weights.names.items()}
+
+
+def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def variant(folder: Path, family: str, change: Callable[[dict, dict[str, Tensor]], dict[str, Tensor] | None]) -> Path:
+    """A golden folder with its config and tensors changed."""
+    folder.mkdir()
+    config = json.loads((GOLDEN / family / "config.json").read_text())
+    tensors = load_file(GOLDEN / family / "model.safetensors")
+    tensors = change(config, tensors) or tensors
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def renamed(family: str, **prefixes: str) -> Callable:
+    """A change that writes other prefixes for `language_model.`, `visual.` and `lm_head.`."""
+
+    def change(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        hf, found = FAMILIES[family].hf, {}
+        for name, value in tensors.items():
+            part, rest = hf.canonical_name(name, family).split(".", 1)
+            if prefixes.get(part, part) is not None:
+                found[f"{prefixes.get(part, part)}.{rest}"] = value
+        return found
+
+    return change
+
+
+def tied(config: dict, tensors: dict[str, Tensor]) -> None:
+    config["tie_word_embeddings"] = True
+    del tensors[HEAD]
+
+
+def tied_with_copy(config: dict, tensors: dict[str, Tensor]) -> None:
+    config["tie_word_embeddings"] = True
+    embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors[HEAD] = tensors[embedding].clone()
+
+
+def in_bfloat16(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    config["dtype"] = "bfloat16"
+    return {name: value.bfloat16() for name, value in tensors.items()}
+
+
+def flat(config: dict, tensors: dict[str, Tensor]) -> None:
+    """As older versions of transformers write it."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    config |= {key: value for key, value in text.items() if key != "model_type"}
+    config["torch_dtype"] = config.pop("dtype")
+
+
+VARIANTS = [
+    *((family, name, change) for family in NAMES for name, change in {"tied": tied, "bfloat16": in_bfloat16}.items()),
+    ("qwen2_vl", "tied with a copy", tied_with_copy),
+    ("qwen2_vl", "flat", flat),
+    ("qwen2_5_vl", "flat", flat),
+    ("qwen2_vl", "in memory", renamed("qwen2_vl", language_model="model.language_model", visual="model.visual")),
+    ("qwen2_5_vl", "without the head", renamed("qwen2_5_vl", lm_head=None)),
+    ("qwen3_vl", "without the head", renamed("qwen3_vl", lm_head=None)),
+]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_round_trip_in_several_files(family: str, groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    checkpoint, out = import_hf(GOLDEN / family, tmp_path / "checkpoint", groups), tmp_path / "out"
+    notes = export_hf(checkpoint, out, groups, shard_bytes=500_000)
+    assert notes == ["There is no tokenizer.json, so transformers cannot make a processor of this folder."]
+    assert len(list(out.glob("model-*-of-*.safetensors"))) >= 3 and (out / "model.safetensors.index.json").is_file()
+    assert_bit_equal(tensors_of(out), tensors_of(GOLDEN / family))
+    again = import_hf(out, tmp_path / "again", groups)
+    export_hf(again, tmp_path / "back", groups)
+    # Also the spelling is that of transformers.
+    assert_bit_equal(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(GOLDEN / family / "model.safetensors")
+    )
+    assert inspect(checkpoint, groups) == inspect(out, groups) == 0
+    done = run_script(TOOL, "verify", "--hf", out, "--checkpoint", checkpoint)
+    assert done.returncode == 0 and "the same model (tolerance 3e-05" in done.stdout, done.stdout + done.stderr
+    assert "image: largest difference" in done.stdout
+
+
+@pytest.mark.parametrize(("family", "name", "change"), VARIANTS)
+def test_variants_come_back_and_are_read_whole(
+    family: str, name: str, change: Callable, groups: ProcessGroupCollection, tmp_path: Path
+) -> None:
+    source = variant(tmp_path / "source", family, change)
+    checkpoint = import_hf(source, tmp_path / "checkpoint", groups)
+    export_hf(checkpoint, tmp_path / "out", groups)
+    assert_bit_equal(tensors_of(tmp_path / "out"), tensors_of(source))
+    model_class = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+    model, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    golden, embedding = load_file(GOLDEN / family / "model.safetensors"), model.get_input_embeddings().weight
+    expected = embedding if "tied" in name or "without" in name else golden[HEAD].to(embedding.dtype)
+    assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_a_model_without_a_source_is_read_whole(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    """The checkpoint of a run from scratch has no assets of another folder."""
+    for family in NAMES:
+        checkpoint = import_hf(GOLDEN / family, tmp_path / family, groups)
+        shutil.rmtree(checkpoint / "assets")
+        (checkpoint / "manifest.json").unlink()
+        out = tmp_path / f"{family}-out"
+        export_hf(checkpoint, out, groups, dtype="bfloat16")
+        model_class = getattr(transformers, json.loads((out / "config.json").read_text())["architectures"][0])
+        model, info = model_class.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+        assert model.dtype == torch.bfloat16 and open_hf(out).config.model == open_hf(GOLDEN / family).config.model
+
+
+def test_faults_of_a_folder_are_listed(groups: ProcessGroupCollection, tmp_path: Path, capsys) -> None:
+    def change(config: dict, tensors: dict[str, Tensor]) -> None:
+        del tensors["model.visual.deepstack_merger_list.1.norm.bias"]
+        tensors["model.visual.blocks.9.norm1.weight"] = torch.ones(48)
+        tensors["model.language_model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+
+    source = variant(tmp_path / "source", "qwen3_vl", change)
+    assert inspect(source, groups) == 1
+    printed = capsys.readouterr().out
+    for line in (
+        "missing: model.visual.deepstack_merger_list.1.norm.bias [192]",
+        "extra: model.visual.blocks.9.norm1.weight [48]",
+        "wrong shape: model.language_model.layers.0.self_attn.q_norm.weight [8], config.json makes it [16]",
+        "vision: 4 layers of 48",
+    ):
+        assert line in printed, printed
+    with pytest.raises(CheckpointError, match="does not fit its config.json: missing: model.visual.deepstack"):
+        import_hf(source, tmp_path / "checkpoint", groups)
+    twice = variant(
+        tmp_path / "twice",
+        "qwen2_vl",
+        lambda config, tensors: tensors | {"model.visual.merger.ln_q.bias": torch.ones(48)},
+    )
+    with pytest.raises(CheckpointError, match="are the same tensor in two spellings"):
+        import_hf(twice, tmp_path / "checkpoint", groups)
+    assert not list(tmp_path.glob("checkpoint*"))
