@@ -1,4 +1,4 @@
-"""What the launch files share: `launch.py pretrain_llave_NAME.sh [argument ...]` trains as NAME.yaml says.
+"""What the launch files share: `launch.py pretrain_NAME.sh [argument ...]` trains as NAME.yaml says.
 
 A launch file is bash and Python at once. Started with bash, it runs this program, which starts torchrun with the launch
 file. Every rank that torchrun starts runs the launch file with Python, which calls `train`; with torchrun --no-python
@@ -89,9 +89,9 @@ def end_with_parent() -> None:
 
 
 def config_file(file: str) -> Path:
-    """The YAML file beside a launch file: 7b.yaml of pretrain_llave_7b.sh."""
+    """The YAML file beside a launch file: 7b.yaml of pretrain_llave_7b.sh, NAME.yaml of pretrain_NAME.sh."""
     path = Path(file).resolve()
-    return path.with_name(path.stem.removeprefix("pretrain_llave_") + ".yaml")
+    return path.with_name(path.stem.removeprefix("pretrain_").removeprefix("llave_") + ".yaml")
 
 
 def train(file: str, arguments: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER.split("<")) for room in
 SHARED_BY_FAMILIES = {"blocks", "hf", "qwen_vl"}
 FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")} - SHARED_BY_FAMILIES
 """The second rule: nobody but models/__init__.py imports a family's folder from outside of it, or names it."""
-MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model"}
-"""The registry, and the default of model.family."""
+MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model", "megatron_llave.config.presets"}
+"""The registry, the default of model.family, and the presets."""
 
 BEFORE_ALL = {f"{PACKAGE}.distributed.cpu_emulation", f"{PACKAGE}.distributed.cuda_environment"}
 """What the package itself imports: the one is to come before megatron-core, the other before CUDA starts."""

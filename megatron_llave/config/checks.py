@@ -66,7 +66,8 @@ def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str
     require(is_same, f"model.family={configured.family} contradicts {source}, where it is {stored.family}")
     for part in ("vision", "language"):
         for f in fields(getattr(configured, part)):
-            ours, theirs = getattr(getattr(configured, part), f.name), getattr(getattr(stored, part), f.name)
+            name = "head_channels" if f.name == "head_size" else f.name  # 0 and the size that it stands for are equal
+            ours, theirs = getattr(getattr(configured, part), name), getattr(getattr(stored, part), name)
             require(
                 ours == theirs or f.name == "vocab_size",
                 f"model.{part}.{f.name}={ours} contradicts {source}, where it is {theirs}",

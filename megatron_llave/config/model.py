@@ -88,7 +88,9 @@ class ModelConfig:
     """Model family: llava_onevision, of which LLaVE is (SigLIP, projector, Qwen2), qwen2_vl, qwen2_5_vl or qwen3_vl. A
     preset sets it too."""
     preset: str | None = None
-    """Preset that gives the sizes: tiny, 0.5b, 2b or 7b (presets.py). Keys that are set beside it override it."""
+    """Preset that gives the sizes (presets.py): tiny, 0.5b, 2b or 7b; of the Qwen-VL families tiny_qwen2vl,
+    tiny_qwen2_5vl, tiny_qwen3vl, qwen2vl_2b, qwen2vl_7b, qwen2_5vl_3b, qwen2_5vl_7b, qwen3vl_2b, qwen3vl_4b or
+    qwen3vl_8b. Keys that are set beside it override it."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The vision encoder."""
     language: LanguageConfig = field(default_factory=LanguageConfig)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.long
 LAUNCH_FILES = sorted(EXAMPLES.glob("pretrain_*.sh"))
 TINY, LARGE = EXAMPLES / "pretrain_llave_tiny.sh", EXAMPLES / "pretrain_llave_7b.sh"
 RELEASED = ("0.5b", "2b", "7b")
+QWEN_VL = ("qwen2vl_2b", "qwen2vl_7b", "qwen3vl_2b", "qwen3vl_8b")
 WAYS = {
     "bash": ["bash"],
     "torchrun": ["torchrun", "--nproc-per-node", "2"],
@@ -50,12 +51,13 @@ def test_file_is_bash(file: Path) -> None:
 
 
 def test_launch_files_differ_in_their_first_comment_alone() -> None:
-    assert {file.stem for file in LAUNCH_FILES} == {f"pretrain_llave_{name}" for name in ("tiny", *RELEASED)}
+    llave = {f"pretrain_llave_{name}" for name in ("tiny", *RELEASED)}
+    assert {file.stem for file in LAUNCH_FILES} == llave | {f"pretrain_{name}" for name in QWEN_VL}
     code = set()
     for file in LAUNCH_FILES:
         text = file.read_text()
         compile(text, str(file), "exec")
-        name = file.stem.removeprefix("pretrain_llave_")
+        name = file.stem.removeprefix("pretrain_").removeprefix("llave_")
         assert text.count(file.name) == 3 and f"{name}.yaml" in text, "the comment names itself and its configuration"
         code.add("\n".join(line for line in text.splitlines() if not line.startswith("# ")))
     assert len(code) == 1
@@ -143,15 +145,18 @@ def test_asked_to_end_it_saves_and_ends_with_status_75(openmoji_data: Path, tmp_
 # ---- the released sizes ----
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", [*RELEASED, *QWEN_VL])
 def test_recipe_is_the_papers(name: str) -> None:
     cfg = load_config(EXAMPLES / f"{name}.yaml")
     assert (cfg.model.preset, cfg.model.precision, cfg.model.kernels) == (name, "bf16", "transformer_engine")
-    assert cfg.model.freeze == ["vision"] and cfg.model.image_grids == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    grids = [[1, 1], [1, 2], [2, 1], [2, 2]] if name in RELEASED else []
+    assert cfg.model.freeze == ["vision"] and cfg.model.image_grids == grids
     assert (cfg.loss.temperature, cfg.loss.alpha, cfg.loss.negatives) == (0.02, 9, "global_batch")
     assert (cfg.train.global_batch_size, cfg.train.epochs, cfg.train.steps) == (256, 1, 0)
     optimizer = cfg.optimizer
-    assert optimizer.learning_rate == (5e-6 if name == "7b" else 1e-5) and optimizer.min_learning_rate == 0
+    assert (
+        optimizer.learning_rate == (5e-6 if name.endswith(("7b", "8b")) else 1e-5) and optimizer.min_learning_rate == 0
+    )
     assert (optimizer.warmup_fraction, optimizer.weight_decay) == (0.03, 0)
     assert (cfg.data.max_length, cfg.data.prompt) == (4096, "qwen")
     assert "--limit 50000" in (EXAMPLES / f"{name}.yaml").read_text()
@@ -164,7 +169,7 @@ def large_memory_overrides(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", [*RELEASED, *QWEN_VL])
 def test_sizes_work_on_nodes_of_eight(name: str, nodes: int) -> None:
     for overrides in ([], large_memory_overrides(name)):
         cfg = load_config(EXAMPLES / f"{name}.yaml", overrides)

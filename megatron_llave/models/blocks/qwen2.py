@@ -124,10 +124,10 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("axes", None if axes is None else torch.tensor(axes), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """positions [s], or [axes, s], int64 -> angles [s, 1, 1, d] float32."""
+        """positions [s], which are the same on all axes, or [axes, s], int64 -> angles [s, 1, 1, d] float32."""
         channels = torch.arange(0, self.block, 2, dtype=torch.float32, device=positions.device)
         frequencies = (self.theta ** -(channels / self.block)).repeat(self.repeats)  # [d / 2]
-        of_pairs = positions[:, None] if self.axes is None else positions.index_select(0, self.axes).T
+        of_pairs = positions[:, None] if positions.dim() == 1 else positions.index_select(0, self.axes).T
         angles = of_pairs.float() * frequencies  # [s, d / 2]
         return torch.cat([angles, angles], dim=-1)[:, None, None]
 
