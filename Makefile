@@ -8,7 +8,8 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 PYTHON ?= python3
 PROCS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 DATA ?= runs/openmoji
-OUT ?= runs/tiny
+CONFIG ?= examples/tiny.yaml
+OUT ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
 TESTS ?=
 # Processes that share the tests; a single file is not shared.
@@ -37,10 +38,11 @@ help:
 	@echo
 	@echo "PYTHON=$(PYTHON)  interpreter for .venv, 3.11 or later"
 	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, or 2 without a GPU"
+	@echo "CONFIG=$(CONFIG)  what the demo trains; examples/tiny_*.yaml are small models of other families"
 	@echo "DATA=$(DATA)  OUT=$(OUT)  folder of the demo's data, output directory of its run"
 	@echo "WORKERS=$(WORKERS)  processes that share the tests; each may start four ranks"
 	@echo "TORCH_INDEX=$(TORCH_INDEX)  index of torch's wheels; empty: pip's own"
-	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of examples/tiny.yaml for the demo"
+	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of CONFIG for the demo"
 
 $(STAMP): requirements.txt tests/engine/requirements.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name a Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -59,8 +61,8 @@ $(DATA)/index.json: | $(STAMP)
 	@$(VENV)/bin/python tools/prepare_data.py openmoji --out $(DATA)
 
 demo: $(STAMP) $(DATA)/index.json
-	@echo "Training examples/tiny.yaml on $(PROCS) processes; the output directory is $(OUT)."
-	@PROCS=$(PROCS) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/pretrain_llave_tiny.sh data.path=$(DATA) train.output=$(OUT) $(ARGS)
+	@echo "Training $(CONFIG) on $(PROCS) processes; the output directory is $(OUT)."
+	@PROCS=$(PROCS) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/pretrain_llave_tiny.sh --config $(CONFIG) data.path=$(DATA) train.output=$(OUT) $(ARGS)
 	@echo "Evaluating the checkpoint in $(OUT) on held-out data."
 	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py prepared --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report --before initial $(filter parallel.%,$(ARGS))
 	@echo "The results table and the figures are in $(OUT)/report:"
