@@ -1,5 +1,7 @@
 """Slow and plain versions of what the package does fast, and small inputs to compare them on."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import LossConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
+from megatron_llave.models.qwen_vl.positions import counted_positions, token_positions
 
 
 def dense_contrastive_loss(
@@ -70,13 +73,26 @@ def random_sequence(model: ModelConfig, seed: int, with_image: bool) -> EncodedS
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, model.language.vocab_size, rng.integers(3, 13)).tolist()
     if not with_image:
-        return EncodedSequence(tokens, [], [])
+        has_axes = model.vision.image_size == 0
+        return EncodedSequence(tokens, [], [], positions=counted_positions(len(tokens)) if has_axes else None)
+    if model.vision.image_size == 0:
+        return _with_grid(model, tokens, rng)
     size, patches = model.vision.image_size, model.vision.patches_per_side**2
     num_tiles = int(rng.integers(1, 3))
     tiles = rng.integers(0, 256, (num_tiles, 3, size, size)).astype(np.uint8)
     layout = np.append(np.arange(num_tiles * patches), -1)  # every patch in order, then a newline
     tokens.insert(int(rng.integers(0, len(tokens))), IMAGE)
     return EncodedSequence(tokens, [tiles], [VisualLayout(layout)])
+
+
+def _with_grid(model: ModelConfig, tokens: list[int], rng: np.random.Generator) -> EncodedSequence:
+    """The tokens with an image of any shape among them, for the Qwen-VL families."""
+    grid = (1, 2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4)))
+    count = math.prod(grid) // 4
+    tiles = rng.integers(0, 256, (count, *tile_shape(model).pixels)).astype(np.uint8)
+    tokens.insert(int(rng.integers(0, len(tokens))), IMAGE)
+    positions = token_positions(tokens, [grid], 1)
+    return EncodedSequence(tokens, [tiles], [VisualLayout(np.arange(count))], positions=positions, grids=[grid])
 
 
 def random_pairs(model: ModelConfig, count: int) -> list[tuple[EncodedSequence, EncodedSequence]]:
@@ -90,6 +106,8 @@ def random_pairs(model: ModelConfig, count: int) -> list[tuple[EncodedSequence, 
 
 def tile_shape(model: ModelConfig) -> TileShape:
     """Pixels and patches of the model's tiles."""
+    if model.vision.image_size == 0:
+        return TileShape(model.vision.patch_size, 1, (4, 3, 2, model.vision.patch_size, model.vision.patch_size))
     return TileShape(model.vision.image_size, model.vision.patches_per_side**2)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from check_layouts import pack_for, parse_layout, small_config
+from check_layouts import family_of, pack_for, parse_layout, small_config
 from full_parameters import full_weights, let_go
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -59,7 +59,7 @@ def weights(state: TrainingState) -> tuple[dict, dict]:
 def check(output: str, precision: str, is_gathered: bool, saved_at: str, loaded_at: list[str]) -> None:
     """Train a step, save while training another, and go on from there at other layouts, from other weights."""
     layout, freeze = parse_layout(saved_at)
-    cfg = small_config(layout, freeze)
+    cfg = small_config(layout, freeze, family_of(saved_at))
     cfg.model.precision = precision
     cfg.train.output = output
     cfg.loss.reward = "ema"

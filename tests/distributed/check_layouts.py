@@ -1,8 +1,9 @@
 """Under torchrun: the model's embeddings, gradients and losses at many layouts against one plain process.
 
-check_layouts.py reference DIR       (one process) writes what a plain loop without schedules or wrappers gives
+check_layouts.py reference DIR LAYOUT (one process) writes what a plain loop without schedules or wrappers gives
 check_layouts.py compare DIR LAYOUT... compares; LAYOUT is tensor,pipeline,virtual,sequence,first_stage_layers
-and the names of frozen parts, `context2` for parallel.context=2, and at the end `overlap` for parallel.overlap
+and the names of frozen parts, `context2` for parallel.context=2, `overlap` for parallel.overlap, and `qwen3_vl` for a
+model of that family
 check_layouts.py broken DIR LAYOUT   shows that the comparison fails when a constant is off
 """
 
@@ -55,15 +56,16 @@ HARD_SHARES = {1: [4], 2: [3, 1], 4: [2, 1, 0, 1]}
 """Hard negatives of each data-parallel rank, by their number."""
 
 
-def small_config(layout: ParallelConfig, freeze: list[str]) -> RunConfig:
+def small_config(layout: ParallelConfig, freeze: list[str], family: str = ModelConfig.family) -> RunConfig:
     """Four decoder layers, so that every layout has something to split."""
-    model = ModelConfig(
-        vision=VisionConfig(hidden_size=32, num_layers=2, num_heads=4, ffn_hidden_size=64, image_size=30),
-        language=LanguageConfig(
-            hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=80, vocab_size=300
-        ),
-        freeze=freeze,
+    vision = VisionConfig(hidden_size=32, num_layers=2, num_heads=4, ffn_hidden_size=64, image_size=30)
+    language = LanguageConfig(
+        hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=80, vocab_size=300
     )
+    if family != ModelConfig.family:
+        vision = replace(vision, image_size=0, patch_size=4, num_positions=16, deepstack_layers=[0, 1])
+        language = replace(language, mrope_section=[2, 2, 2])
+    model = ModelConfig(family=family, vision=vision, language=language, freeze=freeze)
     return RunConfig(
         model=model,
         parallel=layout,
@@ -73,9 +75,9 @@ def small_config(layout: ParallelConfig, freeze: list[str]) -> RunConfig:
     )
 
 
-def write_reference(directory: Path) -> None:
+def write_reference(directory: Path, family: str) -> None:
     """The whole model in one process, autograd alone: no schedule, no data-parallel wrapper, no gather."""
-    cfg = small_config(ParallelConfig(), [])
+    cfg = small_config(ParallelConfig(), [], family)
     process_groups.initialize_distributed(60)
     groups = process_groups.initialize_model_parallel(cfg.parallel)
     (model,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
@@ -110,9 +112,9 @@ def save_gradients(model: torch.nn.Module, value: torch.Tensor, path: Path) -> N
     save_file(gradients | {"loss": value.detach()}, path)
 
 
-def compare(directory: Path, layout: ParallelConfig, freeze: list[str]) -> None:
+def compare(directory: Path, layout: ParallelConfig, freeze: list[str], family: str) -> None:
     """Raise unless this layout gives the reference's embeddings and gradients."""
-    cfg = small_config(layout, freeze)
+    cfg = small_config(layout, freeze, family)
     validate_layout(cfg.model, layout, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(layout)
     chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
@@ -338,19 +340,24 @@ def parse_layout(text: str) -> tuple[ParallelConfig, list[str]]:
     return layout, freeze
 
 
+def family_of(text: str) -> str:
+    """The model family that a layout is for."""
+    return next((word for word in text.split(",") if word.startswith("qwen")), ModelConfig.family)
+
+
 def main() -> None:
     """Run one of the modes."""
     cpu_emulation.enable()
     mode, directory, *layouts = sys.argv[1:]
     if mode == "reference":
-        write_reference(Path(directory))
+        write_reference(Path(directory), family_of(layouts[0]))
         return
     process_groups.initialize_distributed(120)
     for text in layouts:
         if mode == "broken":
             check_that_it_bites(Path(directory), parse_layout(text)[0])
         else:
-            compare(Path(directory), *parse_layout(text))
+            compare(Path(directory), *parse_layout(text), family_of(text))
         process_groups.destroy_model_parallel()
     process_groups.destroy_distributed()
 

@@ -29,7 +29,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    run_ranks(1, CHECK, "reference", str(folder))
+    run_ranks(1, CHECK, "reference", str(folder), "1,1,1,0,0")
     run_ranks(1, CHECK, "compare", str(folder), *LAYOUTS[1])  # first, since it sets the losses others must follow
     return folder
 
@@ -40,6 +40,16 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
     assert output.count("gradients off by") == len(LAYOUTS[world])
 
 
+def test_layouts_of_another_family_equal_one_process(tmp_path: Path) -> None:
+    """What golden inputs do not have: ranks whose micro batch has no image, overlap, and steps of the optimizer."""
+    layouts = ["1,1,1,0,0,qwen3_vl", "1,1,1,0,0,vision,qwen3_vl"]
+    run_ranks(1, CHECK, "reference", str(tmp_path), layouts[0])
+    run_ranks(1, CHECK, "compare", str(tmp_path), *layouts)
+    both = [*("1,1,1,0,0,overlap,qwen3_vl", "1,2,2,0,0,overlap,qwen3_vl"), "1,1,1,0,0,vision,overlap,qwen3_vl"]
+    output = run_ranks(2, CHECK, "compare", str(tmp_path), *both, "2,1,1,1,0,qwen3_vl")
+    assert output.count("gradients off by") == 4
+
+
 # The last but one: a stage on which nothing is trained. The last: saved as megatron-core saves it, as it was before.
 @pytest.mark.parametrize(
     ("world", "precision", "form", "saved_at", "loaded_at"),
@@ -47,6 +57,7 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
         (4, "fp32", "own", "2,1,1,1,0", ["1,1,1,0,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]),
         (2, "bf16", "own", "1,2,2,0,0", ["1,1,1,0,0", "2,1,1,1,0"]),
         (2, "fp32", "own", "1,1,1,0,0,context2", ["1,2,1,0,0"]),
+        (2, "fp32", "own", "2,1,1,1,0,qwen3_vl", ["1,1,1,0,0", "1,2,2,0,0"]),
         (2, "fp32", "own", "1,2,1,0,0,vision,language", ["1,1,1,0,0", "2,1,1,1,0"]),
         (2, "bf16", "gathered", "1,1,1,0,0", ["2,1,1,1,0"]),
     ],
