@@ -28,14 +28,7 @@ from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import ConfigError, DataError
 
 IMAGE_TEXT = "<image>"
-SPECIAL_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-"""Keys of config.json, and the special tokens of the tokenizer whose ids they have."""
-START, END = SPECIAL_TOKENS["vision_start_token_id"], SPECIAL_TOKENS["vision_end_token_id"]
+START, END = "<|vision_start|>", "<|vision_end|>"
 _INSTRUCTION = re.compile(r"Instruct:[ \t]*(.*?)[ \t]*(?:\n|\Z)")
 
 
