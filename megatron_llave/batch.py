@@ -39,6 +39,8 @@ class Side:
     """The bytes of encoded image files (PNG, JPEG, ...), as stored in the shard, or Pillow images."""
     frames: np.ndarray | None = None
     """[frames, height, width, 3] uint8 RGB, the frames of a video; an input with a video has no images."""
+    is_video: bool = False
+    """Whether the images are the frames of one video, in their order and of equal size, as shards store videos."""
 
     def __post_init__(self) -> None:
         """Raise a DataError unless the text is Unicode text and the images are a list of what they may be."""
@@ -49,9 +51,14 @@ class Side:
             raise DataError(f"the images of a Side must be {right}, not {self.images!r:.60}")
         check_text(self.text)
 
+    @property
+    def num_placeholders(self) -> int:
+        """The number of placeholders that the text can have: one per image, or one for a video."""
+        return 1 if self.is_video or self.frames is not None else len(self.images)
+
     @staticmethod
-    def read(text: str, *images: str | Path) -> "Side":
-        """Return the input of a text and the image files that go with it.
+    def read(text: str, *images: str | Path, is_video: bool = False) -> "Side":
+        """Return the input of a text and the image files that go with it, which may be the frames of a video.
 
         Raises:
             DataError: an image file cannot be read; the message names it.
@@ -60,7 +67,7 @@ class Side:
             contents = [read_bytes(image, MAX_IMAGE_BYTES, "name another file") for image in images]
         except DataError as error:
             raise DataError(f"image {error}") from error
-        return Side(text, contents)
+        return Side(text, contents, is_video=is_video)
 
 
 @dataclass

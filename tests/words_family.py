@@ -80,7 +80,9 @@ class WordsProcessor:
         return EncodedSequence([*self.tokenizer.encode(side.text), self.tokenizer.eos_id], [], [])
 
 
-def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> int:
+def count_tokens(
+    text: str, sizes: list[list[int]], is_video: bool, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig
+) -> int:
     return len(tokenizer.encode(text)) + 1
 
 
@@ -122,6 +124,7 @@ FAMILY = Family(
     embedder=WordsEmbedder,
     build_processor=WordsProcessor,
     image_lengths=lambda width, height, data, model: (0, 0),
+    video_lengths=lambda frames, width, height, data, model: (0, 0),
     count_tokens=count_tokens,
     input_settings=lambda data, model: {},
     describe=lambda model: ["words: no images"],

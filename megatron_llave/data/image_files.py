@@ -7,6 +7,7 @@ are checked on the header, before anything is decoded. ICC profiles are not appl
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,22 @@ def decode_image(
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
         size = f" ({len(data)} bytes)" if isinstance(data, bytes) else ""
         raise BadImageError(f"not a readable image{size}: {_one_line(error)}") from error
+
+
+def decode_frames(
+    images: Sequence[bytes | Image.Image], settings: ImageSettings = ImageSettings(), notes: list[str] | None = None
+) -> np.ndarray:
+    """Return the frames of a video, [frames, height, width, 3] uint8; arguments and errors are those of decode_image.
+
+    Raises:
+        BadImageError: also where the frames are not of one size, or there are none.
+    """
+    frames = [decode_image(image, settings, notes) for image in images]
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) != 1:
+        found = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
+        raise BadImageError(f"the frames of a video must have one size, not {found or 'none'}")
+    return np.stack([np.asarray(frame) for frame in frames])
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """The one reader of JSONL files and of an item in them: an input of the model that a user has written down.
 
 An item is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, images, or both; `images` is another spelling of
-`image`. Each line of a file for tools/embed.py, and of the queries and the corpus of a retrieval, is an item
-(embedding/jsonl.py). The query, the target and the hard negatives of a training pair are items (prepare/jsonl.py).
+`image`, and `frames` names images that are the frames of a video. Each line of a file for tools/embed.py, and of the
+queries and the corpus of a retrieval, is an item (embedding/jsonl.py). The query, the target and the hard negatives of
+a training pair are items (prepare/jsonl.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 from megatron_llave.files import parse_json, read_lines
 
-KEYS = ("id", "text", "image", "images")
+IMAGE_KEYS = ("image", "images", "frames")
+KEYS = ("id", "text", *IMAGE_KEYS)
+TWO_KEYS = "are two spellings of one key; give one of them"
 LONGEST_PATH = 4096
 """The most bytes that a path may have on Linux."""
 
@@ -29,6 +32,8 @@ class Item:
     """Image paths as they are written."""
     id: str | None
     """The user's name for it; None where there is none."""
+    is_video: bool = False
+    """Whether the images are the frames of a video."""
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, str, Any]]:
@@ -51,24 +56,28 @@ def parse_item(values: Any, where: str) -> Item:
         DataError: it is not an item; the message begins with `where` and names the key.
     """
     check_keys(values, KEYS, where)
-    if not {"text", "image", "images"} & values.keys():
+    given = [key for key in IMAGE_KEYS if key in values]
+    if "text" not in values and not given:
         raise DataError(f"{where}: neither text nor image")
-    if {"image", "images"} <= values.keys():
-        raise DataError(f"{where}: image and images are two spellings of one key; give one of them")
-    key = "images" if "images" in values else "image"
+    if len(given) > 1:
+        raise DataError(f"{where}: {given[0]} and {given[1]} {TWO_KEYS}")
+    key = given[0] if given else "image"
     text, images, name = values.get("text", ""), values.get(key, []), values.get("id")
     images = [images] if isinstance(images, str) else images
     if not isinstance(text, str):
         raise DataError(f"{where}: text must be a string, not {_shown(text)}")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise DataError(f"{where}: {key} must be a file name or a list of them, not {_shown(images)}")
+    is_video = key == "frames"
+    if is_video and not images:
+        raise DataError(f"{where}: frames must name at least one file")
     if any(len(image.encode()) > LONGEST_PATH for image in images):
         raise DataError(f"{where}: {key} has a path of more than {LONGEST_PATH} bytes")
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
     if name is not None and not (isinstance(name, str) and name and name.isprintable()):
         raise DataError(f"{where}: id must be a whole number or a string of printable characters, not {_shown(name)}")
     try:
-        return Item(mark_user_text(text, len(images)), tuple(images), name)
+        return Item(mark_user_text(text, 1 if is_video else len(images)), tuple(images), name, is_video)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 

@@ -229,7 +229,7 @@ def encode_pairs(
 
 
 def _encode(side: Side, processor: Processor) -> EncodedSequence:
-    if not side.images and not side.text.strip():
+    if not side.num_placeholders and not side.text.strip():
         raise DataError("an input has neither text nor image")
     return processor.encode(side)
 

@@ -80,7 +80,7 @@ def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
 def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return what the JSON says of one query or target, and its images by suffix (`<prefix>0.png`).
 
-    The JSON has the text and the names, sizes and CRC-32s of the images.
+    The JSON has the text, the names, sizes and CRC-32s of the images, and "video" where these are a video's frames.
 
     Raises:
         DataError: the header of an image cannot be read; the message begins with `where`.
@@ -96,6 +96,8 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
         members[f"{prefix}{number}.{SUFFIXES.get(image_format, image_format.lower())}"] = image
         sizes.append(list(header.size))
     described = {"text": side.text, "images": list(members), "sizes": sizes}
+    if side.is_video:
+        described["video"] = True
     if members:
         described["crc32"] = [zlib.crc32(image) for image in members.values()]
     return described, members
@@ -120,7 +122,7 @@ def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
     checksums = described.get("crc32", [])  # older shards have none
     if checksums and checksums != [zlib.crc32(image) for image in images]:
         raise DataError(f"{where}: an image's bytes are not those that its checksum was made of; {AGAIN}")
-    return Side(text, images)
+    return Side(text, images, is_video=described.get("video") is True)
 
 
 def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:

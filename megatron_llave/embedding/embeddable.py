@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from megatron_llave.batch import Side
 from megatron_llave.data.image_files import IMAGE_SUFFIXES
-from megatron_llave.data.items import KEYS
+from megatron_llave.data.items import IMAGE_KEYS, KEYS, TWO_KEYS
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 
@@ -47,10 +48,10 @@ def to_side(value: Embeddable, where: str) -> Side:
     """
     try:
         if isinstance(value, Side):
-            num_images = len(value.images) if value.frames is None else 1
-            return Side(mark_user_text(value.text, num_images), value.images, value.frames)
-        text, images = _parts(value)
-        return Side(mark_user_text(text, len(images)), [_to_image(image) for image in images])
+            return replace(value, text=mark_user_text(value.text, value.num_placeholders))
+        text, images, is_video = _parts(value)
+        side = Side("", [_to_image(image) for image in images], is_video=is_video)
+        return replace(side, text=mark_user_text(text, side.num_placeholders))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -61,31 +62,33 @@ def _is_pair(value: Any) -> bool:
     )
 
 
-def _parts(value: Any) -> tuple[str, list[Any]]:
-    """Text and images of an input."""
+def _parts(value: Any) -> tuple[str, list[Any], bool]:
+    """Text and images of an input, and whether these are the frames of a video."""
     if isinstance(value, str):
         _refuse_file_name(value)
-        return str(value), []
+        return str(value), [], False
     if isinstance(value, Mapping):
         return _parts_of_item(value)
     if _is_pair(value):
-        return value[0], [value[1]]
-    return "", [value]
+        return value[0], [value[1]], False
+    return "", [value], False
 
 
-def _parts_of_item(item: Mapping[Any, Any]) -> tuple[str, list[Any]]:
+def _parts_of_item(item: Mapping[Any, Any]) -> tuple[str, list[Any], bool]:
     unknown = sorted(map(str, item.keys() - set(KEYS)))
     if unknown:
         raise DataError(f"the key {unknown[0]!r} is unknown; a mapping has text, image, or both")
-    if {"image", "images"} <= item.keys():
-        raise DataError("image and images are two spellings of one key; give one of them")
-    text, images = item.get("text", ""), item.get("images", item.get("image", []))
+    given = [key for key in IMAGE_KEYS if key in item]
+    if len(given) > 1:
+        raise DataError(f"{given[0]} and {given[1]} {TWO_KEYS}")
+    text, images = item.get("text", ""), item[given[0]] if given else []
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not isinstance(text, str):
         raise DataError(f"text must be a string, not of {_kind(text)}")
     if not text and not images:
         raise DataError("the mapping has neither text nor image")
-    return text, [Path(image) if isinstance(image, str) else image for image in images]
+    images = [Path(image) if isinstance(image, str) else image for image in images]
+    return text, images, given == ["frames"]
 
 
 def _refuse_file_name(text: str) -> None:

@@ -33,6 +33,8 @@ class Input:
     """A video file, relative to the same folder. An input with a video has no images."""
     id: str = field(default="", compare=False)
     """The user's name for the input, for messages; "" where it has none."""
+    is_video: bool = False
+    """Whether the images are the frames of a video."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -42,7 +44,8 @@ class Input:
     @property
     def cost(self) -> int:
         """Rough cost of embedding this input; a text of up to CHARACTERS costs 1."""
-        return 1 + len(self.text) // CHARACTERS + IMAGE_COST * len(self.images) + VIDEO_COST * bool(self.video)
+        images = VIDEO_COST if self.video or self.is_video else IMAGE_COST * len(self.images)
+        return 1 + len(self.text) // CHARACTERS + images
 
 
 class Inputs(Mapping[str, Side]):
@@ -108,8 +111,9 @@ class Inputs(Mapping[str, Side]):
             if item.video:
                 return Side(item.text, [], read_frames(self.image_folder / item.video))
             if not item.files:
-                return Side(item.text, list(item.images))
-            return Side.read(item.text, *(self.image_folder / image for image in item.images))
+                return Side(item.text, list(item.images), is_video=item.is_video)
+            paths = (self.image_folder / image for image in item.images)
+            return Side.read(item.text, *paths, is_video=item.is_video)
         except DataError as error:
             raise DataError(f"data set {self.name}{_with_id(item)}: {error}") from error
 
@@ -132,7 +136,8 @@ class Inputs(Mapping[str, Side]):
         """SHA-256 of texts and file names in their order; embeddings belong to inputs with this digest."""
         digest = hashlib.sha256()
         for item in self.entries:
-            digest.update(repr((item.text, item.images, item.video)).encode())
+            video = ("frames",) if item.is_video else ()  # files with images alone keep the digest that they had
+            digest.update(repr((item.text, item.images, item.video, *video)).encode())
         return digest.hexdigest()
 
     def cut(self, cost: int) -> list[int]:

@@ -29,9 +29,11 @@ class Family:
     """The processor of a run; ConfigError or DataError where its tokenizer does not fit or cannot be read."""
     image_lengths: Callable[[int, int, DataConfig, ModelConfig], tuple[int, int]]
     """Width and height of an image, pixels -> its visual tokens, and the tiles that the vision encoder sees."""
-    count_tokens: Callable[[str, list[list[int]], Tokenizer, DataConfig, ModelConfig], int]
-    """Text, [width, height] of its images, tokenizer -> tokens of the input, visual ones counted, however long it is;
-    DataError where text and images do not fit together."""
+    video_lengths: Callable[[int, int, int, DataConfig, ModelConfig], tuple[int, int]]
+    """Number, width and height of the frames of a video -> its visual tokens, and the tiles."""
+    count_tokens: Callable[[str, list[list[int]], bool, Tokenizer, DataConfig, ModelConfig], int]
+    """Text, [width, height] of its images, whether these are the frames of a video, tokenizer -> tokens of the input,
+    visual ones counted, however long it is; DataError where text and images do not fit together."""
     input_settings: Callable[[DataConfig, ModelConfig], dict[str, Any]]
     """The settings that embeddings depend on beside weights, tokenizer and precision, by key."""
     describe: Callable[[ModelConfig], list[str]]

@@ -38,13 +38,13 @@ class TokenCounter:
     data: DataConfig
     model: ModelConfig
 
-    def __call__(self, text: str, sizes: Sizes) -> int:
-        """Return the number of tokens, visual ones included.
+    def __call__(self, text: str, sizes: Sizes, is_video: bool = False) -> int:
+        """Return the number of tokens, visual ones included; the sizes may be those of a video's frames.
 
         Raises:
             DataError: more placeholders than images.
         """
-        return family_of(self.model).count_tokens(text, sizes, self.tokenizer, self.data, self.model)
+        return family_of(self.model).count_tokens(text, sizes, is_video, self.tokenizer, self.data, self.model)
 
 
 def sample_shards(subset: Subset) -> list[Shard]:
@@ -159,9 +159,12 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
-    image_lengths = family_of(counter.model).image_lengths
-    images = [image_lengths(*size, counter.data, counter.model) for size in side["sizes"]]
-    tokens = min(counter(side["text"], side["sizes"]), max_length)
+    family, sizes, is_video = family_of(counter.model), side["sizes"], side.get("video") is True
+    if is_video:
+        images = [family.video_lengths(len(sizes), *sizes[0], counter.data, counter.model)]
+    else:
+        images = [family.image_lengths(*size, counter.data, counter.model) for size in sizes]
+    tokens = min(counter(side["text"], sizes, is_video), max_length)
     return SideShape(tokens, sum(visual for visual, _ in images), sum(tiles for _, tiles in images))
 
 

@@ -5,7 +5,7 @@ inspect reads the JSON of the samples and decodes no image; verify reads every b
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,7 @@ def _count(
     described: dict[str, Any],
     counts: SubsetCounts,
     result: Inspection,
-    count_tokens: Callable[[str, Sizes], int] | None,
+    count_tokens: TokenCounter | None,
 ) -> None:
     negatives = described.get("hard_negatives", [])
     counts.counted += 1
@@ -160,7 +160,7 @@ def _count(
                 _add(result, "pixels", kind, max(size))
             continue
         try:
-            _add(result, "tokens", kind, count_tokens(side["text"], side["sizes"]))
+            _add(result, "tokens", kind, count_tokens(side["text"], side["sizes"], side.get("video") is True))
         except DataError:
             result.not_encodable += 1
 

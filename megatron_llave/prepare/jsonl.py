@@ -45,6 +45,7 @@ class PairLine:
                 item.text,
                 item.images,
                 item.id or make_id(item.text, [_path_for_id(start, image) for image in item.images]),
+                item.is_video,
             )
             for item in self.sides
         )

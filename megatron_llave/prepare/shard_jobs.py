@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_llave.batch import Pair, Side, check_text
-from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image
+from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image, open_image
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
@@ -65,6 +65,8 @@ class SourceSide:
     """Image paths as they are written in the source."""
     id: str
     """Equal ids mean equal queries or equal targets."""
+    is_video: bool = False
+    """Whether the images are the frames of a video."""
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,8 @@ def write_one_shard(job: ShardJob) -> FinishedShard:
     try:
         sidecar.unlink(missing_ok=True)
         first = next(pairs, None)
-        if first:
-            shard = write_shard(chain([first], pairs), job.directory, job.subset, job.number)
-        else:
-            shard = None
+        shard = write_shard(chain([first], pairs), job.directory, job.subset, job.number) if first else None
+        if shard is None:
             path.unlink(missing_ok=True)
         result = {"shard": asdict(shard) if shard else None, "skipped": skipped}
         write_json(sidecar, {"fingerprint": fingerprint, **result}, only_writer=True)
@@ -315,9 +315,8 @@ def read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
             skipped.append({"subset": job.subset, "row": row.row, "reason": reason, "detail": detail})
 
         try:
-            (query, notes), (target, more) = (
-                _read_side(side, name, row, job) for side, name in ((row.query, "query"), (row.target, "target"))
-            )
+            query, notes = _read_side(row.query, "query", row, job)
+            target, more = _read_side(row.target, "target", row, job)
         except _LeftOutError as error:
             report(error.reason, error.detail)
             continue
@@ -346,13 +345,14 @@ def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> tu
     except DataError as error:
         raise _LeftOutError(BAD_TEXT, f"{name}: {error}") from error
     try:
-        paths = [_locate(image, row.folder, job.is_confined) for image in side.images]
         images, noticed = [], []
-        for path, written in zip(paths, side.images):
+        for written in side.images:
             notes: list[str] = []
-            images.append(_read_image(path, job.max_pixels, notes))
+            images.append(_read_image(_locate(written, row.folder, job.is_confined), job.max_pixels, notes))
             noticed += [(note, f"{name}: {written!r}") for note in notes]
-        return Side(side.text, images), noticed
+        if side.is_video and len({open_image(image).size for image in images}) > 1:
+            raise _LeftOutError(CORRUPT, f"{side.images[0]!r} and the other frames of a video differ in size")
+        return Side(side.text, images, is_video=side.is_video), noticed
     except _LeftOutError as error:
         raise _LeftOutError(error.reason, f"{name}: {error.detail}") from error
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import VIDEO_NEWLINES
 from megatron_llave.data import video
 from megatron_llave.data.packing import IMAGE, NEWLINE, pack_sequences
@@ -14,7 +16,11 @@ from megatron_llave.data.video import choose_frames, read_frames
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.video import CaptionedVideo, read_videos
 from megatron_llave.models.llava_onevision.anyres import video_layout
-from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+from megatron_llave.models.llava_onevision.processor import (
+    LlavaOnevisionProcessor,
+    count_tokens,
+    video_lengths,
+)
 from megatron_llave.prepare.openmoji.clips import write_video
 
 
@@ -179,3 +185,10 @@ def test_a_video_is_one_image_of_a_tile_per_frame():
     packed = pack_sequences([encoded], 1, encoder.tile_shape)
     assert packed.num_tokens == encoded.length == len(encoded.tokens) - 1 + 18
     assert packed.blend_source.shape == (3 * 4, 4) and packed.blend_source.max() == 3 * 16 - 1
+    images = [Image.fromarray(frame) for frame in frames]
+    stored = encoder.encode(Side("<image>\nRepresent the given video.", images, is_video=True))
+    assert stored.tokens == encoded.tokens and np.array_equal(stored.tiles[0], encoded.tiles[0])
+    cfg = config_from_dict({"model": {"preset": "tiny"}, "data": {"prompt": "plain", "video_newline": "grid"}})
+    assert video_lengths(3, 50, 40, cfg.data, cfg.model) == (18, 3)
+    sizes = [[50, 40]] * 3
+    assert count_tokens("Represent the given video.", sizes, True, Letters(), cfg.data, cfg.model) == encoded.length

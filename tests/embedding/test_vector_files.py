@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from megatron_llave.embedding.cache import EmbeddingCache
 from megatron_llave.embedding.inputs import Input, Inputs
@@ -60,6 +61,17 @@ def test_both_spellings_of_images_are_one(tmp_path: Path) -> None:
     assert inputs == [Input("", ("a.png",))] * 4
 
 
+def test_frames_of_a_video_are_one_input(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name)
+    frames = ["a.png", "b.png"]
+    path = write(tmp_path, {"text": "<image> x", "frames": frames}, {"text": "<image> x", "images": frames})
+    video, images = read_blocks(path, 1)
+    [side] = video.values()
+    assert side.is_video and len(side.images) == 2 and side.num_placeholders == 1
+    assert video.digest != images.digest, "embeddings of the one are not those of the other"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -68,7 +80,7 @@ def test_both_spellings_of_images_are_one(tmp_path: Path) -> None:
         ('{"text": "a\\u0000b"}', "2: the text .* holds a NUL"),
         ('{"image": "a\\u0000b"}', "2: the text .* holds a NUL"),
         ("[" * 100_000, r"2 is not valid JSON .nested deeper than 100"),
-        ([1], r"2: must be an object with id, text, image, images, not \[1\]"),
+        ([1], r"2: must be an object with id, text, image, images, frames, not \[1\]"),
         ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image, images"),
         ({"image": "a" * 5000}, "2: image has a path of more than 4096 bytes"),
         ({"image": "a.png", "images": ["a.png"]}, "2: image and images are two spellings of one key"),

@@ -5,12 +5,15 @@ import json
 import re
 
 import pytest
+from golden_model import byte_tokenizer
 from PIL import Image
 from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.planning.pair_lengths import read_kinds
 from megatron_llave.prepare import jsonl, own_pairs, shard_jobs
 from megatron_llave.prepare.own_pairs import Options
 from megatron_llave.prepare.shard_jobs import make_id
@@ -69,6 +72,30 @@ def test_every_value_comes_back(tmp_path):
     assert bird.hard_negative_ids[1] == make_id("", ["pictures/a.png"])
     (cat,) = pairs["cats"]
     assert (cat.key, cat.query_id, cat.target_id) == ("cats-00000000", make_id("q0", []), make_id("t0", []))
+
+
+def test_frames_of_a_video_are_one_input(tmp_path):
+    (tmp_path / "v").mkdir()
+    for number in range(3):
+        (tmp_path / f"v/{number}.png").write_bytes(picture(number))
+    Image.new("RGB", (4, 4)).save(tmp_path / "v/other.png")
+    video = {"text": "<image>\nWhat happens?", "frames": ["v/0.png", "v/1.png", "v/2.png"]}
+    line = {"query": video, "target": {"text": "t"}, "hard_negatives": [{"frames": "v/1.png"}]}
+    uneven = {"query": {"frames": ["v/0.png", "v/other.png"]}, "target": {"text": "t"}}
+    made = prepare([write_lines(tmp_path / "clips.jsonl", line, uneven, line)], tmp_path / "out")
+    assert made.skipped == {"clips": {shard_jobs.CORRUPT: 1}}
+    pair, _ = pairs_of(tmp_path / "out")["clips"]
+    assert pair.query == Side("<image>\nWhat happens?", [picture(n) for n in range(3)], is_video=True)
+    assert pair.hard_negatives == [Side("", [picture(1)], is_video=True)] and not pair.target.is_video
+    data = {"prompt": "plain", "tokenizer": str(byte_tokenizer(tmp_path))}
+    cfg = config_from_dict({"model": {"preset": "tiny"}, "data": data, "train": {"global_batch_size": 2}})
+    [kind] = read_kinds(tmp_path / "out", cfg)
+    query, target = kind.pairs[0]
+    assert (query.tiles, query.visual_tokens) == (3, 13) and query.tokens == 13 + len("What happens?") + 1
+    assert (target.tiles, target.tokens) == (0, 2)
+    with pytest.raises(DataError, match="2 image placeholders for 1 images"):
+        video = {"text": "<image> <image>", "frames": ["v/0.png", "v/1.png"]}
+        prepare([write_lines(tmp_path / "more.jsonl", {"query": video, "target": video})], tmp_path / "more")
 
 
 def test_ids_tell_files_of_two_folders_apart(tmp_path):
@@ -137,10 +164,15 @@ GOOD = text_pair(0)
         ([], "must be an object with subset, id, query, target, hard_negatives, not "),
         ({**GOOD, "negatives": []}, "unknown key 'negatives'; known keys: subset, id, query"),
         ({"query": {"text": "q"}}, "target is missing"),
-        ({**GOOD, "query": "q"}, "query: must be an object with id, text, image, images, not 'q'"),
+        ({**GOOD, "query": "q"}, "query: must be an object with id, text, image, images, frames, not 'q'"),
         ({**GOOD, "query": {}}, "query: neither text nor image"),
         ({**GOOD, "query": {"id": "x"}}, "query: neither text nor image"),
-        ({**GOOD, "query": {"picture": "x.png"}}, "query: unknown key 'picture'; known keys: id, text, image, images"),
+        (
+            {**GOOD, "query": {"picture": "x.png"}},
+            "query: unknown key 'picture'; known keys: id, text, image, images, frames",
+        ),
+        ({**GOOD, "query": {"frames": ["x.png"], "image": "y.png"}}, "query: image and frames are two spellings"),
+        ({**GOOD, "query": {"text": "q", "frames": []}}, "query: frames must name at least one file"),
         ({**GOOD, "query": {"image": "x.png", "images": ["y.png"]}}, "query: image and images are two spellings"),
         ({**GOOD, "target": {"text": 3}}, "target: text must be a string, not 3"),
         ({**GOOD, "target": {"text": None}}, "target: text must be a string, not None"),

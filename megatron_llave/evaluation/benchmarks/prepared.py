@@ -49,8 +49,8 @@ class EvaluationSet:
 
 
 def input_key(side: Side) -> str:
-    """Key of an input: a hash of its text and of the bytes of its images."""
-    digest = hashlib.sha256(side.text.encode())
+    """Key of an input: a hash of its text and of the bytes of its images, and of whether these are a video."""
+    digest = hashlib.sha256(side.text.encode() + b"\0video" * side.is_video)
     for image in side.images:
         digest.update(b"\0" + hashlib.sha256(image).digest())
     return digest.hexdigest()[:32]
@@ -130,7 +130,8 @@ def build_tasks(inputs: dict[str, Side], sets: Sequence[EvaluationSet], folder: 
     """The sets as tasks, which share the inputs that any of them uses; `folder` is where they come from."""
     keys = list(dict.fromkeys(key for chosen in sets for key in (*chosen.queries, *chosen.candidates)))
     number_of = {key: number for number, key in enumerate(keys)}
-    entries = [Input(inputs[key].text, tuple(inputs[key].images), id=key) for key in keys]
+    sides = [inputs[key] for key in keys]
+    entries = [Input(s.text, tuple(s.images), id=key, is_video=s.is_video) for key, s in zip(keys, sides)]
     shared = Inputs("prepared", entries, folder)
     tasks = []
     for chosen in sets:

@@ -12,6 +12,7 @@ FAMILY = Family(
     embedder=LlaveEmbedder,
     build_processor=processor.build_processor,
     image_lengths=processor.image_lengths,
+    video_lengths=processor.video_lengths,
     count_tokens=processor.count_tokens,
     input_settings=processor.input_settings,
     describe=processor.describe,

@@ -13,6 +13,7 @@ from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import (
     BadImageError,
     ImageSettings,
+    decode_frames,
     decode_image,
     image_settings,
     settings_of_embeddings,
@@ -68,9 +69,10 @@ class LlavaOnevisionProcessor:
             DataError: the images alone exceed max_length, the text does and `too_long` is skip, or there are more
                 placeholders than images.
         """
-        if side.frames is not None:
-            return self._encode_video(side.text, side.frames)
         text, notes = side.text, []
+        if side.frames is not None or side.is_video:
+            frames = decode_frames(side.images, self.images, notes) if side.frames is None else side.frames
+            return self._encode_video(text, frames, notes)
         images = [decode_image(data, self.images, notes) for data in side.images]
         layouts = [self._layout(*image.size, self.grids) for image in images]
         num_blank = 0
@@ -89,12 +91,12 @@ class LlavaOnevisionProcessor:
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
         return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut, tuple(notes))
 
-    def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
+    def _encode_video(self, text: str, frames: np.ndarray, notes: list[str]) -> EncodedSequence:
         """Encode a video: each frame is one squashed tile, and the prompt has one image for all of them."""
         cut = [anyres.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
         layout = anyres.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
         tokens, is_cut = self._tokens(text, 1, len(layout))
-        return EncodedSequence(tokens, [np.concatenate(cut)], [layout], is_cut=is_cut)
+        return EncodedSequence(tokens, [np.concatenate(cut)], [layout], False, is_cut, tuple(notes))
 
     def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
@@ -143,12 +145,21 @@ def image_lengths(width: int, height: int, data: DataConfig, model: ModelConfig)
     return visual, 1 + columns * rows
 
 
-def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> int:
+def video_lengths(num_frames: int, width: int, height: int, data: DataConfig, model: ModelConfig) -> tuple[int, int]:
+    """Visual tokens and tiles of a video, each of whose frames is one tile, whatever its size."""
+    layout = anyres.video_layout(num_frames, model.vision.patches_per_side, data.video_newline)
+    return len(layout), num_frames
+
+
+def count_tokens(
+    text: str, sizes: list[list[int]], is_video: bool, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig
+) -> int:
     """Tokens of an input, visual ones counted, however long it is.
 
     Args:
         text: as in a pair, with or without placeholders.
         sizes: [width, height] of each image, pixels.
+        is_video: whether the images are the frames of a video.
         tokenizer: of the run.
         data: of the run.
         model: of the run.
@@ -157,6 +168,8 @@ def count_tokens(text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: 
         DataError: more placeholders than images.
     """
     visual = [image_lengths(width, height, data, model)[0] for width, height in sizes]
+    if is_video:
+        visual = [video_lengths(len(sizes), *sizes[0], data, model)[0]]
     if data.prompt == "qwen" and not sizes:
         visual = [model.vision.patches_per_side**2 + 1] * count_placeholders(text)  # a blank tile and its newline
     tokens = encode_prompt(text, len(visual), tokenizer, data.prompt, sys.maxsize, sum(visual))

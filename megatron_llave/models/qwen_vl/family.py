@@ -18,6 +18,7 @@ def qwen_vl_family(name: str, embedder: type[QwenVLEmbedder], inputs: QwenVlInpu
         embedder=embedder,
         build_processor=inputs.build_processor,
         image_lengths=inputs.image_lengths,
+        video_lengths=inputs.video_lengths,
         count_tokens=inputs.count_tokens,
         input_settings=inputs.input_settings,
         describe=inputs.describe,

@@ -12,11 +12,12 @@ from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import (
     BadImageError,
     ImageSettings,
+    decode_frames,
     decode_image,
     image_settings,
     settings_of_embeddings,
 )
-from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
+from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout
 from megatron_llave.data.placeholders import remove_placeholders
 from megatron_llave.data.prompt import encode_within
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_of_run
@@ -79,9 +80,10 @@ class QwenVlProcessor:
             DataError: the images alone exceed max_length, the text does and `too_long` is skip, or there are more
                 placeholders than images.
         """
-        if side.frames is not None:
-            return self._encode_video(side.text, side.frames)
         notes: list[str] = []
+        if side.frames is not None or side.is_video:
+            frames = decode_frames(side.images, self.images, notes) if side.frames is None else side.frames
+            return self._encode_video(side.text, frames, notes)
         images = [decode_image(data, self.images, notes) for data in side.images]
         # Before any pixel is resized, so that an input that does not fit costs little.
         grids = [self.budget.image_grid(*image.size) for image in images]
@@ -93,15 +95,13 @@ class QwenVlProcessor:
             raise BadImageError(f"the memory is too small for the tiles of images of {sizes} pixels") from error
         return self._encoded(tokens, tiles, grids, is_cut, notes)
 
-    def _encode_video(self, text: str, frames: np.ndarray) -> EncodedSequence:
+    def _encode_video(self, text: str, frames: np.ndarray, notes: list[str]) -> EncodedSequence:
         """Encode a video: one IMAGE, or one for each pair of frames if these have time stamps."""
         pairs, *patches = self.budget.video_grid(len(frames), frames.shape[2], frames.shape[1])
         grids: list[Grid] = [(1, *patches)] * pairs if self.has_time_stamps else [(pairs, *patches)]
-        stamps = time_stamps(len(frames)) if self.has_time_stamps else [""]
-        written = "".join(stamp + IMAGE_TEXT for stamp in stamps)
-        tokens, is_cut = self._tokens(text, [written], grids)
+        tokens, is_cut = self._tokens(text, [video_text(len(frames), self.has_time_stamps)], grids)
         tiles, _ = video_tiles(frames, self.budget)
-        return self._encoded(tokens, np.split(tiles, len(grids)), grids, is_cut, [])
+        return self._encoded(tokens, np.split(tiles, len(grids)), grids, is_cut, notes)
 
     def _tokens(self, text: str, media: list[str], grids: list[Grid]) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
@@ -123,6 +123,12 @@ class QwenVlProcessor:
         else:
             encoded.positions = counted_positions(encoded.length)
         return encoded
+
+
+def video_text(num_frames: int, has_time_stamps: bool) -> str:
+    """Return what stands for a video in a text: <image>, or one for each pair of frames, after its time stamp."""
+    stamps = time_stamps(num_frames) if has_time_stamps else [""]
+    return "".join(stamp + IMAGE_TEXT for stamp in stamps)
 
 
 @dataclass(frozen=True)
@@ -171,14 +177,28 @@ class QwenVlInputs:
         number = num_visual_tokens(self._budget(data, model).image_grid(width, height))
         return number, number
 
+    def video_lengths(
+        self, num_frames: int, width: int, height: int, data: DataConfig, model: ModelConfig
+    ) -> tuple[int, int]:
+        """Visual tokens and tiles of a video, which are equally many; raises as `image_lengths` does."""
+        number = num_visual_tokens(self._budget(data, model).video_grid(num_frames, width, height))
+        return number, number
+
     def count_tokens(
-        self, text: str, sizes: list[list[int]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig
+        self,
+        text: str,
+        sizes: list[list[int]],
+        is_video: bool,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        model: ModelConfig,
     ) -> int:
         """Tokens of an input, visual ones counted, however long it is.
 
         Args:
             text: as in a pair, with or without placeholders.
             sizes: [width, height] of each image, pixels.
+            is_video: whether the images are the frames of a video.
             tokenizer: of the run.
             data: of the run.
             model: of the run.
@@ -186,10 +206,15 @@ class QwenVlInputs:
         Raises:
             DataError: more placeholders than images, or an image of a shape that the model cannot take.
         """
-        visual = sum(self.image_lengths(width, height, data, model)[0] for width, height in sizes)
-        text, template = text if sizes else remove_placeholders(text), templates(self.system)[data.prompt]
-        tokens = encode_prompt(text, [IMAGE_TEXT] * len(sizes), tokenizer, template, sys.maxsize, visual)
-        return len(tokens) - len(sizes) + visual
+        if is_video:
+            media = [video_text(len(sizes), self.has_time_stamps)]
+            visual = self.video_lengths(len(sizes), *sizes[0], data, model)[0]
+        else:
+            media = [IMAGE_TEXT] * len(sizes)
+            visual = sum(self.image_lengths(width, height, data, model)[0] for width, height in sizes)
+        text, template = text if media else remove_placeholders(text), templates(self.system)[data.prompt]
+        tokens = encode_prompt(text, media, tokenizer, template, sys.maxsize, visual)
+        return len(tokens) - tokens.count(IMAGE) + visual
 
     def input_settings(self, data: DataConfig, model: ModelConfig) -> dict[str, Any]:
         """The settings that embeddings depend on beside weights, tokenizer and precision."""

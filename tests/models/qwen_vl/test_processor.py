@@ -1,5 +1,6 @@
 """Token ids, pixels and lengths of inputs of the Qwen-VL families, against transformers' own processors."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,39 @@ def test_ids_of_a_video_are_those_of_transformers(family: str, num_frames: int, 
     assert np.array_equal(encoded.positions, token_positions(encoded.tokens, encoded.grids, interval))
 
 
+def png(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", QWEN2_VL.prompts)
+@pytest.mark.parametrize("num_frames", [1, 4, 5])
+def test_a_video_of_image_files_is_the_video_of_its_frames(
+    family: str, prompt: str, num_frames: int, tokenizer_file: Path, tokenizer: Tokenizer
+) -> None:
+    frames = np.random.default_rng(1).integers(0, 256, (num_frames, 90, 120, 3), np.uint8)
+    inputs, model = FAMILIES[family], small_model(family)
+    data = DataConfig(tokenizer=str(tokenizer_file), prompt=prompt, **PIXELS)
+    ours, text = inputs.build_processor(data, model), "<image>\nWhat happens?"
+    expected = ours.encode(Side(text, [], frames))
+    encoded = ours.encode(Side(text, [png(frame) for frame in frames], is_video=True))
+    assert encoded.tokens == expected.tokens and encoded.grids == expected.grids
+    assert all(np.array_equal(*both) for both in zip(encoded.tiles, expected.tiles, strict=True))
+    assert encoded.positions.shape == (3, encoded.length) and np.array_equal(encoded.positions, expected.positions)
+    sizes = [[120, 90]] * num_frames
+    assert inputs.count_tokens(text, sizes, True, tokenizer, data, model) == encoded.length
+    number = sum(map(len, encoded.tiles))
+    assert inputs.video_lengths(num_frames, 120, 90, data, model) == (number, number)
+
+
+def test_frames_of_two_sizes_are_no_video(tokenizer_file: Path) -> None:
+    images = [Image.new("RGB", size) for size in [(8, 6), (6, 8)]]
+    with pytest.raises(BadImageError, match="frames of a video must have one size, not 6x8 and 8x6"):
+        processor_of("qwen2_vl", tokenizer_file).encode(Side("", images, is_video=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", QWEN2_VL.prompts)
 def test_lengths_from_sizes_are_those_of_encoded_inputs(
@@ -135,7 +169,7 @@ def test_lengths_from_sizes_are_those_of_encoded_inputs(
         lengths = [inputs.image_lengths(*image.size, data, model) for image in images]
         assert lengths == [(len(layout), len(tiles)) for layout, tiles in zip(encoded.layouts, encoded.tiles)]
         sizes = [list(image.size) for image in images]
-        assert inputs.count_tokens(text, sizes, tokenizer, data, model) == encoded.length
+        assert inputs.count_tokens(text, sizes, False, tokenizer, data, model) == encoded.length
         assert not encoded.is_cut and encoded.tokens.count(IMAGE) == len(names)
 
 
