@@ -3,7 +3,8 @@
     python benchmarks/conversion.py --preset 0.5b --dtype bfloat16 --folder runs/conversion
 
 The benchmark writes a Hugging Face folder of random weights in transformers' format, imports it, exports the checkpoint
-in both formats, and compares every tensor bitwise. As an alternative, transformers loads and saves the same folder.
+in every format of the family, and compares every tensor bitwise. As an alternative, transformers loads and saves the
+same folder.
 Each step is a process of its own; its peak is the largest resident memory that the kernel counted, including mapped
 files.
 """
@@ -20,19 +21,18 @@ from pathlib import Path
 import torch
 
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
-from megatron_llave.models import model_without_memory, open_hf
+from megatron_llave.models import FAMILIES, family_of, model_without_memory, open_hf
 from megatron_llave.models.hf.mapping import hf_shapes
 from megatron_llave.models.hf.tensor_files import write_tensor_files
-from megatron_llave.models.llava_onevision.hf_config import build_config_json
-from megatron_llave.models.llava_onevision.hf_weights import POST_NORM, rules
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_hf.py"
 ALONE = "import sys; from megatron_llave.convert import hf"
 WITH_TRANSFORMERS = (
-    "import sys, torch, transformers; m = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained("
+    "import sys, torch, transformers; m = getattr(transformers, sys.argv[4]).from_pretrained("
     "sys.argv[1], dtype=getattr(torch, sys.argv[3])); m.save_pretrained(sys.argv[2])"
 )
 
@@ -40,7 +40,8 @@ WITH_TRANSFORMERS = (
 def main() -> None:
     """Make the folder, run and measure each step, compare the tensors, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="0.5b", choices=["0.5b", "2b", "7b"], help="size of the model")
+    presets = [preset for family in FAMILIES.values() for preset in family.hf.presets]
+    parser.add_argument("--preset", default="0.5b", choices=presets, help="the model")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="dtype of the weights"
     )
@@ -51,31 +52,24 @@ def main() -> None:
     args = parser.parse_args()
     with exit_with_one_line():
         shutil.rmtree(args.folder, ignore_errors=True)
-        names = ("source", "checkpoint", "llava_onevision", "llava_qwen", "transformers")
-        source, checkpoint, onevision, qwen, from_transformers = (args.folder / name for name in names)
-        num_bytes, largest = make_folder(source, args.preset, getattr(torch, args.dtype))
-        convert = [sys.executable, "-W", "ignore", str(TOOL)]
+        source, checkpoint, from_transformers = (args.folder / name for name in ("source", "ckpt", "transformers"))
+        model = config_from_dict({"model": {"preset": args.preset}}).model
+        layouts = family_of(model).hf.layouts
+        config, num_bytes, largest = make_folder(source, model, args.dtype)
+        python = [sys.executable, "-W", "ignore"]
+        convert = [*python, str(TOOL)]
         export = [*convert, "export", "--from", str(checkpoint), "--format"]
         commands = {
-            "imports of Python alone": [sys.executable, "-W", "ignore", "-c", ALONE],
+            "imports of Python alone": [*python, "-c", ALONE],
             "import": [*convert, "import", "--from", str(source), "--to", str(checkpoint), "--preset", args.preset],
-            "export llava_onevision": [*export, "llava_onevision", "--to", str(onevision)],
-            "export llava_qwen": [*export, "llava_qwen", "--to", str(qwen)],
+            **{f"export {layout}": [*export, layout, "--to", str(args.folder / layout)] for layout in layouts},
         }
         if not args.without_transformers:
-            command = [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                WITH_TRANSFORMERS,
-                str(source),
-                str(from_transformers),
-                args.dtype,
-            ]
+            arguments = [str(source), str(from_transformers), args.dtype, config["architectures"][0]]
+            command = [*python, "-c", WITH_TRANSFORMERS, *arguments]
             commands["transformers: from_pretrained, save_pretrained"] = command
         rows = {name: measured(command) for name, command in commands.items()}
-        compared = {out.name: num_equal(source, out) for out in (onevision, qwen)}
+        compared = {out.name: num_equal(source, out) for out in (args.folder / layout for layout in layouts)}
         shutil.rmtree(args.folder)
     sizes = f"{num_bytes / 1e9:.2f} GB of weights, the largest tensor {largest / 1e9:.2f} GB"
     print(f"\n{args.preset}, {args.dtype}: {sizes}\n")
@@ -87,22 +81,27 @@ def main() -> None:
     sys.exit(any(equal < total for equal, total in compared.values()))
 
 
-def make_folder(folder: Path, preset: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Write random weights in format llava_onevision; returns the bytes of all tensors and of the largest."""
+def make_folder(folder: Path, model: ModelConfig, dtype: str) -> tuple[dict, int, int]:
+    """Write random weights in the family's first format.
+
+    Returns:
+        config.json, the bytes of all tensors, and those of the largest.
+    """
     cpu_emulation.enable()
     process_groups.initialize_distributed(60)
-    model = config_from_dict({"model": {"preset": preset}}).model
+    hf, stored = family_of(model).hf, getattr(torch, dtype)
     embedder = model_without_memory(model, process_groups.initialize_model_parallel(ParallelConfig()))
-    tensor_shapes = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, rules(model))
-    tensor_shapes |= {POST_NORM + kind: (model.vision.hidden_size,) for kind in ("weight", "bias")}
-    shapes = {name: (shape, dtype) for name, shape in tensor_shapes.items()}
+    tensor_shapes = hf_shapes({name: tuple(p.shape) for name, p in embedder.named_parameters()}, hf.rules(model))
+    tensor_shapes |= hf.unused_shapes(model)
+    layout = hf.layouts[0]
+    shapes = {hf.layout_name(name, layout): (shape, stored) for name, shape in tensor_shapes.items()}
     folder.mkdir(parents=True)
     write_tensor_files(folder, shapes, random_tensors(shapes))
-    config = build_config_json(model, "llava_onevision", tied=True, dtype=str(dtype).removeprefix("torch."))
+    config = hf.build_config(model, layout, True, dtype, None)
     (folder / "config.json").write_text(json.dumps(config))
     process_groups.destroy_distributed()
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in tensor_shapes.values()]
-    return sum(sizes), max(sizes)
+    sizes = [torch.Size(shape).numel() * stored.itemsize for shape in tensor_shapes.values()]
+    return config, sum(sizes), max(sizes)
 
 
 def random_tensors(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[tuple[str, torch.Tensor]]:

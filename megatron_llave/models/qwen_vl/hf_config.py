@@ -21,6 +21,7 @@ from megatron_llave.errors import one_of, require
 from megatron_llave.models.hf.config_json import DTYPE_KEYS, DTYPES, HfConfig, Section
 from megatron_llave.models.hf.decoder_config import language_section, read_language, rope_section
 from megatron_llave.models.qwen_vl.hf_keys import SPECIAL_TOKENS, TOP_FIXED, HfKeys
+from megatron_llave.models.qwen_vl.resize import MERGED
 
 VISION_ROPE = {"rope_theta": (10000.0, 10000.0)}
 MROPE_DIMENSIONS = 3
@@ -95,8 +96,12 @@ def _read_vision(section: Section, keys: HfKeys, language: LanguageConfig) -> Vi
     key, default = keys.output
     if section.values.get(key, default) != language.hidden_size:
         raise section.refuse(key, f"{language.hidden_size}, the hidden_size of the decoder")
-    if 0 < vision.window_size < 2 * vision.patch_size:
-        raise section.refuse(keys.vision["window_size"][0], f"at least two patches, {2 * vision.patch_size}")
+    head, rest = divmod(vision.hidden_size, vision.num_heads)
+    if rest or head % 4:
+        raise section.refuse("num_heads", f"such that {vision.hidden_size} channels are multiples of 4 in each head")
+    if vision.window_size % (MERGED * vision.patch_size):
+        right = f"a multiple of two patches, {MERGED * vision.patch_size}"
+        raise section.refuse(keys.vision["window_size"][0], right)
     if math.isqrt(vision.num_positions) ** 2 != vision.num_positions:
         raise section.refuse(keys.vision["num_positions"][0], "a square number")
     if len(vision.deepstack_layers) > language.num_layers:

@@ -11,6 +11,7 @@ import transformers
 
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.presets import PRESETS
+from megatron_llave.convert.hf import check_preset
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models.hf.config_json import HfConfig, read_config_json
 from megatron_llave.models.qwen_vl.hf_config import build_config_json, layout_of, read_config
@@ -149,6 +150,7 @@ REFUSED = [
     (FAMILIES, {"vision_config.model_type": "siglip"}, "vision_config.model_type='siglip'"),
     (FAMILIES, {"vision_config.depth": 501}, "vision_config.depth=501 .* at most 500"),
     (FAMILIES, {"vision_config.num_heads": 0}, "vision_config.num_heads=0"),
+    (FAMILIES, {"vision_config.num_heads": 8}, "vision_config.num_heads=8 .* multiples of 4 in each head"),
     (FAMILIES, {"text_config.hidden_act": "gelu"}, "text_config.hidden_act='gelu' .* must be 'silu'"),
     (FAMILIES, {"text_config.layer_types": ["sliding_attention"] * 4}, "text_config.layer_types"),
     (FAMILIES, {"text_config.model_type": "qwen3_vl_moe_text"}, "text_config.model_type='qwen3_vl_moe_text'"),
@@ -174,7 +176,7 @@ REFUSED = [
         "text_config.use_sliding_window=True",
     ),
     (FAMILIES[1:], {"vision_config.out_hidden_size": 32}, "vision_config.out_hidden_size=32"),
-    (FAMILIES[1:2], {"vision_config.window_size": 27}, "vision_config.window_size=27 .* at least two patches, 28"),
+    (FAMILIES[1:2], {"vision_config.window_size": 60}, "vision_config.window_size=60 .* a multiple of two patches, 28"),
     (FAMILIES[1:2], {"vision_config.fullatt_block_indexes": [1, 4]}, "fullatt_block_indexes=.* from 0 to 3"),
     (FAMILIES[2:], {"vision_config.deepstack_visual_indexes": [2, 1]}, "deepstack_visual_indexes=.* rising"),
     (FAMILIES[2:], {"vision_config.num_position_embeddings": 63}, "num_position_embeddings=63 .* square"),
@@ -262,3 +264,92 @@ def test_presets_are_written_and_read_back(preset: str, tmp_path: Path) -> None:
     family, language = sizes["family"], LanguageConfig(**sizes["language"])
     model = ModelConfig(family=family, vision=VisionConfig(**sizes["vision"]), language=language)
     assert read(tmp_path, family, build_config_json(model, family, True, None, None, KEYS[family])).model == model
+
+
+# config.json of released folders, without keys that say nothing of the model.
+TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+RELEASED = {
+    "qwen2_5vl_7b": {
+        "model_type": "qwen2_5_vl",
+        **TOKENS,
+        "vision_token_id": 151654,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 152064,
+    },
+    "qwen3vl_4b": {
+        "model_type": "qwen3_vl",
+        **TOKENS,
+        "text_config": {
+            "attention_bias": False,
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": True,
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17],
+            "depth": 24,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1024,
+            "in_channels": 3,
+            "intermediate_size": 4096,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": 2560,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("preset", RELEASED)
+def test_released_folders_are_the_presets(preset: str, tmp_path: Path) -> None:
+    values = RELEASED[preset]
+    config = read(tmp_path, values["model_type"], values)
+    check_preset(config.model, preset)
+    assert (config.tied, config.dtype) == (values["tie_word_embeddings"], "bfloat16")
+    assert_same_as_transformers(config.model, CONFIGS[values["model_type"]].from_dict(values))
