@@ -171,6 +171,8 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in HANDLERS:
             return HANDLERS[func](self._gpu, *args, **kwargs)
+        if func is torch._C._nn._parse_to:  # with which modules read the arguments of their `to`
+            return func(*args, **kwargs)
         if getattr(func, "__name__", "") in COPIES_PYTHON_VALUES and not isinstance(args[0], Tensor):
             for _ in filter(self._gpu.device.__contains__, _tensors(args)):
                 self._gpu.wait(f"{func.__name__} of values of the device")
@@ -366,6 +368,8 @@ def _replacements(gpu: LogicalGpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.accelerator, "current_stream", lambda *args: stream
     yield cuda, "synchronize", lambda *args: gpu.wait("synchronize")
     yield cuda, "manual_seed", torch.manual_seed
+    generator = torch.Generator
+    yield torch, "Generator", lambda *args, **kwargs: generator()
     for module, name in ((cuda, "{}_rng_state"), (random, "_{}_cuda_rng_state")):
         yield module, name.format("get"), lambda *args, **kwargs: torch.get_rng_state()
         yield module, name.format("set"), lambda state, *args, **kwargs: torch.set_rng_state(state)

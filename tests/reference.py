@@ -141,7 +141,7 @@ def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_si
     The causal mask is aligned at the end, as FlashAttention's is: the last query sees all keys of its sequence.
     """
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(value)) and window_size == (-1, 0)
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(value)) and window_size in ((-1, 0), (-1, -1))
     lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (max_q, max_k) == (max(lengths), max(key_lengths)) and isinstance(max_q, int) and isinstance(max_k, int)
     outputs = []

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from check_layouts import parse_layout, small_config
+from check_layouts import family_of, parse_layout, small_config
 from logical_gpu import LogicalGpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import mlp
@@ -42,6 +42,9 @@ from megatron_llave.models import build_model
 from megatron_llave.models.blocks import kernels, layer_specs
 from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+from megatron_llave.models.qwen_vl.processor import QwenVlProcessor
+from megatron_llave.models.qwen_vl.prompt import PLAIN
+from megatron_llave.models.qwen_vl.resize import PixelBudget
 from megatron_llave.train import run_steps
 from megatron_llave.training import gradient_cache
 from megatron_llave.training.broadcast import broadcast_steps, is_reader
@@ -79,7 +82,10 @@ def count(gpu: LogicalGpu, cfg: RunConfig, folder: str, reads_a_value: bool = Fa
     for chunk in chunks:
         chunk.eval()
     size, patch_size = cfg.model.vision.image_size, cfg.model.vision.patch_size
-    encoder = LlavaOnevisionProcessor(Letters(), "plain", 4096, (), size, patch_size)
+    if size:
+        encoder = LlavaOnevisionProcessor(Letters(), "plain", 4096, (), size, patch_size)
+    else:
+        encoder = QwenVlProcessor(Letters(), PLAIN, 4096, PixelBudget(patch_size, 64, 256))
     model = LoadedModel(cfg, chunks, encoder, groups)
     inputs = {word: Side(word, []) for word in ("one", "two", "three")} | {
         "picture": Side("", [Image.new("L", (9, 9))])
@@ -218,11 +224,13 @@ def main() -> None:
     with LogicalGpu() as gpu:
         process_groups.initialize_distributed(120)
         for text in layouts:
-            cfg, words = small_config(parse_layout(text)[0], []), text.split(",")
+            cfg, words = small_config(parse_layout(text)[0], [], family_of(text)), text.split(",")
             if "bf16" not in words:
                 waits = count(gpu, cfg, f"{folder}/{text}", "item" in words)
             else:
-                cfg.model = replace(cfg.model, precision="bf16", language=replace(cfg.model.language, hidden_size=64))
+                section = [2, 3, 3] if cfg.model.language.mrope_section else []
+                language = replace(cfg.model.language, hidden_size=64, mrope_section=section)
+                cfg.model = replace(cfg.model, precision="bf16", language=language)
                 with kernels_of_a_gpu(gpu) as calls:
                     waits = count(gpu, cfg, f"{folder}/{text}", "item" in words)
                     assert row_multiple(cfg.model, cfg.parallel) % 128 == 0
