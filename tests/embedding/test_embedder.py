@@ -10,6 +10,7 @@ from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.embedding.cache import CachedEmbedder
+from megatron_llave.embedding.embeddable import to_sides
 from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
@@ -54,6 +55,17 @@ def test_images_that_lose_something_are_counted(model: LoadedModel, capsys) -> N
     embed(model, {"a": Side("", [sticker]), "b": Side("", [sticker, Image.new("L", (9, 9))]), "c": Side("c", [])})
     model.print_image_notes()
     assert capsys.readouterr().err.startswith("noticed: 2 x image with transparency, 1 x image of one colour (")
+
+
+def test_a_mapping_may_have_the_frames_of_a_video() -> None:
+    frames = [Image.new("RGB", (8, 6)), Image.new("RGB", (8, 6), "red")]
+    [video, images], _ = to_sides([{"text": "<image> x", "frames": frames}, {"text": "<image> x", "image": frames}])
+    assert video == Side("<image> x", frames, is_video=True) and images == Side("<image> x", frames)
+    assert to_sides(video) == ([video], True), "a Side stays what it is"
+    with pytest.raises(DataError, match="the input: image and frames are two spellings of one key"):
+        to_sides({"image": frames, "frames": frames})
+    with pytest.raises(DataError, match="input 0: text has 2 image placeholders for 1 images"):
+        to_sides([{"text": "<image> <image>", "frames": frames}])
 
 
 def test_input_that_cannot_be_read_is_named(model: LoadedModel) -> None:
