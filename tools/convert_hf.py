@@ -1,6 +1,7 @@
 """Convert between Hugging Face folders and checkpoints (import, export), inspect one, or compare two (verify).
 
-python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b] [--base HF_DIR_OF_AN_ADAPTER'S_WEIGHTS]
+python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
+python tools/convert_hf.py import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
 python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
 python tools/convert_hf.py inspect DIR
 python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT

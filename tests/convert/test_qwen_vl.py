@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from forking import run_script
@@ -150,6 +151,28 @@ def test_a_model_without_a_source_is_read_whole(groups: ProcessGroupCollection, 
         model, info = model_class.from_pretrained(out, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
         assert model.dtype == torch.bfloat16 and open_hf(out).config.model == open_hf(GOLDEN / family).config.model
+
+
+def test_an_embedding_without_room_for_image_tokens_grows(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    """A run from scratch, whose tokenizer has a token for each row of the embedding and none for images."""
+    checkpoint = import_hf(GOLDEN / "qwen2_vl", tmp_path / "checkpoint", groups)
+    shutil.rmtree(checkpoint / "assets")
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "assets").mkdir()
+    words = {f"word{i}": i for i in range(511)} | {"<|im_end|>": 511}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(checkpoint / "assets" / "tokenizer.json"))
+    out = tmp_path / "out"
+    assert export_hf(checkpoint, out, groups) == []
+    config = json.loads((out / "config.json").read_text())
+    ids = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")]
+    assert sorted(ids) == [512, 513, 514, 515] and config["text_config"]["vocab_size"] == 516
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.encode("<|image_pad|><|im_end|>") == [ids[0], 511]
+    model, info = transformers.Qwen2VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and len(model.get_input_embeddings().weight) == 516
+    assert inspect(import_hf(out, tmp_path / "again", groups), groups) == 0
 
 
 def test_faults_of_a_folder_are_listed(groups: ProcessGroupCollection, tmp_path: Path, capsys) -> None:
