@@ -14,7 +14,8 @@ from megatron_llave.data.packing import IMAGE
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED, Grid
 
 FRAMES_PER_SECOND = 2.0
-"""Rate of the frames of a video, which a Side does not say: the default of Qwen's code and of transformers."""
+"""Rate of the frames of a video, which a Side does not say. transformers 4.57 assumes it for Qwen2.5-VL, and Qwen3-VL's
+processor samples at it."""
 SECONDS_PER_PAIR = FRAMES / FRAMES_PER_SECOND
 
 
