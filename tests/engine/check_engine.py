@@ -41,13 +41,14 @@ def run_rank(world: int, rank: int, port: int, folder: Path, cases: dict[str, Ca
         start = time.process_time()
         try:
             figures[name] = case() | {"seconds": round(time.process_time() - start, 2)}
-            print(f"rank {rank} of {world}, {name}: {figures[name]}", flush=True)
         except Exception:
             figures[name] = {"error": traceback.format_exc()[-3000:]}
             print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             if world > 1:
                 break  # the other ranks wait for this one in vain
         process_groups.destroy_model_parallel()
+        figures[name]["threads"] = len(os.listdir("/proc/self/task"))
+        print(f"rank {rank} of {world}, {name}: {figures[name]}", flush=True)
     (folder / f"world{world}_rank{rank}.json").write_text(json.dumps(figures))
 
 
@@ -59,13 +60,17 @@ def run_world(world: int, folder: Path, cases: dict[str, Callable[[], Figures]])
     for rank in range(world):
         ranks.append(os.fork())
         if ranks[-1] == 0:
+            status = 1
             try:
                 run_rank(world, rank, store.port, folder, cases)
+                status = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
-                os._exit(0)
-    for rank in ranks:
-        os.waitpid(rank, 0)
+                os._exit(status)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    assert not any(statuses), f"the {world} ranks ended with {statuses}"
 
 
 def main() -> None:
@@ -73,9 +78,9 @@ def main() -> None:
     folder, is_all = Path(sys.argv[1]), sys.argv[2:] == ["all"]
     cpu_emulation.enable()
     gc.freeze()  # what is loaded by now stays: the collection after each case, on each rank, need not go through it
-    for world in (1, 2):
+    for world in (1, 2, 4):
         cases = gradients.cases(world, folder, is_all)
-        if not is_all:
+        if not is_all and world < 4:
             # Those on the logical GPU first, while nothing of the host is in a cache of Transformer Engine.
             cases = logical.cases(world, folder) | cases | checkpoints.cases(world, folder)
         run_world(world, folder, cases)

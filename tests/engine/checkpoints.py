@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from check_layouts import GLOBAL_BATCH, FakeEncoder, micro_batches
-from engine.gradients import ENGINE, LOCAL, RECIPES, config, reset_fp8
+from engine.gradients import ENGINE, LOCAL, RECIPES, config, reset_engine
 from full_parameters import let_go
 from golden_mmeb import golden_tasks
 from golden_model import CASES, OFFICIAL, ONEVISION, byte_tokenizer, embeddings, sequence
@@ -133,7 +133,7 @@ def between(folder: Path, kernels: str, precision: str, to_kernels: str, to_prec
     name = f"{kernels} {precision}{' old' if is_old else ''}"
     if name not in SAVED:
         SAVED[name] = saved_run(short(kernels, precision), folder / name, is_old)
-    reset_fp8()
+    reset_engine()
     saved, cfg, said = SAVED[name], short(to_kernels, to_precision), io.StringIO()
     handler = logging.StreamHandler(said)
     fp8_scales.logger.addHandler(handler)
@@ -197,30 +197,39 @@ def from_elsewhere(folder: Path) -> dict:
 
 
 def scales_at_other_layouts(folder: Path) -> dict:
-    """The sum and number of all scales and histories of delayed scaling, as saved and as loaded at another layout."""
+    """Layers whose scales or histories of delayed scaling are others after a checkpoint is loaded at another layout."""
     cfg = config(ENGINE, "delayed", LAYOUT_SAVED)
     run = build(cfg, seed=0)
     train(cfg, run, 0)
-    path, saved = save(cfg, run, folder / "delayed pipeline"), total(run)
+    path, saved = save(cfg, run, folder / "delayed pipeline"), scales(run)
     let_go(run.trainable)
     del run
     process_groups.destroy_model_parallel()
-    reset_fp8()
+    reset_engine()
     run = build(config(ENGINE, "delayed", LAYOUT_LOADED), seed=1)
     load_weights(path, run.chunks, run.groups)
-    loaded = total(run)
+    loaded = scales(run)
     let_go(run.trainable)
-    return {"saved": saved, "loaded": loaded}
+    reset_engine()
+    others = [key for key in saved.keys() | loaded if not torch.equal(saved.get(key, NONE), loaded.get(key, NONE))]
+    return {
+        "tensors": len(saved),
+        "others": others,
+        "as at the start": [key for key in saved if "scale_fwd" in key and bool((saved[key] == 1).all())],
+    }
 
 
-def total(run: TrainingState) -> list[float]:
-    """Sum and number of the scales, over all stages of the pipeline."""
+NONE = torch.empty(0)
+
+
+def scales(run: TrainingState) -> dict[str, Tensor]:
+    """The scales and histories of all layers, over all stages of the pipeline, by their names in a checkpoint."""
     metadata = state.state_metadata(run.groups)
     states = [held for chunk in run.chunks for held in fp8_scales.saved_scales(chunk, metadata).values()]
-    values = torch.cat([tensor.double().flatten() for held in states for tensor in held.data.values()])
-    found = torch.tensor([values.sum(), len(values)], dtype=torch.float64)
-    dist.all_reduce(found, group=run.groups.pp)
-    return found.tolist()
+    own = {f"{held.unique_key} {name}": tensor for held in states for name, tensor in held.data.items()}
+    stages = [None] * run.groups.pp.size()
+    dist.all_gather_object(stages, own, group=run.groups.pp)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
 def cases(world: int, folder: Path) -> dict[str, Callable[[], dict]]:

@@ -23,6 +23,7 @@ from unittest.mock import MagicMock
 
 import torch
 from engine import extension
+from engine.context import GatheringAttention
 
 FOLDER = Path(sys.prefix) / "transformer_engine"
 """Where `make test` unpacks the wheel: not among the site-packages, since the package refuses to be imported alone."""
@@ -126,7 +127,10 @@ def _pretend_hopper() -> None:
         return tensor_to(self, *args, **kwargs)
 
     torch.Tensor.to = to
+    torch.cuda.Stream = types.SimpleNamespace
     from transformer_engine.pytorch import distributed
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
 
+    context_parallel.AttnFuncWithCPAndKVP2P = GatheringAttention
     distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from engine.context import positions
 from engine.fp8 import (  # noqa: F401
     bgrad_quantize,
     compute_amax,
@@ -163,28 +164,50 @@ def _normalised(result: Tensor, out: Any, quantizer: Any) -> Any:
 
 
 def fused_rope_forward(
-    t: Tensor, freqs: Tensor, start: Tensor | None, form: int, interleaved: bool, cu_seqlens: Tensor | None, *args: int
+    t: Tensor,
+    freqs: Tensor,
+    start: Tensor | None,
+    form: int,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    ranks: int,
+    rank: int,
 ) -> Tensor:
-    """Turn queries or keys by their positions in their sequences."""
-    return _turned(t, freqs, form, interleaved, cu_seqlens, 1)
+    """Turn queries or keys by their positions in their sequences, which context-parallel ranks may share."""
+    return _turned(t, freqs, form, interleaved, cu_seqlens, (rank, ranks), 1)
 
 
 def fused_rope_backward(
-    t: Tensor, freqs: Tensor, start: Tensor | None, form: int, interleaved: bool, cu_seqlens: Tensor | None, *args: int
+    t: Tensor,
+    freqs: Tensor,
+    start: Tensor | None,
+    form: int,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    ranks: int,
+    rank: int,
 ) -> Tensor:
-    return _turned(t, freqs, form, interleaved, cu_seqlens, -1)
+    return _turned(t, freqs, form, interleaved, cu_seqlens, (rank, ranks), -1)
 
 
-def _turned(t: Tensor, freqs: Tensor, form: int, interleaved: bool, cu_seqlens: Tensor | None, sign: int) -> Tensor:
+def _turned(
+    t: Tensor,
+    freqs: Tensor,
+    form: int,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    rank_of_ranks: tuple[int, int],
+    sign: int,
+) -> Tensor:
     require(freqs.dtype == torch.float32 and freqs.dim() == 4, f"angles {tuple(freqs.shape)} of {freqs.dtype}")
     require(form != NVTE_QKV_Format.NVTE_BSHD and not interleaved, "the double turns sbhd and thd alone")
     angles = freqs[: len(t)]  # [s, 1, 1, d]
     if form == NVTE_QKV_Format.NVTE_THD:
         require(cu_seqlens.dtype == torch.int32, f"cu_seqlens of {cu_seqlens.dtype}, not int32")
-        require(int(cu_seqlens[-1]) == len(t), f"cu_seqlens that end at {int(cu_seqlens[-1])} of {len(t)} tokens")
-        lengths = cu_seqlens.diff().tolist()
-        require(max(lengths) <= len(freqs), f"angles for {len(freqs)} positions, {max(lengths)} are asked for")
-        angles = torch.cat([freqs[:length, 0] for length in lengths])  # [t, 1, d]
+        places = [place for length in cu_seqlens.diff().tolist() for place in positions(length, *rank_of_ranks)]
+        require(len(places) == len(t), f"cu_seqlens of {len(places)} tokens of this rank, it has {len(t)}")
+        require(max(places) < len(freqs), f"angles for {len(freqs)} positions, {max(places) + 1} are asked for")
+        angles = freqs[places, 0]  # [t, 1, d]
     require(angles.shape[-1] == t.shape[-1], f"angles for {angles.shape[-1]} of {t.shape[-1]} channels")
     first, second = t.float().chunk(2, -1)
     return (t.float() * angles.cos() + sign * torch.cat([-second, first], -1) * angles.sin()).to(t.dtype)

@@ -1,5 +1,6 @@
 """Gradients of a small model on Transformer Engine against those of local kernels, at one precision and layout."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,15 +33,22 @@ LAYOUTS = ("2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", ONE, f"{ONE},over
 """Of two processes: tensor, the same with sequence parallel, pipeline, interleaved pipeline, data, overlapped."""
 FREEZES = ("vision", "language", "vision,language")
 RECOMPUTES = ("none", "selective", "full")
-RECOMPUTED = [("bf16", "full"), ("tensorwise", "selective"), ("tensorwise", "full"), ("delayed", "full")]
+CONTEXTS = {2: [f"{ONE},context2"], 4: ["2,1,1,1,0,context2", "1,2,1,0,0,context2"]}
+"""Layouts of so many processes of which two share each row, in bf16."""
+
+
+SETS = ("", *FREEZES)
 AT_LAYOUTS = [
-    *(("fp32", layout, "none") for layout in LAYOUTS),
-    *(("bf16", "2,1,1,1,0", "full"), ("bf16", "1,2,2,0,0", "selective"), ("bf16", f"{ONE},vision,overlap", "none")),
-    *(("tensorwise", "2,1,1,1,0", "none"), ("tensorwise", "1,2,2,0,0", "full"), ("tensorwise", ONE, "none")),
-    *(("delayed", "2,1,1,0,0", "none"), ("delayed", "1,2,1,0,0", "selective")),
-    *(("blockwise", "2,1,1,1,0", "selective"), ("blockwise", "1,2,1,0,0,language", "full")),
+    *(("fp32", "2,1,1,1,0", "full"), ("fp32", "1,2,2,0,0", "none"), ("fp32", f"{ONE},vision,overlap", "selective")),
+    *(("bf16", "2,1,1,0,0,vision,language", "none"), ("bf16", "1,2,1,0,0,vision", "full")),
+    *(("bf16", f"{ONE},language", "selective"), ("tensorwise", "2,1,1,1,0", "none")),
+    *(("tensorwise", "1,2,1,0,0,vision,language", "selective"), ("tensorwise", "1,2,2,0,0,language", "full")),
+    *(("delayed", "2,1,1,1,0,vision,language", "selective"), ("delayed", "1,2,1,0,0", "full")),
+    *(("delayed", "1,2,2,0,0,vision", "none"), ("blockwise", "2,1,1,0,0", "selective")),
+    *(("blockwise", f"{ONE},vision,language", "full"), ("blockwise", f"{ONE},language,overlap", "none")),
 ]
-"""Cases of the tests; `all` has every precision at every layout, with all recomputations and frozen parts."""
+"""Cases of the tests. Of the 119 ways in which two of precision, layout, frozen parts and recomputation can meet, they
+have most. `all` has every precision at every layout, with all recomputations and frozen parts."""
 
 
 def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "none", num_layers: int = 4) -> RunConfig:
@@ -72,15 +80,18 @@ def gradients_of(cfg: RunConfig) -> dict[str, Tensor]:
         torch.distributed.all_reduce(loss, group=groups.dp)
         found["loss"] = loss / groups.dp.size()
     let_go(trainable)
-    reset_fp8()
+    reset_engine()
     return found
 
 
-def reset_fp8() -> None:
-    """Transformer Engine remembers the layers of models that are gone."""
+def reset_engine() -> None:
+    """Transformer Engine remembers the layers of models that are gone, and groups, which keep threads of gloo alive."""
+    from transformer_engine.pytorch import distributed
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reset()
+    distributed.get_distributed_world_size.cache_clear()
+    distributed.get_distributed_rank.cache_clear()
 
 
 def compared(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, object]:
@@ -101,7 +112,7 @@ def compare(folder: Path, precision: str, layout: str, recompute: str, reference
     """Gradients of Transformer Engine against those in FOLDER/REFERENCE.safetensors."""
     extension.CALLS.clear()
     found = gradients_of(config(ENGINE, precision, layout, recompute))
-    kinds = {"fp8 products": "fp8 gemm", "attention": "attention"}
+    kinds = {"fp8 products": "fp8 gemm", "attention": "attention", "context": "attention of context ranks"}
     figures = {name: extension.CALLS[kind] for name, kind in kinds.items()}
     return figures | compared(found, load_file(folder / f"{reference}.safetensors"))
 
@@ -145,7 +156,7 @@ def one_layer(recipe: str) -> dict[str, object]:
         with get_fp8_context(chunk.config):
             output, _ = layer(input)
         output.backward(direction)
-    reset_fp8()
+    reset_engine()
     x, w, g = input.detach().flatten(0, 1), layer.weight.detach(), direction.flatten(0, 1)
     rows, columns = ((1,), (0,)) if recipe == "blockwise" else ((0, 1), (0, 1))
     weight = rounded(w, torch.float8_e4m3fn, (0, 1), recipe)
@@ -178,7 +189,18 @@ def write(path: Path, kernels: str, precision: str) -> dict[str, object]:
 
 def cases(world: int, folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
     """Cases by name: precision, layout, recomputation."""
-    return _of_one_process(folder, is_all) if world == 1 else _of_two_processes(folder, is_all)
+    if world == 1:
+        return _of_one_process(folder, is_all)
+    chosen = [("bf16", layout, "none") for layout in CONTEXTS[world]]
+    if world == 2:
+        every = itertools.product(PRECISIONS, LAYOUTS, SETS, RECOMPUTES)
+        chosen += [(p, with_frozen(layout, f), r) for p, layout, f, r in every] if is_all else AT_LAYOUTS
+    found = {}
+    for precision, layout, recompute in chosen:
+        reference = "local fp32" if precision == "fp32" else f"engine {precision}"
+        case = partial(compare, folder, precision, layout, recompute, reference)
+        found[f"{precision} {layout} recompute {recompute}"] = case
+    return found
 
 
 def _of_one_process(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
@@ -190,28 +212,9 @@ def _of_one_process(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[s
     found["broken"] = partial(broken, folder)
     for recipe in RECIPES:
         found[f"layer {recipe}"] = partial(one_layer, recipe)
-    pairs = [(precision, recompute) for precision in PRECISIONS for recompute in RECOMPUTES[1:]]
-    for precision, recompute in pairs if is_all else RECOMPUTED:
+    for precision, recompute in itertools.product(PRECISIONS, RECOMPUTES[1:]) if is_all else ():
         same = partial(compare, folder, precision, ONE, recompute, f"engine {precision}")
         found[f"{precision} recompute {recompute}"] = same
-    for frozen in FREEZES:
-        found[f"fp32 {ONE},{frozen}"] = partial(compare, folder, "fp32", f"{ONE},{frozen}", "none", "local fp32")
-    return found
-
-
-def _of_two_processes(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
-    every = [
-        (precision, with_frozen(layout, frozen), recompute)
-        for precision in PRECISIONS
-        for layout in LAYOUTS
-        for frozen in ("", *FREEZES)
-        for recompute in RECOMPUTES
-    ]
-    found = {}
-    for precision, layout, recompute in every if is_all else AT_LAYOUTS:
-        reference = "local fp32" if precision == "fp32" else f"engine {precision}"
-        case = partial(compare, folder, precision, layout, recompute, reference)
-        found[f"{precision} {layout} recompute {recompute}"] = case
     return found
 
 

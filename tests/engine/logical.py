@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from check_logical_gpu import count
 from engine import double, extension
-from engine.gradients import ENGINE, ONE, config, reset_fp8
+from engine.gradients import ENGINE, ONE, config, reset_engine
 from logical_gpu import LogicalGpu
 
 WAITS = {
@@ -24,7 +24,7 @@ def waits(folder: Path, precision: str, layout: str) -> dict[str, object]:
     extension.CALLS.clear()
     with GPU as gpu, patch.object(double, "gpu", gpu):
         found = count(gpu, config(ENGINE, precision, layout), str(folder / f"{precision} {layout}"))
-    reset_fp8()
+    reset_engine()
     return {**found, "fp8 products": extension.CALLS["fp8 gemm"], "attention": extension.CALLS["attention"]}
 
 

@@ -61,9 +61,8 @@ def of(figures: dict[str, list[dict]], name: str) -> list[dict]:
     return figures[name]
 
 
-@pytest.mark.parametrize("name", ["engine fp32", *(f"fp32 {gradients.ONE},{part}" for part in gradients.FREEZES)])
-def test_gradients_in_fp32_are_those_of_local_kernels(figures, name: str) -> None:
-    (case,) = of(figures, name)
+def test_gradients_in_fp32_are_those_of_local_kernels(figures) -> None:
+    (case,) = of(figures, "engine fp32")
     assert case["worst"] <= 1e-5, case
     assert case["loss"] <= 1e-6, case
 
@@ -80,34 +79,41 @@ def test_a_layer_in_fp8_rounds_as_its_recipe_says(figures, recipe: str) -> None:
     assert 0.05 < model["whole"] <= FP8_ERROR and model["loss"] <= 0.05, model
 
 
-@pytest.mark.parametrize(("precision", "recompute"), gradients.RECOMPUTED)
-def test_recomputation_changes_nothing(figures, precision: str, recompute: str) -> None:
-    (case,) = of(figures, f"{precision} recompute {recompute}")
-    assert case["worst"] == 0 and case["loss"] == 0, case
-    assert case["attention"] > 0 and (case["fp8 products"] > 0) == (precision in RECIPES), case
-
-
 @pytest.mark.parametrize(("precision", "layout", "recompute"), gradients.AT_LAYOUTS)
 def test_layouts_equal_one_process(figures, precision: str, layout: str, recompute: str) -> None:
     """fp32 equals local kernels; otherwise the same precision on one process.
 
-    The stages of a pipeline compute the same bit by bit. Tensor parallel ranks have scales of their own for their
-    parts, and the sums of their parts are rounded.
+    The stages of a pipeline compute the same bit by bit, and so does recomputation. Tensor parallel ranks have scales
+    of their own for their parts, and the sums of their parts are rounded. Delayed scales are updated after each micro
+    batch, in the order of the layout.
     """
     ranks = of(figures, f"{precision} {layout} recompute {recompute}")
     assert len(ranks) == 2
-    tensor, pipeline = layout.split(",")[:2]
+    tensor, pipeline, virtual = layout.split(",")[:3]
     for case in ranks:
         if precision == "fp32":
             assert case["worst"] <= 1e-5, case
+        elif tensor == "2" or precision == "delayed" and (pipeline == "1" or virtual == "2"):
+            assert case["whole"] <= (0.03 if precision == "bf16" else FP8_ERROR), case
         elif pipeline == "2":
             assert case["worst"] == 0, case
-        elif tensor == "2":
-            assert case["whole"] <= (0.03 if precision == "bf16" else FP8_ERROR), case
         else:
             assert case["whole"] <= (2e-3 if precision == "bf16" else 1e-6), case
         assert case.get("loss", 0) <= (0.05 if precision in RECIPES else 2e-3 if precision == "bf16" else 1e-6), case
         assert (case["attention"] > 0) == (precision != "fp32") and (case["fp8 products"] > 0) == (precision in RECIPES)
+
+
+@pytest.mark.parametrize(("world", "layout"), [(n, text) for n, texts in gradients.CONTEXTS.items() for text in texts])
+def test_context_ranks_equal_one_process(figures, world: int, layout: str) -> None:
+    """Against Transformer Engine without context parallel; that is as far from fp32 as local kernels (above).
+
+    Each rank's gradients of keys and values are rounded to bf16 before they are summed.
+    """
+    ranks = of(figures, f"bf16 {layout} recompute none")
+    assert len(ranks) == world and any("loss" in case for case in ranks)
+    for case in ranks:
+        assert case["whole"] <= (0.03 if layout[0] == "2" else 0.01) and case.get("loss", 0) <= 2e-3, case
+        assert case["context"] > 0, case
 
 
 @pytest.mark.parametrize(
@@ -145,8 +151,17 @@ def test_runs_go_on_between_machines_with_and_without_transformer_engine(figures
 
 
 def test_delayed_scales_load_at_another_layout(figures) -> None:
-    for case in of(figures, "scales at other layouts"):
-        assert case["saved"] == pytest.approx(case["loaded"], rel=1e-12) and case["saved"][1] > 0, case
+    """Each layer's own: four tensors of each of the four linear layers in each of the four decoder layers."""
+    ranks = of(figures, "scales at other layouts")
+    assert len(ranks) == 2
+    for case in ranks:
+        assert case["tensors"] == 4 * 4 * 4 and not case["others"] and not case["as at the start"], case
+
+
+def test_no_threads_are_left_behind(figures) -> None:
+    """Those of a group of gloo live as long as anything refers to it, such as a cache of Transformer Engine."""
+    first, *_, last = (cases[0]["threads"] for cases in figures.values() if len(cases) == 2)
+    assert last <= first + 3, (first, last)
 
 
 def test_it_is_the_code_of_transformer_engine_that_runs(figures) -> None:
