@@ -106,7 +106,7 @@ class PackedSequences:
     """n sequences in one row of t tokens, with padding only at the end of the row.
 
     They lie end to end. If c context ranks share the row, each sequence is padded at its end (`padded_length`), and the
-    row has the tokens of one rank after those of the other (distributed/context.py); a place is an index into it. The
+    row has the tokens of one rank after those of the other (data/context.py); a place is an index into it. The
     model takes the `part` of a rank: t / c tokens, v visual tokens among them, and k tiles, as many on every rank.
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Pair, PairBatch, Side
-from megatron_llave.distributed.context import shared_row
+from megatron_llave.data.context import row_in_parts
 from megatron_llave.errors import DataError
 
 NEWLINE = -1
@@ -134,7 +134,7 @@ def pack_sequences(
     take part in the step. If several context ranks share the row, the multiple must be one of twice their number too.
     """
     if context > 1:
-        return shared_row(pack_sequences(encoded, 1, tile_shape), context, pad_to_multiple)
+        return row_in_parts(pack_sequences(encoded, 1, tile_shape), context, pad_to_multiple)
     ids = np.array([token for sequence in encoded for token in sequence.tokens], np.int64)
     layouts = [layout for sequence in encoded for layout in sequence.layouts]
     tiles = [tile for sequence in encoded for tile in sequence.tiles]

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_llave.batch import to_device
-from megatron_llave.distributed.context import Share, share_of
+from megatron_llave.data.context import RowPart, part_of
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.blocks.kernels import CAUSAL, variable_length_attention
 
@@ -150,7 +150,7 @@ def packed_row(
         row.positions = positions
         return row
     if context is not None and context.size() > 1:
-        _set_share(row, share_of(lengths, context.rank(), context.size()), attention)
+        _set_part(row, part_of(lengths, context.rank(), context.size()), attention)
         row.positions = row.positions if positions is None else positions
         return row
     row.query_ends = row.key_ends = cu_seqlens
@@ -170,32 +170,38 @@ def packed_row(
     return row
 
 
-def _set_share(row: PackedRow, share: Share, attention: str) -> None:
-    """Set what the attention needs for the chunks of a context rank, whose keys are those of all ranks."""
-    device, lengths = row.cu_seqlens.device, share.bounds.diff().tolist()
+def _set_part(row: PackedRow, part: RowPart, attention: str) -> None:
+    """Set what the attention needs for a context rank's part of a row, whose keys are those of all ranks."""
+    device = row.cu_seqlens.device
     if attention == "variable_length":
-        parts = [share.positions, share.bounds, share.key_bounds, share.keys]
-        row.positions, bounds, key_bounds, keys = _to_device(parts, device)
+        vectors = [part.positions, part.bounds, part.key_bounds, part.keys]
+        row.positions, bounds, key_bounds, keys = _to_device(vectors, device)
         row.query_ends, row.key_ends, row.key_rows = bounds.int(), key_bounds.int(), [keys]
-        row.longest = (max(lengths), int(share.key_bounds.diff().max()))
+        row.longest = (int(part.bounds.diff().max()), int(part.key_bounds.diff().max()))
         return
-    shapes, flat = _buckets(lengths, [(length_bucket(length), index % 2) for index, length in enumerate(lengths)])
-    *buckets, from_buckets = flat.split([*(rows * longest for rows, longest in shapes), sum(lengths)])
-    keys = []
-    for bucket, shape in zip(buckets, shapes):
-        chunk = (
-            torch.searchsorted(share.bounds, bucket.view(shape)[:, :1].contiguous(), right=True) - 1
-        )  # [sequences, 1]
-        first, counts = share.key_bounds[chunk], share.key_bounds.diff()[chunk]
-        steps = torch.arange(int(counts.max()))[None]  # [1, most keys]
-        keys.append(share.keys[first + torch.minimum(steps, counts - 1)])
-    moved = _to_device([share.positions, from_buckets, *buckets, *(x.flatten() for x in keys)], device)
-    row.positions, row.from_buckets = moved[:2]
-    row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(moved[2:], shapes)]
-    row.key_rows = [flat.view(x.shape) for flat, x in zip(moved[2 + len(shapes) :], keys)]
+    lengths = part.bounds.diff().tolist()
+    shapes, places = _buckets(lengths, [(length_bucket(length), index % 2) for index, length in enumerate(lengths)])
+    *buckets, from_buckets = places.split([*(rows * longest for rows, longest in shapes), len(part.positions)])
+    keys = [_keys_of(part, bucket.view(shape)) for bucket, shape in zip(buckets, shapes)]
+    moved = _to_device([part.positions, from_buckets, *buckets, *(x.flatten() for x in keys)], device)
+    row.positions, row.from_buckets, *moved = moved
+    row.bucket_rows = [bucket.view(shape) for bucket, shape in zip(moved, shapes)]
+    row.key_rows = [vector.view(x.shape) for vector, x in zip(moved[len(shapes) :], keys)]
     for rows, key_rows in zip(row.bucket_rows, row.key_rows):
         steps = torch.arange(key_rows.shape[1], device=device)
         row.masks.append((steps <= row.positions[rows][:, :, None])[:, None])
+
+
+def _keys_of(part: RowPart, bucket: Tensor) -> Tensor:
+    """[chunks, longest] places in the part -> [chunks, most keys] places of the chunks' keys in the whole row.
+
+    A chunk with fewer keys repeats its last one.
+    """
+    first_place = bucket[:, :1].contiguous()  # [chunks, 1]
+    chunk = torch.searchsorted(part.bounds, first_place, right=True) - 1  # [chunks, 1]
+    first, counts = part.key_bounds[chunk], part.key_bounds.diff()[chunk]  # [chunks, 1] each
+    steps = torch.arange(int(counts.max()))  # [most keys]
+    return part.keys[first + torch.minimum(steps, counts - 1)]
 
 
 def _to_device(vectors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

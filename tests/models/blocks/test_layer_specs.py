@@ -12,7 +12,7 @@ from reference import CAUSAL, one_by_one
 from megatron_llave.batch import padded_length
 from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.distributed.context import row_order
+from megatron_llave.data.context import row_order
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.blocks import layer_specs
 from megatron_llave.models.blocks.initialization import initialize_parameters

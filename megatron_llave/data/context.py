@@ -1,4 +1,4 @@
-"""How the sequences of a packed row are split over context-parallel ranks: index arithmetic on the CPU.
+"""How the sequences of a packed row are split into parts, one for each context-parallel rank: index arithmetic.
 
 Each sequence is padded to a multiple of 2c tokens and cut into 2c chunks of equal length. Rank r has the chunks r and
 2c - 1 - r: all ranks have the same number of tokens, and under a causal mask the same number of products of attention.
@@ -47,8 +47,8 @@ def row_places(lengths: Sequence[int], ranks: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Share:
-    """The chunks of a context rank, two of each sequence, and the keys that a causal mask lets them see."""
+class RowPart:
+    """A context rank's part of a row: its chunks, two of each sequence, and the keys that these may see."""
 
     positions: Tensor
     """[t / c] int64: the position of each token in its own sequence."""
@@ -60,8 +60,8 @@ class Share:
     """[2n + 1] int64 boundaries of the chunks' keys."""
 
 
-def share_of(lengths: Sequence[int], rank: int, ranks: int) -> Share:
-    """Return the share of a context rank, of a row of n sequences with these padded lengths."""
+def part_of(lengths: Sequence[int], rank: int, ranks: int) -> RowPart:
+    """Return the part of a context rank, of a row of n sequences with these padded lengths."""
     sizes = np.asarray(lengths, np.int64)
     start = np.repeat(np.cumsum(sizes) - sizes, 2)  # [2n] of the chunk's sequence
     size = np.repeat(sizes // (2 * ranks), 2)
@@ -74,11 +74,11 @@ def share_of(lengths: Sequence[int], rank: int, ranks: int) -> Share:
         row_places(sizes, ranks)[keys],
         key_bounds,
     )
-    return Share(*map(torch.from_numpy, arrays))
+    return RowPart(*map(torch.from_numpy, arrays))
 
 
-def shared_row(packed: PackedSequences, ranks: int, pad_to_multiple: int) -> PackedSequences:
-    """Return a row for several context ranks, made of the sequences of a row without padding.
+def row_in_parts(packed: PackedSequences, ranks: int, pad_to_multiple: int) -> PackedSequences:
+    """Return a row of one part for each context rank, made of the sequences of a row without padding.
 
     Args:
         packed: the sequences end to end.

@@ -7,7 +7,7 @@ from reference import pack, random_sequence
 
 from megatron_llave.batch import PackedSequences, padded_length
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.distributed.context import row_order, row_places
+from megatron_llave.data.context import row_order, row_places
 
 MODEL = ModelConfig(vision=VisionConfig(image_size=30), language=LanguageConfig(vocab_size=300))
 
