@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.planning.context import shortest_pairs
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
 from megatron_llave.planning.plan import (
     SMALL_PART,
@@ -103,14 +104,22 @@ def show(plan: Plan, kinds: list[Kind], source: str, args: argparse.Namespace) -
 
 
 def longest_pairs(cfg: RunConfig, kinds: list[Kind], gpus: int, memory: float) -> str:
-    """A line with the longest pair that fits, at the numbers of context-parallel ranks that are possible."""
-    found = []
+    """Lines with the longest pair that fits, at the numbers of context-parallel ranks that are possible, and with the
+    shortest one for which these save time."""
+    found, times = [], []
     for context in (cfg.parallel.context * 2**power for power in range(DOUBLINGS)):
-        layout = replace(cfg.parallel, context=context)
+        shared = replace(cfg, parallel=replace(cfg.parallel, context=context))
         with suppress(ConfigError):  # too few GPUs, or pairs
-            tokens = longest_pair(replace(cfg, parallel=layout), gpus, kinds, memory)
+            tokens = longest_pair(shared, gpus, kinds, memory)
             found.append(f"{tokens:,} (parallel.context={context})")
-    return f"Tokens of the longest pair that fits, one per micro batch: {', '.join(found)}."
+            if context > 1:
+                faster, cheaper = shortest_pairs(shared, kinds)
+                times.append(f"{faster:,} and {cheaper:,} (parallel.context={context})")
+    lines = [f"Tokens of the longest pair that fits, one per micro batch: {', '.join(found)}."]
+    if times:
+        what = "Tokens of a pair from which context ranks save time, and save GPU time over full recomputation"
+        lines.append(f"{what}, on H100: {', '.join(times)}.")
+    return "\n".join(lines)
 
 
 def suggest(

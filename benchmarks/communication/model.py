@@ -14,9 +14,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.planning.context import H100_NODES, Channel, Links
 from megatron_llave.planning.flops import DENSE_TFLOPS, step_flops
 from megatron_llave.planning.pair_lengths import mmeb_like
-from megatron_llave.planning.plan import NODE, count_parameters, mean_work
+from megatron_llave.planning.plan import count_parameters, mean_work
 
 ROUNDS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 """Kind of collective -> the number of rounds in which all bytes travel around the ring."""
@@ -45,34 +46,6 @@ class Collective:
     def received(self, ranks: int) -> int:
         """The number of bytes that each rank receives if the collective is a ring over so many ranks."""
         return ROUNDS[self.kind] * self.whole * (ranks - 1) // ranks
-
-
-@dataclass(frozen=True)
-class Channel:
-    """The latency and bandwidth of a hop of a ring."""
-
-    latency: float
-    """Latency of a hop in seconds."""
-    bandwidth: float
-    """Bandwidth in bytes per second, counting what one rank receives."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """The links of a cluster of equal nodes."""
-
-    inside: Channel
-    """The link between two GPUs of the same node."""
-    between: Channel
-    """The link between nodes for each GPU; every GPU has its own network adapter."""
-    node: int = NODE
-    """Number of GPUs per node."""
-
-
-H100_NODES = Links(inside=Channel(3.4e-6, 450e9), between=Channel(14.0e-6, 50e9))
-"""Nominal figures of the vendor. NVLink 4 has 900 GB/s per GPU, both directions together (NVIDIA's H100 data sheet).
-There is one ConnectX-7 adapter of 400 Gb/s per GPU (NVIDIA's DGX H100 user guide). The latencies of a ring's hop are
-those with which NCCL tunes itself for the protocol Simple (hwLat in NCCL's src/graph/tuning.cc)."""
 
 
 def loss_collectives(pairs: int, dim: int, ranks: int) -> list[Collective]:

@@ -3,8 +3,8 @@
 The planner uses them. No image is decoded and no model runs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -179,5 +179,13 @@ def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> lis
     return max(candidates, key=_tokens)
 
 
-def _tokens(sides: list[SideShape]) -> int:
+def scaled_longest(kinds: list[Kind], tokens: int) -> Shape:
+    """Return a pair of `tokens` tokens in the proportions of the longest pair of these kinds, tiles included."""
+    longest = max((pair for kind in kinds for pair in kind.pairs), key=_tokens)
+    total = _tokens(longest)
+    query, target = (SideShape(*(-(-x * tokens // total) for x in astuple(side))) for side in longest)
+    return query, target
+
+
+def _tokens(sides: Sequence[SideShape]) -> int:
     return sum(side.tokens for side in sides)

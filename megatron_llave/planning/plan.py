@@ -6,7 +6,7 @@ Everything is computed by the formulas of flops.py and memory.py; tools/plan.py 
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from megatron_llave.config.checks import require_sizes
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
@@ -23,7 +23,7 @@ from megatron_llave.planning.memory import (
     stage_chunks,
     stage_memory,
 )
-from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch
+from megatron_llave.planning.pair_lengths import Kind, longest_batch, scaled_longest
 
 NODE = 8
 """Devices of a node, which fast links connect; tensor parallelism stays within a node."""
@@ -276,13 +276,10 @@ def longest_pair(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -
     Raises:
         ConfigError: parallel layout or batch do not fit these ranks.
     """
-    longest = max((pair for kind in kinds for pair in kind.pairs), key=lambda pair: sum(side.tokens for side in pair))
-    total = sum(side.tokens for side in longest)
     single = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
 
     def is_too_long(tokens: int) -> bool:
-        query, target = (SideShape(*(-(-x * tokens // total) for x in astuple(side))) for side in longest)
-        return not make_plan(single, ranks, [Kind(1, [(query, target)])]).fits(memory)
+        return not make_plan(single, ranks, [Kind(1, [scaled_longest(kinds, tokens)])]).fits(memory)
 
     return bisect_left(range(1, LONGEST), True, key=is_too_long)
 

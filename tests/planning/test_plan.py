@@ -10,6 +10,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.process_groups import device
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import build_model
+from megatron_llave.planning.context import layer_seconds, shortest_pairs
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
 from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
@@ -78,6 +79,27 @@ def test_context_parallel_is_proposed_where_tensor_parallel_ends() -> None:
     cfg = example("0.5b", "train.global_batch_size=8", "train.micro_batch_size=1")
     _, changes = find_fit(cfg, 8, video(1_200_000), 80 * GIB)
     assert {"parallel.tensor=2", "parallel.context=2"} <= set(changes)
+
+
+def test_context_ranks_save_time_where_they_compute_more_than_they_send() -> None:
+    """The 0.5b by hand: 14 heads of 64 channels, two key heads, 896 hidden and 4,864 inner channels."""
+    cfg = example("0.5b", "parallel.context=2")
+    per_token = 2 * 896 * (2 * 896 + 2 * 128 + 3 * 4864)
+    forward = (per_token * 1000 + 2 * 896 * (900**2 + 100**2)) / 989e12
+    communication = 2 * (3.4e-6 + 1000 * 2 * 128 * 2 / 2 / 450e9)
+    assert layer_seconds(cfg, 1000, 900**2 + 100**2) == pytest.approx((forward, communication), rel=1e-12)
+    apart = override_config(cfg, ["parallel.tensor=2", "parallel.context=8"])  # on two nodes
+    communication = 2 * 7 * (14e-6 + 1000 * 2 * 128 * 2 / 2 / 8 / 50e9)
+    assert layer_seconds(apart, 1000, 900**2 + 100**2) == pytest.approx((forward / 2, communication), rel=1e-12)
+    faster, cheaper = shortest_pairs(cfg, [Kind(1, [(SideShape(9000), SideShape(1000))])])
+
+    def saved(tokens: int) -> tuple[bool, bool]:
+        query, target = (-(-tokens * share // 10) for share in (9, 1))
+        forward, communication = layer_seconds(cfg, query + target, query**2 + target**2)
+        return 3 * forward / 2 > communication, forward > 2 * communication
+
+    assert saved(faster)[0] and not saved(faster - 1)[0] and saved(cheaper)[1] and not saved(cheaper - 1)[1]
+    assert 100 < faster < 200 < cheaper < 600
 
 
 def test_pipeline_waits_and_splits() -> None:
