@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,22 +30,29 @@ def run_ranks(world: int, script: str | Path, *args: str, timeout: float = 300) 
     Raises:
         AssertionError: a rank failed, or `timeout` seconds passed; the message contains the end of the output.
     """
+    command = [str(script), *map(str, args)]
+    with tempfile.NamedTemporaryFile() as output:
+        with started_ranks(world, command, output.name) as ranks:
+            status = _wait(ranks, timeout)
+        text = output.read().decode(errors="replace")
+    assert not status, f"{' '.join(command)}: {status}\n{text[-TAIL_CHARACTERS:]}"
+    return text
+
+
+@contextmanager
+def started_ranks(world: int, command: list[str], output: str) -> Iterator[list[BaseProcess]]:
+    """The ranks of `run_ranks`, which run while the block does; they append what they print to the file `output`."""
     # Like torchrun, make one store on a free port, which the ranks only join.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     env = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
     env |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
-    command = [str(script), *map(str, args)]
     ranks: list[BaseProcess] = []
-    with tempfile.NamedTemporaryFile() as output:
-        try:
-            for rank in map(str, range(world)):
-                ranks.append(fork(command, (output.name, output.name), {**env, "RANK": rank, "LOCAL_RANK": rank}))
-            status = _wait(ranks, timeout)
-        finally:
-            end(ranks)
-        text = output.read().decode(errors="replace")
-    assert not status, f"{' '.join(command)}: {status}\n{text[-TAIL_CHARACTERS:]}"
-    return text
+    try:
+        for rank in map(str, range(world)):
+            ranks.append(fork(command, (output, output), {**env, "RANK": rank, "LOCAL_RANK": rank}))
+        yield ranks
+    finally:
+        end(ranks)
 
 
 def _wait(ranks: list[BaseProcess], timeout: float) -> str:

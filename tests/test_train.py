@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from forking import run_script
+from launching import data_with_few_sets
 from run_ranks import run_ranks
 
 from megatron_llave.batch import Pair, Side
@@ -70,7 +71,11 @@ def test_each_step_has_the_temperature_of_the_schedule(runs: dict[str, Path]) ->
 def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
     runs: dict[str, Path], openmoji_data: Path, tmp_path: Path
 ) -> None:
-    """Saved at tensor 2 x pipeline 2 with sequence parallel; Precision@1 is equal, or a near tie has flipped."""
+    """Saved at tensor 2 x pipeline 2 with sequence parallel; Precision@1 is equal, or a near tie has flipped.
+
+    One evaluation set of each kind: from image to text, from text to image, from both to image, and from both to text.
+    """
+    data = data_with_few_sets(openmoji_data, tmp_path / "data", "group", "name_to_image", "composed", "vqa")
     reports = []
     for world, layout in [(1, []), (2, ["parallel.pipeline=2"])]:
         out = tmp_path / str(len(reports))
@@ -79,7 +84,7 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
             "--checkpoint",
             str(runs["tensor2_pipeline2"]),
             "--data",
-            str(openmoji_data),
+            str(data),
             "--out",
             str(out),
             "--before",
@@ -89,6 +94,7 @@ def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
         reports.append(json.loads((out / "report.json").read_text()))
         assert {file.name for file in out.iterdir()} >= {"report.md", "loss.png", "similarities.png", "montage.png"}
     for other in reports[1:]:
+        assert len(other["sets"]) == 4
         for one, two in zip(reports[0]["sets"], other["sets"], strict=True):
             assert one["name"] == two["name"]
             for key in ("precision_at_1", "before_training"):

@@ -6,6 +6,7 @@ An unknown key, a value of the wrong type or an impossible combination is a Conf
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -75,7 +76,7 @@ def config_from_dict(given: dict | DictConfig) -> RunConfig:
         one_of("model.preset", str(preset), tuple(PRESETS))
         given = OmegaConf.merge({"model": PRESETS[str(preset)]}, given)
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+        cfg = OmegaConf.to_object(OmegaConf.merge(_defaults(), given))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_key_of(error, given)}: {str(error).splitlines()[0]}") from error
     of_preset = PRESETS.get(str(preset), {}).get("family", ModelConfig.family)
@@ -83,6 +84,12 @@ def config_from_dict(given: dict | DictConfig) -> RunConfig:
     require(ok, f"model.preset={preset} is of model.family={of_preset}, not {cfg.model.family}")
     validate(cfg)
     return cfg
+
+
+@cache
+def _defaults() -> DictConfig:
+    """The defaults with their types, which take long to make; a merge copies them."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
@@ -93,7 +100,7 @@ def _key_of(error: OmegaConfBaseException, given: DictConfig) -> str:
     for section, values in given.items():
         for key, value in values.items():
             try:
-                OmegaConf.merge(OmegaConf.structured(RunConfig), {section: {key: value}})
+                OmegaConf.merge(_defaults(), {section: {key: value}})
             except OmegaConfBaseException:
                 return f"{section}.{key}"
     return "configuration"

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from forking import ROOT
-from run_ranks import TORCHRUN, run_ranks
+from forking import ROOT, kill_trees
+from run_ranks import TORCHRUN, run_ranks, started_ranks
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.stream import read_weights
@@ -50,6 +50,13 @@ def kill_all(process: psutil.Process) -> None:
             one.kill()
 
 
+def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not (run / "log.jsonl").is_file() or step not in losses(run):
+        assert is_running() and time.monotonic() < deadline, "it has not come to the step"
+        time.sleep(0.002)
+
+
 def start_and_disturb(arguments: list[str], run: Path, after: int, disturb: Callable[[psutil.Process], None]) -> int:
     """Run on two ranks; once step `after` is logged, `disturb` them. Returns torchrun's status."""
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(TRAIN), *arguments]
@@ -58,10 +65,7 @@ def start_and_disturb(arguments: list[str], run: Path, after: int, disturb: Call
         torchrun = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         watched = psutil.Process(torchrun.pid)
         try:
-            deadline = time.monotonic() + 200
-            while not (run / "log.jsonl").is_file() or after not in losses(run):
-                assert torchrun.poll() is None and time.monotonic() < deadline, "it has not come to the step"
-                time.sleep(0.002)
+            wait_for_step(run, after, lambda: torchrun.poll() is None)
             disturb(watched)
             return torchrun.wait(200)
         finally:
@@ -85,7 +89,11 @@ def test_killed_and_stopped_run_ends_with_the_same_weights(
 ) -> None:
     run = tmp_path / "run"
     arguments = [f"data.path={openmoji_data}", f"train.output={run}", *SHORT, "--resume", "auto"]
-    assert start_and_disturb(arguments, run, 3, kill_all) != 0
+    with started_ranks(2, [str(TRAIN), *arguments], os.devnull) as ranks:
+        wait_for_step(run, 3, ranks[0].is_alive)
+        kill_trees(rank.pid for rank in ranks)
+        for rank in ranks:
+            rank.join()
     assert json.loads((run / "state.json").read_text())["state"] == "running"
     deadline = time.monotonic() + 60
     while read_state(run)["state"] != "lost":  # the kernel is still ending the last of its processes

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from forking import run_script
+from forking import ROOT, fork, run_script
 from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_rows, golden_tasks
 from golden_model import ONEVISION, byte_tokenizer
-from launching import ROOT, started, wait_for
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.distributed.process_groups import device
@@ -399,14 +398,17 @@ def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, m
 def test_kill_and_restart_of_the_tool(tmp_path):
     """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
     source = tmp_path / "data"
-    make_data_set(source, num_texts=3500)
+    make_data_set(source, num_texts=2500)
     common = [str(ROOT / "tools" / "evaluate.py"), "mmeb", "--checkpoint", str(ONEVISION)]
     common += ["--data", str(source), f"data.tokenizer={byte_tokenizer(tmp_path)}"]
-    killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log.txt"
-    with started([sys.executable, *common, "--out", str(killed)], log) as process:
-        wait_for(lambda: len(list(killed.rglob("part-*.npy"))) >= 3, process, log)
-        process.kill()
-        process.wait()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = fork([*common, "--out", str(killed)], (os.devnull, os.devnull), {})
+    deadline = time.monotonic() + 200
+    while len(list(killed.rglob("part-*.npy"))) < 3:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     before = sum(len(np.load(path)) for path in killed.rglob("part-*.npy"))
     for out in (killed, whole):
         done = run_script(*common, "--out", out)

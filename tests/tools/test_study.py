@@ -3,15 +3,12 @@
 import csv
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from forking import run_script
+from forking import fork, run_script
+from launching import data_with_few_sets
 
 pytestmark = pytest.mark.long
 
@@ -24,31 +21,20 @@ def evaluated(run: Path) -> int:
     return (run / "evaluation" / "report.json").stat().st_mtime_ns
 
 
-def data_with_few_sets(openmoji_data: Path, folder: Path, *names: str) -> Path:
-    """The demo's data with only some of its evaluation sets, which a run is evaluated on in a fraction of the time."""
-    shutil.copytree(openmoji_data, folder, copy_function=os.symlink)
-    file = folder / "eval" / "sets.json"
-    content = json.loads(file.read_text())
-    content["sets"] = [one for one in content["sets"] if one["name"] in names]
-    file.unlink()
-    file.write_text(json.dumps(content))
-    return folder
-
-
 def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path, tmp_path: Path) -> None:
     out, sets = tmp_path / "study", ("group", "tone_classification")
     data = data_with_few_sets(openmoji_data, tmp_path / "data", *sets)
-    command = [sys.executable, str(TOOL), "hardness", *CONFIG, "--seeds", "0", "--out", str(out)]
+    command = [str(TOOL), "hardness", *CONFIG, "--seeds", "0", "--out", str(out)]
     command += ["--variant", "alpha 9", "--processes", "1", f"data.path={data}", "train.steps=6"]
     command += [f"evaluate.sets=[{','.join(sets)}]"]
     command += ["train.global_batch_size=16", "checkpoint.interval=2", "loss.temperature_warmup_steps=2"]
-    study = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    study = fork(command, (os.devnull, os.devnull), {})
     deadline = time.monotonic() + 200
     while not (out / "alpha-0-seed0" / "checkpoints" / "latest").is_file():  # the second of three is under way
-        assert time.monotonic() < deadline and study.poll() is None
+        assert time.monotonic() < deadline and study.is_alive()
         time.sleep(0.02)
-    study.send_signal(signal.SIGKILL)
-    study.wait()
+    study.kill()
+    study.join()
     before = evaluated(out / "before-training-seed0")
     text = again(command)
     assert "1 runs were finished before, 2 were done now" in text
@@ -67,7 +53,7 @@ def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path,
 
 
 def again(command: list[str]) -> str:
-    done = run_script(*command[1:], timeout=500)
+    done = run_script(*command, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
