@@ -1,12 +1,13 @@
 """Kill a tiny run at random moments, resume it, and compare its end bit for bit with that of an uninterrupted run.
 
-python -m benchmarks.kill_resume --data DIR --out DIR [--kills 200] [--seed 0]
+python -m benchmarks.kill_resume --data DIR --out DIR [--preset tiny] [--kills 200] [--seed 0]
 
-DIR of --data holds shards and a tokenizer (make demo makes one). Each run has STEPS steps on two ranks, and saves after
-every other step. It is killed again and again, in one of the ways of `WAYS`, until it comes to its end; then every loss
-and every byte of its last checkpoint must be those of the run that nobody disturbed, and no process may be left one
-minute after a kill. Its processes are forks of one that has loaded the package, and a small launcher stands in for
-torchrun, so that a start takes a second. The last line counts the kills, and the exit status is 0 if all is right.
+DIR of --data holds shards and a tokenizer (make demo makes one). The model has fewer and narrower layers than the
+preset. Each run has STEPS steps on two ranks, and saves after every other step. It is killed again and again, in one of
+the ways of `WAYS`, until it comes to its end; then every loss and every byte of its last checkpoint must be those of
+the run that nobody disturbed, and no process may be left one minute after a kill. Its processes are forks of one that
+has loaded the package, and a small launcher stands in for torchrun, so that a start takes a second. The last line
+counts the kills, and the exit status is 0 if all is right.
 """
 
 import argparse
@@ -38,12 +39,19 @@ STEPS, WORLD = 10, 2
 SECONDS_TO_BE_GONE = 60
 SETTINGS = [
     *("model.vision.hidden_size=32", "model.vision.num_layers=1", "model.vision.num_heads=4"),
-    *("model.vision.ffn_hidden_size=64", "model.vision.image_size=28", "model.language.hidden_size=64"),
-    *("model.language.num_layers=1", "model.language.num_heads=4", "model.language.num_kv_heads=2"),
-    *("model.language.ffn_hidden_size=128", f"train.steps={STEPS}", "train.global_batch_size=8"),
+    *("model.vision.ffn_hidden_size=64", "model.language.hidden_size=64", "model.language.num_layers=1"),
+    *("model.language.num_heads=2", "model.language.num_kv_heads=2", "model.language.ffn_hidden_size=128"),
+    *(f"train.steps={STEPS}", "train.global_batch_size=8"),
     *("optimizer.warmup_steps=2", "checkpoint.interval=2", "data.workers=1", "log.interval=0"),
     *("parallel.timeout_seconds=120",),
 ]
+PRESETS = {
+    "tiny": ["model.vision.image_size=28"],
+    "tiny_qwen2vl": [],
+    "tiny_qwen2_5vl": ["model.vision.full_attention_layers=[0]"],
+    "tiny_qwen3vl": [],
+}
+"""Values of --preset, and further settings that make the model smaller."""
 
 
 def launch(command: list[str]) -> int:
@@ -103,12 +111,13 @@ WAYS: dict[str, Callable[[BaseProcess, random.Random], bool]] = {
 }
 
 
-def start(run: Path, data: Path, *overrides: str) -> BaseProcess:
+def start(run: Path, data: Path, *overrides: str, preset: str = "tiny") -> BaseProcess:
     """Start or resume the run in `run`; its output goes to a file beside it."""
     output = run.with_suffix(".log")
     output.touch()
     config = str(ROOT / "examples" / "tiny.yaml")
-    given = [*SETTINGS, f"data.path={data}", f"train.output={run}", *overrides]
+    given = [f"model.preset={preset}", *SETTINGS, *PRESETS[preset], f"data.path={data}", f"train.output={run}"]
+    given += overrides
     command = [__file__, "--config", config, *given, "--resume", "auto"]
     return fork(command, (str(output), str(output)), {"KILL_RESUME_LAUNCHES": "1"})
 
@@ -129,9 +138,9 @@ def is_finished(run: Path) -> bool:
     return False
 
 
-def disturb(run: Path, data: Path, seconds: float, dice: random.Random) -> tuple[str, list[str]]:
+def disturb(run: Path, data: Path, preset: str, seconds: float, dice: random.Random) -> tuple[str, list[str]]:
     """Start the run and disturb it within `seconds`; returns how, or "" if it was over before, and what is left."""
-    launcher, way = start(run, data), dice.choice(list(WAYS))
+    launcher, way = start(run, data, preset=preset), dice.choice(list(WAYS))
     launcher.join(dice.uniform(0, seconds))
     everything: list[psutil.Process] = []
     if launcher.is_alive():
@@ -149,19 +158,19 @@ def disturb(run: Path, data: Path, seconds: float, dice: random.Random) -> tuple
     return way, left
 
 
-def kill_and_compare(data: Path, out: Path, kills: int, seed: int) -> tuple[Counter, list[str]]:
+def kill_and_compare(data: Path, out: Path, preset: str, kills: int, seed: int) -> tuple[Counter, list[str]]:
     """Kill runs `kills` times in all; returns the number of kills of each way, and what was wrong."""
     dice, counts, faults = random.Random(seed), Counter(), []
-    start(out / "whole", data).join()
+    start(out / "whole", data, preset=preset).join()
     started, number = time.monotonic(), 0
-    start(out / "again", data).join()
+    start(out / "again", data, preset=preset).join()
     seconds, expected = time.monotonic() - started, ending(out / "whole")  # the first start has loaded the package
     if ending(out / "again") != expected:
         faults.append("two uninterrupted runs differ")
     while counts.total() < kills:
         run = out / f"run{number:04d}"
         while not is_finished(run) and len(faults) < 10:
-            way, left = disturb(run, data, seconds, dice)
+            way, left = disturb(run, data, preset, seconds, dice)
             counts[way] += bool(way)
             faults += [f"{run.name}: {way} left {process}" for process in left]
         if ending(run) != expected:
@@ -176,13 +185,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        counts, faults = kill_and_compare(args.data.absolute(), out.absolute(), args.kills, args.seed)
+        counts, faults = kill_and_compare(args.data.absolute(), out.absolute(), args.preset, args.kills, args.seed)
     print(*faults, sep="\n")
     print(f"{counts.total()} kills ({dict(counts)}), {len(faults)} faults")
     return bool(faults)

@@ -1,13 +1,15 @@
 """A training step as in the official LLaVE repository, on transformers' modules.
 
-training_step.py and gpu_step.py compare this package with it. Queries and targets have a forward pass each, and both
-are padded at their end to the longest of the micro batch. An input without an image sends a blank tile through vision
-encoder and projector, whose features are discarded. The negatives are those of the micro batch. This module also makes
-the micro batches for both ways: random pixels and tokens, in the lengths of MMEB.
+training_step.py and gpu_step.py compare this package with it; qwen_vl_step.py has what Qwen-VL models have instead.
+Queries and targets have a forward pass each, and both are padded at their end to the longest of the micro batch. An
+input without an image sends a blank tile through vision encoder and projector, whose features are discarded. The
+negatives are those of the micro batch. This module also makes the micro batches for both ways: random pixels and
+tokens, in the lengths of MMEB.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +22,12 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
+from megatron_llave.models import family_of
 from megatron_llave.models.blocks.initialization import named_global_parameters
 from megatron_llave.models.blocks.siglip import normalise
 from megatron_llave.models.hf.mapping import local_kernel_name
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 from megatron_llave.models.llava_onevision.hf_config import build_config_json
-from megatron_llave.models.llava_onevision.hf_weights import canonical_name, rules
 from megatron_llave.models.llava_onevision.processor import image_lengths
 from megatron_llave.planning.flops import Work
 
@@ -68,9 +70,12 @@ def make_side(model: ModelConfig, has_image: bool, rng: np.random.Generator) -> 
     return Side(EncodedSequence([*words[:HEAD], IMAGE, *words[HEAD:]], [pixels], [layout]), size)
 
 
-def make_pair(model: ModelConfig, kind: str, rng: np.random.Generator) -> Pair:
+MakeSide = Callable[[ModelConfig, bool, np.random.Generator], Side]
+
+
+def make_pair(model: ModelConfig, kind: str, rng: np.random.Generator, make: MakeSide = make_side) -> Pair:
     """Make a pair of a kind such as "image_text"."""
-    query, target = (make_side(model, part == "image", rng) for part in kind.split("_"))
+    query, target = (make(model, part == "image", rng) for part in kind.split("_"))
     return query, target
 
 
@@ -79,10 +84,14 @@ def sequences_of(pairs: Sequence[Pair]) -> tuple[list[Side], list[Side]]:
     return [query for query, _ in pairs], [target for _, target in pairs]
 
 
-def packed(pairs: Sequence[Pair], model: ModelConfig, multiple: int = 1) -> PairBatch:
+def tile_shape(model: ModelConfig) -> TileShape:
+    """The sizes of the tiles that `make_side` makes."""
+    return TileShape(model.vision.image_size, model.vision.patches_per_side**2)
+
+
+def packed(pairs: Sequence[Pair], shape: TileShape, multiple: int = 1) -> PairBatch:
     """Our micro batch of these pairs."""
     queries, targets = sequences_of(pairs)
-    shape = TileShape(model.vision.image_size, model.vision.patches_per_side**2)
     row = pack_sequences([side.sequence for side in (*queries, *targets)], multiple, shape)
     ids = torch.arange(len(pairs))
     return PairBatch(row, ids, ids, ids[:0], "random", [str(i) for i in range(len(pairs))])
@@ -125,13 +134,14 @@ def build_released(
 
 def copy_weights(chunk: Module, released: Module, model: ModelConfig) -> None:
     """Copy the weights of our only model chunk into the transformers model."""
-    table, values = rules(model), {}
+    hf = family_of(model).hf
+    table, values = hf.rules(model), {}
     for name, parameter in named_global_parameters(chunk):
         rule = table[local_kernel_name(name)]
         values |= dict(zip(rule.names, rule.split(parameter.detach())))
     with torch.no_grad():
         for name, parameter in released.named_parameters():
-            value = values.pop(canonical_name(name, "llava_onevision"), None)
+            value = values.pop(hf.canonical_name(name, hf.layouts[0]), None)
             if value is not None:
                 parameter.copy_(value)
     assert not values, f"no such tensors there: {sorted(values)}"
@@ -217,21 +227,22 @@ def contrastive_loss(query: Tensor, target: Tensor, temperature: float, alpha: f
 
 
 def take_step(
-    released: Module,
+    embed_sides: Callable[[Any], Tensor],
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[tuple[PaddedSides, PaddedSides]],
+    micro_batches: Sequence[tuple[Any, Any]],
     temperature: float,
     alpha: float,
     clip: float,
 ) -> float:
-    """Take one training step; returns the loss."""
+    """Take one training step; returns the loss. `embed_sides`: padded queries or targets -> unit vectors [n, h]."""
     losses = []
     for sides in micro_batches:
-        query, target = (embed(released, side) for side in sides)
+        query, target = map(embed_sides, sides)
         loss = contrastive_loss(query, target, temperature, alpha)
         (loss / len(micro_batches)).backward()
         losses.append(loss.detach())
-    torch.nn.utils.clip_grad_norm_([p for p in released.parameters() if p.grad is not None], clip)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_([parameter for parameter in trained if parameter.grad is not None], clip)
     optimizer.step()
     optimizer.zero_grad()
     return float(torch.stack(losses).mean())

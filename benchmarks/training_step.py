@@ -19,17 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks import released_step
-from benchmarks.released_step import PaddedSides, Pair, packed, packed_work, padded, padded_work, total
+from benchmarks.released_step import MakeSide, Pair, make_side, packed, packed_work, padded, padded_work, total
 from megatron_llave.batch import PairBatch
 from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.packing import TileShape
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line
 from megatron_llave.models import build_model
@@ -52,11 +55,11 @@ Step = Callable[[], None]
 MicroBatches = Sequence[Sequence[Pair]]
 
 
-def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0) -> MicroBatches:
+def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0, make: MakeSide = make_side) -> MicroBatches:
     """The micro batches of a step, the same in every process.
 
     A mixed step shuffles pairs in the shares of MIXED; otherwise each micro batch has one kind, in the order of
-    ONE_KIND.
+    ONE_KIND. `make` makes a query or a target.
     """
     rng, size, wanted = np.random.default_rng(seed), cfg.train.micro_batch_size, cfg.train.global_batch_size
     if is_mixed:
@@ -64,31 +67,31 @@ def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0) -> MicroBatches:
         kinds = rng.permutation((kinds + ["image_text"] * wanted)[:wanted]).tolist()
     else:
         kinds = [ONE_KIND[index // size % len(ONE_KIND)] for index in range(wanted)]
-    pairs = [released_step.make_pair(cfg.model, kind, rng) for kind in kinds]
+    pairs = [released_step.make_pair(cfg.model, kind, rng, make) for kind in kinds]
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
 
-def build_config(layers: int, pairs: int, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of the reduced 0.5b."""
+def build_config(layers: int, pairs: int, overrides: Sequence[str] = (), preset: str = "0.5b") -> RunConfig:
+    """The configuration of the reduced model."""
     reduced = [f"model.vision.num_layers={layers}", f"model.language.num_layers={layers}", "train.steps=1000"]
     reduced += [f"model.language.vocab_size={VOCABULARY}", f"train.micro_batch_size={pairs}"]
     reduced += [f"train.global_batch_size={MICRO_BATCHES * pairs}", "model.freeze=[vision]", "model.precision=fp32"]
     reduced += ["optimizer.warmup_steps=1"]  # the learning rate of the first step is 0
-    return override_config(config_from_dict({"model": {"preset": "0.5b"}}), [*reduced, *overrides])
+    return override_config(config_from_dict({"model": {"preset": preset}}), [*reduced, *overrides])
 
 
 class Ours:
-    """Our model and its training step."""
+    """Our model and its training step; `shape` is that of the tiles, by default of LLaVA-OneVision's."""
 
-    def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection) -> None:
-        self.cfg, self.groups = cfg, groups
+    def __init__(self, cfg: RunConfig, groups: ProcessGroupCollection, shape: TileShape | None = None) -> None:
+        self.cfg, self.groups, self.shape = cfg, groups, shape or released_step.tile_shape(cfg.model)
         self.chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
         self.trainable = build_trainable(cfg, self.chunks, groups)
 
     def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
         """Pack the micro batches."""
         multiple = row_multiple(self.cfg.model, self.cfg.parallel)
-        made = (packed(pairs, self.cfg.model, multiple) for pairs in micro_batches)
+        made = (packed(pairs, self.shape, multiple) for pairs in micro_batches)
         return [batch.to(process_groups.device()) for batch in made]
 
     def step(self, batches: list[PairBatch], negatives: str = "micro_batch") -> float:
@@ -110,25 +113,33 @@ class Released:
 
     def __init__(self, cfg: RunConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> None:
         self.cfg, self.dtype, optimizer = cfg, dtype, cfg.optimizer
-        self.model = released_step.build_released(cfg.model, dtype, attention, process_groups.device())
+        self.model = self.build(attention)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         betas = (optimizer.beta1, optimizer.beta2)
         settings = {"betas": betas, "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
         self.optimizer = torch.optim.AdamW(trained, lr=optimizer.learning_rate, **settings)
 
-    def prepare(self, micro_batches: MicroBatches) -> list[tuple[PaddedSides, PaddedSides]]:
+    def build(self, attention: str) -> torch.nn.Module:
+        """Make the model with random weights and a frozen vision encoder."""
+        return released_step.build_released(self.cfg.model, self.dtype, attention, process_groups.device())
+
+    def prepare(self, micro_batches: MicroBatches) -> list[tuple[Any, Any]]:
         """Pad the micro batches."""
         return [padded(pairs, self.cfg.model, process_groups.device(), self.dtype) for pairs in micro_batches]
 
-    def step(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> float:
+    def embed_sides(self, sides: Any) -> torch.Tensor:
+        """Unit vectors [n, h] of padded queries or targets."""
+        return released_step.embed(self.model, sides)
+
+    def step(self, batches: list[tuple[Any, Any]]) -> float:
         """Take a training step; returns the loss."""
         loss, clip = self.cfg.loss, self.cfg.optimizer.clip_gradient
-        return released_step.take_step(self.model, self.optimizer, batches, loss.temperature, loss.alpha, clip)
+        return released_step.take_step(self.embed_sides, self.optimizer, batches, loss.temperature, loss.alpha, clip)
 
-    def embed(self, batches: list[tuple[PaddedSides, PaddedSides]]) -> torch.Tensor:
+    def embed(self, batches: list[tuple[Any, Any]]) -> torch.Tensor:
         """Embeddings of queries and targets: [2 * pairs, h]."""
         with torch.no_grad():
-            return torch.cat([released_step.embed(self.model, sides) for batch in batches for sides in batch])
+            return torch.cat([self.embed_sides(sides) for batch in batches for sides in batch])
 
 
 def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBatches) -> tuple[float, float]:
@@ -159,14 +170,25 @@ def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]
     return {variant: count / one_pass for variant, count in zip(VARIANTS, counts)}
 
 
-def time_variants(variants: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step. The variants take turns after a warm-up round."""
+def steps_of(ours: Ours, released: Released, micro_batches: MicroBatches) -> dict[str, Step]:
+    """A step of each variant."""
+    return {
+        VARIANTS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
+        VARIANTS[1]: lambda: ours.step(ours.prepare(micro_batches), "global_batch"),
+        VARIANTS[2]: lambda: released.step(released.prepare(micro_batches)),
+    }
+
+
+def time_variants(
+    variants: dict[str, Step], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each step by a clock. The variants take turns after a warm-up round."""
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(repeats + 1):
         for variant, step in variants.items():
-            started = time.perf_counter()
+            started = clock()
             step()
-            seconds[variant].append(time.perf_counter() - started)
+            seconds[variant].append(clock() - started)
     return {variant: values[1:] for variant, values in seconds.items()}
 
 
@@ -181,21 +203,29 @@ def measure_memory(args: argparse.Namespace) -> None:
     cfg = build_config(args.layers, args.pairs[0], args.overrides)
     groups = start(cfg)
     micro_batches = make_step(cfg, args.memory[1] == "mixed")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    if args.memory[0] == "released":
-        variant = Released(cfg)
-        variant.step(variant.prepare(micro_batches))
-    else:
-        variant = Ours(cfg, groups)
-        variant.step(variant.prepare(micro_batches), args.memory[0].removeprefix("ours, "))
-    print(json.dumps(resident("VmHWM") - before))
+    print_growth(args.memory[0], micro_batches, lambda: Ours(cfg, groups), lambda: Released(cfg))
     process_groups.destroy_distributed()
 
 
-def memory_of(variant: str, batches: str, pairs: int, args: argparse.Namespace) -> int:
-    """The growth of the resident set of a variant in bytes, measured in another process."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--memory", variant, batches, "--pairs", str(pairs)]
+def print_growth(
+    name: str, micro_batches: MicroBatches, make_ours: Callable[[], Ours], make_released: Callable[[], Released]
+) -> None:
+    """Make the variant, take a step, and print by how many bytes the resident set has grown."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    if name == "released":
+        variant = make_released()
+        variant.step(variant.prepare(micro_batches))
+    else:
+        variant = make_ours()
+        variant.step(variant.prepare(micro_batches), name.removeprefix("ours, "))
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def memory_of(variant: str, batches: str, pairs: int, args: argparse.Namespace, *options: str) -> int:
+    """The growth of the resident set of a variant in bytes, measured in another process of the same script."""
+    script = f"benchmarks.{Path(sys.argv[0]).stem}"
+    command = [sys.executable, "-m", script, "--memory", variant, batches, "--pairs", str(pairs), *options]
     command += ["--layers", str(args.layers), "--overrides", *args.overrides]
     made = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if made.returncode:
@@ -220,6 +250,26 @@ def run(args: argparse.Namespace) -> None:
     """Print a block of rows per kind of batch and micro-batch size."""
     groups = start(build_config(args.layers, args.pairs[0], args.overrides))
     print(f"{torch.get_num_threads()} thread(s), {args.layers} encoder and decoder layer(s), {args.repeats} repeats\n")
+    print_heads()
+    for batches in args.batches:
+        for pairs in args.pairs:
+            cfg = build_config(args.layers, pairs, args.overrides)
+            micro_batches = make_step(cfg, batches == "mixed")
+            ours, released = Ours(cfg, groups), Released(cfg)
+            apart = check(cfg, ours, released, micro_batches)
+            note = f"{batches}, {pairs} pairs: embeddings {apart[0]:.1e} apart, losses {apart[1]:.1e}"
+            print(note, file=sys.stderr, flush=True)
+            if args.profile:
+                profile(ours, micro_batches)
+                continue
+            seconds = time_variants(steps_of(ours, released, micro_batches), args.repeats)
+            memory = None if args.no_memory else partial(memory_of, batches=batches, pairs=pairs, args=args)
+            print_rows(batches, cfg, flop_ratios(cfg, micro_batches), seconds, memory)
+    process_groups.destroy_distributed()
+
+
+def print_heads() -> None:
+    """Print the head of the table."""
     heads = [
         "batches",
         "pairs",
@@ -233,39 +283,23 @@ def run(args: argparse.Namespace) -> None:
         "MB",
     ]
     print("|", " | ".join(heads), "|\n|---|---:|---" + "|---:" * (len(heads) - 3) + "|", flush=True)
-    for batches in args.batches:
-        for pairs in args.pairs:
-            cfg = build_config(args.layers, pairs, args.overrides)
-            micro_batches = make_step(cfg, batches == "mixed")
-            ours, released = Ours(cfg, groups), Released(cfg)
-            apart = check(cfg, ours, released, micro_batches)
-            note = f"{batches}, {pairs} pairs: embeddings {apart[0]:.1e} apart, losses {apart[1]:.1e}"
-            print(note, file=sys.stderr, flush=True)
-            if args.profile:
-                profile(ours, micro_batches)
-                continue
-            steps: dict[str, Step] = {
-                VARIANTS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
-                VARIANTS[1]: lambda: ours.step(ours.prepare(micro_batches), "global_batch"),
-                VARIANTS[2]: lambda: released.step(released.prepare(micro_batches)),
-            }
-            seconds = time_variants(steps, args.repeats)
-            print_rows(batches, cfg, micro_batches, seconds, args)
-    process_groups.destroy_distributed()
 
 
 def print_rows(
-    batches: str, cfg: RunConfig, micro_batches: MicroBatches, seconds: dict[str, list[float]], args: argparse.Namespace
+    batches: str,
+    cfg: RunConfig,
+    flops: dict[str, float],
+    seconds: dict[str, list[float]],
+    memory: Callable[[str], int] | None,
 ) -> None:
-    """Print one row per variant."""
-    flops, medians = flop_ratios(cfg, micro_batches), {variant: statistics.median(v) for variant, v in seconds.items()}
-    pairs = cfg.train.global_batch_size
+    """Print one row per variant. `memory`: variant -> bytes; None: it is not measured."""
+    medians, pairs = {variant: statistics.median(v) for variant, v in seconds.items()}, cfg.train.global_batch_size
     for variant, taken in medians.items():
         ratio, wanted = medians["released"] / taken, flops["released"] / flops[variant]
         spread = f"{pairs / max(seconds[variant]):.3f} to {pairs / min(seconds[variant]):.3f}"
         cells = [batches, str(cfg.train.micro_batch_size), variant, f"{taken:.2f}", f"{pairs / taken:.3f}", spread]
         cells += [f"{ratio:.2f}", f"{wanted:.2f}", f"{100 * ratio / wanted:.0f} %"]
-        size = "-" if args.no_memory else f"{memory_of(variant, batches, cfg.train.micro_batch_size, args) / 1e6:.0f}"
+        size = f"{memory(variant) / 1e6:.0f}" if memory else "-"
         print("|", " | ".join([*cells, size]), "|", flush=True)
 
 
