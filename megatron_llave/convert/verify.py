@@ -42,7 +42,7 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     Args:
         hf: an HF folder of any layout, which transformers runs.
         checkpoint: a checkpoint or output directory (or another HF folder, which this package runs).
-        text: a text, which is embedded with the prompt of the released models.
+        text: a text, which is embedded with the prompt `qwen`, or `plain` if the checkpoint was trained with it.
         image: an image file; None: a generated image that needs a grid of tiles and padding.
 
     Returns:
@@ -58,8 +58,10 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     image_file = _generated_image(vision.image_size or 8 * vision.patch_size) if image is None else _read(image)
     sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [image_file])}
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["data.prompt=qwen", "model.precision=fp32"]
-        tokenizer = find_pretrained(checkpoint).find_tokenizer() or find_pretrained(hf).find_tokenizer()
+        pretrained = find_pretrained(checkpoint)
+        prompt = "plain" if pretrained.cfg.data.prompt == "plain" else "qwen"  # its tokenizer may know no chat turns
+        overrides = [f"data.prompt={prompt}", "model.precision=fp32"]
+        tokenizer = pretrained.find_tokenizer() or find_pretrained(hf).find_tokenizer()
         if tokenizer is None:
             print("no tokenizer in either folder: the bytes of the text stand in for token ids")
             tokenizer = _byte_tokenizer(Path(folder) / "tokenizer.json")

@@ -1,6 +1,7 @@
 """Qwen-VL folders -> checkpoint -> folder: bit-equal, in all layouts, read whole by transformers, verified with it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,16 @@ import tokenizers
 import torch
 import transformers
 from forking import run_script
+from golden_model import byte_tokenizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_llave.checkpoint.folders import write_manifest
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
-from megatron_llave.errors import CheckpointError
+from megatron_llave.convert.verify import verify
+from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import FAMILIES, open_hf
 
 pytestmark = pytest.mark.long
@@ -121,6 +125,20 @@ def test_round_trip_in_several_files(family: str, groups: ProcessGroupCollection
     done = run_script(TOOL, "verify", "--hf", out, "--checkpoint", checkpoint)
     assert done.returncode == 0 and "the same model (tolerance 3e-05" in done.stdout, done.stdout + done.stderr
     assert "image: largest difference" in done.stdout
+
+
+def test_verify_takes_the_plain_prompt_of_a_run(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    """The tokenizer of a run with data.prompt=plain has no tokens of chat turns."""
+    source = variant(tmp_path / "source", "qwen2_vl", lambda config, tensors: None)
+    byte_tokenizer(source)
+    checkpoint = import_hf(source, tmp_path / "checkpoint", groups)
+    refused = "has no token <|im_start|>, which data.prompt needs; set data.prompt=plain"
+    with pytest.raises(ConfigError, match=re.escape(refused)):
+        verify(source, checkpoint, "a cat")
+    config = checkpoint / "config.yaml"
+    config.write_text(config.read_text().replace("prompt: qwen", "prompt: plain"))
+    write_manifest(checkpoint, step=0, layout=None)
+    assert verify(source, checkpoint, "a cat") == 0
 
 
 @pytest.mark.parametrize(("family", "name", "change"), VARIANTS)
