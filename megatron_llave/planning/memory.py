@@ -195,14 +195,20 @@ def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
     return 8 * batch.tokens + 16 * batch.visual_tokens + pixels + 20 * batch.sequences
 
 
-def loss_bytes(rows: int, columns: int, dim: int) -> int:
-    """Return the bytes of the loss, all in float32.
+def loss_bytes(rows: int, columns: int, dim: int, hard_negatives: int = 0) -> int:
+    """Return the bytes at the loss's peak, in its backward pass, all in float32.
 
-    These are embeddings of b pairs, also as one tensor, and their gradients; the gradients of all targets, the targets
-    themselves if they are gathered from other ranks, and a chunk of logits.
+    These are the embeddings of b pairs and of their hard negatives; the queries once more, the columns C of all ranks,
+    and the gradients of both; b rows of a product or, of several ranks, of the sum of gradients; a chunk of logits.
+
+    Args:
+        rows: b, pairs of this rank.
+        columns: C, targets and hard negatives of all ranks.
+        dim: width of an embedding.
+        hard_negatives: those of each of these pairs.
     """
-    gathered = columns * dim if columns > rows else 0
-    return FLOAT * (6 * rows * dim + columns * dim + gathered + 4 * min(CHUNK, rows) * columns)
+    vectors = rows * (5 + hard_negatives) + 2 * columns
+    return FLOAT * (vectors * dim + 4 * min(CHUNK, rows) * columns)
 
 
 def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
@@ -293,7 +299,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     trained = sum(chunk.buffer(sharing) for chunk in chunks)
     frozen = sum(sum(s) for c in chunks for group, s in c.sizes().items() if not is_trained(model, group))
     kept = [chunk.activations(step.batch, on_gpu) for chunk in chunks]
-    is_last = stage == stages - 1
+    is_last, width = stage == stages - 1, model.language.hidden_size
     memory = {
         "weights": (trained + frozen) * e,
         "gradients": trained * FLOAT,
@@ -301,7 +307,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         "optimizer": trained // sharing * FLOAT * (2 if e == FLOAT else 3),
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
-        "loss": loss_bytes(step.rows, step.columns, model.language.hidden_size) if is_last else 0,
+        "loss": loss_bytes(step.rows, step.columns, width, cfg.data.hard_negatives) if is_last else 0,
         "data": data_bytes(model, step.batch) * step.micro_batches,
         "temporary": max(temporary_bytes(chunk, step.batch, on_gpu) for chunk in chunks),
     }

@@ -45,9 +45,11 @@ def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:
     require_planned_save(rows)
 
 
-def test_data_parallel_ranks_share_a_save() -> None:
-    rows = measure(2, "loss.negatives=micro_batch")
+def test_data_parallel_ranks_share_a_save_and_the_loss() -> None:
+    rows = measure(2)
     require_planned_save(rows)
+    for row in rows:  # which gather the targets of each other for the loss
+        assert row["planned"]["loss"] == pytest.approx(row["measured"]["loss"], rel=0.02)
     copied = sum(row["save"]["copied"] for row in rows)
     # The weights, and the optimizer's copy of them and two moments: each once, however many ranks there are.
     assert copied == pytest.approx(4 * rows[0]["measured"]["weights"], rel=0.01)
