@@ -46,8 +46,15 @@ def cfg() -> RunConfig:
     return config_from_dict({"model": {"preset": "tiny"}})
 
 
-@pytest.mark.parametrize("shares", [(0.25, 0.75), (1.0, 0.0), (1.5, -0.5), (0.5, 0.2, 0.3)])
-def test_merge_is_the_weighted_mean(groups, cfg, tmp_path: Path, shares: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("preset", "shares"),
+    [
+        *(("tiny", shares) for shares in [(0.25, 0.75), (1.0, 0.0), (1.5, -0.5), (0.5, 0.2, 0.3)]),
+        *((f"tiny_qwen{version}vl", (0.25, 0.75)) for version in ("2_5", "3")),
+    ],
+)
+def test_merge_is_the_weighted_mean(groups, tmp_path: Path, preset: str, shares: tuple[float, ...]) -> None:
+    cfg = config_from_dict({"model": {"preset": preset}})
     parts = [write_random(tmp_path / str(seed), cfg, groups, seed) for seed in range(len(shares))]
     out = merge(list(zip(parts, shares)), tmp_path / "merged", groups)
     values = [weights_of(part, groups) for part in parts]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_llave.checkpoint.folders import write_manifest
+from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
@@ -155,6 +156,21 @@ def test_variants_come_back_and_are_read_whole(
     golden, embedding = load_file(GOLDEN / family / "model.safetensors"), model.get_input_embeddings().weight
     expected = embedding if "tied" in name or "without" in name else golden[HEAD].to(embedding.dtype)
     assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_heads_wider_than_their_share_of_the_width(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    """As in Qwen3-VL-4B; written by transformers, without the head."""
+    config = transformers.Qwen3VLConfig.from_pretrained(GOLDEN / "qwen3_vl")
+    config.text_config.head_dim = 32
+    config.text_config.rope_parameters["mrope_section"] = [8, 4, 4]
+    torch.manual_seed(0)
+    transformers.Qwen3VLModel(config).save_pretrained(tmp_path / "source")
+    checkpoint = import_hf(tmp_path / "source", tmp_path / "checkpoint", groups)
+    assert find_pretrained(checkpoint).cfg.model.language.head_size == 32
+    export_hf(checkpoint, tmp_path / "out", groups)
+    assert_bit_equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "source"))
+    done = run_script(TOOL, "verify", "--hf", tmp_path / "source", "--checkpoint", checkpoint)
+    assert done.returncode == 0 and "the same model (tolerance 3e-05" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_model_without_a_source_is_read_whole(groups: ProcessGroupCollection, tmp_path: Path) -> None:
