@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from check_layouts import BUCKET_SIZE, GLOBAL_BATCH, comparison, micro_batches, parse_layout, small_config
+from check_layouts import BUCKET_SIZE, GLOBAL_BATCH, comparison, family_of, micro_batches, parse_layout, small_config
 from engine import extension
 from full_parameters import full_gradients, let_go, worst_relative_error
 from megatron.core.distributed import DistributedDataParallelConfig as DataParallelConfig
@@ -29,6 +29,8 @@ LOCAL, ENGINE = "local", "transformer_engine"
 RECIPES = ("tensorwise", "delayed", "blockwise")
 PRECISIONS = ("fp32", "bf16", *RECIPES)
 ONE = "1,1,1,0,0"
+QWEN = "qwen3_vl"
+"""The other family, whose vision encoder attends without a mask, and whose tokens' positions are given."""
 LAYOUTS = ("2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", ONE, f"{ONE},overlap")
 """Of two processes: tensor, the same with sequence parallel, pipeline, interleaved pipeline, data, overlapped."""
 FREEZES = ("vision", "language", "vision,language")
@@ -46,6 +48,11 @@ AT_LAYOUTS = [
     *(("delayed", "2,1,1,1,0,vision,language", "selective"), ("delayed", "1,2,1,0,0", "full")),
     *(("delayed", "1,2,2,0,0,vision", "none"), ("blockwise", "2,1,1,0,0", "selective")),
     *(("blockwise", f"{ONE},vision,language", "full"), ("blockwise", f"{ONE},language,overlap", "none")),
+    *(
+        ("fp32", f"2,1,1,1,0,{QWEN}", "full"),
+        ("bf16", f"1,2,2,0,0,{QWEN}", "none"),
+        ("tensorwise", f"{ONE},{QWEN}", "none"),
+    ),
 ]
 """Cases of the tests. Of the 119 ways in which two of precision, layout, frozen parts and recomputation can meet, they
 have most. `all` has every precision at every layout, with all recomputations and frozen parts."""
@@ -53,8 +60,10 @@ have most. `all` has every precision at every layout, with all recomputations an
 
 def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "none", num_layers: int = 4) -> RunConfig:
     """A run of the small model, whose sizes FP8 and cuDNN take at tensor parallel 2; FP8 is named by its recipe."""
-    cfg = small_config(*parse_layout(layout))
+    cfg = small_config(*parse_layout(layout), family_of(layout))
     language = replace(cfg.model.language, hidden_size=64, ffn_hidden_size=96, num_layers=num_layers)
+    if language.mrope_section:
+        language.mrope_section = [2, 3, 3]
     fp8 = {"precision": "fp8", "fp8_recipe": precision} if precision in RECIPES else {"precision": precision}
     cfg.model = replace(cfg.model, language=language, kernels=kernels, recompute=recompute, **fp8)
     return cfg
@@ -180,11 +189,11 @@ def rounded(matrix: Tensor, dtype: torch.dtype, dims: tuple[int, ...], recipe: s
     return (matrix.float() * scale).to(dtype).float() / scale
 
 
-def write(path: Path, kernels: str, precision: str) -> dict[str, object]:
+def write(path: Path, kernels: str, precision: str, family: str = "") -> dict[str, object]:
     """Write gradients that others are compared with, and compare them with those of local kernels in fp32."""
-    found = gradients_of(config(kernels, precision))
+    found = gradients_of(config(kernels, precision, ONE + family))
     save_file({name: value.contiguous() for name, value in found.items()}, path)
-    return compared(found, load_file(path.parent / "local fp32.safetensors"))
+    return compared(found, load_file(path.parent / f"local fp32{family}.safetensors"))
 
 
 def cases(world: int, folder: Path, is_all: bool) -> dict[str, Callable[[], dict[str, object]]]:
@@ -197,7 +206,8 @@ def cases(world: int, folder: Path, is_all: bool) -> dict[str, Callable[[], dict
         chosen += [(p, with_frozen(layout, f), r) for p, layout, f, r in every] if is_all else AT_LAYOUTS
     found = {}
     for precision, layout, recompute in chosen:
-        reference = "local fp32" if precision == "fp32" else f"engine {precision}"
+        family = f",{QWEN}" if QWEN in layout else ""
+        reference = f"local fp32{family}" if precision == "fp32" else f"engine {precision}{family}"
         case = partial(compare, folder, precision, layout, recompute, reference)
         found[f"{precision} {layout} recompute {recompute}"] = case
     return found
@@ -209,6 +219,13 @@ def _of_one_process(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[s
         found[name] = partial(write, folder / f"{name}.safetensors", kernels, precision)
     for precision in PRECISIONS:
         found[f"engine {precision}"] = partial(write, folder / f"engine {precision}.safetensors", ENGINE, precision)
+    for name, kernels, precision in (
+        ("local fp32", LOCAL, "fp32"),
+        ("engine bf16", ENGINE, "bf16"),
+        ("engine tensorwise", ENGINE, "tensorwise"),
+    ):
+        file = folder / f"{name},{QWEN}.safetensors"
+        found[f"{name},{QWEN}"] = partial(write, file, kernels, precision, f",{QWEN}")
     found["broken"] = partial(broken, folder)
     for recipe in RECIPES:
         found[f"layer {recipe}"] = partial(one_layer, recipe)
