@@ -12,7 +12,7 @@ import sys
 from megatron_llave.batch import Side
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import load_model
-from megatron_llave.errors import OneLineParser, exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line, require
 from megatron_llave.training.logger import quiet_dependencies
 
 QUERY = "<image> Represent the given image with the following question: What is in the image"
@@ -34,6 +34,8 @@ def main() -> None:
         quiet_dependencies()
         query = Side.read(QUERY, args.image)
         model = load_model(args.checkpoint, overrides=args.overrides)
+        family = model.cfg.model.family
+        require(family == "llava_onevision", f"{args.checkpoint} is a {family}; this check is of LLaVE-0.5B alone")
         embeddings = model.embed([query, *RELEASED])
         scores = (embeddings[1:] @ embeddings[0]).tolist()
         process_groups.destroy_distributed()

@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     look = commands.add_parser("inspect", help="print subsets, pairs, modalities and lengths of a folder of shards")
     look.add_argument("directory", metavar="DIR")
     look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model; with --preset, counts tokens")
-    look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tile grids are used")
+    look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tokens per image are counted")
     look.set_defaults(run=run_inspect)
     check = commands.add_parser(
         "verify", help="check every checksum and member of a folder of shards; status 1 if any is bad"

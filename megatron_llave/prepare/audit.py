@@ -98,7 +98,7 @@ def inspect(
     Args:
         directory: a finished folder of shards.
         tokenizer: file of the tokenizer; with it and `preset`, lengths are counted in tokens.
-        preset: the model whose tile grids apply.
+        preset: the model whose tokens per image are counted.
         progress: called after each shard.
 
     Raises:

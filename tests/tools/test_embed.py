@@ -274,3 +274,11 @@ def test_first_check_tells_another_model_apart(model: Path) -> None:
     done = run_script(CHECK, "--checkpoint", model, "--image", model.parent / "picture.png")
     assert done.returncode == 1, done.stderr
     assert "released 0.4802" in done.stdout and "released 0.3413" in done.stdout and "NOT as released" in done.stdout
+
+
+def test_first_check_refuses_another_family(model: Path, tmp_path: Path) -> None:
+    folder = ROOT / "tests" / "golden" / "qwen_vl" / "qwen2_vl"
+    overrides = [f"data.tokenizer={byte_tokenizer(tmp_path)}", "data.prompt=plain"]
+    done = run_script(CHECK, "--checkpoint", folder, "--image", model.parent / "picture.png", *overrides)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {folder} is a qwen2_vl; this check is of LLaVE-0.5B alone\n"
