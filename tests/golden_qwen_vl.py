@@ -66,3 +66,9 @@ def train_step(family: str) -> dict:
 def embedding(family: str, case: str) -> Tensor:
     """The golden embedding [64] of a case."""
     return torch.from_numpy(arrays(family, case)["embedding"])
+
+
+def gradients(family: str) -> dict[str, Tensor]:
+    """Some whole gradients of the golden step, by transformers' names."""
+    with np.load(GOLDEN / family / "train_step_gradients.npz") as stored:
+        return {name.replace("|", "."): torch.from_numpy(stored[name]) for name in stored}

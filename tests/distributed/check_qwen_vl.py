@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from check_layouts import parse_layout
 from full_parameters import full_gradients, let_go
-from golden_qwen_vl import GOLDEN, cases, embedding, sequence, tile_shape, train_step
+from golden_qwen_vl import GOLDEN, arrays, cases, embedding, gradients, sequence, tile_shape, train_step
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -32,6 +32,7 @@ from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import build_trainable
 
 EMBEDDING_TOLERANCE = 3e-5
+HIDDEN_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 5e-6
 GRADIENT_TOLERANCE = 1e-5
 SMALL = 1e-6
@@ -44,7 +45,8 @@ def check(family: str, layout: ParallelConfig, freeze: list[str], recompute: str
     model = replace(weights.config.model, freeze=freeze, recompute=recompute)
     validate_layout(model, layout, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(layout)
-    what = f"{family} {layout} freeze={freeze} recompute={recompute}"
+    frozen = "vision. frozen " if "vision" in freeze else ""
+    what = f"{family} {layout} {frozen}recompute={recompute}"
     check_embeddings(filled(model, layout, groups, weights), family, model, layout, groups, what)
     golden = train_step(family)
     loss = LossConfig(temperature=golden["temperature"], alpha=golden["alpha"])
@@ -56,8 +58,8 @@ def check(family: str, layout: ParallelConfig, freeze: list[str], recompute: str
         trainable.zero_gradients()
         seen = forward_backward(trainable.chunks, batches, build_loss(loss, groups.dp), "global_batch")
         scale = get_model_config(trainable.chunks[0]).grad_scale_func(torch.ones(()))
-        gradients = {name: gradient / scale for name, gradient in full_gradients(trainable, groups).items()}
-        error = check_gradients(gradients, weights, golden["gradient_norms"], f"{what} micro batch {size}")
+        found = {name: gradient / scale for name, gradient in full_gradients(trainable, groups).items()}
+        error = check_gradients(found, weights, golden["gradient_norms"], f"{what} micro batch {size}")
         if seen:
             off = abs(float(torch.stack([share for share, _ in seen]).mean()) / golden["loss"] - 1)
             assert off <= LOSS_TOLERANCE, f"{what}: the loss is {off} off"
@@ -109,8 +111,9 @@ def check_embeddings(
 ) -> None:
     """All cases in one row, and a shorter row of texts behind it."""
     texts = [name for name in cases(family) if name.startswith("text")]
-    rows, names = [], [cases(family), texts]
-    lengths = [len(packed(family, some, model, ParallelConfig(), groups).tokens) for some in names]
+    rows, names, hidden = [], [cases(family), texts], []
+    if groups.pp.rank() == layout.pipeline - 1 and not layout.sequence and layout.context == 1:
+        chunks[-1].language.register_forward_hook(lambda *call: hidden.append(call[-1]))
 
     def step(items, chunk):
         return chunk(next(items)), lambda output, non_loss_data=True: rows.append(output)
@@ -118,23 +121,43 @@ def check_embeddings(
     batches = [packed(family, some, model, layout, groups) for some in names]
     lengths = [sum(batch.padded_lengths) for batch in batches]
     run_schedule(chunks, batches, lengths, step, forward_only=True)
+    if hidden:
+        check_hidden_states(hidden[0], family, batches[0].lengths, what)
     for some, row in zip(names, rows):
         off = max((row[place] - embedding(family, name)).abs().max().item() for place, name in enumerate(some))
         assert off <= EMBEDDING_TOLERANCE, f"{what}: embeddings are {off} off"
         print(f"{what}: embeddings {off:.1e}", flush=True)
 
 
-def check_gradients(gradients: dict[str, Tensor], weights: HfWeights, norms: dict[str, float], what: str) -> float:
-    """Every gradient's norm, by transformers' names; returns the largest relative difference."""
-    hf, layout = weights.format, weights.config.layout
-    rules, theirs = hf.rules(weights.config.model), {hf.canonical_name(name, layout): n for name, n in norms.items()}
-    worst = 0.0
-    for name, gradient in gradients.items():
+def check_hidden_states(hidden: Tensor, family: str, lengths: list[int], what: str) -> None:
+    """Last hidden states [t, 1, h] of the cases in their order, where they are stored."""
+    stored = 0
+    for name, own in zip(cases(family), hidden.squeeze(1).split(lengths)):
+        golden = arrays(family, name).get("last_hidden_state")
+        if golden is not None:
+            off = (own - torch.from_numpy(golden)).abs().max().item()
+            assert off <= HIDDEN_TOLERANCE, f"{what}: last hidden states of {name} are {off} off"
+            stored += 1
+    assert stored >= 2
+
+
+def check_gradients(found: dict[str, Tensor], weights: HfWeights, norms: dict[str, float], what: str) -> float:
+    """The norm of every gradient, by transformers' names, and some whole ones; returns the largest difference."""
+    hf, layout, model = weights.format, weights.config.layout, weights.config.model
+    rules, names = hf.rules(model), {hf.canonical_name(name, layout): name for name in norms}
+    whole, worst, seen = gradients(model.family), 0.0, set()
+    for name, gradient in found.items():
         for canonical, part in zip(rules[name].names, rules[name].split(gradient)):
-            golden, norm = theirs[canonical], float(part.double().norm())
+            theirs = names[canonical]
+            golden, norm = norms[theirs], float(part.double().norm())
             off = abs(norm - golden) / (golden if golden > SMALL else 1)
-            assert off <= GRADIENT_TOLERANCE, f"{what}: the gradient of {name} has norm {norm}, not {golden}"
+            if theirs in whole:
+                off = max(off, float((part - whole[theirs]).norm() / whole[theirs].norm()))
+            assert off <= GRADIENT_TOLERANCE, f"{what}: the gradient of {name} is off by {off}"
             worst = max(worst, off)
+            seen.add(theirs)
+    frozen = ("visual.blocks", "visual.patch_embed", "visual.pos_embed") if "vision. frozen" in what else ()
+    assert {name for name in names.values() if not name.removeprefix("model.").startswith(frozen or "-")} <= seen, what
     return worst
 
 
