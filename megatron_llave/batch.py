@@ -150,7 +150,8 @@ class PackedSequences:
     visual_bounds: list[int] | None = None
     """c + 1 boundaries of the context ranks' visual tokens; None: this is a part, or one rank has the row."""
     features: Tensor | None = None
-    """[k, p, vision hidden] output of a frozen vision encoder in the first forward pass, kept for the second."""
+    """Output of a frozen vision encoder in the first forward pass, kept for the second: [k, p, vision hidden], or with
+    grids [1 + d, 4k, vision hidden], of the last layer and of d layers before it."""
 
     @property
     def num_tokens(self) -> int:

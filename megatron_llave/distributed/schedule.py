@@ -16,9 +16,8 @@ def run_schedule(
 ) -> list:
     """Run the micro batches through megatron-core's schedule for this layout: no pipelining, 1F1B or interleaved.
 
-    Pipeline stages send hidden states of one shape, padded to the longest row, and what a LanguageModel sends on
-    beside them (`sent_rows`). They could exchange the shape before
-    every send in its place, for which the host would wait each time.
+    Pipeline stages send tensors of one shape, padded to the longest row: hidden states, and what a LanguageModel sends
+    on beside them (`sent_rows`). If they exchanged the shape before every send, the host would wait each time.
 
     Args:
         chunks: this rank's model chunks, which leave out the rows of their input that are padding.

@@ -4,7 +4,8 @@ An Embedder is one chunk of the pipeline. The first chunk has vision encoder, pr
 one pools.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +70,16 @@ class Embedder(MegatronModule):
         `sequences.num_tiles` is at least 1.
         """
         raise NotImplementedError
+
+    def encoded(self, sequences: PackedSequences, encode: Callable[[], Tensor]) -> Tensor:
+        """Return the features of the images; a frozen vision encoder runs once per step, and not in both passes."""
+        features = sequences.features
+        if features is None:
+            with torch.no_grad() if self.vision_is_frozen else nullcontext():
+                features = encode()
+            if self.vision_is_frozen:
+                sequences.features = features
+        return features
 
     def parameters_of(self, part: str) -> Iterable[Parameter]:
         """Return the parameters of a part, one of config.model.PARTS."""

@@ -1,7 +1,6 @@
 """The LLaVE model: SigLIP, a two-layer projector, the learned image_newline, and Qwen2."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
 from megatron.core import tensor_parallel
@@ -38,12 +37,8 @@ class LlaveEmbedder(Embedder):
         of an interpolated feature map (anyres_max of the official repository) are blended first and then gathered too.
         A context rank encodes its own tiles, and its visual tokens come from those of all ranks.
         """
-        features = sequences.features
-        if features is None:
-            with torch.no_grad() if self.vision_is_frozen else nullcontext():
-                features = self.vision(sequences.tiles, sequences.blank)  # [k, p, vision h]
-            if self.vision_is_frozen:
-                sequences.features = features
+        # [k, p, vision h]
+        features = self.encoded(sequences, lambda: self.vision(sequences.tiles, sequences.blank))
         newline, patches = self.image_newline[None], features.shape[1]  # in the order of parameters_of
         features = self.projector(features.flatten(0, 1))  # [k * p, h]
         if sequences.context > 1:  # all-gather in forward, reduce-scatter in backward

@@ -9,5 +9,5 @@ from megatron_llave.models.qwen_vl.family import qwen_vl_family
 from megatron_llave.models.qwen_vl.hf_format import hf_format
 
 FAMILY = qwen_vl_family(
-    "qwen2_5_vl", Qwen25VLEmbedder, INPUTS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen2_5vl_3b", "qwen2_5vl_7b"))
+    Qwen25VLEmbedder, INPUTS, KEYS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen2_5vl_3b", "qwen2_5vl_7b"))
 )

@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 
 from megatron_llave.models.blocks.layer_specs import RMSNorm
-from megatron_llave.models.qwen_vl.embedder import QwenVLEmbedder
+from megatron_llave.models.qwen_vl.embedder import QwenVlEmbedder
 from megatron_llave.models.qwen_vl.vision import CLIP_MEAN, CLIP_STD, TowerKind
 
 
-class Qwen25VLEmbedder(QwenVLEmbedder):
+class Qwen25VLEmbedder(QwenVlEmbedder):
     """HF Qwen2_5_VLModel as an embedder."""
 
     tower_kind = TowerKind(F.silu, F.silu, RMSNorm, gated=True, mean=CLIP_MEAN, std=CLIP_STD)

@@ -8,6 +8,4 @@ from megatron_llave.models.qwen2_vl.inputs import INPUTS
 from megatron_llave.models.qwen_vl.family import qwen_vl_family
 from megatron_llave.models.qwen_vl.hf_format import hf_format
 
-FAMILY = qwen_vl_family(
-    "qwen2_vl", Qwen2VLEmbedder, INPUTS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen2vl_2b", "qwen2vl_7b"))
-)
+FAMILY = qwen_vl_family(Qwen2VLEmbedder, INPUTS, KEYS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen2vl_2b", "qwen2vl_7b")))

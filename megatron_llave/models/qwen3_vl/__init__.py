@@ -9,5 +9,5 @@ from megatron_llave.models.qwen_vl.family import qwen_vl_family
 from megatron_llave.models.qwen_vl.hf_format import hf_format
 
 FAMILY = qwen_vl_family(
-    "qwen3_vl", Qwen3VLEmbedder, INPUTS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen3vl_2b", "qwen3vl_4b", "qwen3vl_8b"))
+    Qwen3VLEmbedder, INPUTS, KEYS, hf_format(KEYS, NAMES, PROCESSOR, ("qwen3vl_2b", "qwen3vl_4b", "qwen3vl_8b"))
 )

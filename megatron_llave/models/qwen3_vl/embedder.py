@@ -5,11 +5,11 @@ from functools import partial
 import torch.nn.functional as F
 
 from megatron_llave.models.blocks.qwen2 import DecoderKind
-from megatron_llave.models.qwen_vl.embedder import QwenVLEmbedder
+from megatron_llave.models.qwen_vl.embedder import QwenVlEmbedder
 from megatron_llave.models.qwen_vl.vision import TowerKind
 
 
-class Qwen3VLEmbedder(QwenVLEmbedder):
+class Qwen3VLEmbedder(QwenVlEmbedder):
     """HF Qwen3VLModel as an embedder."""
 
     decoder_kind = DecoderKind(qkv_bias=False, qk_norm=True, interleaved_mrope=True)

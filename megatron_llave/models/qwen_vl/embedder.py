@@ -1,8 +1,5 @@
 """The Qwen-VL embedders: vision encoder -> merger -> visual tokens among the text -> decoder -> last token."""
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences
@@ -13,7 +10,7 @@ from megatron_llave.models.qwen_vl.merger import Projector
 from megatron_llave.models.qwen_vl.vision import TowerKind, VisionTower
 
 
-class QwenVLEmbedder(Embedder):
+class QwenVlEmbedder(Embedder):
     """An Embedder of images that keep their shape. A family sets `tower_kind`, and `decoder_kind`."""
 
     tower_kind: TowerKind
@@ -28,10 +25,6 @@ class QwenVLEmbedder(Embedder):
 
         If context ranks share the row, each encodes all images and takes the tokens of its own part.
         """
-        features = sequences.features
-        if features is None:
-            with torch.no_grad() if self.vision_is_frozen else nullcontext():
-                features = self.vision(sequences.tiles, sequences.grids)  # [1 + d, 4k, vision h]
-            if self.vision_is_frozen:
-                sequences.features = features
+        # [1 + d, 4k, vision h]
+        features = self.encoded(sequences, lambda: self.vision(sequences.tiles, sequences.grids))
         return tuple(tokens.index_select(0, sequences.visual_source) for tokens in self.projector(features))

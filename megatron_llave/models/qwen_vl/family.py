@@ -1,20 +1,23 @@
 """The record of a Qwen-VL family, made of what it has of its own."""
 
+from dataclasses import fields
+from functools import partial
 from math import isqrt
 
-from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.model import ModelConfig, VisionConfig
 from megatron_llave.errors import require
 from megatron_llave.models.family import Family
 from megatron_llave.models.hf.weights import HfFormat
-from megatron_llave.models.qwen_vl.embedder import QwenVLEmbedder
+from megatron_llave.models.qwen_vl.embedder import QwenVlEmbedder
+from megatron_llave.models.qwen_vl.hf_keys import HfKeys
 from megatron_llave.models.qwen_vl.processor import QwenVlInputs
 from megatron_llave.models.qwen_vl.resize import MERGED
 
 
-def qwen_vl_family(name: str, embedder: type[QwenVLEmbedder], inputs: QwenVlInputs, hf: HfFormat) -> Family:
-    """Return the record of the family `name`."""
+def qwen_vl_family(embedder: type[QwenVlEmbedder], inputs: QwenVlInputs, keys: HfKeys, hf: HfFormat) -> Family:
+    """Return the record of the family with these keys of config.json."""
     return Family(
-        name=name,
+        name=keys.layout,
         embedder=embedder,
         build_processor=inputs.build_processor,
         image_lengths=inputs.image_lengths,
@@ -24,14 +27,20 @@ def qwen_vl_family(name: str, embedder: type[QwenVLEmbedder], inputs: QwenVlInpu
         describe=inputs.describe,
         prompts=inputs.prompts,
         hf=hf,
-        check=check_model,
+        check=partial(check_model, keys=keys),
     )
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig, keys: HfKeys) -> None:
     """Raise a ConfigError for sizes that the vision encoder or the decoder cannot have."""
     vision, language = model.vision, model.language
-    require(vision.image_size == 0, f"model.vision.image_size={vision.image_size} must be 0: images keep their shape")
+    for f in fields(VisionConfig):
+        is_default = getattr(vision, f.name) == getattr(VisionConfig(), f.name)
+        what = f"model.vision.{f.name}={getattr(vision, f.name)}"
+        require(is_default or f.name in {*keys.vision, *keys.layer_lists}, f"{what}: a model of {keys.layout} has none")
+    needs_positions = "num_positions" in keys.vision
+    ok = vision.num_positions > 0 or not needs_positions
+    require(ok, f"model.vision.num_positions={vision.num_positions} must be positive; set it or choose model.preset")
     head = vision.hidden_size // max(1, vision.num_heads)
     sizes = f"model.vision.hidden_size={vision.hidden_size} / model.vision.num_heads={vision.num_heads}"
     require(head % 4 == 0, f"{sizes} must be a multiple of 4, as rotary embeddings turn pairs of channels on two axes")

@@ -58,7 +58,8 @@ class TowerKind:
 
 def tower_transformer_config(model: ModelConfig, parallel: ParallelConfig, kind: TowerKind) -> TransformerConfig:
     """Return the configuration of the layers, which have biases everywhere."""
-    vision, fuses = model.vision, fuses_activations() and kind.fused_activation is not None
+    vision, compiles = model.vision, fuses_activations()
+    fuses = compiles and kind.fused_activation is not None
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -71,7 +72,7 @@ def tower_transformer_config(model: ModelConfig, parallel: ParallelConfig, kind:
         add_bias_linear=True,
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor,
-        **{**common_config(model), "bias_activation_fusion": fuses},
+        **{**common_config(model), "bias_activation_fusion": fuses, "bias_dropout_fusion": compiles},
     )
 
 

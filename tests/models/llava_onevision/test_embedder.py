@@ -79,7 +79,7 @@ def merged(cases: list[dict], multiple: int) -> list[torch.Tensor]:
         vision=lambda tiles, blank: features,
         projector=torch.nn.Identity(),
         image_newline=torch.from_numpy(arrays["image_newline"]),
-        vision_is_frozen=False,
+        encoded=lambda sequences, encode: encode(),
     )
     row = torch.full((len(packed.tokens), 8), torch.nan)
     [row[packed.visual_position]] = LlaveEmbedder.visual_tokens(stand_in, packed)
