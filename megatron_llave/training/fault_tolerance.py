@@ -230,6 +230,7 @@ class Watchdog:
 
     def _end(self) -> None:
         """Find the rank that is the cause, print it, and end the process."""
+        faulthandler.dump_traceback_later(GRACE * self._seconds, exit=True)  # anew, because this thread does run
         try:
             before = self._read()
             for _ in range(BEATS_WATCHED):

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from forking import run_script, search_path
+from forking import fork, run_script
 
 pytest.importorskip("transformers")
 
@@ -23,12 +24,18 @@ SMALL = [
 ]
 
 
-def test_rows_of_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_arm(command: list[str], **given: object) -> subprocess.CompletedProcess:
-        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu_step"]
-        return run_script(gpu_step.__file__, *command[3:])
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants run in forks, which start sooner than new processes."""
 
-    monkeypatch.setattr(subprocess, "run", run_arm)
+    def run_variant(command: list[str], timeout: float, **given: object) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu_step"]
+        return run_script(gpu_step.__file__, *command[3:], timeout=timeout)
+
+    monkeypatch.setattr(subprocess, "run", run_variant)
+
+
+def test_rows_of_the_table(capsys: pytest.CaptureFixture[str], forked: None) -> None:
     gpu_step.main(["--presets", "0.5b", "--pairs", "2", "--repeats", "1", *SMALL])
     rows = [
         line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.5b")
@@ -69,7 +76,9 @@ def test_variant_that_fails_is_a_row_and_ends_in_failure(
     assert "| failed: RuntimeError: no such kernel |" in capsys.readouterr().out
 
 
-def test_settings_are_lines_as_soon_as_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_lines_as_soon_as_they_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forked: None
+) -> None:
     raw, both = tmp_path / "raw.jsonl", ["micro_batch", "global_batch"]
     arguments = ["--presets", "0.5b", "--variants", "sdpa", "local", "--pairs", "3", "2", "--negatives", *both]
     gpu_step.main([*arguments, "--repeats", "1", "--raw", str(raw), "--folder", str(tmp_path / "kept"), *SMALL])
@@ -94,11 +103,19 @@ def test_variant_that_hangs_is_ended_and_says_so(tmp_path: Path, capsys: pytest.
 
 
 def test_variants_wait_for_their_turn(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from benchmarks import gpu_step; gpu_step.take_turn(pathlib.Path(sys.argv[1]), 60)"
+    script, out = tmp_path / "waits.py", tmp_path / "out"
+    script.write_text(
+        "import sys, pathlib\nfrom benchmarks import gpu_step\nprint('asks', flush=True)\n"
+        "gpu_step.take_turn(pathlib.Path(sys.argv[1]), 60)\nprint('has it')"
+    )
+    out.touch()
     with (tmp_path / "turn").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        env = {**os.environ, "PYTHONPATH": search_path()}
-        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env)
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(8)
-    assert waiting.wait(120) == 0
+        waiting = fork([str(script), str(tmp_path)], (str(out), os.devnull), {})
+        while not out.read_text():
+            assert waiting.is_alive()
+            time.sleep(0.02)
+        waiting.join(1)
+        assert waiting.is_alive() and out.read_text() == "asks\n"
+    waiting.join(120)
+    assert waiting.exitcode == 0 and out.read_text() == "asks\nhas it\n"

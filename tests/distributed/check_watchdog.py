@@ -27,11 +27,12 @@ if __name__ == "__main__":
     cpu_emulation.enable()
     process_groups.initialize_distributed(300)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # as StopRequests has it: torchrun sends one
-    watchdog = Watchdog(3)
+    watchdog = Watchdog(6)  # longer than a step takes on a busy machine
     with exit_with_one_line():
         for step in range(1, 10):
             watchdog.progress(f"in step {step}")
             if step == 5 and dist.get_rank() == 1:
+                time.sleep(2)  # so that its heartbeat has said which step it is in
                 FAULTS[sys.argv[1]]()
             time.sleep(0.2)
             dist.all_reduce(torch.ones(1))

@@ -3,16 +3,14 @@
 import io
 import json
 import multiprocessing
+import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from forking import run_script
+from forking import fork, run_script
 from PIL import Image
 from shard_pairs import read_shard
 
@@ -324,12 +322,13 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
     (images / "cats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tool = [str(ROOT / "tools/prepare_data.py"), "jsonl", "--source", str(images / "cats.jsonl")]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    run = subprocess.Popen([sys.executable, *tool, "--out", str(killed), "--workers", "2"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(killed.glob("*.done"))) < 2 and time.monotonic() < deadline:
+    run = fork([*tool, "--out", str(killed), "--workers", "2"], (os.devnull, os.devnull), {})
+    deadline = time.monotonic() + 300
+    while len(list(killed.glob("*.done"))) < 2:
+        assert run.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     done = [path.with_suffix("") for path in killed.glob("*.done")]
     times = {path: path.stat().st_mtime_ns for path in done}
     assert len(times) >= 2 and not (killed / "index.json").exists()

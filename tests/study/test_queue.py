@@ -198,10 +198,11 @@ cfg = load_config(config)
 queue.run_all(Plan(config, None, out, (), 1), "hardness", [first], 1, print)
 """
 SLEEPER = """
-import signal, sys, time
+import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *given: sys.exit(print("asked", flush=True)))
 print("runs", flush=True)
-time.sleep(4)
+deadline = time.monotonic() + 200
+while not pathlib.Path({may_end!r}).exists() and time.monotonic() < deadline: time.sleep(0.05)
 """
 
 
@@ -210,7 +211,8 @@ def going_on(tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     """A study in a process of its own, in the middle of its only run, and what that run prints."""
     script = tmp_path / "study.py"
     script.write_text(STUDY)
-    study = fork([str(script), str(CONFIG), str(tmp_path), SLEEPER], (os.devnull, os.devnull), {})
+    sleeper = SLEEPER.format(may_end=str(tmp_path / "may end"))
+    study = fork([str(script), str(CONFIG), str(tmp_path), sleeper], (os.devnull, os.devnull), {})
     output = tmp_path / "alpha-0-seed0" / "output.log"
     deadline = time.monotonic() + 200
     while not (output.is_file() and "runs" in output.read_text()):
@@ -228,6 +230,7 @@ def test_a_killed_study_leaves_its_runs_locked_until_they_have_ended(going_on) -
     with (output.parent / ".lock").open("w") as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (output.parents[1] / "may end").touch()
         fcntl.flock(lock, fcntl.LOCK_EX)  # free when the run has ended
     assert output.read_text().split() == ["runs"]
 

@@ -90,7 +90,8 @@ def test_jsonl_on_one_and_two_ranks(model: Path, tmp_path: Path) -> None:
 def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, tmp_path: Path) -> None:
     image = (model.parent / "picture.png").read_bytes()
     (tmp_path / "bad.png").write_bytes(image[: len(image) // 2])
-    lines = [{"id": f"t{i}", "text": "x" * i} for i in range(1, 600)] + [{"id": "bad", "image": "bad.png"}]
+    texts = [f"{i}" for i in range(1, 599)] + ["x" * 599]  # more than a part
+    lines = [{"id": f"t{i}", "text": text} for i, text in enumerate(texts, 1)] + [{"id": "bad", "image": "bad.png"}]
     inputs, npy = tmp_path / "in.jsonl", tmp_path / "out.npy"
     inputs.write_text("\ufeff\n" + "\n\n".join(map(json.dumps, lines)))
     command = [TOOL, "--checkpoint", model, "--jsonl", inputs, "--out", npy]
@@ -110,7 +111,7 @@ def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, t
     assert (tmp_path / "out.ids").read_text().split() == [line["id"] for line in lines[:-1]]
     rows = np.load(npy)
     assert rows.shape == (599, 64) and not Path(f"{npy}.parts").exists()
-    np.testing.assert_allclose(rows[[0, -1]], load_model(model).embed(["x", "x" * 599]), atol=1e-5)
+    np.testing.assert_allclose(rows[[0, -1]], load_model(model).embed([texts[0], texts[-1]]), atol=1e-5)
 
 
 def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -102,8 +102,8 @@ def test_process_that_hangs_ends_with_its_stack() -> None:
 
 
 NAMED = {
-    "stops": r"for 3 s: rank 1 \(process \d+ on .*\) does not answer: stopped or lost; last heard of: in step [45]",
-    "sleeps": r"for 3 s: rank 1 .* is the furthest behind; its stack follows; last heard of: in step 5",
+    "stops": r"for 6 s: rank 1 \(process \d+ on .*\) does not answer: stopped or lost; last heard of: in step [45]",
+    "sleeps": r"for 6 s: rank 1 .* is the furthest behind; its stack follows; last heard of: in step 5",
     "dies": r"Root Cause \(first observed failure\):(\n.*){3}\n  rank      : 1 [^=]*Signal 9 \(SIGKILL\)",
 }
 
