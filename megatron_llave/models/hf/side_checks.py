@@ -14,7 +14,7 @@ from typing import Any
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.models.hf.config_json import Section
-from megatron_llave.models.hf.side_files import listed_tokens
+from megatron_llave.models.hf.side_files import listed_tokens, without_appended
 
 IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE = (
     "preprocessor_config.json",
@@ -93,12 +93,16 @@ def check_pooling(folder: Path) -> None:
             raise pooling.refuse(mode, "false: an embedding is that of the last token (pooling_mode_lasttoken)")
 
 
-def check_tokenizer(folder: Path, special: Mapping[str, int]) -> None:
+def check_tokenizer(folder: Path, special: Mapping[str, int], end: str = "") -> list[str]:
     """Check that tokenizer.json has the ids that the files beside it give, and that its settings are those we use.
 
     Args:
         folder: the folder.
         special: the ids that config.json gives to special tokens, which a tokenizer may lack.
+        end: a token that tokenizer.json may append to a text, and which is not appended here.
+
+    Returns:
+        A line about `end` if it is appended.
 
     Raises:
         CheckpointError: names the file and the token or key.
@@ -108,10 +112,11 @@ def check_tokenizer(folder: Path, special: Mapping[str, int]) -> None:
         settings.check(TOKENIZER)
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return
+        return []
     spec = read_json(file, error=CheckpointError)
     ids = _ids(spec, file)
-    if _adds_tokens(spec.get("post_processor")):
+    processor, rest = spec.get("post_processor"), without_appended(spec, end)
+    if _adds_tokens(rest):
         raise CheckpointError(
             f"{file}: its post_processor adds tokens to each text, which data.prompt does not; remove it"
         )
@@ -124,6 +129,8 @@ def check_tokenizer(folder: Path, special: Mapping[str, int]) -> None:
     for token, wanted in special.items():
         if ids.get(token, wanted) != wanted:
             raise CheckpointError(f"{file}: {token!r} must have the id {wanted}, as config.json says, not {ids[token]}")
+    why = f"{end} at the end of each text by tokenizer.json: not used, since data.prompt says how an input ends"
+    return [] if rest == processor else [why]
 
 
 def _adds_tokens(processor: Any) -> bool:

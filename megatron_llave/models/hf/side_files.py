@@ -214,6 +214,30 @@ def end_of_sequence(folder: Path) -> str:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end)
 
 
+def without_appended(spec: Mapping[str, Any], token: str) -> Any:
+    """Return the post_processor of a tokenizer.json without the step that only appends `token` to a text.
+
+    The step is a TemplateProcessing, alone or in a Sequence; None: nothing else is left. What does anything more to a
+    text stays.
+    """
+    processor = spec.get("post_processor")
+    inner = processor.get("processors") if isinstance(processor, dict) else None
+    if not isinstance(inner, list):
+        return None if _appends(processor, token, spec) else processor
+    kept = [step for step in inner if not _appends(step, token, spec)]
+    return processor if len(kept) == len(inner) else processor | {"processors": kept} if kept else None
+
+
+def _appends(step: Any, token: str, spec: Mapping[str, Any]) -> bool:
+    try:
+        text, added = step["single"]
+        ids = [known["id"] for known in spec["added_tokens"] if known["content"] == token]
+        is_token = added["SpecialToken"]["id"] == token and step["special_tokens"][token]["ids"] == ids
+        return step["type"] == "TemplateProcessing" and "Sequence" in text and is_token
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def write_chat_template(out: Path, template: str, has_processor: bool, is_trained: bool) -> None:
     """Write the prompt as the chat template of the processor and of the tokenizer, unless another one is kept.
 

@@ -20,7 +20,7 @@ from megatron_llave.models.hf.side_checks import (
     processor_sections,
 )
 from megatron_llave.models.qwen_vl.hf_files import HfProcessor, chat_template, read_pixels
-from megatron_llave.models.qwen_vl.hf_keys import SPECIAL_TOKENS
+from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED
 from megatron_llave.models.qwen_vl.vision import CLIP_MEAN, CLIP_STD
 
@@ -60,7 +60,8 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
         where = f"{section.file.name}{f' ({section.prefix[:-1]})' if section.prefix else ''}"
         notes.append(f"size in {where}: not used, since data.min_pixels and data.max_pixels hold for videos too")
     check_pooling(folder)
-    check_tokenizer(folder, {token: config.raw.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()})
+    special = {token: config.raw.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()}
+    notes += check_tokenizer(folder, special, END_OF_TEXT)
     known = {chat_template(template, END): prompt for prompt, template in files.prompts.items()}
     for name, text in chat_templates(folder).items():
         fits = [prompt for ours, prompt in known.items() if re.fullmatch(_pattern(ours), text)]

@@ -18,17 +18,25 @@ from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
 from megatron_llave.models.hf.config_json import Section
 from megatron_llave.models.hf.model_card import base_model, model_card, prompt_of
-from megatron_llave.models.hf.side_checks import IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE, processor_sections
+from megatron_llave.models.hf.side_checks import (
+    IMAGE_FILE,
+    PROCESSOR_FILE,
+    TEMPLATE_TEXT,
+    VIDEO_FILE,
+    chat_templates,
+    processor_sections,
+)
 from megatron_llave.models.hf.side_files import (
     CHAT_TEMPLATES,
     SIDE_FILES,
     add_special_tokens,
     end_of_sequence,
     keep_side_files,
+    without_appended,
     write_chat_template,
     write_generation_config,
 )
-from megatron_llave.models.qwen_vl.hf_keys import SPECIAL_TOKENS, HfKeys
+from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, HfKeys
 from megatron_llave.models.qwen_vl.prompt import Template
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED, pixel_budget
 
@@ -210,7 +218,9 @@ def write_files(
         ids = {token: config.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()}
         add_special_tokens(out, ids, files.processor)
         _write_processor(out, config["vision_config"], training_config, files)
-        write_chat_template(out, chat_template(files.prompts[prompt], end_of_sequence(out)), True, is_trained)
+        template = chat_template(files.prompts[prompt], end_of_sequence(out))
+        write_chat_template(out, template, True, is_trained)
+        _end_once(out, template)
     else:
         notes.append("There is no tokenizer.json, so transformers cannot make a processor of this folder.")
     (out / PROCESSOR_FILE).unlink(missing_ok=True)  # it would be read instead of the two that are written
@@ -221,6 +231,16 @@ def write_files(
     card = model_card(header, ["llave", layout], what, embed, training_config)
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def _end_once(out: Path, template: str) -> None:
+    """Let tokenizer.json append no <|endoftext|> if the chat template is ours, or writes this token itself."""
+    templates = chat_templates(out)
+    used = templates.get(TEMPLATE_TEXT) or next(iter(templates.values()))
+    spec = read_json(out / "tokenizer.json", error=CheckpointError)
+    rest = without_appended(spec, END_OF_TEXT)
+    if (used == template or END_OF_TEXT in used) and rest != spec.get("post_processor"):
+        write_json(out / "tokenizer.json", spec | {"post_processor": rest})
 
 
 def _token_ids(file: Path, rows: int) -> dict[str, int]:

@@ -50,6 +50,9 @@ SPECIAL_TOKENS = {
 }
 """Key of config.json -> the token, and the value of a missing key."""
 
+END_OF_TEXT = "<|endoftext|>"
+"""The token that embedding models pool; the tokenizers of some append it to each text."""
+
 TOP_FIXED = {"quantization_config": (None, None)}
 
 # Our field -> the key in config.json, and the value that Qwen2VLTextConfig and Qwen2_5_VLTextConfig give a missing key.

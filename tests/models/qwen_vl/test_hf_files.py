@@ -214,6 +214,49 @@ def test_a_converted_folder_keeps_its_template_and_budget(tmp_path: Path) -> Non
     assert any(note.startswith("chat template in chat_template.json: not used") for note in notes)
 
 
+APPENDED = tokenizers.processors.TemplateProcessing("$A <|endoftext|>", special_tokens=[("<|endoftext|>", 500)])
+BYTES = tokenizers.processors.ByteLevel(trim_offsets=False)
+APPENDS = "<|endoftext|> at the end of each text by tokenizer.json: not used, since data.prompt says how an input ends"
+
+
+def append(file: Path, processor: object) -> None:
+    """Give a tokenizer.json this post_processor."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processor
+    tokenizer.save(str(file))
+
+
+@pytest.mark.parametrize("processor", [APPENDED, tokenizers.processors.Sequence([BYTES, APPENDED])])
+def test_a_token_that_the_tokenizer_appends_is_there_once(processor: object, tmp_path: Path) -> None:
+    """As in the folder of Qwen3-VL-Embedding, whose chat template leaves the pooled token to the tokenizer."""
+    source, kept, out = (tmp_path / name for name in ("source", "kept", "out"))
+    source.mkdir(), kept.mkdir(), out.mkdir()
+    append(write_tokenizer(source), processor)
+    shutil.copyfile(GOLDEN / "qwen3_vl" / "config.json", source / "config.json")
+    (source / "chat_template.jinja").write_text("of the source")
+    assert APPENDS in check_files(read(source, "qwen3_vl"), source, files_of("qwen3_vl"))
+    write(kept, "qwen3_vl", source)  # converted, not trained
+    assert AutoTokenizer.from_pretrained(kept).encode("a")[-1] == IDS["<|endoftext|>"]
+    assert APPENDS in check_files(read(kept, "qwen3_vl"), kept, files_of("qwen3_vl"))
+    write(out, "qwen3_vl", source, TRAINED.format("qwen3_vl_embedding"))
+    assert APPENDS not in check_files(read(out, "qwen3_vl"), out, files_of("qwen3_vl"))
+    theirs, ours = AutoTokenizer.from_pretrained(out), load_tokenizer(out / "tokenizer.json")
+    template = json.loads((out / "chat_template.json").read_text())["chat_template"]
+    written = theirs.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    ids = encode_prompt("a", [], ours, files_of("qwen3_vl").prompts["qwen3_vl_embedding"], 1000, 0)
+    assert theirs.encode(written) == ids and ids.count(IDS["<|endoftext|>"]) == 1
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|> $A", "$A <|im_end|>", "$A <|endoftext|> <|endoftext|>"])
+def test_other_tokens_that_a_tokenizer_adds_are_refused(text: str, tmp_path: Path) -> None:
+    ids = [("<|endoftext|>", 500), ("<|im_end|>", 501)]
+    added = tokenizers.processors.TemplateProcessing(text, special_tokens=ids)
+    append(write_tokenizer(tmp_path), tokenizers.processors.Sequence([BYTES, added]))
+    shutil.copyfile(GOLDEN / "qwen3_vl" / "config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="tokenizer.json: its post_processor adds tokens to each text"):
+        check_files(read(tmp_path, "qwen3_vl"), tmp_path, files_of("qwen3_vl"))
+
+
 def test_a_model_trained_from_scratch_has_the_ids_of_its_tokenizer(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir(), out.mkdir()
