@@ -127,7 +127,8 @@ def encode_prompt(
     pieces[0] = user + pieces[0]
     around = [tokenizer.encode(token) for token in (START, END)] if template.is_chat else [[], []]
     body = join_at_images([encode(piece) for piece in pieces], [*around[0], IMAGE, *around[1]])
-    num_user = len(tokenizer.encode(user))  # a special token bounds them, so the text after them changes none
+    # A line end at the beginning of the text is one token with that of "user\n", and is never cut.
+    num_user = len(tokenizer.encode(user))
     tail = [tokenizer.eos_id] if template.tail is None else tokenizer.encode(template.tail)
     kept = {IMAGE, *around[0], *around[1]}
     head, body = head + body[:num_user], body[num_user:]
