@@ -168,7 +168,8 @@ def _check_tokenizers(folder: Path, base: Path) -> None:
         raise CheckpointError(f"{both[0]} or {both[1]} is not readable: {' '.join(str(error).split())}") from error
     if ours != theirs:
         token = next(iter(sorted(ours.items() ^ theirs.items())))[0]
-        raise CheckpointError(f"{both[0]}: {token!r} must have the id that it has in {both[1]}")
+        what = f"{both[0]}: {token!r} must have the id that it has in {both[1]}"
+        raise CheckpointError(f"{what}; if no update depends on it, remove tokenizer.json from {folder}")
 
 
 def _update(
