@@ -25,6 +25,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,33 +33,33 @@ from weakref import finalize
 
 import numpy as np
 import psutil
+import tokenizers
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
+from PIL import Image
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.batch import PackedSequences, PairBatch, Side
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
+from megatron_llave.data.packing import Processor, pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import exit_with_one_line, require
-from megatron_llave.models import build_model
+from megatron_llave.models import build_model, build_processor
+from megatron_llave.models.blocks.embedder import Embedder
 from megatron_llave.models.blocks.kernels import row_multiple
-from megatron_llave.models.llava_onevision.anyres import visual_layout
-from megatron_llave.models.llava_onevision.embedder import LlaveEmbedder
-from megatron_llave.models.llava_onevision.processor import image_lengths
 from megatron_llave.planning.memory import save_bytes, stage_memory
-from megatron_llave.planning.pair_lengths import Kind, SideShape
+from megatron_llave.planning.pair_lengths import Kind, SideShape, images_shape
 from megatron_llave.planning.plan import step_shape
 from megatron_llave.train import train_step
 from megatron_llave.training import gradient_cache
@@ -68,26 +69,35 @@ from megatron_llave.training.optimizer import Trainable, build_trainable
 IMAGE_SIZE = (640, 480)
 TEXT = 30, 12
 """Number of text tokens in a query, beside its image, and in a target."""
+VOCABULARY = 256
+
+
+def make_processor(cfg: RunConfig) -> Processor:
+    """The processor of the run's family, without a prompt around the text, and with a tokenizer of numbers."""
+    numbers = {str(i): i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        tokenizer.save(str(file))
+        return build_processor(replace(cfg.data, tokenizer=str(file), prompt="plain"), cfg.model)
 
 
 def side_shapes(cfg: RunConfig) -> tuple[SideShape, SideShape]:
     """Lengths of the query and the target, the same in every pair."""
-    visual, tiles = image_lengths(*IMAGE_SIZE, cfg.data, cfg.model)
-    return SideShape(TEXT[0] + visual, visual, tiles), SideShape(TEXT[1])
+    images = images_shape([list(IMAGE_SIZE)], cfg.data, cfg.model)
+    return replace(images, tokens=TEXT[0] + images.visual_tokens), SideShape(TEXT[1])
 
 
 def make_batch(cfg: RunConfig, rank: int) -> PairBatch:
     """The part of context rank `rank` of a micro batch of such pairs."""
-    pairs, vision, rng = cfg.train.micro_batch_size, cfg.model.vision, np.random.default_rng(0)
-    grids = tuple((columns, rows) for columns, rows in cfg.model.image_grids)
-    layout = visual_layout(*IMAGE_SIZE, grids, vision.image_size, vision.patches_per_side, cfg.model.anyres_max_tiles)
-    _, tiles = image_lengths(*IMAGE_SIZE, cfg.data, cfg.model)
-    pixels = rng.integers(0, 256, (tiles, 3, vision.image_size, vision.image_size), np.uint8)
-    words = [rng.integers(0, cfg.model.language.vocab_size, number).tolist() for number in TEXT]
-    sequences = [EncodedSequence([IMAGE, *words[0]], [pixels], [layout])] * pairs
-    sequences += [EncodedSequence(words[1], [], [])] * pairs
-    shape = TileShape(vision.image_size, vision.patches_per_side**2)
-    packed = pack_sequences(sequences, row_multiple(cfg.model, cfg.parallel), shape, cfg.parallel.context)
+    pairs, processor, rng = cfg.train.micro_batch_size, make_processor(cfg), np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*IMAGE_SIZE[::-1], 3), np.uint8))
+    texts = [" ".join(map(str, rng.integers(0, VOCABULARY, number - 1))) for number in TEXT]  # and the end
+    query, target = (processor.encode(Side(text, images)) for text, images in zip(texts, ([image], [])))
+    shape, multiple = processor.tile_shape, row_multiple(cfg.model, cfg.parallel)
+    packed = pack_sequences([query] * pairs + [target] * pairs, multiple, shape, cfg.parallel.context)
     part = packed.part(rank).map(Tensor.clone)
     ids = torch.arange(pairs)
     return PairBatch(part, ids, ids, ids[:0], "random", [str(i) for i in range(pairs)])
@@ -112,15 +122,15 @@ class Saved:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Watch the forward passes in this block. What a backward pass recomputes does not count."""
-        forward = LlaveEmbedder.forward
+        forward = Embedder.forward
 
-        def watched(model: LlaveEmbedder, sequences: PackedSequences) -> Tensor:
+        def watched(model: Embedder, sequences: PackedSequences) -> Tensor:
             with saved_tensors_hooks(self._hold, lambda holder: holder.tensor):
                 output = forward(model, sequences)
             self._count()
             return output
 
-        with mock.patch.object(LlaveEmbedder, "forward", watched):
+        with mock.patch.object(Embedder, "forward", watched):
             yield
 
     def _hold(self, tensor: Tensor) -> "Holder":

@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.models import family_of
 from megatron_llave.planning.context import shortest_pairs
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
 from megatron_llave.planning.plan import (
@@ -78,8 +79,8 @@ def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]
     tiles = args.pair_tiles or [0, 0]
     ok = min(args.pair_tokens) >= 1 and min(tiles) >= 0 and max(args.pair_tokens) <= cfg.data.max_length
     require(ok, f"--pair-tokens must be 1 to data.max_length={cfg.data.max_length}, --pair-tiles 0 or more")
-    patches = cfg.model.vision.patches_per_side**2
-    sides = [SideShape(t, min(t, k * patches), k) for t, k in zip(args.pair_tokens, tiles)]
+    of_tiles = [family_of(cfg.model).cost.of_tiles(cfg.model, number) for number in tiles]
+    sides = [SideShape(t, min(t, v), k, n) for t, k, (v, n) in zip(args.pair_tokens, tiles, of_tiles)]
     return [Kind(1, [(sides[0], sides[1])])], "--pair-tokens"
 
 

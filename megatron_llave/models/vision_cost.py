@@ -8,6 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.schema import DataConfig
+from megatron_llave.models.blocks.kernels import takes_variable_length
+from megatron_llave.models.blocks.qwen2 import DecoderKind
 from megatron_llave.models.blocks.settings import DTYPES
 
 FLOAT = 4
@@ -17,6 +20,21 @@ FLOAT = 4
 def element(model: ModelConfig) -> int:
     """Return the bytes of a weight or activation."""
     return DTYPES[model.precision].itemsize
+
+
+def has_buckets(model: ModelConfig, on_gpu: bool, head_size: int | None = None) -> bool:
+    """Whether the attention copies sequences into buckets, with the torch that is installed here.
+
+    `head_size` is that of the decoder if it is None.
+    """
+    return model.kernels == "local" and not (on_gpu and takes_variable_length(model, head_size))
+
+
+def rms_norm_activations(model: ModelConfig, width: int, on_gpu: bool) -> int:
+    """Return bytes per row of a norm: its input, its output, and what torch keeps between if it is not one kernel."""
+    e = element(model)
+    between_and_input = width * e if on_gpu or model.kernels == "transformer_engine" else 2 * width * FLOAT
+    return between_and_input + width * e + FLOAT
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,8 @@ class Products:
 class VisionCost:
     """The costs of a family; this one has no images. A family overrides what it has."""
 
+    decoder = DecoderKind()
+    """The decoder, whose costs planning/ computes."""
     splits_tiles = True
     """Whether context ranks share the tiles of a row; otherwise each has all of them."""
 
@@ -62,6 +82,18 @@ class VisionCost:
         """
         return 0
 
+    def image_pairs(self, width: int, height: int, data: DataConfig, model: ModelConfig) -> int:
+        """Return `patch_pairs` of an image, from its size in pixels."""
+        return 0
+
+    def video_pairs(self, num_frames: int, width: int, height: int, data: DataConfig, model: ModelConfig) -> int:
+        """Return `patch_pairs` of a video, from the number and the size in pixels of its frames."""
+        return 0
+
+    def of_tiles(self, model: ModelConfig, tiles: int) -> tuple[int, int]:
+        """Return the visual tokens of so many tiles, if none is left out, and `patch_pairs` of them as one image."""
+        return 0, 0
+
     def encoder_activations(self, model: ModelConfig, tensor: int, tiles: int, on_gpu: bool) -> int:
         """Return the bytes that a trained vision encoder keeps of its tiles for the backward."""
         return 0
@@ -81,6 +113,6 @@ class VisionCost:
         """Return the bytes of the pixels of `tiles` tiles as the data pipeline makes them."""
         return 0
 
-    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int) -> int:
+    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int, on_gpu: bool) -> int:
         """Return the bytes of the largest tensors that exist for a moment, of `context` context ranks' tiles each."""
         return 0

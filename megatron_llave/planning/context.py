@@ -15,8 +15,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.models.vision_cost import element
 from megatron_llave.planning.flops import DENSE_TFLOPS, FP8_OVER_BF16, decoder_flops
-from megatron_llave.planning.memory import element, kv_width
+from megatron_llave.planning.memory import head_widths
 from megatron_llave.planning.pair_lengths import Kind, scaled_longest
 from megatron_llave.planning.plan import LONGEST, NODE
 
@@ -63,7 +64,7 @@ def layer_seconds(cfg: RunConfig, tokens: int, squared_lengths: int, links: Link
     flops = decoder_flops(model.language, tokens, squared_lengths) / model.language.num_layers
     peak = DENSE_TFLOPS["H100"] * 1e12 * (FP8_OVER_BF16 if model.precision == "fp8" else 1)
     hop = links.inside if tensor * context <= links.node else links.between
-    gathered = 2 * kv_width(model) * element(model) * tokens / tensor
+    gathered = 2 * head_widths(model)[1] * element(model) * tokens / tensor
     return flops / tensor / peak, 2 * (context - 1) * (hop.latency + gathered / context / hop.bandwidth)
 
 

@@ -78,7 +78,9 @@ def step_flops(model: ModelConfig, work: Work) -> int:
     return total + decoder
 
 
-def extra_flops(model: ModelConfig, work: Work, embed_pass: bool, reward_pass: bool = False) -> int:
+def extra_flops(
+    model: ModelConfig, work: Work, embed_pass: bool, reward_pass: bool = False, vision_copies: int = 1
+) -> int:
     """FLOPs that the way of computing adds to `step_flops`.
 
     Args:
@@ -86,15 +88,19 @@ def extra_flops(model: ModelConfig, work: Work, embed_pass: bool, reward_pass: b
         work: input of the step.
         embed_pass: whether there is one more forward pass, for global-batch negatives of several micro batches.
         reward_pass: whether there is one more forward pass, for loss.reward=ema.
+        vision_copies: number of ranks that each encode the same images: 1, or the context ranks of a family whose
+            `splits_tiles` is false.
 
     Returns:
         FLOPs of these forward passes, in which a frozen vision encoder does not run again, and of the activations that
         model.recompute recomputes.
     """
     run_again = {"vision", "projector"} - ({"vision"} & set(model.freeze))
-    forward = sum(products.flops for products in _products(model, work) if products.part in run_again)
-    forward += decoder_flops(model.language, work.tokens, work.squared_lengths)
-    return (embed_pass + reward_pass) * forward + _recomputed_flops(model, work)
+    vision = _products(model, work)
+    again = sum(products.flops for products in vision if products.part in run_again)
+    passes, once = embed_pass + reward_pass, sum(products.with_backward(model.freeze) for products in vision)
+    total = passes * (again + decoder_flops(model.language, work.tokens, work.squared_lengths))
+    return total + (vision_copies - 1) * (once + passes * again) + _recomputed_flops(model, work)
 
 
 def _recomputed_flops(model: ModelConfig, work: Work) -> int:

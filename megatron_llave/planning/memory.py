@@ -15,10 +15,9 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
 from megatron_llave.models import family_of
-from megatron_llave.models.blocks.kernels import takes_variable_length
 from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
-from megatron_llave.models.vision_cost import FLOAT, VisionCost, element
+from megatron_llave.models.vision_cost import FLOAT, VisionCost, element, has_buckets, rms_norm_activations
 from megatron_llave.planning.flops import Work
 from megatron_llave.planning.pair_lengths import SideShape
 
@@ -49,26 +48,30 @@ class MicroBatch:
     """Products of queries and keys; 0 if one rank has the row, which needs no mask."""
 
     @staticmethod
-    def of(sides: Sequence[SideShape], context: int = 1) -> "MicroBatch":
-        """Return the micro batch of these sides, packed into one row that `context` ranks share."""
+    def of(sides: Sequence[SideShape], context: int = 1, splits_tiles: bool = True) -> "MicroBatch":
+        """Return the micro batch of these sides, packed into one row that `context` ranks share.
+
+        `splits_tiles`: whether they share the tiles too, or each has all of them.
+        """
         lengths = [side.tokens for side in sides]
         padded = [padded_length(length, context) for length in lengths]
         buckets: dict[int, list[int]] = {}
+        names = ("tiles", "visual_tokens", "patch_pairs")
         for length in padded:
             attended = length if context == 1 else length // (2 * context)
             buckets.setdefault(length_bucket(attended), []).append(attended)
-        tiles, visual = (sum(getattr(side, name) for side in sides) for name in ("tiles", "visual_tokens"))
+        tiles, visual, patch_pairs = (sum(getattr(side, name) for side in sides) for name in names)
         attended = sum(len(bucket) * max(bucket) for bucket in buckets.values())
         squares = sum(len(bucket) * max(bucket) ** 2 for bucket in buckets.values())
         # The chunks r and 2c - 1 - r of a sequence have r + 1 and 2c - r chunks of keys.
         queries, keys, masked = (2, 2 * context + 1, squares * (2 * context + 1)) if context > 1 else (1, 1, 0)
         return MicroBatch(
-            work=Work(sum(lengths), sum(x * x for x in lengths), tiles),
+            work=Work(sum(lengths), sum(x * x for x in lengths), tiles, patch_pairs),
             sequences=len(sides),
             context=context,
             visual_tokens=-(-visual // context),
             tokens=sum(padded) // context,
-            tiles=-(-tiles // context),
+            tiles=-(-tiles // context) if splits_tiles else tiles,
             attended=queries * attended,
             keys=keys * attended,
             masked=masked,
@@ -96,8 +99,10 @@ class Chunk:
     def sizes(self) -> dict[str, list[int]]:
         """Return the elements of each parameter on one tensor-parallel rank, by group."""
         language, tp = self.model.language, self.layout.tensor
-        h, f, kv = language.hidden_size, language.ffn_hidden_size, kv_width(self.model)
-        layer = [(h + 2 * kv) * h // tp, (h + 2 * kv) // tp, h * h // tp, 2 * f * h // tp, f * h // tp, h, h]
+        h, f, kind = language.hidden_size, language.ffn_hidden_size, self.cost.decoder
+        q, kv = head_widths(self.model)
+        layer = [(q + 2 * kv) * h // tp, h * q // tp, 2 * f * h // tp, f * h // tp, h, h]
+        layer += [(q + 2 * kv) // tp] * kind.qkv_bias + [language.head_channels] * 2 * kind.qk_norm
         sizes = {"decoder": layer * self.layers + [h] * self.is_last}
         if not self.is_first:
             return sizes
@@ -115,9 +120,10 @@ class Chunk:
         kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute)
         if model.kernels == "local":
             if model.recompute == "full":  # the rotary angles, an input of every layer
-                kept += FLOAT * h // model.language.num_heads * batch.tokens
+                kept += FLOAT * model.language.head_channels * batch.tokens
             elif has_buckets(model, on_gpu):  # indices of the tokens in the buckets
                 kept += 8 * (batch.tokens + batch.attended + (batch.keys if batch.context > 1 else 0)) + batch.masked
+        kept += self.deepstack_bytes(batch, model.recompute == "full")
         if self.is_first and model.dropout:
             kept += batch.tokens * h * e
         if self.is_first and not {"vision", "projector"} <= set(model.freeze):
@@ -127,14 +133,27 @@ class Chunk:
                 kept += self.cost.encoder_activations(model, tp, batch.tiles, on_gpu)
         if self.is_last:
             spread = self.layout.tensor if self.layout.sequence else 1
-            kept += (norm_activations(model, on_gpu) - h * e) * batch.tokens // spread
+            kept += (rms_norm_activations(model, h, on_gpu) - h * e) * batch.tokens // spread
             kept += 3 * FLOAT * h * batch.sequences  # pooled and normalised
         return kept
 
+    def deepstack_bytes(self, batch: MicroBatch, is_kept: bool) -> int:
+        """Return the bytes of what the first layers add, d rows per token, in the first chunk or received by others.
 
-def kv_width(model: ModelConfig) -> int:
-    """Return the width of all key heads together, which is also that of all value heads."""
-    return model.language.hidden_size // model.language.num_heads * model.language.num_kv_heads
+        Other chunks receive it with the hidden states, in one tensor, which they keep; the first keeps it if `is_kept`.
+        """
+        number = len(self.model.vision.deepstack_layers)
+        if not self.is_first:
+            number = max(0, number - stage_chunks(self.model, self.layout, 0)[0].layers)
+        spread = self.layout.tensor if self.layout.sequence else 1
+        of_one = batch.tokens * self.model.language.hidden_size * element(self.model) // spread
+        return number * of_one if is_kept or not self.is_first else 0
+
+
+def head_widths(model: ModelConfig) -> tuple[int, int]:
+    """Return the width of all query heads together, and of all key heads, which is also that of all value heads."""
+    language = model.language
+    return language.num_heads * language.head_channels, language.num_kv_heads * language.head_channels
 
 
 def is_trained(model: ModelConfig, group: str) -> bool:
@@ -142,21 +161,9 @@ def is_trained(model: ModelConfig, group: str) -> bool:
     return PART_OF[group] not in model.freeze
 
 
-def has_buckets(model: ModelConfig, on_gpu: bool) -> bool:
-    """Whether the attention copies sequences into buckets, with the torch that is installed here."""
-    return model.kernels == "local" and not (on_gpu and takes_variable_length(model))
-
-
 def round_up(number: int, multiple: int) -> int:
     """Return the smallest multiple that is not less than `number`."""
     return -(-number // multiple) * multiple
-
-
-def norm_activations(model: ModelConfig, on_gpu: bool) -> int:
-    """Return bytes per token of a norm: its input, its output, and what torch keeps between if it is not one kernel."""
-    h, e = model.language.hidden_size, element(model)
-    between_and_input = h * e if on_gpu or model.kernels == "transformer_engine" else 2 * h * FLOAT
-    return between_and_input + h * e + FLOAT
 
 
 def layer_activations(
@@ -164,35 +171,54 @@ def layer_activations(
 ) -> int:
     """Return the bytes that a decoder layer keeps of a micro batch for the backward."""
     language, e, tp = model.language, element(model), layout.tensor
-    h, f, kv, t = language.hidden_size, language.ffn_hidden_size, kv_width(model), batch.tokens
+    h, f, t = language.hidden_size, language.ffn_hidden_size, batch.tokens
+    q, kv = head_widths(model)
     spread = tp if layout.sequence else 1
     if recompute == "full":
         return t * h * e // spread
     fused, is_selective = model.kernels == "transformer_engine", recompute == "selective"
     # Queries and keys after the rotary embedding, the tensor of all three before it (values are a slice), the output.
-    attention = t * e * (h + kv + (h + 2 * kv) + h)
+    attention = t * e * (q + kv + (q + 2 * kv) + q)
     if not is_selective:
         attention += t * FLOAT * language.num_heads
         if has_buckets(model, on_gpu):  # sequences are copied into buckets and back
-            attention = t * e * h + batch.attended * (e * 2 * h + FLOAT * language.num_heads) + batch.keys * e * 2 * kv
+            attention = t * e * q + batch.attended * (e * 2 * q + FLOAT * language.num_heads) + batch.keys * e * 2 * kv
             attention += batch.masked * e * tp  # which torch makes of the mask, the same for all heads
         elif not fused and batch.context > 1:  # the keys of each chunk
             attention += t * (2 * batch.context + 1) // 2 * e * 2 * kv
+    if family_of(model).cost.decoder.qk_norm:
+        attention += qk_norm_activations(model, batch, on_gpu, has_copies=not is_selective)
     # Both halves of the gated MLP, and the product. Where SwiGLU is not one kernel, as on a CPU, also SiLU of the gate,
     # and the other half plus megatron-core's offset.
     mlp = 0 if is_selective else (3 if on_gpu else 5) * f * t * e
-    norms = 2 * norm_activations(model, on_gpu) * t
+    norms = 2 * rms_norm_activations(model, h, on_gpu) * t
     if fused and is_selective:
         norms -= h * e * t  # the second norm is part of the recomputed MLP
-    rotary = 0 if fused else 4 * (h // language.num_heads) * t * e
+    rotary = 0 if fused else 4 * language.head_channels * t * e
     dropped = 2 * h * t * e if model.dropout else 0
     return (attention + mlp) // tp + (norms + dropped) // spread + rotary
+
+
+def qk_norm_activations(model: ModelConfig, batch: MicroBatch, on_gpu: bool, has_copies: bool) -> int:
+    """Return the bytes that the norms of queries and keys keep beside the tensor of queries, keys and values.
+
+    These are a copy of the queries, and what torch keeps between where a norm is not one kernel. `has_copies`: whether
+    the attention may copy the sequences into buckets, so that the tensor of all three is kept for the norms alone.
+    """
+    (q, kv), e = head_widths(model), element(model)
+    kept = q * e + FLOAT * (model.language.num_heads + model.language.num_kv_heads)
+    if not on_gpu and model.kernels == "local":
+        kept += FLOAT * (q + kv)
+    if has_copies and has_buckets(model, on_gpu):
+        kept += (q + 2 * kv) * e
+    return kept * batch.tokens
 
 
 def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of the inputs of a micro batch: ids, indices of visual tokens, pixels."""
     pixels = family_of(model).cost.pixel_bytes(model, batch.tiles)
-    return 8 * batch.tokens + 16 * batch.visual_tokens + pixels + 20 * batch.sequences
+    ids = 8 * batch.tokens * (4 if model.language.mrope_section else 1)  # and their positions on three axes
+    return ids + 16 * batch.visual_tokens + pixels + 20 * batch.sequences
 
 
 def loss_bytes(rows: int, columns: int, dim: int, hard_negatives: int = 0) -> int:
@@ -215,16 +241,21 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     """Return the bytes of the largest temporary tensors."""
     model, e, tp = chunk.model, element(chunk.model), chunk.layout.tensor
     # Gradients in the MLP of a layer, or in a norm of several operations; the layer itself if it is recomputed.
-    in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT
+    spread = tp if chunk.layout.sequence else 1
+    in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT // spread
     of_layer = [layer_activations(model, chunk.layout, batch, on_gpu, way) for way in ("none", model.recompute)]
     # Or keys and values of all context ranks, and their gradients.
-    gathered = 4 * kv_width(model) * e // tp * batch.context if batch.context > 1 and model.kernels == "local" else 0
-    largest = max(2 * model.language.ffn_hidden_size * e // tp, in_norm, gathered)
-    in_layer = of_layer[0] - of_layer[1] + largest * batch.tokens
+    gathered = (
+        4 * head_widths(model)[1] * e // tp * batch.context if batch.context > 1 and model.kernels == "local" else 0
+    )
+    largest = max(2 * model.language.ffn_hidden_size * e // tp, in_norm, gathered) * batch.tokens
+    # Or what deepstack adds, until the end of the forward pass.
+    dense = chunk.deepstack_bytes(batch, is_kept=True) if chunk.is_first and model.recompute != "full" else 0
+    in_layer = of_layer[0] - of_layer[1] + max(largest, dense)
     if not chunk.is_first:
         return in_layer
     at_ends = [
-        chunk.cost.temporary_bytes(model, tp, batch.tiles, batch.context),
+        chunk.cost.temporary_bytes(model, tp, batch.tiles, batch.context, on_gpu),
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
     ]
     # These tensors exist before the activations of the micro batch are kept, or after they are freed.

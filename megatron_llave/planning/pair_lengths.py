@@ -4,7 +4,7 @@ The planner uses them. No image is decoded and no model runs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class SideShape:
     """Tokens, visual ones included."""
     visual_tokens: int = 0
     tiles: int = 0
+    patch_pairs: int = 0
+    """See planning.flops.Work."""
 
 
 Shape = tuple[SideShape, SideShape]
@@ -105,6 +107,17 @@ class Kind:
     pairs: list[Shape]
 
 
+def images_shape(sizes: Sizes, data: DataConfig, model: ModelConfig, is_video: bool = False) -> SideShape:
+    """Return what images of these sizes, or the frames of a video, add to an input; `tokens` are 0."""
+    family = family_of(model)
+    if is_video:
+        video = (len(sizes), *sizes[0], data, model)
+        return SideShape(0, *family.video_lengths(*video), family.cost.video_pairs(*video))
+    lengths = [family.image_lengths(*size, data, model) for size in sizes]
+    pairs = sum(family.cost.image_pairs(*size, data, model) for size in sizes)
+    return SideShape(0, sum(visual for visual, _ in lengths), sum(tiles for _, tiles in lengths), pairs)
+
+
 def mmeb_like(cfg: RunConfig) -> list[Kind]:
     """Return MMEB_LIKE with the images as the model of a run sees them.
 
@@ -115,8 +128,8 @@ def mmeb_like(cfg: RunConfig) -> list[Kind]:
     data, model = cfg.data, cfg.model
 
     def shape(image: tuple[int, int] | None, text: int) -> SideShape:
-        visual, tiles = family_of(model).image_lengths(*image, data, model) if image else (0, 0)
-        return SideShape(min(text + visual, data.max_length), visual, tiles)
+        images = images_shape([list(image)] if image else [], data, model)
+        return replace(images, tokens=min(text + images.visual_tokens, data.max_length))
 
     return [Kind(share, [(shape(*query), shape(*target))]) for share, query, target in MMEB_LIKE]
 
@@ -159,13 +172,9 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
-    family, sizes, is_video = family_of(counter.model), side["sizes"], side.get("video") is True
-    if is_video:
-        images = [family.video_lengths(len(sizes), *sizes[0], counter.data, counter.model)]
-    else:
-        images = [family.image_lengths(*size, counter.data, counter.model) for size in sizes]
-    tokens = min(counter(side["text"], sizes, is_video), max_length)
-    return SideShape(tokens, sum(visual for visual, _ in images), sum(tiles for _, tiles in images))
+    sizes, is_video = side["sizes"], side.get("video") is True
+    images = images_shape(sizes, counter.data, counter.model, is_video)
+    return replace(images, tokens=min(counter(side["text"], sizes, is_video), max_length))
 
 
 def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:

@@ -13,6 +13,7 @@ from megatron_llave.config.model import RECOMPUTE, ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError
+from megatron_llave.models import family_of
 from megatron_llave.models.vision_cost import FLOAT, element
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
 from megatron_llave.planning.memory import (
@@ -112,7 +113,7 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 def mean_work(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> Work:
     """Return the average input of a number of pairs; hard negatives count like targets."""
     total = sum(kind.share for kind in kinds)
-    tokens = squares = tiles = 0.0
+    tokens = squares = tiles = patch_pairs = 0.0
     for kind in kinds:
         for sides in kind.pairs:
             for side, times in zip(sides, (1, 1 + hard_negatives)):
@@ -120,7 +121,8 @@ def mean_work(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> Work:
                 tokens += number * side.tokens
                 squares += number * side.tokens**2
                 tiles += number * side.tiles
-    return Work(round(tokens), round(squares), round(tiles))
+                patch_pairs += number * side.patch_pairs
+    return Work(round(tokens), round(squares), round(tiles), round(patch_pairs))
 
 
 def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True) -> Plan:
@@ -150,8 +152,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
         step=step,
         stages=[_plan_stage(cfg, stage, step, work, on_gpu) for stage in stages],
         model_flops=step_flops(cfg.model, work),
-        extra_flops=extra_flops(cfg.model, work, step.has_embed_pass, has_reward)
-        + losses * loss_flops(step.rows, step.columns, dims, has_reward),
+        extra_flops=_extra_flops(cfg, work, step) + losses * loss_flops(step.rows, step.columns, dims, has_reward),
         gather_bytes=losses // step.data_parallel * gather_bytes(cfg, step.rows, step.data_parallel),
         reduction_bytes=moved * (sharing - 1) // sharing,
     )
@@ -169,7 +170,8 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
     has_embed_pass = size < share and cfg.loss.negatives == "global_batch"
     rows = share if cfg.loss.negatives == "global_batch" else size
     columns = rows * data_parallel * (1 + cfg.data.hard_negatives)
-    batch = MicroBatch.of(longest_batch(kinds, size, cfg.data.hard_negatives), cfg.parallel.context)
+    longest = longest_batch(kinds, size, cfg.data.hard_negatives)
+    batch = MicroBatch.of(longest, cfg.parallel.context, family_of(cfg.model).cost.splits_tiles)
     return StepShape(data_parallel, share // size, rows, columns, has_embed_pass, batch)
 
 
@@ -177,13 +179,19 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
     """Plan a stage, given the input of a step. The first stage has vision encoder and projector too."""
 
     def flops(part: Work) -> int:
-        return step_flops(cfg.model, part) + extra_flops(cfg.model, part, step.has_embed_pass, cfg.loss.reward == "ema")
+        return step_flops(cfg.model, part) + _extra_flops(cfg, part, step)
 
     layers = sum(chunk.layers for chunk in stage_chunks(cfg.model, cfg.parallel, stage))
     total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers
     if stage == 0:
-        total += flops(Work(0, 0, work.tiles))
+        total += flops(replace(work, tokens=0, squared_lengths=0))
     return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), total, save_bytes(cfg, stage, step))
+
+
+def _extra_flops(cfg: RunConfig, work: Work, step: StepShape) -> int:
+    """FLOPs that the way of computing adds, without the loss."""
+    copies = 1 if family_of(cfg.model).cost.splits_tiles else cfg.parallel.context
+    return extra_flops(cfg.model, work, step.has_embed_pass, cfg.loss.reward == "ema", copies)
 
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:

@@ -16,6 +16,7 @@ from megatron_llave.config.schema import LossConfig, RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
+from megatron_llave.models import family_of
 from megatron_llave.planning.flops import Work, achieved
 
 MEANS = {
@@ -64,28 +65,33 @@ def collect(
         started: time.perf_counter() when the step began to wait for its data.
         data_seconds: how long it waited.
     """
+    cost, rows = family_of(cfg.model).cost, [batch.sequences for batch in result.batches]
+    pairs = sum(cost.patch_pairs(cfg.model, row.grids) for row in rows)
     record = {"step": step, "subset": result.batches[0].subset, "learning_rate": result.learning_rate}
     record |= {"temperature": result.config.temperature, "alpha": result.config.alpha}
-    record |= {"gradient_norm": result.gradient_norm} | step_metrics(result.shares, result.batches, group)
+    record |= {"gradient_norm": result.gradient_norm} | step_metrics(result.shares, result.batches, group, pairs)
     if is_due(step, cfg.log.histogram_interval):
         record |= histograms(result.shares, result.batches, group)
     seconds = time.perf_counter() - started
-    work = Work(record["tokens"], record["squared_lengths"], record["tiles"])
+    work = Work(*(record[name] for name in ("tokens", "squared_lengths", "tiles", "patch_pairs")))
     record |= {"seconds": seconds, "data_seconds": data_seconds, "memory_gb": peak_memory_gb()}
     return record | achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
 
 
-def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, float | int]:
+def step_metrics(
+    shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup, patch_pairs: int = 0
+) -> dict[str, float | int]:
     """Loss, mean similarities and how they compare over the step's pairs, and counts, over all data-parallel ranks.
 
     Without shares of the loss, as on all pipeline stages but the last, everything but the counts is 0 or NaN.
+    `patch_pairs` is what the attention of the vision encoder costs this rank's micro batches, see planning.flops.Work.
     """
     device = batches[0].query_ids.device
     counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
     rows = [batch.sequences for batch in batches]
     counts = [sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows)]
     counts += [sum(length**2 for row in rows for length in row.lengths[: row.num_sequences])]
-    counts += [sum(getattr(batch, name) for batch in batches) for name in counted]
+    counts += [patch_pairs, *(sum(getattr(batch, name) for batch in batches) for name in counted)]
     counts_on_device = to_device(torch.tensor(counts, dtype=torch.float64), device)
     values = [_values(shares, name, device) for name in MEANS]
     finite = [x.isfinite() for x in values]  # -inf where a query has no negative
@@ -100,7 +106,7 @@ def step_metrics(shares: list[LossShare], batches: list[PairBatch], group: dist.
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
     compared = {f"similarity_{name}": compare(*samples.unbind(1)) for name, compare in COMPARISONS.items()}
-    names = ("tokens", "tiles", "squared_lengths", "pairs", "hard_negatives", "skipped", "cut")
+    names = ("tokens", "tiles", "squared_lengths", "patch_pairs", "pairs", "hard_negatives", "skipped", "cut")
     return {"loss": loss / group.size(), **means, **compared, **dict(zip(names, map(int, counts)))}
 
 

@@ -18,7 +18,10 @@ GROUPS = {
         *("positive_similarity", "hardest_negative_similarity"),
         *("similarity_margin", "similarity_auc", "similarity_overlap", "effective_negatives", "hardest_share"),
     ),
-    "data": ("pairs", "hard_negatives", "tokens", "tiles", "squared_lengths", "skipped", "cut", "data_seconds"),
+    "data": (
+        *("pairs", "hard_negatives", "tokens", "tiles", "squared_lengths", "patch_pairs"),
+        *("skipped", "cut", "data_seconds"),
+    ),
     "performance": ("seconds", "save_seconds", "tflops", "mfu", "memory_gb"),
 }
 """Group -> keys of a record; the name of a scalar is GROUP/KEY. `scalars_of` adds the groups' further scalars."""

@@ -12,6 +12,8 @@ from megatron_llave.planning.pair_lengths import SideShape
 
 MEASURE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_plan.py"
 WORST = 0.1
+SMALL_IMAGES = "data.max_pixels=60000"
+FROZEN = ["model.freeze=[vision]", "model.recompute=full"]
 WORST_TEMPORARY = 0.4
 """What exists for a moment is the rest of the peak, so it has the errors of all other parts: 37 % of a small number."""
 
@@ -29,6 +31,11 @@ def measure(world: int, *arguments: str) -> list[dict]:
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2", "model.recompute=full"]),
         (2, ["parallel.context=2", "--pairs", "4"]),
+        (1, ["--preset", "tiny_qwen2vl", SMALL_IMAGES]),
+        (2, ["--preset", "tiny_qwen2_5vl", SMALL_IMAGES, "parallel.tensor=2"]),
+        (2, ["--preset", "tiny_qwen3vl", SMALL_IMAGES, "parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["--preset", "tiny_qwen3vl", SMALL_IMAGES, "parallel.context=2", *FROZEN]),
+        (1, ["--preset", "tiny_qwen2_5vl", SMALL_IMAGES, *FROZEN]),
     ],
 )
 def test_plan_is_what_a_step_takes(world: int, arguments: list[str]) -> None:

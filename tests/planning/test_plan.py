@@ -3,21 +3,24 @@
 import sys
 from pathlib import Path
 
+import check_parameters
 import pytest
+from forking import run_script
 
 from megatron_llave.config.load import config_from_dict, load_config, override_config
-from megatron_llave.config.schema import RunConfig
-from megatron_llave.distributed.process_groups import device
+from megatron_llave.config.presets import PRESETS
+from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.errors import ConfigError
-from megatron_llave.models import build_model
 from megatron_llave.planning.context import layer_seconds, shortest_pairs
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
+from megatron_llave.planning.memory import Chunk
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
 from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
 from tools import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+QWEN_VL = ("qwen2vl", "qwen2_5vl", "qwen3vl")
 
 
 def example(name: str, *overrides: str) -> RunConfig:
@@ -28,10 +31,19 @@ def plan_of(cfg: RunConfig, ranks: int):
     return make_plan(cfg, ranks, mmeb_like(cfg))
 
 
-def test_parameters_are_those_of_the_built_model(groups) -> None:
-    cfg = example("tiny")
-    [model] = build_model(cfg.model, cfg.parallel, groups, device(), seed=None)
-    assert sum(count_parameters(cfg.model).values()) == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_built_model(groups, preset: str) -> None:
+    model = config_from_dict({"model": {"preset": preset}}).model
+    chunk = Chunk(model, ParallelConfig(), model.language.num_layers, True, True)
+    assert check_parameters.built(chunk, groups, None) == check_parameters.planned(chunk)
+
+
+def test_parameters_are_those_of_every_rank() -> None:
+    """At tensor 2 and pipeline 2: small models, and one of each family as large as it is released."""
+    presets = ["tiny", "2b", *(f"tiny_{name}" for name in QWEN_VL), "qwen2vl_2b", "qwen2_5vl_3b", "qwen3vl_2b"]
+    done = run_script(check_parameters.__file__, "2", "2", "1", *presets)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 2 * len(presets)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("0.5b", 893), ("2b", 1944), ("7b", 7483)])

@@ -33,6 +33,10 @@ class LlaveCost(VisionCost):
             Products("projector", 2 * p * h * h * tiles, after=("vision", "projector")),
         ]
 
+    def of_tiles(self, model: ModelConfig, tiles: int) -> tuple[int, int]:
+        """See VisionCost."""
+        return tiles * _patches(model), 0
+
     def encoder_activations(self, model: ModelConfig, tensor: int, tiles: int, on_gpu: bool) -> int:
         """See VisionCost."""
         vision, e, p = model.vision, element(model), _patches(model)
@@ -55,7 +59,7 @@ class LlaveCost(VisionCost):
         """See VisionCost."""
         return 3 * model.vision.image_size**2 * tiles
 
-    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int) -> int:
+    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int, on_gpu: bool) -> int:
         """See VisionCost."""
         vision, patches, e = model.vision, tiles * _patches(model), element(model)
         inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tensor

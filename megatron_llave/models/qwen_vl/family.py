@@ -8,6 +8,7 @@ from megatron_llave.config.model import ModelConfig, VisionConfig
 from megatron_llave.errors import require
 from megatron_llave.models.family import Family
 from megatron_llave.models.hf.weights import HfFormat
+from megatron_llave.models.qwen_vl.cost import QwenVlCost
 from megatron_llave.models.qwen_vl.embedder import QwenVlEmbedder
 from megatron_llave.models.qwen_vl.hf_keys import HfKeys
 from megatron_llave.models.qwen_vl.processor import QwenVlInputs
@@ -28,6 +29,7 @@ def qwen_vl_family(embedder: type[QwenVlEmbedder], inputs: QwenVlInputs, keys: H
         prompts=inputs.prompts,
         hf=hf,
         check=partial(check_model, keys=keys),
+        cost=QwenVlCost(embedder, inputs.has_time_stamps),
     )
 
 

@@ -133,7 +133,7 @@ class VisionTower(MegatronModule):
             hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=row)
             if index in self.sizes.deepstack_layers:
                 kept.append(hidden)
-        features = torch.cat([hidden, *kept], dim=1).transpose(0, 1)  # [1 + d, s, H]
+        features = torch.stack([of_layer[:, 0] for of_layer in (hidden, *kept)])  # [1 + d, s, H]
         if self.sizes.window_size:
             features = features.unflatten(1, (-1, MERGED**2)).index_select(1, back).flatten(1, 2)
         return features

@@ -17,7 +17,7 @@ from megatron_llave.config.model import LanguageConfig, ModelConfig
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks import kernels, qwen2, siglip
-from megatron_llave.planning.memory import has_buckets
+from megatron_llave.models.vision_cost import has_buckets
 from megatron_llave.train import train_step
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import build_trainable
