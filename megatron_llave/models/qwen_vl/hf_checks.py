@@ -11,6 +11,7 @@ processing_qwen2_vl.py (4.57 and 5.23).
 import re
 from pathlib import Path
 
+from megatron_llave.errors import CheckpointError
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.side_checks import (
     chat_templates,
@@ -50,6 +51,10 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
         check_pixels(section, files.mean, files.std, MISSING)
         _check_patches(section, patch, MISSING["patch_size"])
         for key, value in read_pixels(section).items():
+            first = read_pixels(images[0])[key]
+            if value != first:
+                what = f"{section.prefix}{key} is {value}, but {first} in {images[0].file.name}"
+                raise CheckpointError(f"{section.file}: {what}; both must be the same, or one of the files be removed")
             setattr(config.run.data, key, value)
     for section in videos:
         kind = str(section.values.get("video_processor_type", files.video_processor))

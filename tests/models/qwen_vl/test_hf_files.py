@@ -319,6 +319,21 @@ def test_contradictions_between_files_are_refused(
     assert "\n" not in str(error.value)
 
 
+def test_two_budgets_are_refused(exported: tuple[str, Path], tmp_path: Path) -> None:
+    """A missing budget is that of transformers, which reads processor_config.json first."""
+    family, folder = exported
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    file, inner = tmp_path / "processor_config.json", json.loads((folder / "preprocessor_config.json").read_text())
+    budget = {key: inner.pop(key) for key in (*hf_files.EDGES, "size")}
+    file.write_text(json.dumps({"image_processor": inner | {"size": budget["size"]}}))
+    check_files(read(tmp_path, family), tmp_path, files_of(family))
+    inner["size"] = {"shortest_edge": 5000}
+    file.write_text(json.dumps({"image_processor": inner}))
+    message = "processor_config.json: image_processor.min_pixels is 5000, but .* in preprocessor_config.json"
+    with pytest.raises(CheckpointError, match=message):
+        check_files(read(tmp_path, family), tmp_path, files_of(family))
+
+
 def test_missing_keys_of_the_image_processor(tmp_path: Path) -> None:
     theirs = transformers.Qwen2VLImageProcessorPil()
     assert {hf_files.EDGES[key]: value for key, value in hf_files.DEFAULT_PIXELS.items()} == dict(theirs.size)
