@@ -61,7 +61,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path
 
 def test_every_number_of_a_step_has_a_group(groups) -> None:
     """Of a real record, so that a number that is added later is given a group."""
-    row = SimpleNamespace(lengths=[2, 2], num_sequences=2, num_tokens=4, num_tiles=0)
+    row = SimpleNamespace(lengths=[2, 2], num_sequences=2, num_tokens=4, num_tiles=0, grids=[])
     counts = dict.fromkeys(("num_pairs", "num_hard_negatives", "num_skipped", "num_cut"), 1)
     batch = SimpleNamespace(subset="birds", query_ids=torch.zeros(1), sequences=row, **counts)
     result = StepResult(LossConfig(), [batch], [], 1.0, 1e-3)
