@@ -37,7 +37,8 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallel: split norms and residuals over the tensor-parallel ranks."""
     context: int = 1
-    """Number of context-parallel ranks, over which the tokens of each sequence and the tiles of a row are split."""
+    """Number of context-parallel ranks, over which the tokens of each sequence are split, and the tiles of a row where
+    images consist of tiles."""
     first_stage_layers: int | None = None
     """Number of decoder layers on the first pipeline stage; fewer than on the others balance the vision encoder, which
     is on that stage too. null: all stages have the same number."""
