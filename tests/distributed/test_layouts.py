@@ -16,7 +16,7 @@ LAYOUTS = {
         *("1,1,1,0,0", "2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,1,0,1", "1,2,2,0,0"),
         *("2,1,1,0,0,vision", "1,2,1,0,0,vision", "1,2,2,0,0,vision", "1,2,1,0,0,vision,language"),
         *("1,1,1,0,0,overlap", "1,2,2,0,0,overlap", "1,1,1,0,0,vision,overlap", "1,1,1,0,0,vision,language,overlap"),
-        "1,1,1,0,0,context2",
+        *("1,1,1,0,0,context2", "1,1,1,0,0,projector,context2", "1,1,1,0,0,vision,language,context2"),
     ],
     4: [
         *("2,2,1,0,0", "1,4,1,0,0", "2,2,2,1,0,vision", "2,2,1,1,1,projector"),
