@@ -6,6 +6,7 @@ b pairs, m hard negatives, c context ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,23 @@ class Side:
     """[frames, height, width, 3] uint8 RGB, the frames of a video; an input with a video has no images."""
     is_video: bool = False
     """Whether the images are the frames of one video, in their order and of equal size, as shards store videos."""
+    seconds: tuple[float, ...] = ()
+    """When each frame of the video was taken, seconds; empty: unknown, and models take two frames per second."""
 
     def __post_init__(self) -> None:
-        """Raise a DataError unless the text is Unicode text and the images are a list of what they may be."""
+        """Raise a DataError unless the text is Unicode text, and images and seconds are what they may be."""
         if not isinstance(self.text, str):
             raise DataError(f"the text of a Side must be a string, not {self.text!r:.60}")
         if not isinstance(self.images, list) or not all(isinstance(x, (bytes, Image.Image)) for x in self.images):
             right = "a list of the bytes of image files or of PIL images; Side.read(text, FILE) reads files"
             raise DataError(f"the images of a Side must be {right}, not {self.images!r:.60}")
         check_text(self.text)
+        self.seconds = tuple(self.seconds)
+        num_frames = len(self.images) * self.is_video if self.frames is None else len(self.frames)
+        is_right = all(isinstance(x, Real) for x in self.seconds) and len(self.seconds) == num_frames
+        if self.seconds and not is_right:
+            right = f"one number for each of its {num_frames} frames"
+            raise DataError(f"the seconds of a Side must be {right}, not {self.seconds!r:.60}")
 
     @property
     def num_placeholders(self) -> int:
@@ -57,7 +66,7 @@ class Side:
         return 1 if self.is_video or self.frames is not None else len(self.images)
 
     @staticmethod
-    def read(text: str, *images: str | Path, is_video: bool = False) -> "Side":
+    def read(text: str, *images: str | Path, is_video: bool = False, seconds: tuple[float, ...] = ()) -> "Side":
         """Return the input of a text and the image files that go with it, which may be the frames of a video.
 
         Raises:
@@ -67,7 +76,7 @@ class Side:
             contents = [read_bytes(image, MAX_IMAGE_BYTES, "name another file") for image in images]
         except DataError as error:
             raise DataError(f"image {error}") from error
-        return Side(text, contents, is_video=is_video)
+        return Side(text, contents, is_video=is_video, seconds=seconds)
 
 
 @dataclass

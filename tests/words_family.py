@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, Side
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import EncodedSequence, TileShape
 from megatron_llave.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
@@ -80,9 +80,7 @@ class WordsProcessor:
         return EncodedSequence([*self.tokenizer.encode(side.text), self.tokenizer.eos_id], [], [])
 
 
-def count_tokens(
-    text: str, sizes: list[list[int]], is_video: bool, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig
-) -> int:
+def count_tokens(text: str, sizes, is_video: bool, tokenizer: Tokenizer, data, model: ModelConfig, seconds) -> int:
     return len(tokenizer.encode(text)) + 1
 
 

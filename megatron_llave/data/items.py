@@ -1,13 +1,14 @@
 """The one reader of JSONL files and of an item in them: an input of the model that a user has written down.
 
 An item is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, images, or both; `images` is another spelling of
-`image`, and `frames` names images that are the frames of a video. Each line of a file for tools/embed.py, and of the
-queries and the corpus of a retrieval, is an item (embedding/jsonl.py). The query, the target and the hard negatives of
-a training pair are items (prepare/jsonl.py).
+`image`, and `frames` names images that are the frames of a video, of which `fps` tells the number per second. Each line
+of a file for tools/embed.py, and of the queries and the corpus of a retrieval, is an item (embedding/jsonl.py). The
+query, the target and the hard negatives of a training pair are items (prepare/jsonl.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_llave.errors import DataError
 from megatron_llave.files import parse_json, read_lines
 
 IMAGE_KEYS = ("image", "images", "frames")
-KEYS = ("id", "text", *IMAGE_KEYS)
+KEYS = ("id", "text", *IMAGE_KEYS, "fps")
 TWO_KEYS = "are two spellings of one key; give one of them"
 LONGEST_PATH = 4096
 """The most bytes that a path may have on Linux."""
@@ -34,6 +35,8 @@ class Item:
     """The user's name for it; None where there is none."""
     is_video: bool = False
     """Whether the images are the frames of a video."""
+    seconds: tuple[float, ...] = ()
+    """When each frame was taken; empty where the item does not say."""
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, str, Any]]:
@@ -77,9 +80,26 @@ def parse_item(values: Any, where: str) -> Item:
     if name is not None and not (isinstance(name, str) and name and name.isprintable()):
         raise DataError(f"{where}: id must be a whole number or a string of printable characters, not {_shown(name)}")
     try:
-        return Item(mark_user_text(text, 1 if is_video else len(images)), tuple(images), name, is_video)
+        seconds = frame_seconds(values, len(images))
+        return Item(mark_user_text(text, 1 if is_video else len(images)), tuple(images), name, is_video, seconds)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def frame_seconds(values: Mapping[str, Any], num_frames: int) -> tuple[float, ...]:
+    """Return when each frame of an item was taken, seconds, from its key `fps`; () if there is none.
+
+    Raises:
+        DataError: `fps` is no such number, or the item has no `frames`.
+    """
+    fps = values.get("fps")
+    if fps is None:
+        return ()
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 1e-3 <= fps <= 1e3:
+        raise DataError(f"fps must be the frames per second, a number from 0.001 to 1000, not {_shown(fps)}")
+    if "frames" not in values:
+        raise DataError("fps is for the images in frames, which are missing")
+    return tuple(number / float(fps) for number in range(num_frames))
 
 
 def check_keys(values: Any, known: Sequence[str], where: str) -> None:

@@ -80,7 +80,8 @@ def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
 def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return what the JSON says of one query or target, and its images by suffix (`<prefix>0.png`).
 
-    The JSON has the text, the names, sizes and CRC-32s of the images, and "video" where these are a video's frames.
+    The JSON has the text, the names, sizes and CRC-32s of the images, and where these are a video's frames "video", and
+    "seconds" if it is known when each was taken.
 
     Raises:
         DataError: the header of an image cannot be read; the message begins with `where`.
@@ -98,6 +99,8 @@ def pack_side(side: Side, prefix: str, where: str) -> tuple[dict[str, Any], dict
     described = {"text": side.text, "images": list(members), "sizes": sizes}
     if side.is_video:
         described["video"] = True
+    if side.seconds:
+        described["seconds"] = list(side.seconds)
     if members:
         described["crc32"] = [zlib.crc32(image) for image in members.values()]
     return described, members
@@ -115,6 +118,9 @@ def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
         raise DataError(f"{where}: a side must be an object with text and images") from error
     if not isinstance(text, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: text must be a string and images a list of member names")
+    seconds = described.get("seconds", [])
+    if not isinstance(seconds, list):
+        raise DataError(f"{where}: seconds must be a list of numbers, not {seconds!r:.60}")
     for name in names:
         if name.startswith("__") or name not in sample:
             raise DataError(f"{where}: image member {name!r} is named in the JSON but not in the tar; {AGAIN}")
@@ -122,7 +128,10 @@ def unpack_side(described: Any, sample: dict[str, Any], where: str) -> Side:
     checksums = described.get("crc32", [])  # older shards have none
     if checksums and checksums != [zlib.crc32(image) for image in images]:
         raise DataError(f"{where}: an image's bytes are not those that its checksum was made of; {AGAIN}")
-    return Side(text, images, is_video=described.get("video") is True)
+    try:
+        return Side(text, images, is_video=described.get("video") is True, seconds=tuple(seconds))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:

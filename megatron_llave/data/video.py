@@ -38,8 +38,10 @@ def require_av() -> Any:
     return av
 
 
-def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> np.ndarray:
-    """Return the frames that `choose_frames` takes, [f, height, width, 3] uint8 RGB.
+def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Return the frames that `choose_frames` takes, [f, height, width, 3] uint8 RGB, and when each was taken, seconds.
+
+    These times are the frames' indices over the frame rate, as in transformers; () if the file does not say its rate.
 
     Raises:
         ConfigError: PyAV is not installed.
@@ -53,13 +55,14 @@ def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> np.ndarray:
             fps = float(container.streams.video[0].average_rate or 0)
         if num_frames == 0:
             raise DataError(f"video {path} has no frames")
-        wanted = set(choose_frames(num_frames, fps, limit).tolist())
+        wanted = choose_frames(num_frames, fps, limit).tolist()
+        chosen = set(wanted)
         with av.open(str(path)) as container:
             decoded = enumerate(_decoded(container, path))
-            frames = [frame.to_ndarray(format="rgb24") for number, frame in decoded if number in wanted]
+            frames = [frame.to_ndarray(format="rgb24") for number, frame in decoded if number in chosen]
     except (OSError, av.FFmpegError) as error:
         raise DataError(f"video {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return np.stack(frames)
+    return np.stack(frames), tuple(index / fps for index in wanted) if fps else ()
 
 
 def _decoded(container: Any, path: str | Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_llave.batch import Side
 from megatron_llave.data.image_files import IMAGE_SUFFIXES
-from megatron_llave.data.items import IMAGE_KEYS, KEYS, TWO_KEYS
+from megatron_llave.data.items import IMAGE_KEYS, KEYS, TWO_KEYS, frame_seconds
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import DataError
 
@@ -50,7 +50,8 @@ def to_side(value: Embeddable, where: str) -> Side:
         if isinstance(value, Side):
             return replace(value, text=mark_user_text(value.text, value.num_placeholders))
         text, images, is_video = _parts(value)
-        side = Side("", [_to_image(image) for image in images], is_video=is_video)
+        seconds = frame_seconds(value, len(images)) if isinstance(value, Mapping) else ()
+        side = Side("", [_to_image(image) for image in images], is_video=is_video, seconds=seconds)
         return replace(side, text=mark_user_text(text, side.num_placeholders))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -35,6 +35,8 @@ class Input:
     """The user's name for the input, for messages; "" where it has none."""
     is_video: bool = False
     """Whether the images are the frames of a video."""
+    seconds: tuple[float, ...] = ()
+    """When each of these frames was taken; empty: unknown."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -109,11 +111,12 @@ class Inputs(Mapping[str, Side]):
         item = self.entries[self.index(key) - self.first]
         try:
             if item.video:
-                return Side(item.text, [], read_frames(self.image_folder / item.video))
+                frames, seconds = read_frames(self.image_folder / item.video)
+                return Side(item.text, [], frames, seconds=seconds)
             if not item.files:
-                return Side(item.text, list(item.images), is_video=item.is_video)
+                return Side(item.text, list(item.images), is_video=item.is_video, seconds=item.seconds)
             paths = (self.image_folder / image for image in item.images)
-            return Side.read(item.text, *paths, is_video=item.is_video)
+            return Side.read(item.text, *paths, is_video=item.is_video, seconds=item.seconds)
         except DataError as error:
             raise DataError(f"data set {self.name}{_with_id(item)}: {error}") from error
 
@@ -136,7 +139,9 @@ class Inputs(Mapping[str, Side]):
         """SHA-256 of texts and file names in their order; embeddings belong to inputs with this digest."""
         digest = hashlib.sha256()
         for item in self.entries:
-            video = ("frames",) if item.is_video else ()  # files with images alone keep the digest that they had
+            video = (
+                ("frames", *item.seconds) if item.is_video else ()
+            )  # files with images alone keep the digest that they had
             digest.update(repr((item.text, item.images, item.video, *video)).encode())
         return digest.hexdigest()
 

@@ -28,7 +28,8 @@ def read_inputs(path: str | Path) -> Iterator[tuple[int, Input]]:
         if not item.text and not item.images:
             raise DataError(f"{where}: neither text nor image")
         images = tuple(_relative(folder / image, folder) for image in item.images)
-        yield number, Input(item.text, images, id=item.id or str(number), is_video=item.is_video)
+        name = item.id or str(number)
+        yield number, Input(item.text, images, id=name, is_video=item.is_video, seconds=item.seconds)
 
 
 def _relative(file: Path, folder: Path) -> str:

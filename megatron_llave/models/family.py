@@ -1,6 +1,6 @@
 """What a model family brings: the record that the registry in models/__init__.py holds one of for each family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,10 @@ class Family:
     """Width and height of an image, pixels -> its visual tokens, and the tiles that the vision encoder sees."""
     video_lengths: Callable[[int, int, int, DataConfig, ModelConfig], tuple[int, int]]
     """Number, width and height of the frames of a video -> its visual tokens, and the tiles."""
-    count_tokens: Callable[[str, list[list[int]], bool, Tokenizer, DataConfig, ModelConfig], int]
-    """Text, [width, height] of its images, whether these are the frames of a video, tokenizer -> tokens of the input,
-    visual ones counted, however long it is; DataError where text and images do not fit together."""
+    count_tokens: Callable[[str, list[list[int]], bool, Tokenizer, DataConfig, ModelConfig, Sequence[float]], int]
+    """Text, [width, height] of its images, whether these are the frames of a video, tokenizer, sections, the times of
+    these frames in seconds (empty: unknown) -> tokens of the input, visual ones counted, however long it is; DataError
+    where text and images do not fit together."""
     input_settings: Callable[[DataConfig, ModelConfig], dict[str, Any]]
     """The settings that embeddings depend on beside weights, tokenizer and precision, by key."""
     describe: Callable[[ModelConfig], list[str]]

@@ -38,13 +38,16 @@ class TokenCounter:
     data: DataConfig
     model: ModelConfig
 
-    def __call__(self, text: str, sizes: Sizes, is_video: bool = False) -> int:
-        """Return the number of tokens, visual ones included; the sizes may be those of a video's frames.
+    def __call__(self, text: str, sizes: Sizes, is_video: bool = False, seconds: Sequence[float] = ()) -> int:
+        """Return the number of tokens, visual ones included.
+
+        The sizes may be those of a video's frames, which were taken at `seconds` if these are known.
 
         Raises:
             DataError: more placeholders than images.
         """
-        return family_of(self.model).count_tokens(text, sizes, is_video, self.tokenizer, self.data, self.model)
+        count_tokens = family_of(self.model).count_tokens
+        return count_tokens(text, sizes, is_video, self.tokenizer, self.data, self.model, seconds)
 
 
 def sample_shards(subset: Subset) -> list[Shard]:
@@ -174,7 +177,8 @@ def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCount
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
     sizes, is_video = side["sizes"], side.get("video") is True
     images = images_shape(sizes, counter.data, counter.model, is_video)
-    return replace(images, tokens=min(counter(side["text"], sizes, is_video), max_length))
+    tokens = counter(side["text"], sizes, is_video, side.get("seconds", ()))
+    return replace(images, tokens=min(tokens, max_length))
 
 
 def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:

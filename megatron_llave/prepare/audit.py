@@ -160,7 +160,8 @@ def _count(
                 _add(result, "pixels", kind, max(size))
             continue
         try:
-            _add(result, "tokens", kind, count_tokens(side["text"], side["sizes"], side.get("video") is True))
+            is_video, seconds = side.get("video") is True, side.get("seconds", ())
+            _add(result, "tokens", kind, count_tokens(side["text"], side["sizes"], is_video, seconds))
         except DataError:
             result.not_encodable += 1
 

@@ -46,6 +46,7 @@ class PairLine:
                 item.images,
                 item.id or make_id(item.text, [_path_for_id(start, image) for image in item.images]),
                 item.is_video,
+                item.seconds,
             )
             for item in self.sides
         )

@@ -58,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SourceSide:
-    """A query, target or hard negative as the source describes it."""
+    """A query, target or hard negative as the source describes it; `is_video` and `seconds` are those of a Side."""
 
     text: str
     images: tuple[str, ...]
@@ -66,7 +66,7 @@ class SourceSide:
     id: str
     """Equal ids mean equal queries or equal targets."""
     is_video: bool = False
-    """Whether the images are the frames of a video."""
+    seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> tu
             noticed += [(note, f"{name}: {written!r}") for note in notes]
         if side.is_video and len({open_image(image).size for image in images}) > 1:
             raise _LeftOutError(CORRUPT, f"{side.images[0]!r} and the other frames of a video differ in size")
-        return Side(side.text, images, is_video=side.is_video), noticed
+        return Side(side.text, images, is_video=side.is_video, seconds=side.seconds), noticed
     except _LeftOutError as error:
         raise _LeftOutError(error.reason, f"{name}: {error.detail}") from error
 

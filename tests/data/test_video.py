@@ -21,7 +21,7 @@ from megatron_llave.models.llava_onevision.processor import (
     count_tokens,
     video_lengths,
 )
-from megatron_llave.prepare.openmoji.clips import write_video
+from megatron_llave.prepare.openmoji.clips import FRAMES_PER_SECOND, write_video
 
 
 class Letters:
@@ -74,11 +74,13 @@ def counting_frames(count: int, size: int = 64) -> list[np.ndarray]:
 
 def test_a_file_written_and_read_gives_the_chosen_frames(tmp_path):
     write_video(tmp_path / "a.mp4", counting_frames(36))
-    frames = read_frames(tmp_path / "a.mp4")
+    frames, seconds = read_frames(tmp_path / "a.mp4")
+    assert seconds == tuple(np.arange(0, 36, 4) / FRAMES_PER_SECOND)
     assert frames.shape == (9, 64, 64, 3) and frames.dtype == np.uint8
     levels = frames.mean(axis=(1, 2, 3))
     assert np.abs(levels - (10 + 4 * np.arange(0, 36, 4))).max() < 3  # the codec loses a little
-    assert len(read_frames(tmp_path / "a.mp4", limit=5)) == 5
+    frames, seconds = read_frames(tmp_path / "a.mp4", limit=5)
+    assert len(frames) == 5 and seconds == tuple(np.array([0, 8, 17, 26, 35]) / FRAMES_PER_SECOND)
 
 
 def test_bad_files_are_one_line(tmp_path, monkeypatch):

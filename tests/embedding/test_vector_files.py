@@ -65,8 +65,10 @@ def test_frames_of_a_video_are_one_input(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (6, 4)).save(tmp_path / name)
     frames = ["a.png", "b.png"]
-    path = write(tmp_path, {"text": "<image> x", "frames": frames}, {"text": "<image> x", "images": frames})
-    video, images = read_blocks(path, 1)
+    item = {"text": "<image> x", "frames": frames}
+    path = write(tmp_path, item, {"text": "<image> x", "images": frames}, {**item, "fps": 0.5})
+    video, images, timed = read_blocks(path, 1)
+    assert next(iter(timed.values())).seconds == (0, 2) and timed.digest != video.digest
     [side] = video.values()
     assert side.is_video and len(side.images) == 2 and side.num_placeholders == 1
     assert video.digest != images.digest, "embeddings of the one are not those of the other"
@@ -80,7 +82,7 @@ def test_frames_of_a_video_are_one_input(tmp_path: Path) -> None:
         ('{"text": "a\\u0000b"}', "2: the text .* holds a NUL"),
         ('{"image": "a\\u0000b"}', "2: the text .* holds a NUL"),
         ("[" * 100_000, r"2 is not valid JSON .nested deeper than 100"),
-        ([1], r"2: must be an object with id, text, image, images, frames, not \[1\]"),
+        ([1], r"2: must be an object with id, text, image, images, frames, fps, not \[1\]"),
         ({"txt": "a"}, "2: unknown key 'txt'; known keys: id, text, image, images"),
         ({"image": "a" * 5000}, "2: image has a path of more than 4096 bytes"),
         ({"image": "a.png", "images": ["a.png"]}, "2: image and images are two spellings of one key"),

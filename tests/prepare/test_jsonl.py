@@ -79,13 +79,15 @@ def test_frames_of_a_video_are_one_input(tmp_path):
     for number in range(3):
         (tmp_path / f"v/{number}.png").write_bytes(picture(number))
     Image.new("RGB", (4, 4)).save(tmp_path / "v/other.png")
-    video = {"text": "<image>\nWhat happens?", "frames": ["v/0.png", "v/1.png", "v/2.png"]}
+    video = {"text": "<image>\nWhat happens?", "frames": ["v/0.png", "v/1.png", "v/2.png"], "fps": 0.5}
     line = {"query": video, "target": {"text": "t"}, "hard_negatives": [{"frames": "v/1.png"}]}
     uneven = {"query": {"frames": ["v/0.png", "v/other.png"]}, "target": {"text": "t"}}
     made = prepare([write_lines(tmp_path / "clips.jsonl", line, uneven, line)], tmp_path / "out")
     assert made.skipped == {"clips": {shard_jobs.CORRUPT: 1}}
     pair, _ = pairs_of(tmp_path / "out")["clips"]
-    assert pair.query == Side("<image>\nWhat happens?", [picture(n) for n in range(3)], is_video=True)
+    assert pair.query == Side(
+        "<image>\nWhat happens?", [picture(n) for n in range(3)], is_video=True, seconds=(0, 2, 4)
+    )
     assert pair.hard_negatives == [Side("", [picture(1)], is_video=True)] and not pair.target.is_video
     data = {"prompt": "plain", "tokenizer": str(byte_tokenizer(tmp_path))}
     cfg = config_from_dict({"model": {"preset": "tiny"}, "data": data, "train": {"global_batch_size": 2}})
@@ -164,7 +166,7 @@ GOOD = text_pair(0)
         ([], "must be an object with subset, id, query, target, hard_negatives, not "),
         ({**GOOD, "negatives": []}, "unknown key 'negatives'; known keys: subset, id, query"),
         ({"query": {"text": "q"}}, "target is missing"),
-        ({**GOOD, "query": "q"}, "query: must be an object with id, text, image, images, frames, not 'q'"),
+        ({**GOOD, "query": "q"}, "query: must be an object with id, text, image, images, frames, fps, not 'q'"),
         ({**GOOD, "query": {}}, "query: neither text nor image"),
         ({**GOOD, "query": {"id": "x"}}, "query: neither text nor image"),
         (
@@ -173,6 +175,8 @@ GOOD = text_pair(0)
         ),
         ({**GOOD, "query": {"frames": ["x.png"], "image": "y.png"}}, "query: image and frames are two spellings"),
         ({**GOOD, "query": {"text": "q", "frames": []}}, "query: frames must name at least one file"),
+        ({**GOOD, "query": {"frames": ["x.png"], "fps": 0}}, "query: fps must be the frames per second, a number from"),
+        ({**GOOD, "query": {"image": "x.png", "fps": 2}}, "query: fps is for the images in frames, which are missing"),
         ({**GOOD, "query": {"image": "x.png", "images": ["y.png"]}}, "query: image and images are two spellings"),
         ({**GOOD, "target": {"text": 3}}, "target: text must be a string, not 3"),
         ({**GOOD, "target": {"text": None}}, "target: text must be a string, not None"),

@@ -49,8 +49,9 @@ class EvaluationSet:
 
 
 def input_key(side: Side) -> str:
-    """Key of an input: a hash of its text and of the bytes of its images, and of whether these are a video."""
-    digest = hashlib.sha256(side.text.encode() + b"\0video" * side.is_video)
+    """Key of an input: a hash of its text, of the bytes of its images, whether these are a video, and its seconds."""
+    seconds = repr(side.seconds).encode() if side.seconds else b""
+    digest = hashlib.sha256(side.text.encode() + b"\0video" * side.is_video + seconds)
     for image in side.images:
         digest.update(b"\0" + hashlib.sha256(image).digest())
     return digest.hexdigest()[:32]
@@ -131,7 +132,9 @@ def build_tasks(inputs: dict[str, Side], sets: Sequence[EvaluationSet], folder: 
     keys = list(dict.fromkeys(key for chosen in sets for key in (*chosen.queries, *chosen.candidates)))
     number_of = {key: number for number, key in enumerate(keys)}
     sides = [inputs[key] for key in keys]
-    entries = [Input(s.text, tuple(s.images), id=key, is_video=s.is_video) for key, s in zip(keys, sides)]
+    entries = [
+        Input(s.text, tuple(s.images), id=key, is_video=s.is_video, seconds=s.seconds) for key, s in zip(keys, sides)
+    ]
     shared = Inputs("prepared", entries, folder)
     tasks = []
     for chosen in sets:

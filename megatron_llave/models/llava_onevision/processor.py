@@ -1,6 +1,7 @@
 """The processor of LLaVA-OneVision: turns the text and the images of an input into token ids and tiles."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +153,13 @@ def video_lengths(num_frames: int, width: int, height: int, data: DataConfig, mo
 
 
 def count_tokens(
-    text: str, sizes: list[list[int]], is_video: bool, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig
+    text: str,
+    sizes: list[list[int]],
+    is_video: bool,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    model: ModelConfig,
+    seconds: Sequence[float] = (),
 ) -> int:
     """Tokens of an input, visual ones counted, however long it is.
 
@@ -163,6 +170,7 @@ def count_tokens(
         tokenizer: of the run.
         data: of the run.
         model: of the run.
+        seconds: when the frames were taken, on which nothing depends here.
 
     Raises:
         DataError: more placeholders than images.

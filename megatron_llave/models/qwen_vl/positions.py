@@ -14,9 +14,8 @@ from megatron_llave.data.packing import IMAGE
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED, Grid
 
 FRAMES_PER_SECOND = 2.0
-"""Rate of the frames of a video, which a Side does not say. transformers 4.57 assumes it for Qwen2.5-VL, and Qwen3-VL's
+"""Rate of the frames of a video whose Side has no seconds. transformers 4.57 assumes it for Qwen2.5-VL, and Qwen3-VL's
 processor samples at it."""
-SECONDS_PER_PAIR = FRAMES / FRAMES_PER_SECOND
 
 
 def token_positions(tokens: Sequence[int], grids: Sequence[Grid], interval: float = 1) -> np.ndarray:
@@ -26,7 +25,7 @@ def token_positions(tokens: Sequence[int], grids: Sequence[Grid], interval: floa
         tokens: ids, with IMAGE once per image.
         grids: one per IMAGE, in patches.
         interval: positions from a pair of frames to the next one, rounded down at each: 1 for Qwen2-VL, tokens per
-            second * SECONDS_PER_PAIR for Qwen2.5-VL.
+            second * `seconds_per_pair` for Qwen2.5-VL. The product is float32, as in transformers 5.23.
     """
     parts, start, text = [], 0, 0
     waiting = iter(grids)
@@ -39,7 +38,7 @@ def token_positions(tokens: Sequence[int], grids: Sequence[Grid], interval: floa
         frames, rows, columns = next(waiting)
         sides = (frames, rows // MERGED, columns // MERGED)
         visual = np.indices(sides).reshape(3, -1)  # of each visual token
-        visual[0] = np.floor(visual[0] * interval)
+        visual[0] = np.floor(visual[0].astype(np.float32) * np.float32(interval))
         parts.append(visual + start)
         start += int(visual.max()) + 1
     parts.append(np.tile(np.arange(start, start + text), (3, 1)))
@@ -51,12 +50,21 @@ def counted_positions(length: int) -> np.ndarray:
     return np.tile(np.arange(length, dtype=np.int64), (3, 1))
 
 
-def time_stamps(num_frames: int) -> list[str]:
+def frame_times(num_frames: int, seconds: Sequence[float] = ()) -> Sequence[float]:
+    """Return when each frame of a video was taken: at `seconds`, or FRAMES_PER_SECOND if there are none."""
+    return seconds or [number / FRAMES_PER_SECOND for number in range(num_frames)]
+
+
+def seconds_per_pair(times: Sequence[float]) -> float:
+    """Return the mean time from a pair of frames to the next one, seconds, of frames that were taken at `times`."""
+    steps = len(times) - 1
+    return FRAMES * (times[-1] - times[0]) / steps if steps else FRAMES / FRAMES_PER_SECOND
+
+
+def time_stamps(times: Sequence[float]) -> list[str]:
     """Return the text that Qwen3-VL writes before each pair of frames: the middle of their times, as <0.2 seconds>.
 
-    Frames come at FRAMES_PER_SECOND; the last one of an odd number is a pair with itself. As Qwen3VLProcessor of
-    transformers 4.57 and 5.23 writes it for such a video.
+    The last one of an odd number of frames is a pair with itself, as in Qwen3VLProcessor of transformers 4.57 and 5.23.
     """
-    pairs = [(first, min(first + 1, num_frames - 1)) for first in range(0, num_frames, FRAMES)]
-    middles = [(first / FRAMES_PER_SECOND + last / FRAMES_PER_SECOND) / 2 for first, last in pairs]
-    return [f"<{middle:.1f} seconds>" for middle in middles]
+    pairs = [(first, min(first + 1, len(times) - 1)) for first in range(0, len(times), FRAMES)]
+    return [f"<{(times[first] + times[last]) / 2:.1f} seconds>" for first, last in pairs]

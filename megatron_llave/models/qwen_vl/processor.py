@@ -1,6 +1,7 @@
 """The processor of the Qwen-VL families: turns the text, images and video of an input into ids, tiles and positions."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,9 @@ from megatron_llave.data.placeholders import remove_placeholders
 from megatron_llave.data.prompt import encode_within
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_of_run
 from megatron_llave.models.qwen_vl.positions import (
-    SECONDS_PER_PAIR,
     counted_positions,
+    frame_times,
+    seconds_per_pair,
     time_stamps,
     token_positions,
 )
@@ -57,8 +59,8 @@ class QwenVlProcessor:
     budget: PixelBudget
     has_time_stamps: bool = False
     """Whether each pair of frames of a video is an image of its own, after the text of its time."""
-    interval: float = 1
-    """Positions from a pair of frames of a video to the next one."""
+    tokens_per_second: int = 0
+    """Temporal positions per second of a video; 0: each pair of frames is one position."""
     images: ImageSettings = ImageSettings()
     """How image files become pixels, and the limits on their size."""
     too_long: str = "cut"
@@ -83,7 +85,7 @@ class QwenVlProcessor:
         notes: list[str] = []
         if side.frames is not None or side.is_video:
             frames = decode_frames(side.images, self.images, notes) if side.frames is None else side.frames
-            return self._encode_video(side.text, frames, notes)
+            return self._encode_video(side.text, frames, frame_times(len(frames), side.seconds), notes)
         images = [decode_image(data, self.images, notes) for data in side.images]
         # Before any pixel is resized, so that an input that does not fit costs little.
         grids = [self.budget.image_grid(*image.size) for image in images]
@@ -95,13 +97,14 @@ class QwenVlProcessor:
             raise BadImageError(f"the memory is too small for the tiles of images of {sizes} pixels") from error
         return self._encoded(tokens, tiles, grids, is_cut, notes)
 
-    def _encode_video(self, text: str, frames: np.ndarray, notes: list[str]) -> EncodedSequence:
+    def _encode_video(self, text: str, frames: np.ndarray, times: Sequence[float], notes: list[str]) -> EncodedSequence:
         """Encode a video: one IMAGE, or one for each pair of frames if these have time stamps."""
         pairs, *patches = self.budget.video_grid(len(frames), frames.shape[2], frames.shape[1])
         grids: list[Grid] = [(1, *patches)] * pairs if self.has_time_stamps else [(pairs, *patches)]
-        tokens, is_cut = self._tokens(text, [video_text(len(frames), self.has_time_stamps)], grids)
+        tokens, is_cut = self._tokens(text, [video_text(times, self.has_time_stamps)], grids)
         tiles, _ = video_tiles(frames, self.budget)
-        return self._encoded(tokens, np.split(tiles, len(grids)), grids, is_cut, notes)
+        interval = self.tokens_per_second * seconds_per_pair(times) if self.tokens_per_second else 1
+        return self._encoded(tokens, np.split(tiles, len(grids)), grids, is_cut, notes, interval)
 
     def _tokens(self, text: str, media: list[str], grids: list[Grid]) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
@@ -114,20 +117,26 @@ class QwenVlProcessor:
         return encode_within(encode, text, visual - len(grids), self.max_length, self.too_long)
 
     def _encoded(
-        self, tokens: list[int], tiles: list[np.ndarray], grids: list[Grid], is_cut: bool, notes: list[str]
+        self,
+        tokens: list[int],
+        tiles: list[np.ndarray],
+        grids: list[Grid],
+        is_cut: bool,
+        notes: list[str],
+        interval: float = 1,
     ) -> EncodedSequence:
         layouts = [VisualLayout(np.arange(num_visual_tokens(grid))) for grid in grids]
         encoded = EncodedSequence(tokens, tiles, layouts, is_cut=is_cut, image_notes=tuple(notes), grids=grids)
         if self.template.has_image_positions:
-            encoded.positions = token_positions(tokens, grids, self.interval)
+            encoded.positions = token_positions(tokens, grids, interval)
         else:
             encoded.positions = counted_positions(encoded.length)
         return encoded
 
 
-def video_text(num_frames: int, has_time_stamps: bool) -> str:
+def video_text(times: Sequence[float], has_time_stamps: bool) -> str:
     """Return what stands for a video in a text: <image>, or one for each pair of frames, after its time stamp."""
-    stamps = time_stamps(num_frames) if has_time_stamps else [""]
+    stamps = time_stamps(times) if has_time_stamps else [""]
     return "".join(stamp + IMAGE_TEXT for stamp in stamps)
 
 
@@ -156,14 +165,13 @@ class QwenVlInputs:
         tokenizer = tokenizer_of_run(data, model.language.vocab_size)
         template = templates(self.system)[data.prompt]
         require_special_tokens(template, tokenizer, find_tokenizer(data))
-        rate = model.vision.tokens_per_second
         return QwenVlProcessor(
             tokenizer=tokenizer,
             template=template,
             max_length=data.max_length,
             budget=self._budget(data, model),
             has_time_stamps=self.has_time_stamps,
-            interval=rate * SECONDS_PER_PAIR if rate else 1,
+            tokens_per_second=model.vision.tokens_per_second,
             images=image_settings(data),
             too_long=data.too_long,
         )
@@ -192,6 +200,7 @@ class QwenVlInputs:
         tokenizer: Tokenizer,
         data: DataConfig,
         model: ModelConfig,
+        seconds: Sequence[float] = (),
     ) -> int:
         """Tokens of an input, visual ones counted, however long it is.
 
@@ -202,12 +211,13 @@ class QwenVlInputs:
             tokenizer: of the run.
             data: of the run.
             model: of the run.
+            seconds: when the frames were taken, or none.
 
         Raises:
             DataError: more placeholders than images, or an image of a shape that the model cannot take.
         """
         if is_video:
-            media = [video_text(len(sizes), self.has_time_stamps)]
+            media = [video_text(frame_times(len(sizes), seconds), self.has_time_stamps)]
             visual = self.video_lengths(len(sizes), *sizes[0], data, model)[0]
         else:
             media = [IMAGE_TEXT] * len(sizes)

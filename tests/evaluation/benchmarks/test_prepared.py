@@ -70,6 +70,7 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
 def test_key_tells_inputs_apart():
     red, darker = image_file(2), image_file(1)
     sides = [Side(text, images) for text in ("", "a") for images in ([], [red], [darker], [red, darker])]
+    sides += [Side("", [red], is_video=True, seconds=seconds) for seconds in ((), (0,), (1,))]
     assert len({input_key(side) for side in sides}) == len(sides)
     assert input_key(Side("cat", [])) == "77af778b51abd4a3c51c5ddd97204a9c"
 

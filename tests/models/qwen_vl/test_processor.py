@@ -1,6 +1,7 @@
 """Token ids, pixels and lengths of inputs of the Qwen-VL families, against transformers' own processors."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,9 @@ def processor_of(family: str, tokenizer_file: Path, **data) -> QwenVlProcessor:
     return FAMILIES[family].build_processor(data, small_model(family))
 
 
-def transformers_processor(family: str, tokenizer_file: Path, grid: tuple[int, int, int] | None, num_frames: int = 0):
+def transformers_processor(
+    family: str, tokenizer_file: Path, grid: tuple[int, int, int] | None, num_frames: int = 0, fps: float = 2
+):
     """transformers' processor, with a stand-in for the one of videos, which needs torchvision: it returns `grid`."""
 
     class Videos:
@@ -57,7 +60,7 @@ def transformers_processor(family: str, tokenizer_file: Path, grid: tuple[int, i
         valid_kwargs = VideosKwargs
 
         def __call__(self, videos: list, **more) -> dict:
-            metadata = VideoMetadata(total_num_frames=num_frames, fps=2.0, frames_indices=list(range(num_frames)))
+            metadata = VideoMetadata(total_num_frames=num_frames, fps=fps, frames_indices=list(range(num_frames)))
             return {"video_grid_thw": np.array([grid]), "video_metadata": [metadata]}
 
     images = Qwen2VLImageProcessorPil(patch_size=small_model(family).vision.patch_size, **PIXELS)
@@ -102,13 +105,16 @@ def test_ids_and_pixels_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("num_frames", [1, 4, 5])
-def test_ids_of_a_video_are_those_of_transformers(family: str, num_frames: int, tokenizer_file: Path) -> None:
+@pytest.mark.parametrize(("num_frames", "fps"), [(1, None), (4, None), (5, None), (5, 0.125), (6, 3)])
+def test_ids_of_a_video_are_those_of_transformers(
+    family: str, num_frames: int, fps: float | None, tokenizer_file: Path
+) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (num_frames, 96, 128, 3), np.uint8)
     ours = processor_of(family, tokenizer_file)
-    encoded = ours.encode(Side("<image>\nWhat happens: x", [], frames))
+    seconds = tuple(number / fps for number in range(num_frames)) if fps else ()
+    encoded = ours.encode(Side("<image>\nWhat happens: x", [], frames, seconds=seconds))
     grid = ours.budget.video_grid(num_frames, 128, 96)
-    theirs = transformers_processor(family, tokenizer_file, grid, num_frames)
+    theirs = transformers_processor(family, tokenizer_file, grid, num_frames, fps or 2)
     # transformers 4.57 puts the pairs of frames in the place of start, pad and end; 5.23 leaves two of them outside.
     seen = "<|video_pad|>" if family == "qwen3_vl" else FRAMES
     whole = f"{HEAD[family]}<|im_start|>user\n{seen}\nWhat happens: x{TAIL}"
@@ -118,7 +124,7 @@ def test_ids_of_a_video_are_those_of_transformers(family: str, num_frames: int, 
     assert pairs == (num_frames + 1) // 2
     assert encoded.grids == ([(1, *patches)] * pairs if family == "qwen3_vl" else [grid])
     assert sum(map(len, encoded.tiles)) == pairs * patches[0] * patches[1] // 4
-    interval = 2 if family == "qwen2_5_vl" else 1
+    interval = 2 * 2 / (fps or 2) if family == "qwen2_5_vl" else 1
     assert np.array_equal(encoded.positions, token_positions(encoded.tokens, encoded.grids, interval))
 
 
@@ -139,12 +145,17 @@ def test_a_video_of_image_files_is_the_video_of_its_frames(
     data = DataConfig(tokenizer=str(tokenizer_file), prompt=prompt, **PIXELS)
     ours, text = inputs.build_processor(data, model), "<image>\nWhat happens?"
     expected = ours.encode(Side(text, [], frames))
-    encoded = ours.encode(Side(text, [png(frame) for frame in frames], is_video=True))
+    files = Side(text, [png(frame) for frame in frames], is_video=True)
+    encoded = ours.encode(files)
     assert encoded.tokens == expected.tokens and encoded.grids == expected.grids
     assert all(np.array_equal(*both) for both in zip(encoded.tiles, expected.tiles, strict=True))
     assert encoded.positions.shape == (3, encoded.length) and np.array_equal(encoded.positions, expected.positions)
     sizes = [[120, 90]] * num_frames
     assert inputs.count_tokens(text, sizes, True, tokenizer, data, model) == encoded.length
+    seconds = tuple(100.0 * number for number in range(num_frames))
+    slow = ours.encode(replace(files, seconds=seconds))
+    assert inputs.count_tokens(text, sizes, True, tokenizer, data, model, seconds) == slow.length
+    assert num_frames == 1 or (slow.length > encoded.length) == (family == "qwen3_vl")
     number = sum(map(len, encoded.tiles))
     assert inputs.video_lengths(num_frames, 120, 90, data, model) == (number, number)
 
@@ -226,4 +237,4 @@ def test_a_prompt_of_another_family_is_refused() -> None:
 
 def test_the_budget_is_that_of_the_configuration(tokenizer_file: Path) -> None:
     assert processor_of("qwen3_vl", tokenizer_file).budget == PixelBudget(16, 4096, 50176, True)
-    assert processor_of("qwen2_5_vl", tokenizer_file).interval == 2
+    assert processor_of("qwen2_5_vl", tokenizer_file).tokens_per_second == 2

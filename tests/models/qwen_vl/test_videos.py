@@ -30,10 +30,12 @@ def test_a_video_is_embedded_by_its_frames_in_order(
         "files": Side("What?", images, is_video=True),
         "backwards": Side("What?", images[::-1], is_video=True),
         "images": Side("What?", images),
+        "slow": Side("What?", images, is_video=True, seconds=(0, 9, 18, 27, 36)),
     }
     vectors = dict(zip(sides, embed(model, sides)))
     torch.testing.assert_close(vectors["frames"], vectors["files"], rtol=0, atol=1e-6)
     for other in ("backwards", "images"):
         assert (vectors["files"] - vectors[other]).abs().max() > 1e-4, other
+    assert torch.equal(vectors["slow"], vectors["files"]) == (preset == "tiny_qwen2vl"), "it has no seconds"
     alone = embed(model, {"files": sides["files"]})
     torch.testing.assert_close(alone[0], vectors["files"], rtol=0, atol=1e-5)
