@@ -16,7 +16,7 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
-from megatron_llave.errors import CheckpointError
+from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
 from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
@@ -111,11 +111,13 @@ class Pretrained:
         Raises:
             ConfigError: `model` gives other sizes than the weights have; names the key and both values.
         """
-        stored = self.cfg.model
+        stored, weights = self.cfg.model, f"the weights in {self.folder}"
         if not has_sizes(model):
+            is_same = model.family in (ModelConfig.family, stored.family)
+            require(is_same, f"model.family={model.family} contradicts {weights}, where it is {stored.family}")
             sizes = {"family": stored.family, "vision": stored.vision, "language": stored.language}
             return replace(model, **sizes, image_grids=model.image_grids or stored.image_grids)
-        require_same_model(model, stored, f"the weights in {self.folder}")
+        require_same_model(model, stored, weights)
         return replace(model, language=replace(model.language, vocab_size=stored.language.vocab_size))
 
 

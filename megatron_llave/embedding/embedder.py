@@ -21,6 +21,7 @@ from torch.nn import Module
 
 from megatron_llave.batch import PackedSequences, Side, to_device
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.config.checks import require_same_model
 from megatron_llave.config.load import override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
@@ -136,6 +137,7 @@ def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:
     cfg = pretrained.cfg
     tokenizer = pretrained.find_tokenizer() or cfg.data.tokenizer
     cfg = override_config(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)), overrides)
+    require_same_model(cfg.model, pretrained.cfg.model, str(pretrained.folder))
     if not cfg.data.tokenizer and not cfg.data.path:
         raise DataError(
             f"{pretrained.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (tools/convert_hf.py "

@@ -47,6 +47,10 @@ def test_given_sizes_must_agree_but_for_the_vocabulary() -> None:
         own.adopt(wider)
     with pytest.raises(ConfigError, match="rope_theta=10000.0 contradicts"):
         own.adopt(replace(model, language=replace(model.language, rope_theta=10000.0)))
+    with pytest.raises(ConfigError, match="model.family=qwen2_vl contradicts .*, where it is llava_onevision"):
+        own.adopt(ModelConfig(family="qwen2_vl"))
+    with pytest.raises(ConfigError, match="model.language.rope_theta=10.0 contradicts .*hf_tiny, where it is"):
+        load_model(ONEVISION, ["model.language.rope_theta=10"])
 
 
 def test_configuration_may_leave_the_sizes_to_the_weights(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def check_model(model: ModelConfig, keys: HfKeys) -> None:
         is_default = getattr(vision, f.name) == getattr(VisionConfig(), f.name)
         what = f"model.vision.{f.name}={getattr(vision, f.name)}"
         require(is_default or f.name in {*keys.vision, *keys.layer_lists}, f"{what}: a model of {keys.layout} has none")
-    needs_positions = "num_positions" in keys.vision
-    ok = vision.num_positions > 0 or not needs_positions
-    require(ok, f"model.vision.num_positions={vision.num_positions} must be positive; set it or choose model.preset")
+    for name in keys.vision:
+        ok = getattr(vision, name) > 0
+        require(ok, f"model.vision.{name}={getattr(vision, name)} must be positive; set it or choose model.preset")
     head = vision.hidden_size // max(1, vision.num_heads)
     sizes = f"model.vision.hidden_size={vision.hidden_size} / model.vision.num_heads={vision.num_heads}"
     require(head % 4 == 0, f"{sizes} must be a multiple of 4, as rotary embeddings turn pairs of channels on two axes")

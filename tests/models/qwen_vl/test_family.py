@@ -14,6 +14,7 @@ from megatron_llave.models import family_of
     [
         ("tiny_qwen3vl", {"window_size": 64}, "model.vision.window_size=64: a model of qwen3_vl has none"),
         ("tiny_qwen3vl", {"num_positions": 0}, "model.vision.num_positions=0 must be positive"),
+        ("tiny_qwen2_5vl", {"window_size": 0}, "model.vision.window_size=0 must be positive"),
         ("tiny_qwen3vl", {"num_positions": 60}, "model.vision.num_positions=60 must be a square"),
         ("tiny_qwen3vl", {"deepstack_layers": [1, 0]}, "model.vision.deepstack_layers=.* must be rising numbers"),
         ("tiny_qwen3vl", {"deepstack_layers": [2]}, "model.vision.deepstack_layers=.* from 0 to 1"),
