@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return inspect(args.folder, groups)
     if args.command == "import":
-        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset, args.base)}")
+        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset, args.base, print)}")
     else:
         if not args.shard_size > 0:
             raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")

@@ -5,7 +5,7 @@ use but an export gives back: config.json and tokenizer, unused.safetensors (the
 of the vision encoder), and tensors.json with the original dtypes of the tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def import_hf(
     groups: ProcessGroupCollection,
     preset: str | None = None,
     base: str | Path | None = None,
+    tell: Callable[[str], object] = lambda note: None,
 ) -> Path:
     """Write the weights of an HF folder as a checkpoint that loads at every parallel layout.
 
@@ -47,6 +48,7 @@ def import_hf(
         groups: process groups of this single process.
         preset: the preset whose sizes the model must have; None: any.
         base: folder of the weights that an adapter is for; None: `source`, or the folder that the adapter names.
+        tell: is called with each note about the folder (HfConfig.notes).
 
     Raises:
         UserError: the folder is no known model, damaged, incomplete, or contradicts the preset; or `out` exists or
@@ -77,6 +79,8 @@ def import_hf(
         write_weights(folder, cfg, embedder, groups, read)
         keep_assets(weights, folder / folders.ASSETS)
         folders.write_manifest(folder, 0, None)
+    for note in config.notes:
+        tell(note)
     return Path(out)
 
 

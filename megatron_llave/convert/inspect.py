@@ -66,7 +66,7 @@ def _inspect_hf(pretrained: Pretrained, shapes: dict[str, tuple[int, ...]]) -> l
     print(f"weights: {len(weights.names)} tensors, {num_bytes / 1e9:.3f} GB in {', '.join(files)}")
     if weights.unused:
         print(f"kept for export, not used by the embedder: {', '.join(weights.names[name] for name in weights.unused)}")
-    print("".join(f"{note}\n" for note in weights.format.check_files(weights.config, pretrained.folder)), end="")
+    print("".join(f"{note}\n" for note in weights.config.notes), end="")
     return weights.problems(hf_shapes(shapes, weights.format.rules(weights.config.model)))
 
 

@@ -138,7 +138,7 @@ def read_hf_config(folder: str | Path, with_other_files: bool = True, with_adapt
         if family.hf.layout_of(top.values) is not None:
             config = family.hf.read_config(top)
             if with_other_files:
-                family.hf.check_files(config, top.file.parent)
+                config.notes.extend(family.hf.check_files(config, top.file.parent))
             return config
     layouts = [layout for family in FAMILIES.values() for layout in family.hf.layouts]
     raise top.refuse("model_type", " or ".join(layouts))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models import FAMILIES, open_hf
+from megatron_llave.models.hf.config_json import read_config_json
 
 pytestmark = pytest.mark.long
 
@@ -140,6 +142,46 @@ def test_verify_takes_the_plain_prompt_of_a_run(groups: ProcessGroupCollection, 
     config.write_text(config.read_text().replace("prompt: qwen", "prompt: plain"))
     write_manifest(checkpoint, step=0, layout=None)
     assert verify(source, checkpoint, "a cat") == 0
+
+
+GME = {"auto_map": {"AutoModel": "modeling_gme_qwen2vl.GmeQwen2VL"}}
+EMBEDDERS = [
+    ("qwen2_vl", "gme", GME | {"min_image_tokens": 64, "max_image_tokens": 512}, (64, 512)),
+    ("qwen2_vl", "gme", GME, (256, 1280)),
+    ("qwen2_vl", "gme", {"_name_or_path": "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct"}, (256, 1280)),
+    ("qwen3_vl", "qwen3_vl_embedding", {"_name_or_path": "Qwen/Qwen3-VL-Embedding-2B"}, (64, 16384)),
+    ("qwen3_vl", "qwen3_vl_embedding", {}, (64, 16384)),
+    ("qwen2_5_vl", "qwen", {}, (64, 16384)),
+]
+
+
+@pytest.mark.parametrize(("family", "prompt", "keys", "tokens"), EMBEDDERS)
+def test_prompt_and_budget_of_released_embedding_models(
+    family: str, prompt: str, keys: dict, tokens: tuple[int, int], groups: ProcessGroupCollection, tmp_path: Path
+) -> None:
+    source, notes = variant(tmp_path / "source", family, lambda config, tensors: config.update(keys)), []
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_tokenizer(source)))
+    if prompt == "qwen3_vl_embedding" and not keys:
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        end = [("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A <|endoftext|>", special_tokens=end)
+        tokenizer.save(str(source / "tokenizer.json"))
+    (source / "chat_template.jinja").write_text("of the source")
+    patch = FAMILIES[family].hf.read_config(read_config_json(source)).model.vision.patch_size
+    size = {"shortest_edge": 64 * (2 * patch) ** 2, "longest_edge": 16384 * (2 * patch) ** 2}
+    colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
+    images = {"size": size, "patch_size": patch, **colours}
+    (source / "preprocessor_config.json").write_text(json.dumps(images))
+    checkpoint = import_hf(source, tmp_path / "checkpoint", groups, tell=notes.append)
+    data = find_pretrained(checkpoint).cfg.data
+    budget = tuple(n * (2 * patch) ** 2 for n in tokens)
+    assert (data.prompt, data.min_pixels, data.max_pixels) == (prompt, *budget)
+    told = "\n".join(notes)
+    assert "chat template in chat_template.jinja: not used" in told and f"data.prompt={prompt}" in told
+    assert ("16384 visual tokens, more than data.max_length=4096" in told) == (tokens[1] == 16384)
+    assert (f"data.max_pixels={budget[1]}: as GME's code has it" in told) == (prompt == "gme")
+    export_hf(checkpoint, tmp_path / "out", groups)
+    assert find_pretrained(tmp_path / "out").cfg.data == replace(data, tokenizer=None)
 
 
 @pytest.mark.parametrize(("family", "name", "change"), VARIANTS)

@@ -4,7 +4,7 @@ What its keys mean is up to the model families, each of which reads a Section in
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class HfConfig:
     """Layers of the vision encoder that the weights hold: those that are run, and maybe some after them."""
     raw: dict
     """The file as it is."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What a reader should know of the files beside it: a line for each that is not used, or that sets a key."""
 
     @property
     def model(self) -> ModelConfig:

@@ -49,6 +49,11 @@ def chat_templates(folder: Path) -> dict[str, str]:
     return {name: str(template) for name, template in found.items() if template is not None}
 
 
+def used_template(templates: Mapping[str, str]) -> str | None:
+    """The one of `chat_templates` that transformers takes; None: there is none."""
+    return templates.get(TEMPLATE_TEXT) or next(iter(templates.values()), None)
+
+
 def check_pixels(images: Section, mean: Sequence[float], std: Sequence[float], missing: Mapping[str, Any]) -> None:
     """Refuse settings with which pixels are resized or normalised otherwise than they are here.
 

@@ -66,8 +66,8 @@ class HfFormat:
     reference_inputs: Callable[[Module, EncodedSequence, tuple[int, int]], dict[str, Tensor]]
     """transformers' model, an input and (width, height) of its image -> keyword arguments of the model's forward."""
     check_files: Callable[[HfConfig, Path], list[str]] = lambda config, folder: []
-    """What config.json says, and a folder -> a line for each of its other files that is not used; CheckpointError if
-    one says something else than what is run."""
+    """What config.json says, and a folder -> HfConfig.notes about its other files; CheckpointError if one says
+    something else than what is run."""
 
 
 @dataclass(frozen=True)

@@ -15,4 +15,5 @@ PROCESSOR = HfProcessor(
     mean=Qwen25VLEmbedder.tower_kind.mean,
     std=Qwen25VLEmbedder.tower_kind.std,
     prompts=templates(INPUTS.system),
+    embedders={},
 )

@@ -15,4 +15,5 @@ PROCESSOR = HfProcessor(
     mean=Qwen2VLEmbedder.tower_kind.mean,
     std=Qwen2VLEmbedder.tower_kind.std,
     prompts=templates(INPUTS.system),
+    embedders={"gme": r"(?i)gme[-_]?qwen2"},
 )

@@ -15,4 +15,5 @@ PROCESSOR = HfProcessor(
     mean=Qwen3VLEmbedder.tower_kind.mean,
     std=Qwen3VLEmbedder.tower_kind.std,
     prompts=templates(INPUTS.system),
+    embedders={"qwen3_vl_embedding": r"(?i)qwen3[-_]?vl[-_]?embedding|Represent the user's input\.|appends <"},
 )

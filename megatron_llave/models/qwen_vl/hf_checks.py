@@ -19,9 +19,10 @@ from megatron_llave.models.hf.side_checks import (
     check_pooling,
     check_tokenizer,
     processor_sections,
+    used_template,
 )
-from megatron_llave.models.qwen_vl.hf_files import HfProcessor, chat_template, read_pixels
-from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS
+from megatron_llave.models.qwen_vl.hf_files import HfProcessor, chat_template, embedder_prompt, read_pixels
+from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, TOKEN_BUDGET
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED
 from megatron_llave.models.qwen_vl.vision import CLIP_MEAN, CLIP_STD
 
@@ -38,7 +39,7 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
     the section `data` of `config`.
 
     Returns:
-        A line for each thing that embeddings do not use.
+        A line for each thing that embeddings do not use, and about the prompt and the budget.
 
     Raises:
         CheckpointError: names the file and the key.
@@ -67,14 +68,52 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
     check_pooling(folder)
     special = {token: config.raw.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()}
     notes += check_tokenizer(folder, special, END_OF_TEXT)
-    known = {chat_template(template, END): prompt for prompt, template in files.prompts.items()}
-    for name, text in chat_templates(folder).items():
-        fits = [prompt for ours, prompt in known.items() if re.fullmatch(_pattern(ours), text)]
-        if fits:
-            config.run.data.prompt = fits[0]
-        else:
-            notes.append(f"chat template in {name}: not used, since data.prompt is the prompt of embeddings")
+    embedder = _set_prompt(config, folder, files, notes)
+    if embedder == "gme" or config.raw.keys() & TOKEN_BUDGET.keys():
+        _set_token_budget(config, folder, notes)
+    data, pixels = config.run.data, (MERGED * patch) ** 2
+    if data.max_pixels is not None and data.max_pixels // pixels > data.max_length:
+        many = f"data.max_pixels={data.max_pixels} lets an image have {data.max_pixels // pixels} visual tokens"
+        hint = f"more than data.max_length={data.max_length}, so that large images are refused; lower the first"
+        notes.append(f"{many}, {hint} or raise the second")
     return notes
+
+
+def _set_prompt(config: HfConfig, folder: Path, files: HfProcessor, notes: list[str]) -> str | None:
+    """Set data.prompt to that of an export's chat template, or else of a known embedding model, which is returned."""
+    known = {chat_template(template, END): prompt for prompt, template in files.prompts.items()}
+    templates = chat_templates(folder)
+    fitting = {
+        text: prompt
+        for text in templates.values()
+        for ours, prompt in known.items()
+        if re.fullmatch(_pattern(ours), text)
+    }
+    for name, text in templates.items():
+        if text not in fitting:
+            notes.append(f"chat template in {name}: not used, since data.prompt is the prompt of embeddings")
+    if used_template(templates) in fitting:
+        config.run.data.prompt = fitting[used_template(templates)]
+        return None
+    prompt = embedder_prompt(config.raw, folder, files)
+    if prompt is None:
+        default = f"data.prompt={config.run.data.prompt}, the default"
+        notes.append(f"{default}: an embedding model needs the prompt that it was trained with (docs/qwen_vl.md)")
+        return None
+    config.run.data.prompt = prompt
+    notes.append(f"data.prompt={prompt}: the files say that this is such an embedding model, or was made of one")
+    return prompt
+
+
+def _set_token_budget(config: HfConfig, folder: Path, notes: list[str]) -> None:
+    """Set the budget of pixels to what config.json says in visual tokens, as GME's code does."""
+    data, top = config.run.data, Section(folder / "config.json", "", config.raw)
+    pixels = (MERGED * config.model.vision.patch_size) ** 2
+    data.min_pixels, data.max_pixels = (pixels * int(top.number(key, n)) for key, n in TOKEN_BUDGET.items())
+    if data.min_pixels > data.max_pixels:
+        raise top.refuse("min_image_tokens", "at most max_image_tokens")
+    budget = f"data.min_pixels={data.min_pixels}, data.max_pixels={data.max_pixels}"
+    notes.append(f"{budget}: as GME's code has it ({', '.join(TOKEN_BUDGET)}), whatever other files say")
 
 
 def _pattern(template: str) -> str:

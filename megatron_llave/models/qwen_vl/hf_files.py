@@ -7,6 +7,8 @@ Sources of the formats: transformers' processing_qwen2_vl.py, image_processing_q
 and video_processing_qwen3_vl.py (4.57 and 5.23).
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,10 @@ from megatron_llave.models.hf.model_card import base_model, model_card, prompt_o
 from megatron_llave.models.hf.side_checks import (
     IMAGE_FILE,
     PROCESSOR_FILE,
-    TEMPLATE_TEXT,
     VIDEO_FILE,
     chat_templates,
     processor_sections,
+    used_template,
 )
 from megatron_llave.models.hf.side_files import (
     CHAT_TEMPLATES,
@@ -36,7 +38,7 @@ from megatron_llave.models.hf.side_files import (
     write_chat_template,
     write_generation_config,
 )
-from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, HfKeys
+from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, TOKEN_BUDGET, HfKeys
 from megatron_llave.models.qwen_vl.prompt import Template
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED, pixel_budget
 
@@ -44,6 +46,8 @@ KEPT_FILES = (*SIDE_FILES, IMAGE_FILE, PROCESSOR_FILE)
 """Those of the image processor are kept for the pixel budget."""
 DEFAULT_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
 """The budget that transformers' Qwen2VLImageProcessor takes for missing keys, whatever the size of a patch."""
+APPENDS = f"tokenizer.json appends {END_OF_TEXT}"
+"""What embedder_prompt finds said by a tokenizer.json that does so."""
 EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 """How `size` spells the budget, which is one of pixels."""
 
@@ -64,6 +68,9 @@ class HfProcessor:
     """Their standard deviation."""
     prompts: Mapping[str, Template]
     """Prompts by value of data.prompt."""
+    embedders: Mapping[str, str]
+    """Value of data.prompt of a released embedding model -> a pattern of what only its folder says: in architectures,
+    auto_map or _name_or_path of config.json, in a chat template, or APPENDS."""
 
 
 CARD_TEXT = """A {name} embedding model: its vision encoder, and its decoder of {layers} layers. It maps a text, an
@@ -152,6 +159,23 @@ def keep_files(source: str | Path, out: str | Path) -> None:
     keep_side_files(source, out, KEPT_FILES)
 
 
+def embedder_prompt(config: Mapping, folder: Path, files: HfProcessor) -> str | None:
+    """Return data.prompt of the released embedding model that a folder is, or that it was made of; None: of none known.
+
+    Args:
+        config: its config.json.
+        folder: has the chat template, if there is one.
+        files: of the family.
+    """
+    file, appends = folder / "tokenizer.json", ""
+    if file.is_file():
+        spec = read_json(file, error=CheckpointError)
+        appends = APPENDS if without_appended(spec, END_OF_TEXT) != spec.get("post_processor") else ""
+    names = json.dumps([config.get(key) for key in ("architectures", "auto_map", "_name_or_path")])
+    said = "\n".join([names, appends, *chat_templates(folder).values()])
+    return next((prompt for prompt, pattern in files.embedders.items() if re.search(pattern, said)), None)
+
+
 def read_pixels(images: Section) -> dict[str, int]:
     """Return min_pixels and max_pixels of the settings of an image processor, as transformers 5.23 reads them.
 
@@ -209,9 +233,11 @@ def write_files(
     text = config.get("text_config") or config
     if is_new and has_tokenizer:
         config = config | _token_ids(out / "tokenizer.json", text["vocab_size"])
+    is_trained = training_config is not None
+    prompt = prompt_of(training_config) or embedder_prompt(config, out, files) or "qwen"
+    config = {key: value for key, value in config.items() if not is_trained or key not in TOKEN_BUDGET}
     write_json(out / "config.json", config)
     write_generation_config(out, text)
-    is_trained, prompt = training_config is not None, prompt_of(training_config) or "qwen"
     for name in CHAT_TEMPLATES if is_trained else ():  # a trained model has the prompt of its run
         (out / name).unlink(missing_ok=True)
     if has_tokenizer:
@@ -235,8 +261,7 @@ def write_files(
 
 def _end_once(out: Path, template: str) -> None:
     """Let tokenizer.json append no <|endoftext|> if the chat template is ours, or writes this token itself."""
-    templates = chat_templates(out)
-    used = templates.get(TEMPLATE_TEXT) or next(iter(templates.values()))
+    used = used_template(chat_templates(out)) or template
     spec = read_json(out / "tokenizer.json", error=CheckpointError)
     rest = without_appended(spec, END_OF_TEXT)
     if (used == template or END_OF_TEXT in used) and rest != spec.get("post_processor"):

@@ -53,6 +53,9 @@ SPECIAL_TOKENS = {
 END_OF_TEXT = "<|endoftext|>"
 """The token that embedding models pool; the tokenizers of some append it to each text."""
 
+TOKEN_BUDGET = {"min_image_tokens": 256, "max_image_tokens": 1280}
+"""Keys of GME's config.json with its budget in visual tokens, and what its GmeQwen2VLConfig takes for a missing one."""
+
 TOP_FIXED = {"quantization_config": (None, None)}
 
 # Our field -> the key in config.json, and the value that Qwen2VLTextConfig and Qwen2_5_VLTextConfig give a missing key.
