@@ -74,7 +74,7 @@ def make_side(data: DataConfig, model: ModelConfig, has_image: bool, rng: np.ran
     tokens = [*words[:HEAD], IMAGE, *words[HEAD:]]
     sequence = EncodedSequence(
         tokens,
-        [frame_tiles(np.stack([pixels] * FRAMES), patch)],
+        [frame_tiles(pixels[None], patch, 1)],
         [VisualLayout(np.arange(num_visual_tokens(grid)))],
         positions=token_positions(tokens, [grid]),
         grids=[grid],

@@ -132,7 +132,8 @@ class PackedSequences:
     tiles: Tensor
     """[k, 3, height, width] uint8 pixels of all tiles, in the order of the sequences; k may be 0. The last tile may be
     repeated, so that context ranks have equally many. With `grids`, a tile is one visual token's pixels,
-    [k, 4, 3, 2, patch, patch]: four patches of two frames, and every context rank has all tiles."""
+    [k, 4, 3, 2, patch, patch]: four patches of two frames, or [k, 4, 3, 1, patch, patch] if all are images, which have
+    both frames equal; every context rank has all tiles."""
     num_tiles: int
     """Number of tiles of the row without repeated ones, also in the part of a rank."""
     visual_source: Tensor

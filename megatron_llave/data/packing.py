@@ -67,7 +67,8 @@ class EncodedSequence:
     tokens: list[int]
     """Token ids, with IMAGE once per image."""
     tiles: list[np.ndarray]
-    """The tiles of each image, uint8 [k_i, *TileShape.pixels]."""
+    """The tiles of each image, uint8 [k_i, *TileShape.pixels]. An axis may have length 1 if values are equal along it;
+    it is repeated where another image of the row has it whole."""
     layouts: list[VisualLayout]
     """The layout of each image."""
     blank: bool = False
@@ -158,13 +159,14 @@ def pack_sequences(
     position = np.repeat(image_start, visual_lengths) + np.arange(visual_lengths.sum())  # [v]
 
     bounds = np.cumsum([0, *with_padding])
-    no_tile = np.zeros((0, *tile_shape.pixels), np.uint8)
+    shape = np.broadcast_shapes(*(tile.shape[1:] for tile in tiles)) if tiles else tile_shape.pixels
+    whole = [np.zeros((0, *shape), np.uint8), *(np.broadcast_to(tile, (len(tile), *shape)) for tile in tiles)]
     return PackedSequences(
         tokens=torch.from_numpy(tokens),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         lengths=with_padding,
         num_sequences=len(encoded),
-        tiles=torch.from_numpy(np.concatenate([no_tile, *tiles])),
+        tiles=torch.from_numpy(np.concatenate(whole)),
         num_tiles=int(num_tiles.sum()),
         visual_position=torch.from_numpy(position),
         last_token=torch.from_numpy(bounds[1 : len(encoded) + 1] - 1),

@@ -109,10 +109,12 @@ class VisionCost:
         """Return the bytes of the features of `tiles` tiles."""
         return 0
 
-    def pixel_bytes(self, model: ModelConfig, tiles: int) -> int:
-        """Return the bytes of the pixels of `tiles` tiles as the data pipeline makes them."""
+    def pixel_bytes(self, model: ModelConfig, tiles: int, videos: int) -> int:
+        """Return the bytes of the pixels of `tiles` tiles, of which some are of `videos` videos, as they are packed."""
         return 0
 
-    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int, on_gpu: bool) -> int:
+    def temporary_bytes(
+        self, model: ModelConfig, tensor: int, tiles: int, videos: int, context: int, on_gpu: bool
+    ) -> int:
         """Return the bytes of the largest tensors that exist for a moment, of `context` context ranks' tiles each."""
         return 0

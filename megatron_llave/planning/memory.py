@@ -36,6 +36,8 @@ class MicroBatch:
     sequences: int
     context: int
     """Number of context ranks."""
+    videos: int
+    """Number of them; the tiles of the Qwen-VL families are twice as large if there is any."""
     visual_tokens: int
     """Of a context rank, as all numbers below."""
     tokens: int
@@ -56,11 +58,11 @@ class MicroBatch:
         lengths = [side.tokens for side in sides]
         padded = [padded_length(length, context) for length in lengths]
         buckets: dict[int, list[int]] = {}
-        names = ("tiles", "visual_tokens", "patch_pairs")
+        names = ("tiles", "visual_tokens", "patch_pairs", "videos")
         for length in padded:
             attended = length if context == 1 else length // (2 * context)
             buckets.setdefault(length_bucket(attended), []).append(attended)
-        tiles, visual, patch_pairs = (sum(getattr(side, name) for side in sides) for name in names)
+        tiles, visual, patch_pairs, videos = (sum(getattr(side, name) for side in sides) for name in names)
         attended = sum(len(bucket) * max(bucket) for bucket in buckets.values())
         squares = sum(len(bucket) * max(bucket) ** 2 for bucket in buckets.values())
         # The chunks r and 2c - 1 - r of a sequence have r + 1 and 2c - r chunks of keys.
@@ -69,6 +71,7 @@ class MicroBatch:
             work=Work(sum(lengths), sum(x * x for x in lengths), tiles, patch_pairs),
             sequences=len(sides),
             context=context,
+            videos=videos,
             visual_tokens=-(-visual // context),
             tokens=sum(padded) // context,
             tiles=-(-tiles // context) if splits_tiles else tiles,
@@ -216,7 +219,7 @@ def qk_norm_activations(model: ModelConfig, batch: MicroBatch, on_gpu: bool, has
 
 def data_bytes(model: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of the inputs of a micro batch: ids, indices of visual tokens, pixels."""
-    pixels = family_of(model).cost.pixel_bytes(model, batch.tiles)
+    pixels = family_of(model).cost.pixel_bytes(model, batch.tiles, batch.videos)
     ids = 8 * batch.tokens * (4 if model.language.mrope_section else 1)  # and their positions on three axes
     return ids + 16 * batch.visual_tokens + pixels + 20 * batch.sequences
 
@@ -255,7 +258,7 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     if not chunk.is_first:
         return in_layer
     at_ends = [
-        chunk.cost.temporary_bytes(model, tp, batch.tiles, batch.context, on_gpu),
+        chunk.cost.temporary_bytes(model, tp, batch.tiles, batch.videos, batch.context, on_gpu),
         chunk.sizes()["embedding"][0] * e * is_trained(model, "embedding"),  # its gradient, dense
     ]
     # These tensors exist before the activations of the micro batch are kept, or after they are freed.

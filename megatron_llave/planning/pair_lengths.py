@@ -95,6 +95,8 @@ class SideShape:
     tiles: int = 0
     patch_pairs: int = 0
     """See planning.flops.Work."""
+    videos: int = 0
+    """Number of videos among its images."""
 
 
 Shape = tuple[SideShape, SideShape]
@@ -115,7 +117,7 @@ def images_shape(sizes: Sizes, data: DataConfig, model: ModelConfig, is_video: b
     family = family_of(model)
     if is_video:
         video = (len(sizes), *sizes[0], data, model)
-        return SideShape(0, *family.video_lengths(*video), family.cost.video_pairs(*video))
+        return SideShape(0, *family.video_lengths(*video), family.cost.video_pairs(*video), 1)
     lengths = [family.image_lengths(*size, data, model) for size in sizes]
     pairs = sum(family.cost.image_pairs(*size, data, model) for size in sizes)
     return SideShape(0, sum(visual for visual, _ in lengths), sum(tiles for _, tiles in lengths), pairs)

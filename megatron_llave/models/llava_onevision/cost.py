@@ -55,17 +55,19 @@ class LlaveCost(VisionCost):
         """See VisionCost."""
         return tiles * _patches(model) * model.vision.hidden_size * element(model)
 
-    def pixel_bytes(self, model: ModelConfig, tiles: int) -> int:
+    def pixel_bytes(self, model: ModelConfig, tiles: int, videos: int) -> int:
         """See VisionCost."""
         return 3 * model.vision.image_size**2 * tiles
 
-    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int, on_gpu: bool) -> int:
+    def temporary_bytes(
+        self, model: ModelConfig, tensor: int, tiles: int, videos: int, context: int, on_gpu: bool
+    ) -> int:
         """See VisionCost."""
         vision, patches, e = model.vision, tiles * _patches(model), element(model)
         inner = max(5 * vision.hidden_size, 3 * vision.ffn_hidden_size) // tensor
         return max(
             patches * (2 * vision.hidden_size + inner) * e,  # in the vision encoder, if it is frozen
-            self.pixel_bytes(model, tiles) * 20,  # in float64, twice, and in float32
+            self.pixel_bytes(model, tiles, videos) * 20,  # in float64, twice, and in float32
             3 * context * patches * model.language.hidden_size * e * (context > 1),  # features of all ranks
         )
 

@@ -119,20 +119,24 @@ class QwenVlCost(VisionCost):
         """See VisionCost."""
         return (1 + len(model.vision.deepstack_layers)) * BLOCK * tiles * model.vision.hidden_size * element(model)
 
-    def pixel_bytes(self, model: ModelConfig, tiles: int) -> int:
+    def pixel_bytes(self, model: ModelConfig, tiles: int, videos: int) -> int:
         """See VisionCost."""
-        return BLOCK * tiles * _pixels_of_patch(model)
+        return BLOCK * tiles * _pixels_of_patch(model) // (1 if videos else FRAMES)
 
-    def temporary_bytes(self, model: ModelConfig, tensor: int, tiles: int, context: int, on_gpu: bool) -> int:
+    def temporary_bytes(
+        self, model: ModelConfig, tensor: int, tiles: int, videos: int, context: int, on_gpu: bool
+    ) -> int:
         """See VisionCost."""
         vision, s, e = model.vision, BLOCK * tiles, element(model)
-        H, head, pixels = vision.hidden_size, vision.hidden_size // vision.num_heads, self.pixel_bytes(model, tiles)
+        H, head, pixels = vision.hidden_size, vision.hidden_size // vision.num_heads, _pixels_of_patch(model)
         # Queries, keys and values, before and after the rotary embedding and perhaps in buckets, and the output.
         inner = max((9 if has_buckets(model, on_gpu, head) else 6) * H, self._inner(on_gpu) * vision.ffn_hidden_size)
         # In a layer, if the vision encoder is frozen: its input and a norm's output, what deepstack takes, the angles.
         in_layer = s * (((2 + len(vision.deepstack_layers)) * H + inner // tensor) * e + FLOAT * head)
-        in_order = pixels if vision.window_size else 0  # of the windows
-        return in_order + max(in_layer, 2 * FLOAT * pixels)
+        packed = self.pixel_bytes(model, tiles, videos)
+        in_order = packed if vision.window_size else 0  # of the windows
+        # Pixels while they are normalised, or afterwards, beside both frames of all patches.
+        return in_order + max(in_layer, 2 * FLOAT * packed, FLOAT * packed + s * pixels * e)
 
     def _norm(self, model: ModelConfig, width: int, on_gpu: bool) -> int:
         """Bytes per row that a norm keeps, without its input."""

@@ -35,7 +35,7 @@ def reference_inputs(
     tokens = torch.tensor([[token for part in ids for token in part]])
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if sequence.tiles:
-        tiles = torch.from_numpy(np.concatenate(sequence.tiles))  # [k, 4, 3, 2, P, P]
+        tiles = torch.from_numpy(np.concatenate(sequence.tiles))  # [k, 4, 3, 1, P, P]
         pixels = normalise(tiles, torch.tensor(files.mean), torch.tensor(files.std))
         inputs["pixel_values"] = pixels.flatten(0, 1).flatten(1)  # [4 * k, 3 * 2 * P * P]
         inputs["image_grid_thw"] = torch.tensor(sequence.grids)

@@ -68,7 +68,7 @@ class QwenVlProcessor:
 
     @property
     def tile_shape(self) -> TileShape:
-        """Return the sizes of the tiles that `encode` makes, one per visual token."""
+        """Return the sizes of the tiles that `encode` makes, one per visual token; those of images have one frame."""
         size = self.budget.patch_size
         return TileShape(size, 1, (MERGED**2, 3, FRAMES, size, size))
 

@@ -2,9 +2,9 @@
 
 An image keeps its shape. It is resized so that its sides are multiples of two patches and its number of pixels lies
 within a budget, as transformers' processors do it (4.57 and 5.23; `smart_resize`). The size is known from width and
-height alone. A patch has two frames: those of a video, or an image twice. Four patches, two rows by two columns,
-become one visual token, and are one tile. Pillow resizes frames too, while transformers does so with torchvision, whose
-bicubic filter may differ by one of 255 levels.
+height alone. A patch has two frames: those of a video, or an image twice, of which its tiles have one. Four patches,
+two rows by two columns, become one visual token, and are one tile. Pillow resizes frames too, while transformers does
+so with torchvision, whose bicubic filter may differ by one of 255 levels.
 
 Shapes: k visual tokens, f frames, P side of a patch.
 """
@@ -111,14 +111,14 @@ def num_visual_tokens(grid: Grid) -> int:
 
 
 def image_tiles(image: Image.Image, budget: PixelBudget) -> tuple[np.ndarray, Grid]:
-    """Return the tiles of an RGB image, [k, 4, 3, 2, P, P] uint8 (`frame_tiles`), and its grid.
+    """Return the tiles of an RGB image, [k, 4, 3, 1, P, P] uint8 (`frame_tiles`), and its grid.
 
     Raises:
         BadImageError: one side is more than 200 times as long as the other.
     """
     grid = budget.image_grid(*image.size)
     pixels = _resized(image, grid, budget.patch_size)
-    return frame_tiles(np.stack([pixels] * FRAMES), budget.patch_size), grid
+    return frame_tiles(pixels[None], budget.patch_size, 1), grid
 
 
 def video_tiles(frames: np.ndarray, budget: PixelBudget) -> tuple[np.ndarray, Grid]:
@@ -138,38 +138,41 @@ def video_tiles(frames: np.ndarray, budget: PixelBudget) -> tuple[np.ndarray, Gr
     return frame_tiles(np.stack(resized), budget.patch_size), grid
 
 
-def frame_tiles(frames: np.ndarray, patch_size: int) -> np.ndarray:
+def frame_tiles(frames: np.ndarray, patch_size: int, frames_per_tile: int = FRAMES) -> np.ndarray:
     """Cut frames into tiles, one per visual token.
 
     Args:
         frames: [f, height, width, 3] uint8; f is even, height and width are multiples of 2 * patch_size.
         patch_size: P.
+        frames_per_tile: 2, or 1 for an image, which is the same in both frames.
 
     Returns:
-        [k, 4, 3, 2, P, P] uint8 in the order of pairs of frames, rows, columns: the patches of a visual token row by
-        row, and of each its channels, frames, rows and columns of pixels. `tiles.reshape(4 * k, -1)` are the rows of
-        transformers' pixel_values, before they are normalised.
+        [k, 4, 3, frames_per_tile, P, P] uint8 in the order of pairs of frames, rows, columns: the patches of a visual
+        token row by row, and of each its channels, frames, rows and columns of pixels. With both frames,
+        `tiles.reshape(4 * k, -1)` are the rows of transformers' pixel_values, before they are normalised.
     """
     num_frames, height, width, channels = frames.shape
     rows, columns = (side // (MERGED * patch_size) for side in (height, width))
-    shape = (num_frames // FRAMES, FRAMES, rows, MERGED, patch_size, columns, MERGED, patch_size, channels)
+    in_time = (num_frames // frames_per_tile, frames_per_tile)
+    shape = (*in_time, rows, MERGED, patch_size, columns, MERGED, patch_size, channels)
     tiles = frames.reshape(shape).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return tiles.reshape(-1, MERGED**2, channels, FRAMES, patch_size, patch_size)
+    return tiles.reshape(-1, MERGED**2, channels, frames_per_tile, patch_size, patch_size)
 
 
 def normalise(tiles: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return the pixels that the vision encoder takes: (pixel / 255 - mean) / std, equal to transformers' bit by bit.
 
     Args:
-        tiles: [k, 4, 3, 2, P, P] uint8.
+        tiles: [k, 4, 3, 1 or 2, P, P] uint8, one frame of images or both.
         mean: [3] float32, of red, green and blue, where 255 is 1; on the device of `tiles`.
         std: [3] float32, likewise, the deviation.
 
     Returns:
-        [k, 4, 3, 2, P, P] float32.
+        [k, 4, 3, 2, P, P] float32, a view that has an image's one frame as both.
     """
     white = torch.full((), 255.0, device=tiles.device)  # by a number, CUDA multiplies with its reciprocal
-    return (tiles.float() / white - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1)
+    pixels = (tiles.float() / white - mean.view(3, 1, 1, 1)) / std.view(3, 1, 1, 1)
+    return pixels.expand(-1, -1, -1, FRAMES, -1, -1)
 
 
 def _resized(image: Image.Image, grid: Grid, patch_size: int) -> np.ndarray:

@@ -109,7 +109,8 @@ class VisionTower(MegatronModule):
         """Encode images.
 
         Args:
-            tiles: [k, 4, 3, 2, P, P] uint8, the blocks of all images; float32 if they are normalised already.
+            tiles: [k, 4, 3, 1 or 2, P, P] uint8, the blocks of all images, one frame if none of them is a video;
+                [k, 4, 3, 2, P, P] float32 if they are normalised already.
             grids: frames, rows and columns of patches of each image.
 
         Returns:
@@ -139,10 +140,10 @@ class VisionTower(MegatronModule):
         return features
 
     def _embed(self, tiles: Tensor, grids: list[list[int]]) -> Tensor:
-        """[k, 4, 3, 2, P, P] uint8 -> [s, H]: one matrix product, and the learned positions of Qwen3-VL."""
+        """[k, 4, 3, 1 or 2, P, P] uint8 -> [s, H]: one matrix product, and the learned positions of Qwen3-VL."""
         mean, std = (to_device(torch.tensor(values), tiles.device) for values in (self.kind.mean, self.kind.std))
         pixels = normalise(tiles, mean, std) if tiles.dtype == torch.uint8 else tiles
-        embedded = self.patch_embed(pixels.flatten(0, 1).flatten(1).to(self.config.params_dtype))  # [s, H]
+        embedded = self.patch_embed(pixels.to(self.config.params_dtype).flatten(0, 1).flatten(1))  # [s, H]
         if not self.sizes.num_positions:
             return embedded
         corners, weights = position_corners(grids, isqrt(self.sizes.num_positions))

@@ -195,10 +195,15 @@ def test_packed_inputs(tokenizer_file: Path) -> None:
     sides = [Side("<image> a", [picture("wide")]), Side("b", []), Side("c", [picture("small"), picture("tall")])]
     encoded = [ours.encode(side) for side in sides]
     row = pack_sequences(encoded, 8, ours.tile_shape)
-    assert row.tiles.shape[1:] == (4, 3, 2, 14, 14) and row.num_tiles == len(row.visual_source)
+    assert row.tiles.shape[1:] == (4, 3, 1, 14, 14) and row.num_tiles == len(row.visual_source)
     assert torch.equal(row.visual_source, torch.arange(row.num_tiles))
     assert row.grids == [list(grid) for sequence in encoded for grid in sequence.grids]
     assert row.positions.shape == (3, len(row.tokens)) and len(row.tokens) % 8 == 0
+    video = ours.encode(Side("d", [picture("small")] * 3, is_video=True))
+    mixed = pack_sequences([*encoded, video], 8, ours.tile_shape)
+    assert torch.equal(mixed.tiles[: row.num_tiles], row.tiles.repeat(1, 1, 1, 2, 1, 1)), "each image is in both frames"
+    assert torch.equal(mixed.tiles[row.num_tiles :], torch.from_numpy(video.tiles[0]))
+    assert pack_sequences([], 8, ours.tile_shape).tiles.shape == (0, 4, 3, 2, 14, 14)
 
 
 def test_a_long_text_is_cut_or_skipped(tokenizer_file: Path) -> None:

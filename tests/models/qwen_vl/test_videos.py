@@ -12,6 +12,7 @@ from PIL import Image
 from megatron_llave import models
 from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.data.packing import pack_sequences
 from megatron_llave.embedding.embedder import LoadedModel, embed
 
 
@@ -37,5 +38,11 @@ def test_a_video_is_embedded_by_its_frames_in_order(
     for other in ("backwards", "images"):
         assert (vectors["files"] - vectors[other]).abs().max() > 1e-4, other
     assert torch.equal(vectors["slow"], vectors["files"]) == (preset == "tiny_qwen2vl"), "it has no seconds"
+    row = pack_sequences([model.encoder.encode(sides["images"])], 1, model.encoder.tile_shape)
+    assert row.tiles.shape[3] == 1
+    of_both_frames, weight = row.tiles.repeat(1, 1, 1, 2, 1, 1), chunks[0].vision.patch_embed.weight
+    once, twice = (chunks[0].vision(tiles, row.grids) for tiles in (row.tiles, of_both_frames))
+    assert torch.equal(once, twice)
+    assert torch.equal(*(torch.autograd.grad(features.square().sum(), weight)[0] for features in (once, twice)))
     alone = embed(model, {"files": sides["files"]})
     torch.testing.assert_close(alone[0], vectors["files"], rtol=0, atol=1e-5)
