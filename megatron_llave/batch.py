@@ -21,6 +21,9 @@ from megatron_llave.files import NO_CHARACTER, read_bytes
 MAX_IMAGE_BYTES = 2**30
 """The largest image file that is read."""
 
+MOST_SECONDS = 10**7
+"""The latest time of a frame in a video; some four months."""
+
 
 def check_text(text: str) -> None:
     """Raise a DataError if a text holds a NUL or half a surrogate pair, which are no characters."""
@@ -53,12 +56,25 @@ class Side:
             right = "a list of the bytes of image files or of PIL images; Side.read(text, FILE) reads files"
             raise DataError(f"the images of a Side must be {right}, not {self.images!r:.60}")
         check_text(self.text)
+        self._check_frames()
         self.seconds = tuple(self.seconds)
         num_frames = len(self.images) * self.is_video if self.frames is None else len(self.frames)
-        is_right = all(isinstance(x, Real) for x in self.seconds) and len(self.seconds) == num_frames
+        known = [x for x in self.seconds if isinstance(x, Real) and 0 <= x <= MOST_SECONDS]
+        is_right = len(known) == len(self.seconds) == num_frames and known == sorted(known)
         if self.seconds and not is_right:
-            right = f"one number for each of its {num_frames} frames"
+            right = f"rising numbers from 0 to {MOST_SECONDS}, one for each of its {num_frames} frames"
             raise DataError(f"the seconds of a Side must be {right}, not {self.seconds!r:.60}")
+
+    def _check_frames(self) -> None:
+        """Raise a DataError for frames that are no video, or that have images beside them."""
+        if self.frames is None:
+            return
+        shape = getattr(self.frames, "shape", ())
+        if getattr(self.frames, "dtype", None) != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            right = "a uint8 array [frames, height, width, 3] of at least one frame"
+            raise DataError(f"the frames of a Side must be {right}, not {self.frames!r:.60}")
+        if self.images:
+            raise DataError("a Side has images or the frames of a video, and not both")
 
     @property
     def num_placeholders(self) -> int:

@@ -23,7 +23,8 @@ def validate(cfg: RunConfig) -> None:
     """
     sizes_come_with_weights = cfg.checkpoint.init is not None and not has_sizes(cfg.model)
     if not sizes_come_with_weights:
-        _validate_model(cfg.model)
+        gives = "give all sizes or none beside checkpoint.init"
+        _validate_model(cfg.model, "set it or choose model.preset" if cfg.checkpoint.init is None else gives)
         dims, width = cfg.loss.matryoshka_dims, cfg.model.language.hidden_size
         ok = max(dims, default=0) <= width
         require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
@@ -84,12 +85,12 @@ def require_sizes(cfg: RunConfig) -> None:
     require(has_sizes(cfg.model), f"checkpoint.init={cfg.checkpoint.init} has the model's sizes: name model.preset too")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def _validate_model(model: ModelConfig, remedy: str) -> None:
     for part, values in (("vision", model.vision), ("language", model.language)):
         for f in fields(values):
             value = getattr(values, f.name)
             if f.name in NEEDED or value != f.default and not isinstance(value, list):
-                require(value > 0, f"model.{part}.{f.name}={value} must be positive; set it or choose model.preset")
+                require(value > 0, f"model.{part}.{f.name}={value} must be positive; {remedy}")
         require(
             values.num_layers <= MOST_LAYERS, f"model.{part}.num_layers={values.num_layers} is beyond {MOST_LAYERS}"
         )

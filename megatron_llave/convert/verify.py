@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from megatron_llave.batch import MAX_IMAGE_BYTES, Side
 from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.config.checks import require_same_model
 from megatron_llave.data.image_files import decode_image, image_settings
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import process_groups
@@ -59,6 +60,7 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     sides = {"text": Side(text, []), "image": Side(INSTRUCTION, [image_file])}
     with tempfile.TemporaryDirectory() as folder:
         pretrained = find_pretrained(checkpoint)
+        require_same_model(pretrained.cfg.model, weights.config.model, str(hf))
         prompt = "plain" if pretrained.cfg.data.prompt == "plain" else "qwen"  # its tokenizer may know no chat turns
         overrides = [f"data.prompt={prompt}", "model.precision=fp32"]
         tokenizer = pretrained.find_tokenizer() or find_pretrained(hf).find_tokenizer()

@@ -61,6 +61,8 @@ def fit_to_length(
             f"{visual_tokens} visual tokens and {template} of the prompt template exceed "
             f"data.max_length={max_length}; raise it to at least {fixed}{remedy}"
         )
+    if not fixed and not body:
+        raise DataError("the text is empty, and its prompt has no token of its own to pool; give it a text")
     cut, room = [], max_length - fixed
     for token in body:
         if token in kept:

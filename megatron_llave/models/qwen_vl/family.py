@@ -40,6 +40,8 @@ def check_model(model: ModelConfig, keys: HfKeys) -> None:
         is_default = getattr(vision, f.name) == getattr(VisionConfig(), f.name)
         what = f"model.vision.{f.name}={getattr(vision, f.name)}"
         require(is_default or f.name in {*keys.vision, *keys.layer_lists}, f"{what}: a model of {keys.layout} has none")
+    grids = f"model.image_grids={model.image_grids}"
+    require(not model.image_grids, f"{grids}: images of {keys.layout} keep their shape and are not cut into tiles")
     for name in keys.vision:
         ok = getattr(vision, name) > 0
         require(ok, f"model.vision.{name}={getattr(vision, name)} must be positive; set it or choose model.preset")

@@ -40,3 +40,5 @@ def test_decoders_that_do_not_fit() -> None:
         family_of(replace(model, vision=deep))
     with pytest.raises(ConfigError, match="model.language.mrope_section=.* must be three numbers"):
         family_of(replace(model, language=replace(model.language, mrope_section=[])))
+    with pytest.raises(ConfigError, match="model.image_grids=.*: images of qwen3_vl keep their shape"):
+        family_of(replace(model, image_grids=[[1, 2]]))
