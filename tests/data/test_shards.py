@@ -183,7 +183,7 @@ def test_a_flipped_bit_in_a_picture_is_seen_and_shards_without_checksums_are_rea
     del described["query"]["crc32"], described["json_crc32"]
     write_members(tmp_path / "old.tar", {**members, "a.json": json.dumps(described).encode()})
     assert list(read_shard(tmp_path / "old.tar")) == [pair]
-    wrong_ones = [(3, "seconds must be a list of numbers, not 3"), ([1], "must be one number for each of its 0")]
+    wrong_ones = [(3, "seconds must be a list of numbers, not 3"), ([1], "one for each of its 0")]
     for wrong, message in wrong_ones:
         described["query"]["seconds"] = wrong
         write_members(tmp_path / "times.tar", {**members, "a.json": json.dumps(described).encode()})
