@@ -62,7 +62,7 @@ def test_a_mapping_may_have_the_frames_of_a_video() -> None:
     item = {"text": "<image> x", "frames": frames}
     [video, images, timed], _ = to_sides([item, {"text": "<image> x", "image": frames}, {**item, "fps": 4}])
     assert timed == Side("<image> x", frames, is_video=True, seconds=(0, 0.25))
-    with pytest.raises(DataError, match="seconds of a Side must be rising numbers .* one for each of its 2 frames, not .1,"):
+    with pytest.raises(DataError, match="seconds of a Side must be rising .* one for each of its 2 frames, not .1,"):
         Side("", frames, is_video=True, seconds=(1,))
     assert video == Side("<image> x", frames, is_video=True) and images == Side("<image> x", frames)
     assert to_sides(video) == ([video], True), "a Side stays what it is"
