@@ -166,6 +166,8 @@ def _plan_export(
     in_every_layout = hf.unused_shapes(model)
     is_same_layout = assets.config is not None and assets.config.layout == layout
     for name, (shape, came_in) in assets.unused.items():
+        if name.endswith(".inv_freq"):  # a buffer of old folders, which transformers computes and does not expect
+            continue
         if name == hf.lm_head:
             shape = (vocabulary, *shape[1:])
         if is_same_layout or name == hf.lm_head or name in in_every_layout:

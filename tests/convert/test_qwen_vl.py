@@ -204,6 +204,16 @@ def test_variants_come_back_and_are_read_whole(
     assert torch.equal(model.lm_head.weight, expected)
 
 
+def test_buffers_of_old_folders_are_not_exported(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+    """transformers computes them, and versions of today do not expect them."""
+    buffer = "visual.rotary_pos_emb.inv_freq"
+    source = variant(tmp_path / "source", "qwen2_vl", lambda config, tensors: {**tensors, buffer: torch.ones(3)})
+    export_hf(import_hf(source, tmp_path / "checkpoint", groups), tmp_path / "exported", groups)
+    found, given = tensors_of(tmp_path / "exported"), tensors_of(source)
+    assert given.pop(buffer).sum() == 3
+    assert_bit_equal(found, given)
+
+
 def test_heads_wider_than_their_share_of_the_width(groups: ProcessGroupCollection, tmp_path: Path) -> None:
     """As in Qwen3-VL-4B; written by transformers, without the head."""
     config = transformers.Qwen3VLConfig.from_pretrained(GOLDEN / "qwen3_vl")

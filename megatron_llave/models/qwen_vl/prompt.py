@@ -29,7 +29,7 @@ from megatron_llave.errors import ConfigError, DataError
 
 IMAGE_TEXT = "<image>"
 START, END = "<|vision_start|>", "<|vision_end|>"
-_INSTRUCTION = re.compile(r"Instruct:[ \t]*(.*?)[ \t]*(?:\n|\Z)")
+_INSTRUCTION = re.compile(r"Instruct:[ \t]*(.*?)[ \t\r]*(?:\n|\Z)")
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ def prompt(
             0,
             f"<|im_start|>system\nIs it so?<|im_end|>\n<|im_start|>user\na cat\nInstruct: no{ASSISTANT}<|endoftext|>",
         ),
+        (
+            "gme",
+            "Instruct: look.\r\na cat",
+            0,
+            f"<|im_start|>system\nlook.<|im_end|>\n<|im_start|>user\na cat{ASSISTANT}<|endoftext|>",
+        ),
         ("qwen3_vl_embedding", "Instruct:\na cat", 0, f"{REPRESENT}a cat{ASSISTANT}<|endoftext|>"),
     ],
 )
