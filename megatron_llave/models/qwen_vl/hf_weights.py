@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.models.hf.config_json import HfConfig
 from megatron_llave.models.hf.mapping import Rule, copied, flattened, gated, layer_rules, padded, qkv, stacked_qkv
+from megatron_llave.models.qwen_vl.resize import FRAMES
 
 LANGUAGE, VISION = "language_model.", "visual."
 HF_EMBEDDING = LANGUAGE + "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-FRAMES, CHANNELS = 2, 3
-"""Frames and colours of a patch."""
+CHANNELS = 3
+"""Colours of a patch."""
 KINDS = ("weight", "bias")
 
 PREFIXES = (
