@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PairEmbeddings
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
 
 TEMPERATURE, ALPHA = 0.02, 9.0

@@ -34,8 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import training_step
 from benchmarks.released_step import HEAD, SIZES, TEXT, TEXT_AND_IMAGE, Side, sequences_of
 from benchmarks.training_step import MicroBatches, Ours, Released, Step
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PairBatch
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, pack_sequences
 from megatron_llave.models import family_of
 from megatron_llave.models.blocks.initialization import named_global_parameters

@@ -19,7 +19,8 @@ from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.resume import find_checkpoint, make_folder, resume, starting_from, with_steps
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import load_config
-from megatron_llave.config.schema import LossConfig, RunConfig, loss_of_subset
+from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import LossConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
 from megatron_llave.models.qwen_vl.positions import counted_positions, token_positions
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from megatron_llave.config.schema import RunConfig, SubsetConfig
+from megatron_llave.config.data import SubsetConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import OneLineParser
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

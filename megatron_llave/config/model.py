@@ -1,6 +1,6 @@
 """The `model` section of the configuration: sizes of vision encoder and decoder, precision, kernels, frozen parts.
 
-schema.py has all other sections and the tree that they form.
+schema.py has the tree of all sections.
 """
 
 from dataclasses import dataclass, field

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from megatron_llave.config.schema import EARLIER, IMAGE_CORRECTIONS, DataConfig
+from megatron_llave.config.data import IMAGE_CORRECTIONS, DataConfig
+from megatron_llave.config.schema import EARLIER
 from megatron_llave.errors import DataError
 
 MAX_PIXELS = 89_000_000

@@ -12,7 +12,8 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_llave.config.schema import RunConfig, SubsetConfig
+from megatron_llave.config.data import SubsetConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.index import Index
 from megatron_llave.errors import ConfigError
 

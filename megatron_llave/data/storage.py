@@ -25,7 +25,7 @@ from pathlib import Path
 
 from webdataset.gopen import gopen
 
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.index import FILE_NAME, INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
 from megatron_llave.files import AGAIN, atomic_write

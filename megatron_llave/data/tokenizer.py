@@ -15,7 +15,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.placeholders import MARK
 from megatron_llave.data.storage import REMOTE
 from megatron_llave.errors import ConfigError, DataError

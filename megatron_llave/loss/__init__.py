@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 
 from megatron_llave.batch import PairEmbeddings, PairIds
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import LossShare, hardness_weighted_contrastive_loss
 from megatron_llave.loss.matryoshka import matryoshka_loss
 

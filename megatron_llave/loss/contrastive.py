@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PairEmbeddings, PairIds
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.distributed.collectives import all_gather_rows, reduce_scatter_rows, row_counts
 
 CHUNK = 256

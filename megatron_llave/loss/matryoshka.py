@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llave.batch import PairEmbeddings, PairIds
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import LossShare, hardness_weighted_contrastive_loss
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 
 
 def at_step(config: LossConfig, step: int) -> LossConfig:

@@ -12,9 +12,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
-from megatron_llave.config.schema import DataConfig, ParallelConfig
+from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.data.packing import Processor
 from megatron_llave.errors import CheckpointError, one_of, require
 from megatron_llave.models import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.nn import Module
 
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.packing import Processor
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.models.hf.weights import HfFormat

@@ -7,8 +7,8 @@ Shapes: k tiles, v visual tokens.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.models.blocks.kernels import takes_variable_length
 from megatron_llave.models.blocks.qwen2 import DecoderKind
 from megatron_llave.models.blocks.settings import DTYPES

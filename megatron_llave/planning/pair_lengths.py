@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llave.config.checks import require_sizes
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.index import Shard, Subset, read_index
 from megatron_llave.data.mixture import build_mixture
 from megatron_llave.data.shards import unpack_json

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.batch import PairBatch, rows_of_ranks, to_device
-from megatron_llave.config.schema import LossConfig, RunConfig
+from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient

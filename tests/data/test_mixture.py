@@ -5,7 +5,8 @@ from itertools import islice
 
 import pytest
 
-from megatron_llave.config.schema import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset
 from megatron_llave.data.mixture import Mixture, Source, build_mixture, draw_subsets
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import BadImageError
 from megatron_llave.data.packing import (
     IMAGE,

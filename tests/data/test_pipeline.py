@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config.schema import DataConfig, LossConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset, write_index
 from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_locations, steps_of_epochs
 from megatron_llave.data.shards import write_subset

@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config.schema import DataConfig, RunConfig, SubsetConfig, TrainConfig
+from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import Index, write_index
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.index import Index, Shard, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.storage import Storage, Unreachable, open_storage

@@ -9,7 +9,8 @@ import sentencepiece
 import tokenizers
 
 from megatron_llave.checkpoint.pretrained import Pretrained
-from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.config.data import DataConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, load_tokenizer, tokenizer_in
 from megatron_llave.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.config.data import VIDEO_NEWLINES
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.config.schema import VIDEO_NEWLINES
 from megatron_llave.data import video
 from megatron_llave.data.packing import IMAGE, NEWLINE, pack_sequences
 from megatron_llave.data.video import choose_frames, read_frames

@@ -24,8 +24,10 @@ from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pair
 from safetensors.torch import load_file, save_file
 
 from megatron_llave.batch import PairBatch, PairEmbeddings, PairIds
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.schema import LossConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llave.config.optimizer import OptimizerConfig
+from megatron_llave.config.schema import ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout

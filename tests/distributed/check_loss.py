@@ -10,7 +10,7 @@ import torch.distributed as dist
 from reference import dense_contrastive_loss, same_pairs
 
 from megatron_llave.batch import PairEmbeddings, PairIds
-from megatron_llave.config.schema import LossConfig
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.distributed import process_groups
 from megatron_llave.loss.contrastive import SimilarityStatistics, hardness_weighted_contrastive_loss
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PackedSequences, PairBatch
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import LossConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llave.config.schema import ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.data.packing import pack_sequences
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout

@@ -15,8 +15,8 @@ from PIL import Image
 from shard_pairs import read_shard
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.index import Index, Shard, Subset, read_index, write_index
 from megatron_llave.data.shards import write_subset
 from megatron_llave.errors import ConfigError, DataError

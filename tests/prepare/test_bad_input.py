@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config.schema import DataConfig, RunConfig, TrainConfig
+from megatron_llave.config.data import DataConfig
+from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import INDEX_FILE, Index, write_index
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.config.schema import LogConfig, LossConfig
+from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.training.logger import RunLog
 from megatron_llave.training.metrics import StepResult, collect

@@ -18,9 +18,10 @@ from itertools import product
 from typing import Any
 
 from megatron_llave.config.checks import require_same_model
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import MOST_TILES, ModelConfig, VisionConfig
 from megatron_llave.config.presets import SIGLIP_SO400M
-from megatron_llave.config.schema import DataConfig, RunConfig
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import one_of, require
 from megatron_llave.models.hf.config_json import DTYPE_KEYS, DTYPES, HfConfig, Section
 from megatron_llave.models.hf.decoder_config import language_section, read_language

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_llave.batch import Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import (
     BadImageError,
     ImageSettings,
@@ -52,7 +52,7 @@ class LlavaOnevisionProcessor:
     too_long: str = "cut"
     """What happens to a text that exceeds max_length: cut, or skip (which raises a DataError)."""
     video_newline: str = "one_token"
-    """Where image_newline stands among a video's tokens: one of config.schema.VIDEO_NEWLINES."""
+    """Where image_newline stands among a video's tokens: one of config.data.VIDEO_NEWLINES."""
 
     @property
     def tile_shape(self) -> TileShape:

@@ -7,8 +7,8 @@ s = 4k patches, d layers whose features deepstack adds.
 from collections.abc import Sequence
 from math import isqrt
 
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.models.blocks.layer_specs import RMSNorm
 from megatron_llave.models.qwen_vl.embedder import QwenVlEmbedder
 from megatron_llave.models.qwen_vl.patches import frame_lengths

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
 from megatron_llave.models.hf.config_json import Section

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.batch import Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import (
     BadImageError,
     ImageSettings,

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.image_files import BadImageError
 from megatron_llave.errors import require
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from megatron_llave.batch import Side
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.packing import IMAGE
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import CheckpointError

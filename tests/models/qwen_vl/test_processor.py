@@ -18,8 +18,8 @@ from transformers.video_utils import VideoMetadata
 
 from megatron_llave import models
 from megatron_llave.batch import Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.config.schema import DataConfig
 from megatron_llave.data.image_files import BadImageError
 from megatron_llave.data.packing import IMAGE, EncodedSequence, pack_sequences
 from megatron_llave.data.tokenizer import Tokenizer

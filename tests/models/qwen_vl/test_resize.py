@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from megatron_llave.config.schema import DataConfig
+from megatron_llave.config.data import DataConfig
 from megatron_llave.data.image_files import BadImageError
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.qwen_vl.resize import (

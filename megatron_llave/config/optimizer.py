@@ -1,0 +1,52 @@
+"""The section `optimizer` of the configuration."""
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_llave.config.model import PARTS
+from megatron_llave.errors import at_least, one_of, require
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW in megatron-core's distributed optimizer, with a cosine schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate, reached at the end of the warmup."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Number of steps of linear warmup from 0."""
+    warmup_fraction: float = 0.0
+    """Length of the warmup as a fraction of the run's steps, used if warmup_steps is 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices. Vectors (biases and norms) are not decayed."""
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+    beta2: float = 0.999
+    """Decay rate of the second moment."""
+    epsilon: float = 1e-8
+    """Constant that is added to the square root of the second moment."""
+    clip_gradient: float = 1.0
+    """Maximum norm of the global gradient; 0 turns clipping off."""
+    part_learning_rates: dict[str, float] = field(default_factory=dict)
+    """Peak learning rates of vision, projector or language where they differ from learning_rate. A rate of 0 does not
+    save the gradient's computation; model.freeze does."""
+    part_start_steps: dict[str, int] = field(default_factory=dict)
+    """First step (counted from 0) at which vision, projector or language is trained. Before it the learning rate of
+    that part is 0, but its gradient counts in the norm that is clipped."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
+        at_least(self, "optimizer", 0, names)
+        require(0 <= self.warmup_fraction <= 1, f"optimizer.warmup_fraction={self.warmup_fraction} must be in 0 to 1")
+        for part, rate in self.part_learning_rates.items():
+            one_of("optimizer.part_learning_rates", part, PARTS)
+            require(0 <= rate < math.inf, f"optimizer.part_learning_rates.{part}={rate} must be at least 0")
+        for part, step in self.part_start_steps.items():
+            one_of("optimizer.part_start_steps", part, PARTS)
+            require(step >= 0, f"optimizer.part_start_steps.{part}={step} must be at least 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
