@@ -51,6 +51,7 @@ def hardness_weighted_contrastive_loss(
     *,
     config: LossConfig,
     group: dist.ProcessGroup | None = None,
+    log_temperature: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> LossShare:
     """InfoNCE in which the logit of a negative is raised by alpha times its own, detached, cosine.
@@ -69,6 +70,8 @@ def hardness_weighted_contrastive_loss(
             other fields are not used here.
         group: ranks whose rows are negatives of each other: the data-parallel group, never a model-parallel one. The
             ranks may have different numbers of rows. None: this rank alone.
+        log_temperature: a scalar with the logarithm of config.temperature, which gets its gradient: of this rank's
+            share of the loss, to be averaged over the ranks like those of the parameters. None: it is not learned.
         chunk: rows whose logits are held at a time.
 
     Returns:
@@ -99,7 +102,7 @@ def hardness_weighted_contrastive_loss(
     if reward is not None:
         context.reward_query = reward.query.to(precise)
         context.reward_columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), context)
-    loss, *statistics = _ContrastiveLoss.apply(query, target, hard, context)
+    loss, *statistics = _ContrastiveLoss.apply(query, target, hard, log_temperature, context)
     return loss, SimilarityStatistics(*statistics)
 
 
@@ -214,7 +217,9 @@ class _ContrastiveLoss(torch.autograd.Function):
     """The loss in chunks of rows. The backward pass computes the logits of each chunk again."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, target: Tensor, hard: Tensor, context: _Context) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, query: Tensor, target: Tensor, hard: Tensor, log_temperature: Tensor | None, context: _Context
+    ) -> tuple[Tensor, ...]:
         columns = _gather_columns(target, hard, context)  # [C, d]
         local_positives = (query * target).sum(1)  # [b]
         positives = all_gather_rows(local_positives, context.counts, context.group)  # [B]
@@ -247,7 +252,7 @@ class _ContrastiveLoss(torch.autograd.Function):
         return losses.sum() * context.scale, *statistics
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         query, columns, positives, row_log_odds, column_log_odds = ctx.saved_tensors
         context: _Context = ctx.context
         temperature = context.config.temperature
@@ -275,10 +280,15 @@ class _ContrastiveLoss(torch.autograd.Function):
         targets_gradient, hard_gradient = columns_gradient.mul_(scale).split(
             [context.num_rows, sum(context.hard_counts)]
         )
+        query_gradient.mul_(scale)
+        # A logit is cosine / temperature and what is detached, so this gradient is that of the cosines times minus the
+        # cosines, which the queries sum up over the columns.
+        of_temperature = -(query * query_gradient).sum() if ctx.needs_input_grad[3] else None
         return (
-            query_gradient.mul_(scale),
+            query_gradient,
             reduce_scatter_rows(targets_gradient, context.counts, context.group),
             reduce_scatter_rows(hard_gradient, context.hard_counts, context.group),
+            of_temperature,
             None,
         )
 

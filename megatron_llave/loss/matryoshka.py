@@ -19,6 +19,7 @@ def matryoshka_loss(
     *,
     config: LossConfig,
     group: dist.ProcessGroup | None = None,
+    log_temperature: Tensor | None = None,
 ) -> LossShare:
     """Mean of the contrastive loss over prefixes of the embedding, each renormalised to unit length.
 
@@ -39,7 +40,7 @@ def matryoshka_loss(
         prefix = partial(_prefix, dim=dim)
         reward_prefix = None if reward is None else reward.map(prefix)
         loss, statistics = hardness_weighted_contrastive_loss(
-            embeddings.map(prefix), ids, reward_prefix, config=config, group=group
+            embeddings.map(prefix), ids, reward_prefix, config=config, group=group, log_temperature=log_temperature
         )
         losses.append(loss)
     return torch.stack(losses).mean(), statistics

@@ -57,8 +57,9 @@ def check_unequal_rows(
     # Repeated queries, repeated targets, and hard negatives of which some are targets too.
     ids = [torch.arange(sizes[0]) // 2, torch.arange(sizes[0]) % 3, torch.arange(sizes[2]) * 2]
     full = [x.clone().requires_grad_() for x in rows]
+    log_temperature = torch.tensor(0.1, dtype=torch.float64).log().requires_grad_()
     reward = PairEmbeddings(*judged) if has_reward else None
-    expected = dense_contrastive_loss(*full[:2], 0.1, 9.0, full[2], *ids, reward, rules)
+    expected = dense_contrastive_loss(*full[:2], log_temperature.exp(), 9.0, full[2], *ids, reward, rules)
     expected.backward()
     own = slice(sum(counts[: group.rank()]), sum(counts[: group.rank() + 1]))
     own_hard = slice(sum(hard_counts[: group.rank()]), sum(hard_counts[: group.rank() + 1]))
@@ -67,13 +68,16 @@ def check_unequal_rows(
     reward = PairEmbeddings(*(x[part].to(dtype) for x, part in zip(judged, slices))) if has_reward else None
     own_ids = PairIds(*(x[part] for x, part in zip(ids, slices)))
     config = replace(rules, temperature=0.1, alpha=9.0)
+    own_log = log_temperature.detach().to(dtype).requires_grad_()
     loss, seen = hardness_weighted_contrastive_loss(
-        PairEmbeddings(*local), own_ids, reward, config=config, group=group, chunk=2
+        PairEmbeddings(*local), own_ids, reward, config=config, group=group, log_temperature=own_log, chunk=2
     )
     loss.backward()
-    mean = loss.detach().clone()
-    dist.all_reduce(mean, group=group)
-    assert abs(mean.item() / group.size() - expected.item()) <= loss_tolerance
+    means = torch.stack([loss.detach(), own_log.grad])
+    dist.all_reduce(means, group=group)
+    loss_error, error = (means.double() / group.size() - torch.stack([expected.detach(), log_temperature.grad])).abs()
+    assert loss_error <= loss_tolerance
+    assert error <= gradient_tolerance * log_temperature.grad.abs().clamp_min(1), f"{rules} temperature: {error:.1e}"
     for ours, reference, part in zip(local, full, slices):
         if len(ours):
             error = (ours.grad.double() / group.size() - reference.grad[part]).abs().max() / reference.grad.abs().max()

@@ -168,15 +168,17 @@ def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> 
     plain = [x.detach().clone().requires_grad_() for x in ours]
     judge = PairEmbeddings(unit_rows(5, 3), unit_rows(5, 4), unit_rows(2, 5)) if has_reward else None
     config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24])
-    loss, _ = matryoshka_loss(pairs(*ours), reward=judge, config=config)
+    ours.append(torch.tensor(0.1, dtype=torch.float64).log().requires_grad_())
+    plain.append(ours[-1].detach().clone().requires_grad_())
+    loss, _ = matryoshka_loss(pairs(*ours[:3]), reward=judge, config=config, log_temperature=ours[3])
     losses = []
     for k in (4, 8, 24):
-        query, target, hard = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain)
+        query, target, hard = (torch.nn.functional.normalize(x[:, :k], dim=1) for x in plain[:3])
         reward = None
         if has_reward:
             parts = (judge.query, judge.target, judge.hard_negatives)
             reward = PairEmbeddings(*(torch.nn.functional.normalize(x[:, :k], dim=1) for x in parts))
-        losses.append(dense_contrastive_loss(query, target, 0.1, 2.0, hard, reward=reward))
+        losses.append(dense_contrastive_loss(query, target, plain[3].exp(), 2.0, hard, reward=reward))
     expected = sum(losses) / 3
     loss.backward()
     expected.backward()
