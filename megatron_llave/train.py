@@ -34,7 +34,7 @@ from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
 from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
-from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norm
+from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norms
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
@@ -228,13 +228,13 @@ def train_step(
     trainable.zero_gradients()
     reward_model = None if average is None else average.applied
     shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model)
-    gradient_norm, is_finite = read_norm(trainable.squared_norm(), shares)
+    gradient_norms, is_finite = read_norms(trainable.squared_norms(), shares)
     is_skipped = finite is not None and not finite.check(is_finite, shares, batches, step)
-    trainable.update(None if is_skipped else gradient_norm)
+    trainable.update(None if is_skipped else gradient_norms[0])
     if average is not None and not is_skipped:
         trainable.wait_for_weights()
         average.update()
-    return StepResult(config, batches, shares, gradient_norm, rate)
+    return StepResult(config, batches, shares, gradient_norms, rate)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from megatron_llave.files import read_json, write_json
 from megatron_llave.loss import Compare, build_loss, contrastive
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.models import build_model, build_processor
-from megatron_llave.training.fault_tolerance import read_norm
+from megatron_llave.training.fault_tolerance import read_norms
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.metrics import step_metrics
@@ -139,7 +139,7 @@ def run_step(
     trainable.zero_gradients()
     with watch:
         [share] = forward_backward(trainable.chunks, [batch], compare, "global_batch")
-    trainable.update(read_norm(trainable.squared_norm(), [share])[0])
+    trainable.update(read_norms(trainable.squared_norms(), [share])[0][0])
     step_metrics([share], [batch], dist.group.WORLD)
     return time.perf_counter() - started, share
 

@@ -36,6 +36,9 @@ def validate(cfg: RunConfig) -> None:
     )
     ok = cfg.loss.negatives != "own_micro_batch" or cfg.train.micro_batch_size != 1
     require(ok, "loss.negatives=own_micro_batch: with train.micro_batch_size=1 a pair has no negative")
+    decay = cfg.optimizer.vision_layer_decay
+    ok = decay == 1 or "vision" not in cfg.model.freeze
+    require(ok, f"optimizer.vision_layer_decay={decay} has no layers to slow down: model.freeze has vision")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
     require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),

@@ -35,12 +35,18 @@ class OptimizerConfig:
     part_start_steps: dict[str, int] = field(default_factory=dict)
     """First step (counted from 0) at which vision, projector or language is trained. Before it the learning rate of
     that part is 0, but its gradient counts in the norm that is clipped."""
+    vision_layer_decay: float = 1.0
+    """Factor of the vision encoder's learning rate for each of its layers that lies above: its last layer has the rate
+    of the part, the one before it this factor of that, the embeddings of the patches this factor to the power of the
+    number of layers. 1: all have the same rate."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
         at_least(self, "optimizer", 0, names)
         require(0 <= self.warmup_fraction <= 1, f"optimizer.warmup_fraction={self.warmup_fraction} must be in 0 to 1")
+        decay = self.vision_layer_decay
+        require(0 < decay <= 1, f"optimizer.vision_layer_decay={decay} must be above 0 and at most 1")
         for part, rate in self.part_learning_rates.items():
             one_of("optimizer.part_learning_rates", part, PARTS)
             require(0 <= rate < math.inf, f"optimizer.part_learning_rates.{part}={rate} must be at least 0")

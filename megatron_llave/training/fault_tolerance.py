@@ -110,18 +110,18 @@ class StopRequests:
             signal.signal(number, handler)
 
 
-def read_norm(squared_norm: Tensor, shares: list[LossShare]) -> tuple[float, bool]:
-    """Wait once for the norm of the gradient, and for whether it and the losses of all ranks are finite.
+def read_norms(squared_norms: Tensor, shares: list[LossShare]) -> tuple[list[float], bool]:
+    """Wait once for norms of the gradient, and for whether the first and the losses of all ranks are finite.
 
     Args:
-        squared_norm: of the whole gradient, the same on all ranks (Trainable.squared_norm).
+        squared_norms: [n] of the whole gradient first, the same on all ranks (Trainable.squared_norms).
         shares: the results of the loss; an empty list on all pipeline stages but the last.
     """
-    is_finite = torch.stack([squared_norm.isfinite(), *(loss.isfinite() for loss, _ in shares)]).all()
-    values = torch.stack([squared_norm.double(), (~is_finite).double()])
+    is_finite = torch.stack([squared_norms[0].isfinite(), *(loss.isfinite() for loss, _ in shares)]).all()
+    values = torch.cat([squared_norms.double(), (~is_finite).double()[None]])  # [n + 1]
     dist.all_reduce(values, dist.ReduceOp.MAX)
-    squared, is_bad = values.tolist()
-    return squared**0.5, not is_bad
+    *squares, is_bad = values.tolist()
+    return [squared**0.5 for squared in squares], not is_bad
 
 
 class FiniteSteps:
@@ -138,7 +138,7 @@ class FiniteSteps:
         """Count the step unless its losses and gradient are finite, and return whether they are.
 
         Args:
-            is_finite: whether they are, of `read_norm`, the same on all ranks.
+            is_finite: whether they are, of `read_norms`, the same on all ranks.
             shares: the results of the loss; an empty list on all pipeline stages but the last.
             batches: this rank's micro batches.
             step: number of the step from 0, for the message.

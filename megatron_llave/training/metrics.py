@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_llave.batch import PairBatch, rows_of_ranks, to_device
 from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
@@ -28,6 +29,9 @@ MEANS = {
 }
 """Field of the similarity statistics -> name of its mean over the queries in the record."""
 
+GRADIENT_NORMS = ("gradient_norm", *(f"gradient_norm_{part}" for part in PARTS))
+"""Names in the record of the norm of the whole gradient and of those of the parts of the model."""
+
 COMPARISONS = {"overlap": overlap_coefficient, "margin": mean_margin, "auc": order_auc}
 """Name in the record, after `similarity_` -> comparison of the cosines of positives and hardest negatives."""
 
@@ -42,8 +46,8 @@ class StepResult:
     """This rank's micro batches."""
     shares: list[LossShare]
     """The result of each call of the loss; an empty list on all pipeline stages but the last."""
-    gradient_norm: float
-    """Norm of the whole gradient before clipping."""
+    gradient_norms: list[float]
+    """Norms before clipping, of the whole gradient and of that of each of PARTS."""
     learning_rate: float
     """Learning rate of the step's update."""
 
@@ -70,7 +74,8 @@ def collect(
     pairs = sum(cost.patch_pairs(cfg.model, row.grids) for row in rows)
     record = {"step": step, "subset": result.batches[0].subset, "learning_rate": result.learning_rate}
     record |= {"temperature": result.config.temperature, "alpha": result.config.alpha}
-    record |= {"gradient_norm": result.gradient_norm} | step_metrics(result.shares, result.batches, group, pairs)
+    record |= dict(zip(GRADIENT_NORMS, result.gradient_norms))
+    record |= step_metrics(result.shares, result.batches, group, pairs)
     if is_due(step, cfg.log.histogram_interval):
         record |= histograms(result.shares, result.batches, group)
     seconds = time.perf_counter() - started

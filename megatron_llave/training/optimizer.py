@@ -1,7 +1,10 @@
 """Wraps the model's chunks in megatron-core's data parallelism, distributed AdamW and learning-rate schedule."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,13 +18,14 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
-from megatron_llave.batch import to_device
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.process_groups import device
 
@@ -31,8 +35,10 @@ PART_PARAMETERS = {
     "language": ("language.*",),
 }
 """Patterns that match the names of the parameters of each part."""
-LATE = "lr_start_step"
-"""Key of a parameter group for the first step that trains it; a group without this key is trained from step 0."""
+LATE, SCALE = "lr_start_step", "lr_scale"
+"""Keys of a parameter group for the first step that trains it, and for a factor of its learning rate at every step; a
+group without these keys is trained from step 0, at the rate of its part."""
+LAYER_OF_VISION = re.compile(r"^module\.vision\..*\blayers\.(\d+)\.")
 
 
 @dataclass
@@ -53,17 +59,34 @@ class Trainable:
         self.optimizer.zero_grad()
         self._gather_weights()  # does nothing but before the first step: `update` has started it after every other one
 
-    def squared_norm(self) -> Tensor:
-        """Square of the norm of the step's gradient before clipping, over all parameters; the same on every rank.
+    def squared_norms(self) -> Tensor:
+        """Squares [4] of the norm of the step's gradient before clipping, the same on every rank.
 
-        It is a scalar on the device, for which the host does not wait, as it does in megatron-core's own function.
+        The first is over all parameters, the others over those of each of PARTS, in this order; 0 for a part without
+        gradient. They lie on the device, and the host does not wait for them, as it does in megatron-core's function.
         """
         self.optimizer.prepare_grads()
-        parts = _parts(self.optimizer)
+        parts, part_of = _parts(self.optimizer), self._part_of_gradients()
         gradients = [gradient for part in parts for gradient in _gradients(part)]
-        squared = to_device(torch.nn.utils.get_total_norm(gradients), device()).square()
-        dist.all_reduce(squared, group=parts[0].get_grad_stats_parallel_group())
-        return squared
+        norms = torch._foreach_norm(gradients) if gradients else ()  # one kernel, as in torch.nn.utils.get_total_norm
+        of_parts = [[n for n, g in zip(norms, gradients) if part_of[id(g)] == part] for part in PARTS]
+        squares = torch.stack([_squared_total(some) for some in (norms, *of_parts)])
+        dist.all_reduce(squares, group=parts[0].get_grad_stats_parallel_group())
+        return squares
+
+    def _part_of_gradients(self) -> dict[int, str]:
+        """Name of the model's part for the identity of every gradient that the optimizer has prepared."""
+        found = {}
+        for part in _parts(self.optimizer):
+            for parameter, (group, order) in getattr(part, "model_param_group_index_map", {}).items():
+                gradient = part.optimizer.param_groups[group]["params"][order].grad
+                found[id(gradient)] = self._part_of_parameters[parameter]
+        return found
+
+    @cached_property
+    def _part_of_parameters(self) -> dict[Parameter, str]:
+        named = [item for chunk in self.chunks for item in chunk.module.named_parameters()]
+        return {parameter: part_of(name) for name, parameter in named}
 
     def update(self, gradient_norm: float | None) -> None:
         """Take the optimizer step with the gradients of `squared_norm`, clipped, and advance the schedule.
@@ -106,6 +129,18 @@ class Trainable:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 yield from reversed(chunk.bucket_groups)
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model, one of PARTS, that has the parameter of this name."""
+    return next(part for part, patterns in PART_PARAMETERS.items() if any(fnmatch(name, p) for p in patterns))
+
+
+def _squared_total(norms: Sequence[Tensor]) -> Tensor:
+    """Square of the norm of all tensors that have these norms; on the device."""
+    if not norms:
+        return torch.zeros((), device=device())
+    return torch.linalg.vector_norm(torch.stack(list(norms))).square()
 
 
 def _wait(bucket: Any) -> None:
@@ -206,7 +241,7 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
 
 
 def _overrides(cfg: RunConfig, config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's overrides (no weight decay of vectors), and the learning rates and first steps of parts."""
+    """megatron-core's overrides (no weight decay of vectors), and rates and first steps of parts and layers."""
     overrides, section = get_standard_config_overrides(config), cfg.optimizer
     for part in sorted(section.part_learning_rates.keys() | section.part_start_steps.keys()):
         names = tuple(f"module.{name}" for name in PART_PARAMETERS[part])
@@ -214,14 +249,28 @@ def _overrides(cfg: RunConfig, config: OptimizerConfig) -> dict[ParamKey, ParamG
         values = {"max_lr": rate, "min_lr": min(section.min_learning_rate, rate)}
         values |= {LATE: section.part_start_steps[part]} if part in section.part_start_steps else {}
         overrides[ParamKey(name=names)] = ParamGroupOverride(**values)
+    layers = cfg.model.vision.num_layers
+    for above in range(1, layers + 1) if section.vision_layer_decay < 1 else ():
+        below = ParamWithNamePredicate(f"{above} layers above", partial(_has_above, above, layers))
+        scale = {SCALE: section.vision_layer_decay**above}
+        overrides[ParamKey(with_name_predicate=below)] = ParamGroupOverride(**scale)
     return overrides
 
 
+def _has_above(above: int, layers: int, parameter: Parameter, name: str) -> bool:
+    """Whether this many of the vision encoder's layers come after the parameter: after its embeddings all of them."""
+    if not name.startswith("module.vision."):
+        return False
+    layer = LAYER_OF_VISION.match(name)
+    return above == (layers - 1 - int(layer[1]) if layer else layers)
+
+
 class _Schedule(OptimizerParamScheduler):
-    """megatron-core's schedule, with a learning rate of 0 for a part until its first step."""
+    """megatron-core's schedule, with a rate of 0 for a part until its first step, and factors of layers."""
 
     def get_lr(self, param_group: dict) -> float:
-        return 0.0 if self.num_steps < param_group.get(LATE, 0) else super().get_lr(param_group)
+        is_late = self.num_steps < param_group.get(LATE, 0)
+        return 0.0 if is_late else super().get_lr(param_group) * param_group.get(SCALE, 1.0)
 
 
 def _build_schedule(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -135,6 +135,7 @@ def test_rates_and_first_steps_of_parts_are_the_same_after_a_resume(
     parts = [
         "optimizer.part_start_steps={vision: 3}",
         "optimizer.part_learning_rates={projector: 1e-5, language: 5e-4}",
+        "optimizer.vision_layer_decay=0.5",
     ]
     given = [f"data.path={openmoji_data}", *SHORT, "train.steps=5", "optimizer.warmup_steps=2", *parts]
     given += ["checkpoint.interval=1", "checkpoint.keep_last=0", "optimizer.weight_decay=0.1"]

@@ -72,7 +72,7 @@ def small_config(layout: ParallelConfig, freeze: list[str], family: str = ModelC
         model=model,
         parallel=layout,
         loss=LossConfig(temperature=TEMPERATURE, alpha=ALPHA),
-        optimizer=OptimizerConfig(learning_rate=1e-3, clip_gradient=1.0, epsilon=1e-5),
+        optimizer=OptimizerConfig(learning_rate=1e-3, clip_gradient=1.0, epsilon=1e-5, vision_layer_decay=0.5),
         train=TrainConfig(steps=STEPS, global_batch_size=GLOBAL_BATCH),
     )
 
@@ -143,7 +143,7 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str], family: 
     losses = [step_metrics(result.shares, batches, groups.dp)["loss"] for result in results]
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
         print(f"{layout} freeze={freeze}: gradients off by {', '.join(f'{x:.1e}' for x in worst)}, losses {losses}")
-        save_losses(directory, freeze, losses)
+        save_losses(directory, freeze, losses + results[0].gradient_norms)
     let_go(trainable)
 
 
@@ -301,7 +301,7 @@ class TowerCalls:
 
 
 def save_losses(directory: Path, freeze: list[str], losses: list[float]) -> None:
-    """The first layout of each kind sets the losses of three steps, the others must follow."""
+    """The first layout sets the losses of three steps, and gradient norms of parts; the others must follow."""
     path = directory / f"losses{'-'.join(freeze)}.safetensors"
     ours = torch.tensor(losses)
     if path.exists():

@@ -15,7 +15,7 @@ import torch
 from run_ranks import run_torchrun
 
 from megatron_llave.errors import DivergedError
-from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopReason, StopRequests, read_norm
+from megatron_llave.training.fault_tolerance import EXIT_HUNG, FiniteSteps, StopReason, StopRequests, read_norms
 
 pytestmark = pytest.mark.long
 
@@ -60,7 +60,7 @@ BATCHES = [SimpleNamespace(subset="birds", keys=["a", "b"]), SimpleNamespace(sub
 
 
 def check(finite: FiniteSteps, squared_norm: float, results: list, step: int) -> bool:
-    norm, is_finite = read_norm(torch.tensor(squared_norm), results)
+    (norm, *_), is_finite = read_norms(torch.tensor([squared_norm, 1.0]), results)
     assert norm == squared_norm or not math.isfinite(squared_norm)
     return finite.check(is_finite, results, BATCHES, step)
 

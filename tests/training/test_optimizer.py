@@ -19,9 +19,9 @@ from megatron_llave.training.optimizer import (
 RATE = 1e-3
 
 
-def build(groups, **optimizer) -> tuple[object, Trainable]:
+def build(groups, preset: str = "tiny", **optimizer) -> tuple[object, Trainable]:
     values = {"learning_rate": RATE, **optimizer}
-    cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 20}, "optimizer": values})
+    cfg = config_from_dict({"model": {"preset": preset}, "train": {"steps": 20}, "optimizer": values})
     chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
     return cfg, build_trainable(cfg, chunks, groups)
 
@@ -64,6 +64,36 @@ def test_learning_rate_of_a_late_part_is_that_of_its_step(groups) -> None:
         assert rates == ({learning_rate(plain)} if number >= 3 else {0.0, learning_rate(plain)})
         for one in (late, plain):
             one.schedule.step(increment=1)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny_qwen3vl"])
+def test_layers_of_the_vision_encoder_have_decaying_rates(groups, preset: str) -> None:
+    """In the first step of AdamW, in which a weight moves by the rate whatever its gradient is."""
+    late = {"part_start_steps": {"projector": 9}, "part_learning_rates": {"vision": 2 * RATE}}
+    moved = []
+    for decay in (1.0, 0.5):
+        cfg, trainable = build(groups, preset, vision_layer_decay=decay, **late)
+        before = {name: value.detach().clone() for name, value in trainable.chunks[0].module.named_parameters()}
+        step(cfg, trainable, groups)
+        now = trainable.chunks[0].module.named_parameters()
+        moved.append({name: value.detach() - before[name] for name, value in now})
+    above = {f"layers.{number}.": 1 - number for number in range(2)}
+    for name, plain in moved[0].items():
+        scale = 0.5 ** next((n for part, n in above.items() if part in name), 2) if name.startswith("vision") else 1.0
+        torch.testing.assert_close(moved[1][name], scale * plain, rtol=0, atol=3e-7)
+        assert (plain.abs().max() > RATE / 2) != name.startswith(("projector", "image_newline")), name
+
+
+def test_norms_of_parts_are_those_of_their_gradients(groups) -> None:
+    cfg, trainable = build(groups)
+    step(cfg, trainable, groups)  # which leaves the gradients in the buffers, clipped nowhere but in the optimizer's
+    squares = trainable.squared_norms().tolist()
+    expected = {"vision": 0.0, "projector": 0.0, "language": 0.0}
+    for name, parameter in trainable.chunks[0].module.named_parameters():
+        part = "projector" if name == "image_newline" else name.split(".")[0]
+        expected[part] += parameter.main_grad.double().square().sum().item()
+    assert squares == pytest.approx([sum(expected.values()), *expected.values()], rel=1e-5)
+    assert min(squares) > 0
 
 
 @pytest.mark.parametrize(
