@@ -238,6 +238,9 @@ class PairBatch:
     """Number of sequences whose text was cut to data.max_length."""
     of_ranks: tuple[list[int], list[int]] | None = None
     """Numbers of pairs and of hard negatives in this micro batch of each data-parallel rank; None: not exchanged."""
+    stored: Tensor | None = None
+    """[2 * b + m, width of the other model] float32, stored embeddings of unit length of the sequences by another model
+    (data/stored_vectors.py); None: the run has none."""
 
     @property
     def num_pairs(self) -> int:
@@ -251,8 +254,9 @@ class PairBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairBatch":
         """Apply a function to all tensors."""
-        ids = {name: function(getattr(self, name)) for name in ("query_ids", "target_ids", "hard_negative_ids")}
-        return replace(self, sequences=self.sequences.map(function), **ids)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = {name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, sequences=self.sequences.map(function), **mapped)
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """Return the batch with all its tensors on `device`."""

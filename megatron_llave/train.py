@@ -227,7 +227,8 @@ def train_step(
     exchange_row_counts(batches, groups.dp)
     trainable.zero_gradients()
     reward_model = None if average is None else average.applied
-    shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model)
+    is_stored = config.reward == "stored"
+    shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model, is_stored)
     gradient_norms, is_finite = read_norms(trainable.squared_norms(), shares)
     is_skipped = finite is not None and not finite.check(is_finite, shares, batches, step)
     trainable.update(None if is_skipped else gradient_norms[0])

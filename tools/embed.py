@@ -1,7 +1,8 @@
-"""Embed texts and images with a checkpoint, or all inputs of a JSONL file.
+"""Embed texts and images with a checkpoint, or all inputs of a JSONL file or of a folder of training shards.
 
 python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg      (a JSON line for each)
 torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
+torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --shards DATA --out OUT.npy    (for loss.reward=stored)
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder. A line of the JSONL is
 {"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/data.md. A command that
@@ -10,8 +11,9 @@ was interrupted continues when it is given again.
 
 import argparse
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,7 @@ from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts, load_model
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import count_inputs, read_blocks
+from megatron_llave.embedding.shard_inputs import count_shard_inputs, read_shard_blocks
 from megatron_llave.embedding.vector_files import SUFFIXES, embedding_file
 from megatron_llave.errors import (
     BadInputError,
@@ -45,6 +48,8 @@ from megatron_llave.training.logger import quiet_dependencies
 INSTRUCTION = "<image>\nRepresent the given image."
 BLOCK = 65536
 """Number of inputs of a JSONL file that are in memory at a time."""
+SHARD_BLOCK = 2048
+"""Number of inputs of shards that are in memory at a time, with their images."""
 ROWS = 4096
 """Number of embeddings that are in memory at a time; a row group of Parquet has as many."""
 
@@ -59,25 +64,25 @@ def main() -> None:
     parser.add_argument("--image", action="append", default=[], help="an image to embed; may be repeated")
     parser.add_argument("--instruction", default=INSTRUCTION, help="text that goes with each --image")
     parser.add_argument("--jsonl", help="file of inputs, instead of --text and --image; needs --out")
+    parser.add_argument("--shards", help="folder of training shards, all inputs of which are embedded; needs --out")
     parser.add_argument("--out", help="file to write, .npy or .parquet")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave inputs of --jsonl out that cannot be read, and list them"
-    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave inputs out that cannot be read, and list them")
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
     args = parser.parse_args()
     with exit_with_one_line():
         quiet_dependencies()
-        if bool(args.jsonl) == bool(args.text or args.image):
-            raise ConfigError("give either --jsonl, or --text and --image, as many as you like")
-        if args.jsonl and not args.out:
-            raise ConfigError("--jsonl needs --out FILE.npy or FILE.parquet")
+        source = args.jsonl or args.shards
+        if [bool(args.jsonl), bool(args.shards), bool(args.text or args.image)].count(True) != 1:
+            raise ConfigError("give either --jsonl, or --shards, or --text and --image, as many as you like")
+        if source and not args.out:
+            raise ConfigError(f"{'--jsonl' if args.jsonl else '--shards'} needs --out FILE.npy or FILE.parquet")
         if args.out and Path(args.out).suffix not in SUFFIXES:
             raise ConfigError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
         require_names([*args.text, *args.image], args.out or "")
-        num_rows = count_inputs(args.jsonl, BLOCK, requires_files=not args.skip_bad) if args.jsonl else 0
+        num_rows = count(args) if source else 0
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
-        if args.jsonl:
+        if source:
             embed_file(model, args, num_rows)
         else:
             embed_arguments(model, args)
@@ -97,19 +102,35 @@ def require_names(names: list[str], out: str) -> None:
             raise ConfigError(f"{name!a} has more than one line, but is to be one of {ids}; --out a .parquet")
 
 
+def count(args: argparse.Namespace) -> int:
+    """Return the number of inputs of --jsonl or --shards, after a check that reads no images."""
+    if args.jsonl:
+        return count_inputs(args.jsonl, BLOCK, requires_files=not args.skip_bad)
+    num_rows, differing = count_shard_inputs(args.shards)
+    if differing and os.environ.get("RANK", "0") == "0":
+        print(f"{differing} of {num_rows} ids have inputs that differ; the first of each is embedded")
+    return num_rows
+
+
 @dataclass(frozen=True)
 class FileEmbedder:
-    """Embeds a JSONL file block by block; what is embedded stays in a folder until the output is complete."""
+    """Embeds a JSONL file or the inputs of shards block by block.
+
+    What is embedded stays in a folder until the output is complete.
+    """
 
     model: LoadedModel
-    path: str
+    blocks: Callable[[], Iterator[Inputs]]
+    """Reads the blocks from the first on."""
+    block: int
+    """Number of inputs of each block but the last."""
     folder: Path
     identity: dict[str, str]
     skip_bad: bool
 
     def caches(self) -> Iterator[tuple[CachedEmbedder, Inputs]]:
         """Yield what embeds each block, and the block."""
-        for number, block in enumerate(read_blocks(self.path, BLOCK)):
+        for number, block in enumerate(self.blocks()):
             embed = partial(embed_parts, self.model, skip_bad=self.skip_bad)
             folder, requires_files = self.folder / f"{number:05d}", not self.skip_bad
             replicas = self.model.groups.dp
@@ -118,7 +139,7 @@ class FileEmbedder:
     def embed(self, num_rows: int) -> int:
         """Embed what is missing; returns the number of rows that are not skipped, on the first rank."""
         kept = 0
-        total = -(-num_rows // BLOCK)
+        total = -(-num_rows // self.block)
         for embedder, block in track(self.caches(), "embedding", total=total, disable=dist.get_rank() > 0):
             (cache,) = embedder.embed([block])
             kept += sum(len(ids) for ids, _ in rows_of(cache)) if dist.get_rank() == 0 else 0
@@ -162,10 +183,12 @@ def rows_of(cache: EmbeddingCache) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> None:
-    """Embed a JSONL file; a command that was interrupted continues when it is given again."""
+    """Embed a JSONL file or the inputs of shards; a command that was interrupted continues when it is given again."""
     folder, is_writer = Path(f"{args.out}.parts"), dist.get_rank() == 0
     with lock_folder(folder) if is_writer else nullcontext():
-        embedder = FileEmbedder(model, args.jsonl, folder, model.identity(), args.skip_bad)
+        size = BLOCK if args.jsonl else SHARD_BLOCK
+        blocks = partial(read_blocks, args.jsonl, size) if args.jsonl else partial(read_shard_blocks, args.shards, size)
+        embedder = FileEmbedder(model, blocks, size, folder, model.identity(), args.skip_bad)
         try:
             kept = embedder.embed(num_rows)
         except NotFiniteError:

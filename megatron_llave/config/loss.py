@@ -45,8 +45,12 @@ class LossConfig:
     """Lengths of embedding prefixes over which the loss is averaged, each renormalised; empty: the complete
     embedding."""
     reward: str = "self"
-    """Where the hardness of a negative comes from: self (the cosines of the trained model, as in the paper) or ema (the
-    cosines of an exponential moving average of its weights; docs/contrastive_step.md states the cost)."""
+    """Where the hardness of a negative comes from: self (the cosines of the trained model, as in the paper), ema (the
+    cosines of an exponential moving average of its weights) or stored (the cosines of loss.stored_embeddings);
+    docs/contrastive_step.md states the costs."""
+    stored_embeddings: str | None = None
+    """Embeddings of the training inputs by another model: a .npy file with a file of ids beside it, a Parquet file, or
+    a folder of such files, as made by tools/embed.py --shards."""
     ema_decay: float = 0.999
     """Decay of the moving average for reward=ema; in the first steps it is (1 + step) / (10 + step) if that is less."""
 
@@ -55,7 +59,11 @@ class LossConfig:
         one_of("loss.negatives", self.negatives, NEGATIVES)
         one_of("loss.directions", self.directions, DIRECTIONS)
         one_of("loss.hardness", self.hardness, HARDNESS)
-        one_of("loss.reward", self.reward, ("self", "ema"))
+        one_of("loss.reward", self.reward, ("self", "ema", "stored"))
+        missing = "loss.reward=stored needs loss.stored_embeddings, a file or folder made by tools/embed.py --shards"
+        require(self.reward != "stored" or self.stored_embeddings is not None, missing)
+        unused = f"loss.stored_embeddings={self.stored_embeddings} is not used by loss.reward={self.reward}"
+        require(self.reward == "stored" or self.stored_embeddings is None, unused)
         is_margin("loss.mask_margin", self.mask_margin)
         require(0 <= self.ema_decay < 1, f"loss.ema_decay={self.ema_decay} must be at least 0 and below 1")
         dims = self.matryoshka_dims

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs, sta
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.step_buffer import StepBuffer, pack_step
 from megatron_llave.data.storage import Storage, open_storage
+from megatron_llave.data.stored_vectors import StoredVectors, names_in_row, open_vectors
 from megatron_llave.data.worker_signals import ignore_torchrun_signals, start_workers
 from megatron_llave.errors import ConfigError, DataError, UserError
 
@@ -39,6 +40,11 @@ SHARDS_PER_SUBSET = 2
 into the next."""
 PAIRS_FOR_A_FRACTION = 1000
 """The smallest number of pairs of which a fraction of bad pairs is taken."""
+
+PAIRS_LOOKED_UP = 20
+"""Pairs of each subset whose stored embeddings are looked up before the first step."""
+STORED = "stored_embeddings"
+"""Key of the identity of the stored embeddings in the position in the data."""
 
 PairLocation = tuple[int, int]
 """The number of a shard in its subset, and the number of the pair in that shard."""
@@ -90,9 +96,9 @@ def build_train_stream(
 
     Raises:
         ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture or batch size differ
-            from those of `position`.
+            from those of `position`, or loss.stored_embeddings.
         DataError: the index is missing or damaged, or the missing shards hold more pairs than data.max_bad_fraction
-            allows; later also when more pairs than that are bad.
+            allows; later also when more pairs than that are bad. Or loss.stored_embeddings lacks an input.
     """
     storage = open_storage(cfg.data)
     index = storage.read_index()
@@ -114,7 +120,10 @@ def build_train_stream(
         balance=cfg.loss.negatives == "global_batch",
         pad_to_multiple=pad_to_multiple,
         context=cfg.parallel.context,
+        stored=open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None,
     )
+    require_same_vectors(reader, position)
+    reader.require_vectors()
     steps = read_ahead(reader, plan_steps(mixture, start_step), cfg.data.workers)
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
 
@@ -179,10 +188,23 @@ def require_same_data(saved: dict, current: dict) -> None:
     Raises:
         ConfigError: names the first value that differs.
     """
-    _require_equal({**saved, "subsets": None}, {**current, "subsets": None}, "")
+    _require_equal({**saved, "subsets": None, STORED: None}, {**current, "subsets": None, STORED: None}, "")
     for name in sorted(saved["subsets"].keys() | current["subsets"].keys()):
         before, now = (position["subsets"].get(name, {}) for position in (saved, current))
         _require_equal(before, now, f"subset {name}: ")
+
+
+def require_same_vectors(reader: "StepReader", saved: dict | None) -> None:
+    """Refuse to resume with other stored embeddings than the stopped run had at the saved position.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    before, now = (saved or {}).get(STORED), reader.stored and reader.stored.identity
+    if saved is not None and before != now:
+        hint = "give those of before, or start a new run from its weights with checkpoint.init"
+        names = [f"those with identity {identity}" if identity else "none" for identity in (before, now)]
+        raise ConfigError(f"loss.stored_embeddings: the run to resume had {names[0]}, now it has {names[1]}; {hint}")
 
 
 def _require_equal(before: dict, now: dict, where: str) -> None:
@@ -238,6 +260,19 @@ class StepReader(Dataset):
     pad_to_multiple: int
     context: int = 1
     """Number of context ranks that share a packed row."""
+    stored: StoredVectors | None = None
+    """Embeddings of the inputs by another model, which come with the micro batches; None: there are none."""
+
+    def require_vectors(self) -> None:
+        """Look up the inputs of the first pairs of each subset, before anything else is done; the others when read.
+
+        Raises:
+            DataError: loss.stored_embeddings has no embedding of one of them.
+        """
+        for name, subset in self.subsets.items() if self.stored else ():
+            first = [self._pair(name, 0, number) for number in range(min(subset.shards[0].pairs, PAIRS_LOOKED_UP))]
+            usable = encode_pairs(first, self.processor, self.hard_negatives, lambda problem: None)
+            self.stored.rows(names_in_row(usable))
 
     def __getitem__(self, plan: StepPlan) -> "TrainStep | UserError":
         """Return the step, or the error that it ran into; a raised error would arrive with the worker's traceback."""
@@ -268,7 +303,11 @@ class StepReader(Dataset):
             pack_pairs(pairs, skipped, subset, self.pad_to_multiple, shape, self.context)
             for pairs, skipped in zip(encoded, num_skipped)
         ]
-        data = pack_step(StepBatches(batches, plan.position))
+        position = plan.position
+        if self.stored is not None:
+            batches = [replace(x, stored=self.stored.rows(names_in_row(y))) for x, y in zip(batches, encoded)]
+            position = position | {STORED: self.stored.identity}
+        data = pack_step(StepBatches(batches, position))
         return TrainStep(data, sum(share.stop - share.start for share in self.shares), problems)
 
     def _pair(self, name: str, shard: int, number: int) -> Pair | DataError:

@@ -15,8 +15,8 @@ from megatron_llave.loss.contrastive import LossShare, hardness_weighted_contras
 from megatron_llave.loss.matryoshka import matryoshka_loss
 
 Compare = Callable[[PairEmbeddings, PairIds, PairEmbeddings | None], LossShare]
-"""Takes this rank's embeddings, their ids, and the reward model's embeddings of the same inputs (None: the model judges
-hardness itself). Returns this rank's share of the loss and the similarity statistics."""
+"""Takes this rank's embeddings, their ids, and the reward model's embeddings of the same inputs, of any width (None:
+the model judges hardness itself). Returns this rank's share of the loss and the similarity statistics."""
 
 
 def build_loss(

@@ -24,7 +24,8 @@ def matryoshka_loss(
     """Mean of the contrastive loss over prefixes of the embedding, each renormalised to unit length.
 
     The lengths of the prefixes are `config.matryoshka_dims`, in rising order. The other arguments are those of
-    `hardness_weighted_contrastive_loss`; the hardness of a prefix comes from the prefix of `reward` of the same length.
+    `hardness_weighted_contrastive_loss`; the hardness of a prefix comes from the prefix of `reward` of the same length,
+    but with config.reward=stored from the complete vectors, whose width is that of another model.
 
     Returns:
         This rank's share of the loss, and the similarity statistics of the longest prefix.
@@ -38,7 +39,8 @@ def matryoshka_loss(
     losses = []
     for dim in dims:
         prefix = partial(_prefix, dim=dim)
-        reward_prefix = None if reward is None else reward.map(prefix)
+        is_whole = reward is None or config.reward == "stored"
+        reward_prefix = reward if is_whole else reward.map(prefix)
         loss, statistics = hardness_weighted_contrastive_loss(
             embeddings.map(prefix), ids, reward_prefix, config=config, group=group, log_temperature=log_temperature
         )

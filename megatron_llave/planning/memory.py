@@ -349,6 +349,9 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         memory["weights"] += 2 * sum(sum(c.sizes()["decoder"]) for c in chunks)
     if cfg.loss.reward == "ema":  # the average, and a copy of it in the weights' dtype for one pass
         memory["weights"] += trained * (FLOAT + e)
+    if cfg.loss.reward == "stored":  # as wide as the model's embeddings; the last stage gathers those of the columns
+        memory["data"] += FLOAT * width * step.batch.sequences * step.micro_batches
+        memory["loss"] += FLOAT * width * step.columns * is_last
     return memory
 
 

@@ -140,7 +140,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     require_sizes(cfg)
     step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds)
     work = mean_work(kinds, cfg.train.global_batch_size, cfg.data.hard_negatives)
-    has_reward = cfg.loss.reward == "ema"
+    has_reward = cfg.loss.reward != "self"
     losses = cfg.train.global_batch_size // step.rows  # summed over all ranks
     dims = cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]
     stages = range(cfg.parallel.pipeline)
@@ -196,10 +196,11 @@ def _extra_flops(cfg: RunConfig, work: Work, step: StepShape) -> int:
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
     """Return the bytes that a rank receives in one loss over `rows` pairs of each of N ranks."""
-    hard, total = rows * cfg.data.hard_negatives, 0
-    for dim in cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]:
+    hard, total, width = rows * cfg.data.hard_negatives, 0, cfg.model.language.hidden_size
+    for dim in cfg.loss.matryoshka_dims or [width]:
         total += 8 * (rows + hard) * dim + 20 * rows + 16
-        total += 4 * (rows + hard) * dim * (cfg.loss.reward == "ema")
+        # Stored embeddings are not cut. Their width is that of another model, which is taken to be the model's.
+        total += 4 * (rows + hard) * {"self": 0, "ema": dim, "stored": width}[cfg.loss.reward]
         total += (16 * rows + 8 * hard) * cfg.loss.mask_same_target
     return (ranks - 1) * total
 

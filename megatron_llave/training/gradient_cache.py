@@ -11,7 +11,8 @@ With `micro_batch` one pass is enough: the negatives of a pair are those of its 
 ranks, as in the official LLaVE repository. With one micro batch per step both are the same, and the single pass is
 taken. `own_micro_batch` differs only in the loss, which does not look beyond this rank.
 
-A reward model other than the model itself embeds all micro batches once more, before anything else.
+A reward model other than the model itself embeds all micro batches once more, before anything else; stored embeddings
+of one come with the micro batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def forward_backward(
     compare: Compare,
     negatives: str,
     reward_model: RewardModel | None = None,
+    is_stored: bool = False,
 ) -> list[LossShare]:
     """Compute the gradient of the step's loss and leave it in the gradient buffers of the chunks.
 
@@ -48,13 +50,14 @@ def forward_backward(
         compare: the loss, from `build_loss`.
         negatives: global_batch, micro_batch or own_micro_batch; the last two differ in `compare` alone.
         reward_model: the model whose cosines are the hardness; None: the trained model itself.
+        is_stored: whether the hardness is the cosines of the stored embeddings of the micro batches instead.
 
     Returns:
         The result of each call of the loss, on the last pipeline stage; an empty list on the other stages. The step's
         loss is the mean over these results and over the data-parallel ranks.
     """
     nothing: list[None] = [None] * len(batches)  # stages before the last have neither embeddings nor gradients
-    rewards, lengths = nothing, _lengths(batches)
+    rewards, lengths = [batch.stored for batch in batches] if is_stored else nothing, _lengths(batches)
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing

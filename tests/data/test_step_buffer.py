@@ -27,7 +27,9 @@ def batch(tokens, tiles, blended):
         blend_weights=torch.rand(2, 4) if blended else None,
     )
     ids = torch.tensor([-(2**63), 2**63 - 1])
-    return PairBatch(sequences, ids, ids + 1, torch.zeros(0, dtype=torch.int64), "v\u00f6gel", ["a", "b"], 1, 2)
+    stored = torch.rand(4, 3) if blended else None
+    hard = torch.zeros(0, dtype=torch.int64)
+    return PairBatch(sequences, ids, ids + 1, hard, "v\u00f6gel", ["a", "b"], 1, 2, stored=stored)
 
 
 def require_equal(one, other):

@@ -228,11 +228,30 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
         seen = forward_backward(trainable.chunks, batches, compare, "global_batch", average.applied)
         what = f"{cfg.parallel} with a reward model"
         error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
+    check_stored(cfg, batches, trainable, groups)
     assert len(counted) == len(seen)
     for numbers in counted:
         expected = torch.full_like(numbers, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]))
         torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=0)
     return error
+
+
+def check_stored(
+    cfg: RunConfig, batches: list[PairBatch], trainable: Trainable, groups: ProcessGroupCollection
+) -> None:
+    """Stored embeddings that are the model's own give the same loss and gradient as the model's own judgement."""
+    if cfg.parallel.overlap or cfg.parallel.virtual_pipeline > 1 or cfg.parallel.context > 1:
+        return  # the reward comes to the last stage in the same way
+    embeddings = gradient_cache._embed(trainable.chunks, batches)
+    stored = [replace(batch, stored=rows.clone()) for batch, rows in zip(batches, embeddings)] or batches
+    results = []
+    for own, is_stored in ((batches, False), (stored, True)):
+        trainable.zero_gradients()
+        seen = forward_backward(trainable.chunks, own, comparison(cfg, groups), "global_batch", None, is_stored)
+        loss = torch.stack([share for share, _ in seen] or [torch.ones(())])  # 1 on the stages before the last
+        results.append(full_gradients(trainable, groups) | {"loss": loss})
+    name, error = worst_relative_error(*results[::-1])
+    assert error <= 1e-6, f"{cfg.parallel} stored: {name} is off by {error:.1e}"
 
 
 def counting(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[Compare, list[torch.Tensor]]:

@@ -50,9 +50,9 @@ def check_unequal_rows(
     loss_tolerance, gradient_tolerance = DTYPES[dtype]
     generator = torch.Generator().manual_seed(1)
     sizes = [sum(counts), sum(counts), sum(hard_counts)]
-    rows, judged = (
-        [torch.nn.functional.normalize(torch.randn(n, 8, generator=generator).double(), dim=1) for n in sizes]
-        for _ in range(2)
+    rows, judged = (  # the reward model has another width
+        [torch.nn.functional.normalize(torch.randn(n, width, generator=generator).double(), dim=1) for n in sizes]
+        for width in (8, 5)
     )
     # Repeated queries, repeated targets, and hard negatives of which some are targets too.
     ids = [torch.arange(sizes[0]) // 2, torch.arange(sizes[0]) % 3, torch.arange(sizes[2]) * 2]

@@ -162,12 +162,15 @@ def test_no_matrix_of_all_pairs_is_made(has_reward: bool) -> None:
     assert largest.elements == 272 * 24  # the columns, not 256 x 272 logits
 
 
-@pytest.mark.parametrize("has_reward", [False, True])
-def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> None:
+@pytest.mark.parametrize("source", ["self", "ema", "stored"])
+def test_matryoshka_is_the_mean_over_renormalised_prefixes(source: str) -> None:
+    """The hardness of a prefix is that of the reward model's prefix, but stored vectors stay whole."""
+    has_reward, is_stored = source != "self", source == "stored"
     ours = [unit_rows(n, seed).requires_grad_() for seed, n in enumerate((5, 5, 2))]
     plain = [x.detach().clone().requires_grad_() for x in ours]
     judge = PairEmbeddings(unit_rows(5, 3), unit_rows(5, 4), unit_rows(2, 5)) if has_reward else None
-    config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24])
+    where = {"stored_embeddings": "x.npy"} if is_stored else {}
+    config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24], reward=source, **where)
     ours.append(torch.tensor(0.1, dtype=torch.float64).log().requires_grad_())
     plain.append(ours[-1].detach().clone().requires_grad_())
     loss, _ = matryoshka_loss(pairs(*ours[:3]), reward=judge, config=config, log_temperature=ours[3])
@@ -177,7 +180,8 @@ def test_matryoshka_is_the_mean_over_renormalised_prefixes(has_reward: bool) -> 
         reward = None
         if has_reward:
             parts = (judge.query, judge.target, judge.hard_negatives)
-            reward = PairEmbeddings(*(torch.nn.functional.normalize(x[:, :k], dim=1) for x in parts))
+            width = 24 if is_stored else k
+            reward = PairEmbeddings(*(torch.nn.functional.normalize(x[:, :width], dim=1) for x in parts))
         losses.append(dense_contrastive_loss(query, target, plain[3].exp(), 2.0, hard, reward=reward))
     expected = sum(losses) / 3
     loss.backward()

@@ -19,12 +19,15 @@ from PIL import Image
 from run_ranks import run_ranks
 from safetensors.numpy import load_file, save_file
 
-from megatron_llave.batch import Side
+from megatron_llave.batch import Pair, Side
+from megatron_llave.data.index import Index, write_index
 from megatron_llave.data.packing import IMAGE
+from megatron_llave.data.shards import write_subset
+from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding import cache
 from megatron_llave.embedding.embeddable import to_side
-from megatron_llave.embedding.embedder import load_model
+from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import DataError, NotFiniteError
 from tools import embed as embed_tool
 
@@ -250,11 +253,12 @@ def test_anything_else_is_one_clear_error(value: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "a", "--jsonl", "b"], "give either --jsonl, or --text and --image"),
+        (["--text", "a", "--jsonl", "b"], "give either --jsonl, or --shards, or --text and --image"),
         (["--text", "a\nb", "--out", "x.npy"], "'a\\nb' has more than one line, but is to be one of x.ids; --out a"),
         (["--image", "\udcff.png"], "'\\udcff.png' is not UTF-8 text; name its file otherwise"),
-        ([], "give either --jsonl, or --text and --image"),
+        ([], "give either --jsonl, or --shards, or --text and --image"),
         (["--jsonl", "b"], "--jsonl needs --out"),
+        (["--shards", "b"], "--shards needs --out FILE.npy or FILE.parquet"),
         (["--jsonl", "none.jsonl", "--out", "a.npy"], "none.jsonl cannot be read: No such file or directory"),
     ],
 )
@@ -283,3 +287,27 @@ def test_first_check_refuses_another_family(model: Path, tmp_path: Path) -> None
     done = run_script(CHECK, "--checkpoint", folder, "--image", model.parent / "picture.png", *overrides)
     assert done.returncode == 2
     assert done.stderr == f"error: {folder} is a qwen2_vl; this check is of LLaVE-0.5B alone\n"
+
+
+def test_the_inputs_of_shards_get_their_names(model: Path, tmp_path: Path) -> None:
+    """Texts and pictures, one id with two inputs, one input that cannot be read; on two ranks, as training reads it."""
+    picture = (model.parent / "picture.png").read_bytes()
+
+    def pair(number: int) -> Pair:
+        query = (
+            Side(f"<image>\nIs it {number}?", [picture]) if number % 2 else Side(f"<|im_end|> \\<image> {number}", [])
+        )
+        target, other = Side(f"answer {number % 3}", []), Side(f"answer {(number + 1) % 3}", [])
+        names = f"a{number % 3}", f"a{(number + 1) % 3}"
+        return Pair(f"p{number}", "vqa", query, target, f"q{number // 2}", names[0], [other], [names[1]])
+
+    shards, out = tmp_path / "shards", tmp_path / "judge.npy"
+    write_index(shards, Index({"vqa": write_subset(map(pair, range(6)), shards, "vqa", "vqa", 4)}))
+    printed = run_ranks(2, TOOL, "--checkpoint", str(model), "--shards", str(shards), "--out", str(out))
+    assert printed.count("3 of 6 ids have inputs that differ; the first of each is embedded") == 1
+    first = {"vqa/query/q0": 0, "vqa/query/q1": 2, "vqa/query/q2": 4}
+    sides = {name: pair(number).query for name, number in first.items()}
+    sides |= {f"vqa/target/a{number}": pair(number).target for number in range(3)}
+    rows = open_vectors(out).rows(list(sides))
+    expected = embed(load_model(model), sides)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
