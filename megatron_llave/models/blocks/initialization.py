@@ -5,7 +5,7 @@ pipeline stage from the same random state, so that equal seeds give different mo
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,24 @@ def mark_gated(decoder: Module) -> None:
                     parameter.is_gated = True
 
 
-def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
-    """Yield the parameters of a pipeline chunk under their names in the complete model (layers counted over stages)."""
+def global_names(chunk: Module) -> Callable[[str], str]:
+    """Return a function from names in a pipeline chunk to those in the complete model (layers counted over stages)."""
     layers = chunk.language.decoder.layers
     offset = layers[0].layer_number - 1 if len(layers) else 0
     prefix = "language.decoder.layers."
+
+    def to_global(name: str) -> str:
+        index, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(index) + offset}{dot}{rest}" if name.startswith(prefix) else name
+
+    return to_global
+
+
+def named_global_parameters(chunk: Module) -> Iterator[tuple[str, Parameter]]:
+    """Yield the parameters of a pipeline chunk under their names in the complete model."""
+    to_global = global_names(chunk)
     for name, parameter in chunk.named_parameters():
-        if name.startswith(prefix):
-            index, rest = name.removeprefix(prefix).split(".", 1)
-            name = f"{prefix}{int(index) + offset}.{rest}"
-        yield name, parameter
+        yield to_global(name), parameter
 
 
 def initialize_parameters(chunks: list[Module], tensor_group: dist.ProcessGroup, seed: int) -> None:
@@ -73,11 +81,12 @@ def _draw(name: str, shape: list[int], seed: int, device: torch.device) -> Tenso
         return torch.zeros(shape, device=device)
     if len(shape) == 1 and name != "image_newline":
         return torch.ones(shape, device=device)
-    generator = torch.Generator(device).manual_seed(_name_seed(name, seed))
+    generator = named_generator(name, seed, device)
     inputs = shape[0] if len(shape) == 1 else torch.Size(shape[1:]).numel()
     return torch.randn(shape, generator=generator, device=device).mul_(inputs**-0.5)
 
 
-def _name_seed(name: str, seed: int) -> int:
+def named_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
+    """Return the generator that draws the parameter of this name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -228,6 +228,9 @@ class LanguageModel(MegatronModule):
             received = self.decoder.input_tensor[: tokens * self.sent_rows]
             self.decoder.set_input_tensor(received[:tokens])
             deepstack = received[tokens : tokens * (1 + self.deepstack_received)] if self.deepstack_received else None
+        elif self.config.recompute_granularity and torch.is_grad_enabled() and self._is_trained():
+            # A recomputed layer has gradients only if its input has one, which a frozen embedding does not give it.
+            hidden.requires_grad_()
         output = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -239,3 +242,6 @@ class LanguageModel(MegatronModule):
         if self.is_last or deepstack is None or self.deepstack_received <= num_layers:
             return output
         return torch.cat([output, deepstack[tokens * num_layers :]])
+
+    def _is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.decoder.parameters())

@@ -24,6 +24,7 @@ from megatron_llave.models.hf.adapters import Adapter, read_adapter
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.mapping import Rule, hf_shapes, local_kernel_name, pad_rows
 from megatron_llave.models.hf.tensor_files import TensorFiles
+from megatron_llave.models.lora import is_adapter
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,15 @@ def require_plausible(weights: HfWeights) -> None:
 def fill_from_hf(chunks: Iterable[Module], weights: HfWeights, groups: ProcessGroupCollection) -> None:
     """Copy an HF folder's weights into this rank's chunks, at any parallel layout; each rank reads what it holds.
 
+    Adapters in the chunks stay as they are.
+
     Raises:
         CheckpointError: a tensor is missing, extra, of another shape, or cannot be read.
     """
     rank, size = groups.tp.rank(), groups.tp.size()
     rules = weights.format.rules(weights.config.model)
-    parameters = {local_kernel_name(n): p for chunk in chunks for n, p in named_global_parameters(chunk)}
+    named = [item for chunk in chunks for item in named_global_parameters(chunk)]
+    parameters = {local_kernel_name(name): parameter for name, parameter in named if not is_adapter(name)}
     expected = hf_shapes({name: tuple(full_shape(p, size)) for name, p in parameters.items()}, rules)
     require_complete(weights, expected, elsewhere={theirs for rule in rules.values() for theirs in rule.names})
     for name, parameter in parameters.items():
