@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PairEmbeddings
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
+from megatron_llave.loss.inputs import PairEmbeddings
 
 TEMPERATURE, ALPHA = 0.02, 9.0
 LOSS = LossConfig(temperature=TEMPERATURE, alpha=ALPHA)

@@ -1,14 +1,14 @@
 """The records that data, model and loss hand to each other.
 
 Shapes: n sequences, t tokens of the packed row, k tiles, p patches per tile, v visual tokens, u blended rows,
-b pairs, m hard negatives, c context ranks.
+b pairs, a targets, m hard negatives, c context ranks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class Side:
 
 @dataclass
 class Pair:
-    """A query, its target and its hard negatives as they are read from a shard, not decoded yet."""
+    """A query, its targets and its hard negatives as they are read from a shard, not decoded yet."""
 
     key: str
     """The key in the shard, which is unique in the subset and named in error messages."""
@@ -112,6 +112,23 @@ class Pair:
     """Further targets that are wrong for this query. They are not the positive of any query."""
     hard_negative_ids: list[str] = field(default_factory=list)
     """One id per hard negative; it equals a target_id when both are the same target."""
+    further_targets: list[Side] = field(default_factory=list)
+    """The targets after the first one, of a query with several right answers."""
+    further_target_ids: list[str] = field(default_factory=list)
+    """One id per further target, of the same kind as target_id."""
+    scores: list[float] = field(default_factory=list)
+    """How well each target and then each hard negative answers the query, as a reranker, a judge or a person says; the
+    scale is theirs. Empty: not known."""
+
+    @property
+    def targets(self) -> list[Side]:
+        """Return all targets."""
+        return [self.target, *self.further_targets]
+
+    @property
+    def target_ids(self) -> list[str]:
+        """Return the ids of all targets."""
+        return [self.target_id, *self.further_target_ids]
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -216,16 +233,27 @@ class PackedSequences:
         return self.map(lambda tensor: to_device(tensor, device))
 
 
+class RowsOfRanks(NamedTuple):
+    """How many rows each data-parallel rank has."""
+
+    pairs: list[int]
+    targets: list[int]
+    hard_negatives: list[int]
+
+
 @dataclass
 class PairBatch:
-    """A micro batch: b queries, their b targets and m hard negatives, packed into one row in this order."""
+    """A micro batch: b queries, their a targets and m hard negatives, packed into one row in this order.
+
+    Targets and hard negatives are in the order of their pairs. A pair has one target or more.
+    """
 
     sequences: PackedSequences
-    """2 * b + m sequences; b is 0 when no pair of the micro batch could be read."""
+    """b + a + m sequences; b is 0 when no pair of the micro batch could be read."""
     query_ids: Tensor
     """[b] int64 hash of each query_id."""
     target_ids: Tensor
-    """[b] int64 hash of each target_id."""
+    """[a] int64 hash of each target_id."""
     hard_negative_ids: Tensor
     """[m] int64 hash of each hard negative's id; the number of hard negatives differs from pair to pair."""
     subset: str
@@ -236,16 +264,28 @@ class PairBatch:
     because pairs are distributed over the micro batches after they are read."""
     num_cut: int = 0
     """Number of sequences whose text was cut to data.max_length."""
-    of_ranks: tuple[list[int], list[int]] | None = None
-    """Numbers of pairs and of hard negatives in this micro batch of each data-parallel rank; None: not exchanged."""
+    of_ranks: RowsOfRanks | None = None
+    """Numbers of rows in this micro batch of each data-parallel rank; None: not exchanged."""
+    target_rows: Tensor | None = None
+    """[a] int64: the pair, from 0 to b - 1, that each target belongs to, not falling; None: each has one target."""
+    hard_rows: Tensor | None = None
+    """[m] int64: the pair that each hard negative belongs to, not falling; None: not known."""
+    scores: Tensor | None = None
+    """[a + m] float32 scores of the targets and hard negatives (Pair.scores), NaN where there is none; None: no pair
+    of the micro batch has scores."""
     stored: Tensor | None = None
-    """[2 * b + m, width of the other model] float32, stored embeddings of unit length of the sequences by another model
+    """[b + a + m, width of the other model] float32, stored embeddings of unit length of the sequences by another model
     (data/stored_vectors.py); None: the run has none."""
 
     @property
     def num_pairs(self) -> int:
         """Return b, the number of pairs."""
         return len(self.keys)
+
+    @property
+    def num_targets(self) -> int:
+        """Return a, the number of targets."""
+        return len(self.target_ids)
 
     @property
     def num_hard_negatives(self) -> int:
@@ -267,13 +307,12 @@ class PairBatch:
         return replace(self, sequences=self.sequences.part(rank))
 
 
-def rows_of_ranks(batches: list[PairBatch]) -> tuple[list[int], list[int]] | None:
-    """Return b and m of each data-parallel rank over several micro batches; None: the ranks have not exchanged them."""
+def rows_of_ranks(batches: list[PairBatch]) -> RowsOfRanks | None:
+    """Return the rows of each data-parallel rank over several micro batches; None: they were not exchanged."""
     known = [batch.of_ranks for batch in batches if batch.of_ranks is not None]
     if not known or len(known) < len(batches):
         return None
-    pairs, hard_negatives = ([sum(rank) for rank in zip(*numbers)] for numbers in zip(*known))
-    return pairs, hard_negatives
+    return RowsOfRanks(*([sum(rank) for rank in zip(*numbers)] for numbers in zip(*known)))
 
 
 @dataclass
@@ -284,47 +323,3 @@ class StepBatches:
     """The micro batches in the order in which they are run."""
     position: dict[str, Any]
     """The position in the data after the step (data/pipeline.py), which is saved with the model."""
-
-
-@dataclass
-class PairEmbeddings:
-    """Embeddings of the pairs of one or more PairBatches."""
-
-    query: Tensor
-    """[b, d] of unit length."""
-    target: Tensor
-    """[b, d] of unit length; row i is the positive of query row i."""
-    hard_negatives: Tensor
-    """[m, d] of unit length; m may be 0."""
-
-    @staticmethod
-    def of(outputs: list[Tensor], batches: list[PairBatch]) -> "PairEmbeddings":
-        """Split the model's output [2 * b + m, d] of each batch, and concatenate the parts over the batches."""
-        sizes = [[batch.num_pairs, batch.num_pairs, batch.num_hard_negatives] for batch in batches]
-        parts = zip(*(output.split(size) for output, size in zip(outputs, sizes)))
-        return PairEmbeddings(*map(torch.cat, parts))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "PairEmbeddings":
-        """Apply a function to the embeddings of queries, targets and hard negatives."""
-        return PairEmbeddings(function(self.query), function(self.target), function(self.hard_negatives))
-
-
-@dataclass
-class PairIds:
-    """Hashed ids of the pairs of one or more PairBatches, by which `loss.mask_same_target` finds equal ones."""
-
-    query: Tensor
-    """[b] int64."""
-    target: Tensor
-    """[b] int64."""
-    hard_negatives: Tensor
-    """[m] int64."""
-    of_ranks: tuple[list[int], list[int]] | None = None
-    """b and m of each data-parallel rank; None: the ranks have not exchanged them."""
-
-    @staticmethod
-    def of(batches: list[PairBatch]) -> "PairIds":
-        """Concatenate the ids of several batches."""
-        names = ("query_ids", "target_ids", "hard_negative_ids")
-        tensors = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
-        return PairIds(*tensors, rows_of_ranks(batches))

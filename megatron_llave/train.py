@@ -226,7 +226,8 @@ def train_step(
     compare = build_loss(config, groups.dp)
     exchange_row_counts(batches, groups.dp)
     trainable.zero_gradients()
-    reward_model = None if average is None else average.applied
+    has_hardness = average is not None and config.objective == "contrastive"
+    reward_model = average.applied if has_hardness else None
     is_stored = config.reward == "stored"
     shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model, is_stored)
     gradient_norms, is_finite = read_norms(trainable.squared_norms(), shares)

@@ -1,5 +1,6 @@
 """Slow and plain versions of what the package does fast, and small inputs to compare them on."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PackedSequences, PairBatch, PairEmbeddings
+from megatron_llave.batch import PackedSequences, PairBatch
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout, pack_sequences
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.models.qwen_vl.positions import counted_positions, token_positions
 
 
@@ -25,47 +27,114 @@ def dense_contrastive_loss(
     hard_negative_ids: Tensor | None = None,
     reward: PairEmbeddings | None = None,
     rules: LossConfig = LossConfig(),
+    rows: list[int] | None = None,
 ) -> Tensor:
-    """The paper's formula and the rules for negatives written out, pair by pair, over all rows at once."""
-    no_rows = query.new_zeros(0, query.shape[1])
-    hard = no_rows if hard_negatives is None else hard_negatives
-    judge = reward or PairEmbeddings(query, target, hard)
+    """The paper's formula and the rules for negatives written out, pair by pair, over all rows at once.
+
+    `rows` has the query that each target belongs to; None: each has one.
+    """
+    hard = query.new_zeros(0, query.shape[1]) if hard_negatives is None else hard_negatives
+    rows = list(range(len(query))) if rows is None else rows
     if hard_negative_ids is None:
         hard_negative_ids = torch.full((len(hard),), -1)
-    judged = judge.query @ torch.cat([judge.target, judge.hard_negatives]).T  # [B, C]
-    same = same_pairs(query_ids, target_ids, hard_negative_ids) if rules.mask_same_target else judged > torch.inf
-    to_target = _direction(query, target, hard, same, judged, temperature, alpha, rules)
-    if rules.directions == "query_to_target":
-        return to_target
-    same, judged = same[:, : len(query)].T, judged[:, : len(query)].T
-    return (to_target + _direction(target, query, no_rows, same, judged, temperature, alpha, rules)) / 2
+    columns = torch.cat([target, hard])
+    judge = reward or PairEmbeddings(query, target, hard)
+    hardness = alpha * (judge.query @ torch.cat([judge.target, judge.hard_negatives]).T).detach()  # [B, C]
+    hardness[:, : len(rows)] *= rules.hardness in ("all", "in_batch")
+    hardness[:, len(rows) :] *= rules.hardness in ("all", "hard_negatives")
+    cosines = query @ columns.T
+    weighted = (cosines / temperature + hardness).exp()
+    same = same_pairs(rows, query_ids, target_ids, hard_negative_ids, rules)
+    to_target = same | is_above(cosines, row_means(cosines, rows)[:, None], rules)
+    total = query.new_zeros(())
+    for column, row in enumerate(rows):
+        positive = cosines[row, column]
+        share = 1 / rows.count(row) / len(query) / (2 if rules.directions == "symmetric" else 1)
+        own = torch.exp(positive / temperature)
+        total = total + share * torch.log((own + weighted[row][~to_target[row]].sum()) / own)
+        if rules.directions == "symmetric":
+            to_query = same[:, column] | is_above(cosines[:, column], positive, rules)
+            total = total + share * torch.log((own + weighted[:, column][~to_query].sum()) / own)
+    return total
 
 
-def same_pairs(query_ids: Tensor, target_ids: Tensor, hard_negative_ids: Tensor) -> Tensor:
-    """[B, C] queries i and columns j, target or hard negative, that loss.mask_same_target does not hold apart."""
-    rows = []
-    for query_id, target_id in zip(query_ids.tolist(), target_ids.tolist()):
-        pairs = [query_id == q or target_id == t for q, t in zip(query_ids.tolist(), target_ids.tolist())]
-        rows.append(pairs + [target_id == h for h in hard_negative_ids.tolist()])
-    return torch.tensor(rows)
+def same_pairs(
+    rows: list[int], query_ids: Tensor | None, target_ids: Tensor | None, hard_negative_ids: Tensor, rules: LossConfig
+) -> Tensor:
+    """[B, C] whether column j, target or hard negative, is no negative of query i, by its owner and by the ids."""
+    numbers = [rows.count(row) for row in range(rows[-1] + 1)]
+    columns = [*enumerate(rows), *((len(rows) + j, None) for j in range(len(hard_negative_ids)))]
+    same = torch.zeros(len(numbers), len(columns), dtype=torch.bool)
+    for i, (j, owner) in itertools.product(range(len(numbers)), columns):
+        if owner == i or (rules.mask_same_target and owner is not None and query_ids[i] == query_ids[owner]):
+            same[i, j] = True
+        if rules.mask_same_target or numbers[i] > 1 or (owner is not None and numbers[owner] > 1):
+            name = hard_negative_ids[j - len(rows)] if owner is None else target_ids[j]
+            same[i, j] |= any(row == i and target_ids[c] == name for c, row in enumerate(rows))
+    return same
 
 
-def _direction(rows, columns, hard, same, judged, temperature, alpha, rules) -> Tensor:
+def row_means(cosines: Tensor, rows: list[int]) -> Tensor:
+    """[B] mean cosine of each query with its targets, of cosines [B, C]."""
+    owned = [[c for c, row in enumerate(rows) if row == i] for i in range(len(cosines))]
+    return torch.stack([cosines[i, own].mean() for i, own in enumerate(owned)])
+
+
+def is_above(cosines: Tensor, positive: Tensor, rules: LossConfig) -> Tensor:
+    """Whether mask_margin masks."""
+    return cosines > positive + (torch.inf if rules.mask_margin is None else rules.mask_margin)
+
+
+def dense_own_negatives_loss(
+    embeddings: PairEmbeddings, temperature: Tensor, rules: LossConfig, ids: PairIds, reward: PairEmbeddings | None
+) -> Tensor:
+    """The rule of own negatives written out, row by row."""
+    judge = embeddings if reward is None else reward
     losses = []
-    for i, row in enumerate(rows):
-        positive = row @ columns[i]
-        total = torch.exp(positive / temperature)
-        for j, column in enumerate([*columns, *hard]):
-            cosine = row @ column
-            if j == i or (rules.mask_margin is not None and cosine > positive + rules.mask_margin):
-                continue
-            if same[i, j]:
-                continue
-            weighted = rules.hardness in ("all", "hard_negatives" if j >= len(columns) else "in_batch")
-            hardness = alpha * judged[i, j].detach() if weighted else 0.0
-            total = total + torch.exp(cosine / temperature + hardness)
-        losses.append(torch.log(total) - positive / temperature)
+    for i, query in enumerate(embeddings.query):
+        own = [j for j, row in enumerate(embeddings.target_rows.tolist()) if row == i]
+        positives = torch.stack([query @ embeddings.target[j] for j in own])
+        total = query.new_zeros(())
+        for j, row in enumerate(embeddings.hard_rows.tolist()):
+            cosine = query @ embeddings.hard_negatives[j]
+            hardness = (judge.query[i] @ judge.hard_negatives[j]).detach() * (rules.hardness != "in_batch")
+            is_above = rules.mask_margin is not None and cosine > positives.mean() + rules.mask_margin
+            is_same = rules.mask_same_target and (ids.target[own] == ids.hard_negatives[j]).any()
+            if row == i and not is_above and not is_same:
+                total = total + torch.exp(cosine / temperature + rules.alpha * hardness)
+        losses.append(torch.stack([torch.log1p(total / torch.exp(p / temperature)) for p in positives]).mean())
     return torch.stack(losses).mean()
+
+
+def dense_soft_label_loss(embeddings: PairEmbeddings, scores: Tensor, temperature: Tensor, rules: LossConfig) -> Tensor:
+    """The mean over all rows of the divergence from the soft labels, row by row."""
+    candidates = torch.cat([embeddings.target, embeddings.hard_negatives])
+    rows = [*embeddings.target_rows.tolist(), *embeddings.hard_rows.tolist()]
+    total = embeddings.query.new_zeros(())
+    for i, query in enumerate(embeddings.query):
+        chosen = [j for j, row in enumerate(rows) if row == i and not scores[j].isnan()]
+        if not chosen:
+            continue
+        labels = torch.softmax(scores[chosen].double() / rules.soft_label_temperature, 0)
+        temperature = rules.soft_label_student_temperature or temperature
+        model = torch.softmax(candidates[chosen] @ query / temperature, 0)
+        if rules.soft_label_loss == "symmetric_kl":
+            total = total + 0.5 * (labels * (labels / model).log() + model * (model / labels).log()).sum()
+        elif len(chosen) > 1:
+            total = total - (labels * model.log()).sum()
+    return total / len(embeddings.query)
+
+
+def dense_cosent_loss(embeddings: PairEmbeddings, scores: Tensor, temperature: Tensor) -> Tensor:
+    """The order of all graded pairs, pair by pair."""
+    candidates = torch.cat([embeddings.target, embeddings.hard_negatives])
+    rows = torch.cat([embeddings.target_rows, embeddings.hard_rows])
+    cosines = (embeddings.query[rows] * candidates).sum(1)
+    total = torch.ones((), dtype=cosines.dtype)
+    for higher, lower in itertools.permutations(range(len(scores)), 2):
+        if scores[lower] < scores[higher]:
+            total = total + torch.exp((cosines[lower] - cosines[higher]) / temperature)
+    return torch.log(total)
 
 
 def random_sequence(model: ModelConfig, seed: int, with_image: bool) -> EncodedSequence:

@@ -7,7 +7,7 @@ load.py calls `validate` on the configuration that it has read. A section checks
 from dataclasses import fields
 
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.schema import LOSS_OF_SUBSET, RunConfig, loss_of_subset
 from megatron_llave.errors import require
 
 MOST_LAYERS = 500
@@ -46,11 +46,21 @@ def validate(cfg: RunConfig) -> None:
     )
     parts, batch = cfg.data.sub_batches, cfg.train.global_batch_size
     require(batch % parts == 0, f"train.global_batch_size={batch} is not a multiple of data.sub_batches={parts}")
-    masked = [name for name, s in cfg.data.subsets.items() if (s.mask_same_target, s.mask_margin) != (None, None)]
-    require(
-        parts == 1 or not masked,
-        f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{''.join(masked[:1])} cannot have own masks",
-    )
+    for name, subset in cfg.data.subsets.items():
+        for key in LOSS_OF_SUBSET:
+            ok = parts == 1 or getattr(subset, key) is None
+            require(ok, f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{name}.{key} cannot be set")
+    _validate_objectives(cfg)
+
+
+def _validate_objectives(cfg: RunConfig) -> None:
+    """Refuse losses that the data, as it is used, leaves nothing to learn from."""
+    losses = {"loss": cfg.loss} | {f"data.subsets.{name}": loss_of_subset(cfg, name) for name in cfg.data.subsets}
+    for name, loss in losses.items():
+        ok = loss.negatives != "own" or cfg.data.hard_negatives > 0
+        require(ok, f"{name}.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1")
+    ok = cfg.loss.soft_labels is None or cfg.data.hard_negatives > 0 or cfg.data.positives != 1
+    require(ok, "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives")
 
 
 def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str) -> None:

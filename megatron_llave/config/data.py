@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from megatron_llave.config.loss import is_margin
+from megatron_llave.config.loss import OBJECTIVES, is_margin
 from megatron_llave.errors import at_least, one_of, require
 
 IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
@@ -25,6 +25,11 @@ class SubsetConfig:
     """Value of loss.mask_same_target in the steps of this subset; null: that of `loss`."""
     mask_margin: float | None = None
     """Value of loss.mask_margin in the steps of this subset, .inf to mask nothing; null: that of `loss`."""
+    negatives: str | None = None
+    """own: in the steps of this subset, the negatives of a pair are its own hard negatives alone, as with
+    loss.negatives=own; null: those of `loss`."""
+    objective: str | None = None
+    """Value of loss.objective in the steps of this subset; null: that of `loss`."""
 
 
 @dataclass
@@ -64,6 +69,9 @@ class DataConfig:
     hard_negatives: int = 0
     """Maximum number of hard negatives that are used per pair, taken from the start of its list. Each query is compared
     with the hard negatives of all pairs that it is compared with."""
+    positives: int | None = None
+    """Maximum number of targets that are used per pair, taken from the start of its list; null: all. With several, the
+    loss of a pair is the mean over them."""
     subsets: dict[str, SubsetConfig] = field(default_factory=dict)
     """Mixture: subset name -> its settings. Empty: every subset of the index."""
     size_power: float = 1.0
@@ -106,7 +114,7 @@ class DataConfig:
         ok = colour is None or (len(colour) == 3 and all(0 <= value <= 255 for value in colour))
         require(ok, f"data.image_background={colour} must be null or [red, green, blue], each from 0 to 255")
         at_least(self, "data", 0, ("hard_negatives", "cache_gb", "retries", "workers", "size_power"))
-        at_least(self, "data", 1, ("sub_batches", "max_image_pixels", "min_pixels", "max_pixels"))
+        at_least(self, "data", 1, ("positives", "sub_batches", "max_image_pixels", "min_pixels", "max_pixels"))
         ok = None in (self.min_pixels, self.max_pixels) or self.min_pixels <= self.max_pixels
         require(ok, f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}")
         allowed = 0 <= self.max_bad_fraction <= 1
@@ -116,3 +124,7 @@ class DataConfig:
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
             at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
             is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)
+            if subset.negatives is not None:
+                one_of(f"data.subsets.{name}.negatives", subset.negatives, ("own",))
+            if subset.objective is not None:
+                one_of(f"data.subsets.{name}.objective", subset.objective, OBJECTIVES)

@@ -7,7 +7,12 @@ from megatron_llave.errors import at_least, one_of, require
 
 HARDNESS = ("in_batch", "hard_negatives", "all")
 DIRECTIONS = ("symmetric", "query_to_target")
-NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch")
+NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch", "own")
+WHOLE_STEP = ("global_batch", "own")
+"""The values of loss.negatives with which the loss of a pair does not depend on the micro batch that it is in."""
+OBJECTIVES = ("contrastive", "cosent")
+SOFT_LABELS = ("scores",)
+SOFT_LABEL_LOSSES = ("cross_entropy", "symmetric_kl")
 
 
 @dataclass
@@ -28,8 +33,9 @@ class LossConfig:
     negatives: str = "global_batch"
     """Negatives of a pair: global_batch (every other pair of the step, whatever the micro-batch size; costs a second
     forward pass when a rank has several micro batches), micro_batch (its micro batch on all data-parallel ranks, as in
-    the official LLaVE repository) or own_micro_batch (its micro batch on its own rank alone, the baseline of the
-    paper's ablation)."""
+    the official LLaVE repository), own_micro_batch (its micro batch on its own rank alone, the baseline of the paper's
+    ablation) or own (its own hard negatives alone, the rule of Qwen3-VL-Embedding for classification; from query to
+    target alone)."""
     mask_same_target: bool = False
     """Mask pairs with equal target ids or equal query ids, so that they are not each other's negatives in either
     direction."""
@@ -54,6 +60,25 @@ class LossConfig:
     ema_decay: float = 0.999
     """Decay of the moving average for reward=ema; in the first steps it is (1 + step) / (10 + step) if that is less."""
 
+    objective: str = "contrastive"
+    """What is trained: contrastive (the loss of the paper) or cosent (the order of the cosines is to be the order of
+    the scores of the data, over all pairs of the step; of this section it takes the temperature alone)."""
+    soft_labels: str | None = None
+    """Further loss against soft labels: scores (those of the data, for the targets and hard negatives of a pair); null:
+    none. A pair without scores adds nothing to it."""
+    soft_label_loss: str = "cross_entropy"
+    """How the model's softmax over a pair's targets and hard negatives is compared with that of the soft labels:
+    cross_entropy (as in Qwen3-VL-Embedding) or symmetric_kl (half the sum of both Kullback-Leibler divergences, as in
+    UniME-V2)."""
+    soft_label_weight: float = 1.0
+    """Factor of the loss against soft labels, which like the contrastive loss is a mean over all pairs."""
+    contrastive_weight: float = 1.0
+    """Factor of the contrastive loss beside soft labels; 0 trains on the soft labels alone."""
+    soft_label_temperature: float = 1.0
+    """Temperature by which the scores of the soft labels are divided."""
+    soft_label_student_temperature: float | None = None
+    """Temperature by which the model's cosines are divided for the soft labels; null: that of the contrastive loss."""
+
     def __post_init__(self) -> None:
         """Check names and signs."""
         one_of("loss.negatives", self.negatives, NEGATIVES)
@@ -65,15 +90,33 @@ class LossConfig:
         unused = f"loss.stored_embeddings={self.stored_embeddings} is not used by loss.reward={self.reward}"
         require(self.reward == "stored" or self.stored_embeddings is None, unused)
         is_margin("loss.mask_margin", self.mask_margin)
+        one_of("loss.objective", self.objective, OBJECTIVES)
+        if self.soft_labels is not None:
+            one_of("loss.soft_labels", self.soft_labels, SOFT_LABELS)
+        one_of("loss.soft_label_loss", self.soft_label_loss, SOFT_LABEL_LOSSES)
         require(0 <= self.ema_decay < 1, f"loss.ema_decay={self.ema_decay} must be at least 0 and below 1")
         dims = self.matryoshka_dims
         ok = dims == sorted(set(dims)) and min(dims, default=1) >= 1
         require(ok, f"loss.matryoshka_dims={dims} must be rising lengths of at least 1")
-        for name in ("temperature", "temperature_start"):
+        self._check_soft_labels()
+        temperatures = ("temperature", "temperature_start", "soft_label_temperature", "soft_label_student_temperature")
+        for name in temperatures:
             value = getattr(self, name)
             ok = value is None or 0 < value < math.inf
             require(ok, f"loss.{name}={value} must be positive")
         at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
+
+    def _check_soft_labels(self) -> None:
+        """Refuse a weight that weighs nothing, and weights that leave nothing to train."""
+        at_least(self, "loss", 0, ("contrastive_weight",))
+        ok = 0 < self.soft_label_weight < math.inf
+        require(ok, f"loss.soft_label_weight={self.soft_label_weight} must be positive; soft_labels=null has none")
+        ok = self.contrastive_weight == 1 or self.soft_labels is not None
+        require(ok, f"loss.contrastive_weight={self.contrastive_weight} is for a loss with loss.soft_labels; use 1")
+        ok = self.objective != "cosent" or (self.negatives != "own" and self.soft_labels is None)
+        require(
+            ok, "loss.objective=cosent has no negatives and no soft labels: leave out negatives=own and soft_labels"
+        )
 
 
 def is_margin(key: str, value: float | None) -> None:

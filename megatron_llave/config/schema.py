@@ -173,8 +173,15 @@ EARLIER = {"data": {"image_background": None, "image_corrections": []}}
 """What earlier versions did where a key did not exist yet; a configuration that they saved lacks it."""
 
 
+LOSS_OF_SUBSET = ("mask_same_target", "mask_margin", "negatives", "objective")
+"""Keys of `loss` that a subset can override."""
+
+
 def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
     """The loss of a step that is drawn from `subset`: the section `loss`, overridden by data.subsets."""
     settings = cfg.data.subsets.get(subset, SubsetConfig())
-    masks = {"mask_same_target": settings.mask_same_target, "mask_margin": settings.mask_margin}
-    return replace(cfg.loss, **{name: value for name, value in masks.items() if value is not None})
+    own = {name: getattr(settings, name) for name in LOSS_OF_SUBSET}
+    own = {name: value for name, value in own.items() if value is not None}
+    if own.get("objective") == "cosent":
+        own["soft_labels"], own["contrastive_weight"] = None, 1.0
+    return replace(cfg.loss, **own)

@@ -7,6 +7,7 @@ tokens, u blended rows.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -96,9 +97,15 @@ class EncodedPair:
     pair: Pair
     """The pair as it was read from the shard."""
     query: EncodedSequence
-    target: EncodedSequence
+    targets: list[EncodedSequence]
+    """The targets that are used, the first ones of the pair."""
     hard_negatives: list[EncodedSequence]
     """The hard negatives that are used, the first ones of the pair."""
+
+    @property
+    def target_ids(self) -> list[str]:
+        """The ids of the targets that are used."""
+        return self.pair.target_ids[: len(self.targets)]
 
     @property
     def hard_negative_ids(self) -> list[str]:
@@ -106,9 +113,20 @@ class EncodedPair:
         return self.pair.hard_negative_ids[: len(self.hard_negatives)]
 
     @property
+    def target_scores(self) -> list[float]:
+        """The scores of the targets that are used, NaN if the pair has none."""
+        return (self.pair.scores or [math.nan] * len(self.targets))[: len(self.targets)]
+
+    @property
+    def hard_negative_scores(self) -> list[float]:
+        """The scores of the hard negatives that are used, NaN if the pair has none."""
+        scores = self.pair.scores[len(self.pair.targets) :] or [math.nan] * len(self.hard_negatives)
+        return scores[: len(self.hard_negatives)]
+
+    @property
     def length(self) -> int:
         """Number of tokens in all its sequences."""
-        return sum(sequence.length for sequence in (self.query, self.target, *self.hard_negatives))
+        return sum(sequence.length for sequence in (self.query, *self.targets, *self.hard_negatives))
 
 
 class Processor(Protocol):
@@ -208,9 +226,13 @@ def _merge_layouts(layouts: Sequence[VisualLayout], num_rows: np.ndarray) -> dic
 
 
 def encode_pairs(
-    pairs: Sequence[Pair | DataError], processor: Processor, hard_negatives: int, report: Callable[[str], None]
+    pairs: Sequence[Pair | DataError],
+    processor: Processor,
+    hard_negatives: int,
+    report: Callable[[str], None],
+    positives: int | None = None,
 ) -> list[EncodedPair]:
-    """Encode pairs, each with its first `hard_negatives` hard negatives.
+    """Encode pairs, each with its first `positives` targets (None: all) and its first `hard_negatives` hard negatives.
 
     A pair with an input that cannot be used is dropped, and `report` is called with the pair and the reason. So is a
     pair that could not be read, in whose place `pairs` has the error.
@@ -220,13 +242,14 @@ def encode_pairs(
         if isinstance(pair, DataError):
             report(str(pair))
             continue
-        inputs = [pair.query, pair.target, *pair.hard_negatives[:hard_negatives]]
+        targets = pair.targets[:positives]
+        inputs = [pair.query, *targets, *pair.hard_negatives[:hard_negatives]]
         try:
-            query, target, *negatives = [_encode(side, processor) for side in inputs]
+            query, *others = [_encode(side, processor) for side in inputs]
         except DataError as error:
             report(f"pair {pair.key} of subset {pair.subset}: {error}")
             continue
-        encoded.append(EncodedPair(pair, query, target, negatives))
+        encoded.append(EncodedPair(pair, query, others[: len(targets)], others[len(targets) :]))
     return encoded
 
 
@@ -244,19 +267,30 @@ def pack_pairs(
     tile_shape: TileShape,
     context: int = 1,
 ) -> PairBatch:
-    """Pack a micro batch: the pairs' queries, their targets, then the hard negatives pair by pair."""
-    sequences = [pair.query for pair in pairs] + [pair.target for pair in pairs]
+    """Pack a micro batch: the pairs' queries, their targets, then the hard negatives, pair by pair each."""
+    sequences = [pair.query for pair in pairs] + [target for pair in pairs for target in pair.targets]
     sequences += [negative for pair in pairs for negative in pair.hard_negatives]
+    has_several = any(len(pair.targets) > 1 for pair in pairs)
+    scores = [score for pair in pairs for score in pair.target_scores]
+    scores += [score for pair in pairs for score in pair.hard_negative_scores]
     return PairBatch(
         sequences=pack_sequences(sequences, pad_to_multiple, tile_shape, context),
         query_ids=_hashes(pair.pair.query_id for pair in pairs),
-        target_ids=_hashes(pair.pair.target_id for pair in pairs),
+        target_ids=_hashes(name for pair in pairs for name in pair.target_ids),
         hard_negative_ids=_hashes(name for pair in pairs for name in pair.hard_negative_ids),
         subset=subset,
         keys=[pair.pair.key for pair in pairs],
         num_skipped=num_skipped,
         num_cut=sum(sequence.is_cut for sequence in sequences),
+        target_rows=_rows(len(pair.targets) for pair in pairs) if has_several else None,
+        hard_rows=_rows(len(pair.hard_negatives) for pair in pairs),
+        scores=torch.tensor(scores) if any(pair.pair.scores for pair in pairs) else None,
     )
+
+
+def _rows(numbers: Iterable[int]) -> Tensor:
+    """The place of the pair that each of its `numbers` inputs belongs to."""
+    return torch.tensor([row for row, number in enumerate(numbers) for _ in range(number)], dtype=torch.int64)
 
 
 def _hashes(names: Iterable[str]) -> Tensor:

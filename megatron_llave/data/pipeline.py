@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_llave.batch import Pair, StepBatches
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.loss import WHOLE_STEP
+from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.balance import balance_micro_batches
 from megatron_llave.data.index import Index, Subset
 from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
@@ -117,7 +118,9 @@ def build_train_stream(
         processor,
         shares=rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
         hard_negatives=cfg.data.hard_negatives,
-        balance=cfg.loss.negatives == "global_batch",
+        positives=cfg.data.positives,
+        needs_scores=frozenset(name for name in mixture.sources if loss_of_subset(cfg, name).objective == "cosent"),
+        balance=cfg.loss.negatives in WHOLE_STEP,
         pad_to_multiple=pad_to_multiple,
         context=cfg.parallel.context,
         stored=open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None,
@@ -256,6 +259,9 @@ class StepReader(Dataset):
     shares: list[slice]
     """Pairs of the global batch that this rank takes, per micro batch."""
     hard_negatives: int
+    positives: int | None
+    needs_scores: frozenset[str]
+    """The subsets whose pairs are bad without scores."""
     balance: bool
     pad_to_multiple: int
     context: int = 1
@@ -271,7 +277,7 @@ class StepReader(Dataset):
         """
         for name, subset in self.subsets.items() if self.stored else ():
             first = [self._pair(name, 0, number) for number in range(min(subset.shards[0].pairs, PAIRS_LOOKED_UP))]
-            usable = encode_pairs(first, self.processor, self.hard_negatives, lambda problem: None)
+            usable = encode_pairs(first, self.processor, self.hard_negatives, lambda problem: None, self.positives)
             self.stored.rows(names_in_row(usable))
 
     def __getitem__(self, plan: StepPlan) -> "TrainStep | UserError":
@@ -291,7 +297,7 @@ class StepReader(Dataset):
         encoded, num_skipped = [], []
         for share in self.shares:
             pairs = [self._pair(*location) for location in locations[share]]
-            encoded.append(encode_pairs(pairs, self.processor, self.hard_negatives, problems.append))
+            encoded.append(encode_pairs(pairs, self.processor, self.hard_negatives, problems.append, self.positives))
             num_skipped.append(len(pairs) - len(encoded[-1]))
         if self.balance:
             all_pairs = list(itertools.chain(*encoded))
@@ -318,6 +324,8 @@ class StepReader(Dataset):
             return DataError(f"a pair of subset {name}: {error}")
         if pair.subset != name:
             return DataError(f"a pair of subset {name}: {file.file} has a pair of subset {pair.subset!r} in its place")
+        if name in self.needs_scores and not pair.scores:
+            return DataError(f"pair {pair.key} of subset {name}: it has no scores, which objective=cosent needs")
         return pair
 
 

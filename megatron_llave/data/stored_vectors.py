@@ -42,7 +42,7 @@ def target_name(subset: str, target_id: str) -> str:
 def names_in_row(pairs: Sequence[EncodedPair]) -> list[str]:
     """Return the names of the inputs of a micro batch in the order in which `pack_pairs` puts them into the row."""
     queries = [query_name(pair.pair.subset, pair.pair.query_id) for pair in pairs]
-    targets = [target_name(pair.pair.subset, pair.pair.target_id) for pair in pairs]
+    targets = [target_name(pair.pair.subset, name) for pair in pairs for name in pair.target_ids]
     return (
         queries + targets + [target_name(pair.pair.subset, name) for pair in pairs for name in pair.hard_negative_ids]
     )

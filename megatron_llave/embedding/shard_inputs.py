@@ -48,8 +48,8 @@ def read_shard_inputs(folder: str | Path) -> Iterator[tuple[str, Side]]:
 
 def _sides(pair: Pair) -> Iterator[tuple[str, Side]]:
     yield query_name(pair.subset, pair.query_id), pair.query
-    yield target_name(pair.subset, pair.target_id), pair.target
-    for name, side in zip(pair.hard_negative_ids, pair.hard_negatives):
+    names, sides = pair.target_ids + pair.hard_negative_ids, pair.targets + pair.hard_negatives
+    for name, side in zip(names, sides):
         yield target_name(pair.subset, name), side
 
 
@@ -93,7 +93,7 @@ def _described_sides(pair: dict[str, Any], where: str) -> Iterator[tuple[str, di
     try:
         subset = pair["subset"]
         yield query_name(subset, pair["query"]["id"]), pair["query"]
-        for side in (pair["target"], *pair.get("hard_negatives", ())):
+        for side in (pair["target"], *pair.get("further_targets", ()), *pair.get("hard_negatives", ())):
             yield target_name(subset, side["id"]), side
     except (KeyError, TypeError) as error:
         raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error

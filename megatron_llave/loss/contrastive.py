@@ -4,8 +4,9 @@ No [B, B] matrix is ever held. The rows are processed in chunks: the logits of a
 log-sum-exps, and computed again in the backward pass. Every rank multiplies its own queries with all targets once per
 pass, and both directions of the symmetric loss come from that one product.
 
-Shapes: b rows of this rank, B rows of all ranks, m and M explicit hard negatives of this rank and of all ranks,
-C = B + M columns, n rows of a chunk, d width of the embedding.
+Shapes: b rows (queries) of this rank, B rows of all ranks, a and A targets, m and M explicit hard negatives of this
+rank and of all ranks, C = A + M columns, n rows of a chunk and q targets of them, d width of the embedding. With one
+target per query a = b, A = B and q = n.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PairEmbeddings, PairIds
 from megatron_llave.config.loss import LossConfig
-from megatron_llave.distributed.collectives import all_gather_rows, reduce_scatter_rows, row_counts
+from megatron_llave.distributed.collectives import all_gather_rows, reduce_scatter_rows
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
+from megatron_llave.loss.negatives import (
+    Chunk,
+    Context,
+    Masks,
+    chunks_of,
+    find_masks,
+    find_several,
+    gather_ids,
+    mean_of_targets,
+    rows_of_group,
+)
 
 CHUNK = 256
 """Rows whose logits are held at a time."""
@@ -27,17 +39,19 @@ CHUNK = 256
 class SimilarityStatistics:
     """Similarities that the loss has computed, without a gradient.
 
-    The first two cover the b queries of this rank, the last two only its first chunk of n queries.
+    Those of n queries cover only the first chunk of this rank, the others all of its b queries.
     """
 
     positive: Tensor
-    """[b] cosine of each query and its own target."""
+    """[b] cosine of each query and its own target; the mean over its targets if it has several."""
     hardest_negative: Tensor
     """[b] largest cosine of each query and a negative that is not masked; -inf for a query without negatives."""
     effective_negatives: Tensor
     """[n] number of equally weighted negatives with the same spread: (sum w)^2 / sum w^2 of their softmax w."""
     hardest_share: Tensor
     """[n] part of the softmax over the negatives that falls on the hardest 1 % of them, at least on one."""
+    soft_label: Tensor | None = None
+    """[b] loss against the soft labels of each query, NaN where it has none; None: the loss takes no soft labels."""
 
 
 LossShare = tuple[Tensor, SimilarityStatistics]
@@ -59,15 +73,21 @@ def hardness_weighted_contrastive_loss(
     The official LLaVE repository adds log(exp(alpha * cos)) in bfloat16, which is alpha * cos with a rounding error of
     up to 0.065.
 
+    A query with several targets has the mean of their losses, in each of which the other targets of the query are left
+    out. In the other direction each target is compared with the queries that it is a negative of. A target is no
+    negative of a query that has a target with the same id, if one of the two queries that they belong to has several
+    targets.
+
     Args:
-        embeddings: unit vectors of this rank. Row i of the targets is the positive of row i of the queries; all other
-            targets and all hard negatives of all ranks are negatives of every query.
-        ids: needed by config.mask_same_target. A hard negative whose id equals that of a query's target is masked for
-            that query. If they do not know the numbers of rows of all ranks, the ranks exchange them here.
+        embeddings: unit vectors of this rank. The targets that are not a query's own, and all hard negatives, of all
+            ranks are its negatives.
+        ids: needed by config.mask_same_target and where a query has several targets. A hard negative whose id equals
+            that of a query's target is masked for that query, on the same conditions. If they do not know the numbers
+            of rows of all ranks, the ranks exchange them here.
         reward: embeddings of the same inputs by the reward model, whose cosines are the hardness; None: `embeddings`
             themselves, as in the paper.
-        config: temperature, alpha (0 is plain InfoNCE), mask_same_target, mask_margin, hardness and directions; the
-            other fields are not used here.
+        config: temperature, alpha (0 is plain InfoNCE), mask_same_target, mask_margin (measured from the mean of a
+            query's positives), hardness and directions; the other fields are not used here.
         group: ranks whose rows are negatives of each other: the data-parallel group, never a model-parallel one. The
             ranks may have different numbers of rows. None: this rank alone.
         log_temperature: a scalar with the logarithm of config.temperature, which gets its gradient: of this rank's
@@ -80,25 +100,19 @@ def hardness_weighted_contrastive_loss(
         parameters over the ranks gives its exact gradient.
 
     Raises:
-        ValueError: queries and targets differ in shape, or config.mask_same_target lacks ids of some rows.
+        ValueError: there is not one target per query and it is not told whose they are, or ids are needed and missing.
     """
-    query, target = embeddings.query, embeddings.target
-    if query.shape != target.shape:
-        raise ValueError(f"query {tuple(query.shape)} and target {tuple(target.shape)} must have one shape")
+    query, target, rows = embeddings.query, embeddings.target, embeddings.target_rows
+    if query.shape != target.shape if rows is None else rows.shape != target.shape[:1]:
+        what = "must have one shape" if rows is None else f"need {len(target)} target_rows"
+        raise ValueError(f"query {tuple(query.shape)} and target {tuple(target.shape)} {what}")
     precise = torch.promote_types(query.dtype, torch.float32)
     query, target, hard = (x.to(precise) for x in (query, target, embeddings.hard_negatives))
-    is_known = group is not None and ids is not None and ids.of_ranks is not None
-    counts, hard_counts = ids.of_ranks if is_known else row_counts(group, query, hard)
-    context = _Context(config, group, chunk, counts, hard_counts)
-    if config.mask_same_target:
-        rows = [len(query), len(target), len(hard)]
-        if ids is None or [len(ids.query), len(ids.target), len(ids.hard_negatives)] != rows:
-            raise ValueError("mask_same_target needs the ids of all queries, targets and hard negatives")
-        context.ids = PairIds(
-            all_gather_rows(ids.query, counts, group),
-            all_gather_rows(ids.target, counts, group),
-            all_gather_rows(ids.hard_negatives, hard_counts, group),
-        )
+    context = Context(config, group, chunk, *rows_of_group(embeddings, ids, group))
+    if context.has_several or config.mask_same_target:
+        context.ids = gather_ids(embeddings, ids, context)
+    if context.has_several:
+        context.several = find_several(rows, query, context)
     if reward is not None:
         context.reward_query = reward.query.to(precise)
         context.reward_columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), context)
@@ -106,107 +120,36 @@ def hardness_weighted_contrastive_loss(
     return loss, SimilarityStatistics(*statistics)
 
 
-@dataclass
-class _Context:
-    """Everything that the computation needs besides the embeddings."""
-
-    config: LossConfig
-    group: dist.ProcessGroup | None
-    chunk: int
-    counts: list[int]
-    """Rows of each rank."""
-    hard_counts: list[int]
-    """Hard negatives of each rank."""
-    ids: PairIds | None = None
-    """Ids of the pairs and hard negatives of all ranks, [B], [B] and [M]; None without mask_same_target."""
-    reward_query: Tensor | None = None
-    """[b, d] by the reward model; None: the model judges hardness itself."""
-    reward_columns: Tensor | None = None
-    """[C, d] by the reward model."""
-
-    @property
-    def num_rows(self) -> int:
-        """B, the number of rows of all ranks."""
-        return sum(self.counts)
-
-    @property
-    def first(self) -> int:
-        """Column of this rank's first positive."""
-        return sum(self.counts[: 0 if self.group is None else self.group.rank()])
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether targets are compared with queries too."""
-        return self.config.directions == "symmetric"
-
-    @property
-    def scale(self) -> float:
-        """Factor of the sum over this rank's rows that makes the mean over ranks the mean over rows and directions."""
-        return len(self.counts) / max(1, self.num_rows) / (2 if self.is_symmetric else 1)
-
-
-def _gather_columns(target: Tensor, hard_negatives: Tensor, context: _Context) -> Tensor:
+def _gather_columns(target: Tensor, hard_negatives: Tensor, context: Context) -> Tensor:
     """[C, d] targets of all ranks, followed by the hard negatives of all ranks."""
-    targets = all_gather_rows(target, context.counts, context.group)
+    targets = all_gather_rows(target, context.target_counts, context.group)
     if not any(context.hard_counts):
         return targets
     return torch.cat([targets, all_gather_rows(hard_negatives, context.hard_counts, context.group)])
 
 
-@dataclass
-class _Masks:
-    """Which columns are masked, that is, are not negatives of the rows of a chunk."""
-
-    positive: Tensor
-    """[n, 1] column of each row's positive."""
-    to_target: Tensor | None
-    """[n, C] True where the column is masked for the row's query; False at the positives. None: no column is masked."""
-    to_query: Tensor | None
-    """[n, B] True where the row's query is masked for the column's target; False at the positives. None as above."""
-
-
-def _masks(cosines: Tensor, rows: slice, positives: Tensor, context: _Context) -> _Masks:
-    """Masks of a chunk's cosines [n, C]; `positives` [B] are the cosines of all pairs."""
-    config, ids, num_rows = context.config, context.ids, context.num_rows
-    column = torch.arange(rows.start, rows.stop, device=cosines.device)[:, None] + context.first
-    if not config.mask_same_target and config.mask_margin is None:
-        return _Masks(column, None, None)
-    to_target = torch.zeros_like(cosines, dtype=torch.bool)
-    if config.mask_same_target:
-        to_target[:, :num_rows] = ids.target[column] == ids.target
-        to_target[:, :num_rows] |= ids.query[column] == ids.query
-        to_target[:, num_rows:] = ids.target[column] == ids.hard_negatives
-    to_query = to_target[:, :num_rows].clone()
-    if config.mask_margin is not None:
-        # Tolerate a few roundings, or chance would decide whether a copy of the positive is above it.
-        margin = config.mask_margin + 8 * torch.finfo(cosines.dtype).eps
-        # Compare with the positive of the row's query, and in the other direction with that of the column's target.
-        to_target |= cosines > positives[column] + margin
-        to_query |= cosines[:, :num_rows] > positives + margin
-    return _Masks(column, to_target.scatter_(1, column, False), to_query.scatter_(1, column, False))
-
-
-def _logits(cosines: Tensor, rows: slice, masks: _Masks, context: _Context) -> tuple[Tensor, Tensor | None]:
+def _logits(cosines: Tensor, chunk: Chunk, masks: Masks, context: Context) -> tuple[Tensor, Tensor | None]:
     """Weighted logits of a chunk's negatives.
 
-    The first is [n, C], of each query against all columns. The second is [n, B], of each target against this chunk's
+    The first is [n, C], of each query against all columns. The second is [n, A], of each target against this chunk's
     queries; it is None unless the loss is symmetric. Positives and masked pairs are -inf. `cosines` [n, C] is
     overwritten.
     """
-    config, num_rows = context.config, context.num_rows
+    config, num_targets = context.config, context.num_targets
     in_batch = config.alpha if config.hardness != "hard_negatives" else 0.0
     explicit = config.alpha if config.hardness != "in_batch" else 0.0
-    weights = (slice(None, num_rows), in_batch), (slice(num_rows, None), explicit)
+    weights = (slice(None, num_targets), in_batch), (slice(num_targets, None), explicit)
     if context.reward_query is None:
         for columns, alpha in weights:
             cosines[:, columns] *= 1 / config.temperature + alpha
     else:
-        hardness = context.reward_query[rows] @ context.reward_columns.T  # [n, C]
+        hardness = context.reward_query[chunk.rows] @ context.reward_columns.T  # [n, C]
         cosines *= 1 / config.temperature
         for columns, alpha in weights:
             cosines[:, columns] += hardness[:, columns].mul_(alpha)
-    logits = cosines.scatter_(1, masks.positive, -torch.inf)
-    to_query = logits[:, :num_rows] if context.is_symmetric else None
+    logits = cosines
+    logits[chunk.own] = -torch.inf
+    to_query = logits[:, :num_targets] if context.is_symmetric else None
     if masks.to_target is not None:
         to_query = None if to_query is None else to_query.masked_fill(masks.to_query, -torch.inf)
         logits = logits.masked_fill_(masks.to_target, -torch.inf)
@@ -218,67 +161,72 @@ class _ContrastiveLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, target: Tensor, hard: Tensor, log_temperature: Tensor | None, context: _Context
+        ctx, query: Tensor, target: Tensor, hard: Tensor, log_temperature: Tensor | None, context: Context
     ) -> tuple[Tensor, ...]:
         columns = _gather_columns(target, hard, context)  # [C, d]
-        local_positives = (query * target).sum(1)  # [b]
-        positives = all_gather_rows(local_positives, context.counts, context.group)  # [B]
-        hardest = torch.empty_like(local_positives)
+        several, temperature = context.several, context.config.temperature
+        own = query if several is None else query[several.rows]
+        local_positives = (own * target).sum(1)  # [a]
+        positives = all_gather_rows(local_positives, context.target_counts, context.group)  # [A]
         # Log-sum-exp of the negatives alone. Its difference from the positive's logit, the log odds that a negative is
         # taken for the positive, gives the loss and its gradient without cancellation.
-        row_lse, column_lse = torch.empty_like(local_positives), query.new_full((context.num_rows,), -torch.inf)
-        spread = (query.new_zeros(0), query.new_zeros(0))
-        for start in range(0, len(query), context.chunk):
-            rows = slice(start, min(start + context.chunk, len(query)))
-            cosines = query[rows] @ columns.T  # [n, C]
-            masks = _masks(cosines, rows, positives, context)
-            hardest[rows] = _hardest(cosines, masks)
-            to_target, to_query = _logits(cosines, rows, masks, context)
-            row_lse[rows] = to_target.logsumexp(1)
+        hardest, row_lse = query.new_empty(len(query)), query.new_empty(len(query))
+        column_lse = query.new_full((context.num_targets,), -torch.inf)
+        softmax_spread = (query.new_zeros(0), query.new_zeros(0))
+        for chunk in chunks_of(query, context):
+            cosines = query[chunk.rows] @ columns.T  # [n, C]
+            masks = find_masks(cosines, chunk, positives, context)
+            hardest[chunk.rows] = _hardest(cosines, chunk, masks)
+            to_target, to_query = _logits(cosines, chunk, masks, context)
+            row_lse[chunk.rows] = to_target.logsumexp(1)
             if to_query is not None:
                 column_lse = torch.logaddexp(column_lse, to_query.logsumexp(0))
-            if start == 0:
-                spread = _spread(to_target)
-        column_log_odds = _log_sum_over_ranks(column_lse, context) - positives / context.config.temperature  # [B]
-        row_log_odds = row_lse - local_positives / context.config.temperature  # [b]
-        local = slice(context.first, context.first + len(query))
+            if chunk.rows.start == 0:
+                softmax_spread = spread(to_target)
+        column_log_odds = log_sum_over_ranks(column_lse, context.group) - positives / temperature  # [A]
+        row_log_odds = (row_lse if several is None else row_lse[several.rows]) - local_positives / temperature  # [a]
         losses = -F.logsigmoid(-row_log_odds)  # log(1 + negatives / positive)
         if context.is_symmetric:
-            losses = losses - F.logsigmoid(-column_log_odds[local])
+            losses = losses - F.logsigmoid(-column_log_odds[context.local])
         ctx.context = context
         ctx.save_for_backward(query, columns, positives, row_log_odds, column_log_odds)
-        statistics = local_positives.clone(), hardest, *spread
+        statistics = mean_of_targets(local_positives.clone(), context), hardest, *softmax_spread
         ctx.mark_non_differentiable(*statistics)
-        return losses.sum() * context.scale, *statistics
+        return mean_of_targets(losses, context).sum() * context.scale, *statistics
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         query, columns, positives, row_log_odds, column_log_odds = ctx.saved_tensors
-        context: _Context = ctx.context
-        temperature = context.config.temperature
-        local = slice(context.first, context.first + len(query))
-        column_lse = positives / temperature - F.logsigmoid(-column_log_odds)  # [B] positive and negatives
-        row_lse = positives[local] / temperature - F.logsigmoid(-row_log_odds)  # [b]
-        positive_slope = torch.sigmoid(row_log_odds)  # [b] one minus the softmax of the positive
+        context: Context = ctx.context
+        temperature, local, several = context.config.temperature, context.local, context.several
+        # Log-sum-exp of positive and negatives: [A] and [a]. The softmax of a negative is exp(logit - this).
+        column_lse = positives / temperature - F.logsigmoid(-column_log_odds)
+        row_lse = positives[local] / temperature - F.logsigmoid(-row_log_odds)
+        positive_slope = torch.sigmoid(row_log_odds)  # [a] one minus the softmax of the positive
         if context.is_symmetric:
             positive_slope = positive_slope + torch.sigmoid(column_log_odds[local])
+        if several is not None:
+            weights = several.log_weights
+            positive_slope = positive_slope * weights[local].exp()
+            column_lse = column_lse - weights
+            row_lse = -several.to_rows(weights[local] - row_lse, -torch.inf).logsumexp(1)  # [b]
         query_gradient, columns_gradient = torch.empty_like(query), torch.zeros_like(columns)
-        for start in range(0, len(query), context.chunk):
-            rows = slice(start, min(start + context.chunk, len(query)))
+        for chunk in chunks_of(query, context):
+            rows = chunk.rows
             cosines = query[rows] @ columns.T
-            to_target, to_query = _logits(cosines, rows, _masks(cosines, rows, positives, context), context)
+            to_target, to_query = _logits(cosines, chunk, find_masks(cosines, chunk, positives, context), context)
             # Without masks both share memory, so the softmax of the other direction comes before the change in place.
             other = None if to_query is None else (to_query - column_lse).exp_()
             slope = to_target.sub_(row_lse[rows, None]).exp_()  # [n, C] d loss / d logit: the softmax of the negatives
             if other is not None:
-                slope[:, : context.num_rows] += other
-            slope.diagonal(context.first + start).copy_(-positive_slope[rows])
+                slope[:, : context.num_targets] += other
+            slope[chunk.own] = -positive_slope[chunk.targets]
             query_gradient[rows] = slope @ columns
             columns_gradient.addmm_(slope.T, query[rows])
         # Hardness is detached, so the derivative of a logit with respect to its cosine is 1 / temperature.
         scale = gradient * context.scale / temperature
         targets_gradient, hard_gradient = columns_gradient.mul_(scale).split(
-            [context.num_rows, sum(context.hard_counts)]
+            [context.num_targets, sum(context.hard_counts)]
         )
         query_gradient.mul_(scale)
         # A logit is cosine / temperature and what is detached, so this gradient is that of the cosines times minus the
@@ -286,24 +234,25 @@ class _ContrastiveLoss(torch.autograd.Function):
         of_temperature = -(query * query_gradient).sum() if ctx.needs_input_grad[3] else None
         return (
             query_gradient,
-            reduce_scatter_rows(targets_gradient, context.counts, context.group),
+            reduce_scatter_rows(targets_gradient, context.target_counts, context.group),
             reduce_scatter_rows(hard_gradient, context.hard_counts, context.group),
             of_temperature,
             None,
         )
 
 
-def _hardest(cosines: Tensor, masks: _Masks) -> Tensor:
+def _hardest(cosines: Tensor, chunk: Chunk, masks: Masks) -> Tensor:
     """[n] largest cosine of a negative; -inf for a row without negatives."""
     if masks.to_target is not None:
-        return cosines.masked_fill(masks.to_target, -torch.inf).scatter_(1, masks.positive, -torch.inf).amax(1)
-    positive_cosines = cosines.gather(1, masks.positive)
-    hardest = cosines.scatter_(1, masks.positive, -torch.inf).amax(1)
-    cosines.scatter_(1, masks.positive, positive_cosines)
+        cosines = cosines.masked_fill(masks.to_target, -torch.inf)
+    of_positives = cosines[chunk.own]
+    cosines[chunk.own] = -torch.inf
+    hardest = cosines.amax(1)
+    cosines[chunk.own] = of_positives
     return hardest
 
 
-def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
+def spread(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Effective number of negatives [n] and share of the hardest 1 % [n], from the softmax; 0 without negatives."""
     count = (logits > -torch.inf).sum(1, keepdim=True)  # [n, 1]
     weights = logits.softmax(1).masked_fill(count == 0, 0.0)  # [n, C]
@@ -313,13 +262,13 @@ def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.sum(1).square() / weights.square().sum(1).clamp_min(1e-30), top.sum(1)
 
 
-def _log_sum_over_ranks(values: Tensor, context: _Context) -> Tensor:
-    """[B] log-sum-exp over the ranks, by two reductions: a gather would need memory for ranks times B numbers."""
-    if context.group is None or context.group.size() == 1:
+def log_sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Log-sum-exp of each value over the ranks, by two reductions: a gather would need memory for all ranks' values."""
+    if group is None or group.size() == 1:
         return values
     largest = values.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=context.group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     largest = largest.clamp_min(torch.finfo(values.dtype).min)  # a column without any negative has -inf
     total = (values - largest).exp_()
-    dist.all_reduce(total, group=context.group)
+    dist.all_reduce(total, group=group)
     return total.log_().add_(largest)

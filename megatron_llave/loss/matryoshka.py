@@ -1,5 +1,6 @@
-"""The contrastive loss over prefixes of the embedding (Matryoshka, arXiv 2205.13147)."""
+"""A loss over prefixes of the embedding (Matryoshka, arXiv 2205.13147)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -7,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llave.batch import PairEmbeddings, PairIds
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import LossShare, hardness_weighted_contrastive_loss
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 
 
 def matryoshka_loss(
@@ -17,21 +18,23 @@ def matryoshka_loss(
     ids: PairIds | None = None,
     reward: PairEmbeddings | None = None,
     *,
+    loss: Callable[..., LossShare] = hardness_weighted_contrastive_loss,
     config: LossConfig,
     group: dist.ProcessGroup | None = None,
     log_temperature: Tensor | None = None,
 ) -> LossShare:
-    """Mean of the contrastive loss over prefixes of the embedding, each renormalised to unit length.
+    """Mean of a loss over prefixes of the embedding, each renormalised to unit length.
 
-    The lengths of the prefixes are `config.matryoshka_dims`, in rising order. The other arguments are those of
-    `hardness_weighted_contrastive_loss`; the hardness of a prefix comes from the prefix of `reward` of the same length,
-    but with config.reward=stored from the complete vectors, whose width is that of another model.
+    The lengths of the prefixes are `config.matryoshka_dims`, in rising order. `loss` is a function like
+    `hardness_weighted_contrastive_loss`, and the other arguments are its arguments; the hardness of a prefix comes from
+    the prefix of `reward` of the same length, but with config.reward=stored from the complete vectors, whose width is
+    that of another model.
 
     Returns:
         This rank's share of the loss, and the similarity statistics of the longest prefix.
 
     Raises:
-        ValueError: a prefix is longer than the embedding, or `hardness_weighted_contrastive_loss` refuses an argument.
+        ValueError: a prefix is longer than the embedding, or `loss` refuses an argument.
     """
     dims, width = config.matryoshka_dims, embeddings.query.shape[1]
     if max(dims) > width:
@@ -41,10 +44,10 @@ def matryoshka_loss(
         prefix = partial(_prefix, dim=dim)
         is_whole = reward is None or config.reward == "stored"
         reward_prefix = reward if is_whole else reward.map(prefix)
-        loss, statistics = hardness_weighted_contrastive_loss(
+        share, statistics = loss(
             embeddings.map(prefix), ids, reward_prefix, config=config, group=group, log_temperature=log_temperature
         )
-        losses.append(loss)
+        losses.append(share)
     return torch.stack(losses).mean(), statistics
 
 

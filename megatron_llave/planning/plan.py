@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_llave.config.checks import require_sizes
+from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
@@ -167,8 +168,8 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
     validate_batch(cfg, data_parallel)
     share = cfg.train.global_batch_size // data_parallel
     size = cfg.train.micro_batch_size or share
-    has_embed_pass = size < share and cfg.loss.negatives == "global_batch"
-    rows = share if cfg.loss.negatives == "global_batch" else size
+    has_embed_pass = size < share and cfg.loss.negatives in WHOLE_STEP
+    rows = share if cfg.loss.negatives in WHOLE_STEP else size
     columns = rows * data_parallel * (1 + cfg.data.hard_negatives)
     longest = longest_batch(kinds, size, cfg.data.hard_negatives)
     batch = MicroBatch.of(longest, cfg.parallel.context, family_of(cfg.model).cost.splits_tiles)

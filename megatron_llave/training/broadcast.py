@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_llave.batch import PairBatch, StepBatches, to_device
+from megatron_llave.batch import PairBatch, RowsOfRanks, StepBatches, to_device
 from megatron_llave.data.step_buffer import StepBuffer, unpack_step
 from megatron_llave.distributed.collectives import numbers_of_ranks
 
@@ -64,13 +64,13 @@ def _broadcast(step: StepBuffer | None, group: dist.ProcessGroup, device: torch.
 
 
 def exchange_row_counts(batches: list[PairBatch], group: dist.ProcessGroup) -> None:
-    """Tell each micro batch how many pairs and hard negatives those of the other data-parallel ranks have.
+    """Tell each micro batch how many pairs, targets and hard negatives those of other ranks have.
 
     The host waits for this once, at the beginning of the step and not in its middle. All ranks have waited for the end
     of the step before, by which they agree on whether the run goes on (fault_tolerance.StopRequests). So this takes the
     time of one small collective and of what the device does before it, which is to receive the data of the step.
     """
-    numbers = [number for batch in batches for number in (batch.num_pairs, batch.num_hard_negatives)]
+    numbers = [n for batch in batches for n in (batch.num_pairs, batch.num_targets, batch.num_hard_negatives)]
     of_ranks = numbers_of_ranks(group, numbers)
-    for batch, pairs, hard_negatives in zip(batches, of_ranks[::2], of_ranks[1::2]):
-        batch.of_ranks = (pairs, hard_negatives)
+    for batch, *rows in zip(batches, of_ranks[::3], of_ranks[1::3], of_ranks[2::3]):
+        batch.of_ranks = RowsOfRanks(*rows)

@@ -1,7 +1,7 @@
 """Gradients of a contrastive loss over several micro batches, through megatron-core's own pipeline schedules.
 
 With `global_batch` the negatives of a pair are all other pairs of the step, whatever the micro-batch size:
-  1. Embed pass: a forward pass over all micro batches; the last stage keeps the embeddings [2b + m, d] of each.
+  1. Embed pass: a forward pass over all micro batches; the last stage keeps the embeddings [b + a + m, d] of each.
   2. The loss over all of them, gathered over the data-parallel ranks, and its gradient with respect to the local ones.
   3. Replay pass: forward and backward over the same micro batches with the surrogate sum(embeddings * gradient).
 The gradient of the parameters is that of one process with the whole batch at once (GradCache, arXiv 2101.06983). It
@@ -25,10 +25,12 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_llave.batch import PairBatch, PairEmbeddings, PairIds
+from megatron_llave.batch import PairBatch
+from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.loss import Compare
 from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 
 RewardModel = Callable[[], AbstractContextManager]
 """A context in which the chunks are the reward model."""
@@ -48,7 +50,7 @@ def forward_backward(
         chunks: this rank's model chunks, wrapped for data parallel.
         batches: this rank's micro batches, on its device.
         compare: the loss, from `build_loss`.
-        negatives: global_batch, micro_batch or own_micro_batch; the last two differ in `compare` alone.
+        negatives: `loss.negatives`; apart from WHOLE_STEP its values differ in `compare` alone.
         reward_model: the model whose cosines are the hardness; None: the trained model itself.
         is_stored: whether the hardness is the cosines of the stored embeddings of the micro batches instead.
 
@@ -61,7 +63,7 @@ def forward_backward(
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
-    if negatives != "global_batch" or len(batches) == 1:
+    if len(batches) == 1 or negatives not in WHOLE_STEP:
         return run_schedule(chunks, list(zip(batches, rewards)), lengths, partial(_compare_step, compare=compare))
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)
@@ -106,7 +108,7 @@ class _RandomStates:
 
 
 def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
-    """Embeddings [2b + m, d] of every micro batch on the last pipeline stage; an empty list on the other stages."""
+    """Embeddings [b + a + m, d] of every micro batch on the last pipeline stage; an empty list on the other stages."""
     step = partial(_embed_step, states=states)
     return run_schedule(chunks, list(enumerate(batches)), _lengths(batches), step, forward_only=True)
 
@@ -153,7 +155,7 @@ def _loss_over(
 def _loss_gradients(
     embeddings: list[Tensor], rewards: list[Tensor | None], batches: list[PairBatch], compare: Compare
 ) -> tuple[list[Tensor], LossShare]:
-    """Gradient [2b + m, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
+    """Gradient [b + a + m, d] of this rank's share of the loss with respect to each micro batch's embeddings."""
     leaves = [x.detach().requires_grad_() for x in embeddings]
     loss, statistics = _loss_over(leaves, rewards, batches, compare)
     loss.backward()

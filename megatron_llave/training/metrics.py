@@ -26,8 +26,9 @@ MEANS = {
     "hardest_negative": "hardest_negative_similarity",
     "effective_negatives": "effective_negatives",
     "hardest_share": "hardest_share",
+    "soft_label": "soft_label_loss",
 }
-"""Field of the similarity statistics -> name of its mean over the queries in the record."""
+"""Field of the similarity statistics -> name of its mean, over the queries that have it, in the record."""
 
 GRADIENT_NORMS = ("gradient_norm", *(f"gradient_norm_{part}" for part in PARTS))
 """Names in the record of the norm of the whole gradient and of those of the parts of the model."""
@@ -93,14 +94,14 @@ def step_metrics(
     `patch_pairs` is what the attention of the vision encoder costs this rank's micro batches, see planning.flops.Work.
     """
     device = batches[0].query_ids.device
-    counted = ("num_pairs", "num_hard_negatives", "num_skipped", "num_cut")
+    counted = ("num_pairs", "num_targets", "num_hard_negatives", "num_skipped", "num_cut")
     rows = [batch.sequences for batch in batches]
     counts = [sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows)]
     counts += [sum(length**2 for row in rows for length in row.lengths[: row.num_sequences])]
     counts += [patch_pairs, *(sum(getattr(batch, name) for batch in batches) for name in counted)]
     counts_on_device = to_device(torch.tensor(counts, dtype=torch.float64), device)
     values = [_values(shares, name, device) for name in MEANS]
-    finite = [x.isfinite() for x in values]  # -inf where a query has no negative
+    finite = [x.isfinite() for x in values]  # -inf without a negative, NaN without soft labels
     sums = [x.masked_fill(~ok, 0.0).sum() for x, ok in zip(values, finite)]
     loss = torch.stack([loss for loss, _ in shares]).mean() if shares else torch.zeros((), device=device)
     local = [x.double() for x in (loss, *sums, *(ok.sum() for ok in finite))]
@@ -111,8 +112,20 @@ def step_metrics(
     (loss, *totals), samples = read[: len(totals)].tolist(), read[len(totals) :].to(samples.dtype).view(-1, 2)
     sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
+    if not lengths[-1]:
+        del means[MEANS["soft_label"]]
     compared = {f"similarity_{name}": compare(*samples.unbind(1)) for name, compare in COMPARISONS.items()}
-    names = ("tokens", "tiles", "squared_lengths", "patch_pairs", "pairs", "hard_negatives", "skipped", "cut")
+    names = (
+        "tokens",
+        "tiles",
+        "squared_lengths",
+        "patch_pairs",
+        "pairs",
+        "targets",
+        "hard_negatives",
+        "skipped",
+        "cut",
+    )
     return {"loss": loss / group.size(), **means, **compared, **dict(zip(names, map(int, counts)))}
 
 
@@ -141,4 +154,5 @@ def peak_memory_gb() -> float:
 
 
 def _values(shares: list[LossShare], name: str, device: torch.device) -> Tensor:
-    return torch.cat([torch.zeros(0, device=device), *(getattr(statistics, name) for _, statistics in shares)])
+    values = [getattr(statistics, name) for _, statistics in shares]
+    return torch.cat([torch.zeros(0, device=device), *(value for value in values if value is not None)])

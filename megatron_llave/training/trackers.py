@@ -13,13 +13,16 @@ from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 
 GROUPS = {
-    "train": ("learning_rate", "gradient_norm", "temperature", "alpha", "bad_steps"),
+    "train": (
+        *("learning_rate", "gradient_norm", "gradient_norm_vision", "gradient_norm_projector"),
+        *("gradient_norm_language", "temperature", "alpha", "soft_label_loss", "bad_steps"),
+    ),
     "similarity": (
         *("positive_similarity", "hardest_negative_similarity"),
         *("similarity_margin", "similarity_auc", "similarity_overlap", "effective_negatives", "hardest_share"),
     ),
     "data": (
-        *("pairs", "hard_negatives", "tokens", "tiles", "squared_lengths", "patch_pairs"),
+        *("pairs", "targets", "hard_negatives", "tokens", "tiles", "squared_lengths", "patch_pairs"),
         *("skipped", "cut", "data_seconds"),
     ),
     "performance": ("seconds", "save_seconds", "tflops", "mfu", "memory_gb"),

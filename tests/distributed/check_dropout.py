@@ -7,8 +7,8 @@ from check_layouts import ALPHA, GLOBAL_BATCH, TEMPERATURE, comparison, micro_ba
 from full_parameters import full_gradients, let_go, worst_relative_error
 from reference import dense_contrastive_loss, random_pairs
 
-from megatron_llave.batch import PairEmbeddings
 from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.loss.inputs import PairEmbeddings
 from megatron_llave.models import build_model
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import build_trainable

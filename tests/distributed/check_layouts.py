@@ -23,7 +23,7 @@ from megatron.core.utils import get_model_config
 from reference import dense_contrastive_loss, pack, pack_pair_batch, random_pairs, random_sequence, tile_shape
 from safetensors.torch import load_file, save_file
 
-from megatron_llave.batch import PairBatch, PairEmbeddings, PairIds
+from megatron_llave.batch import PairBatch
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.optimizer import OptimizerConfig
@@ -32,8 +32,9 @@ from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.embedding.embedder import LoadedModel, forward_only
-from megatron_llave.loss import Compare, build_loss, contrastive
+from megatron_llave.loss import Compare, build_loss, contrastive, negatives
 from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks.initialization import initialize_parameters
 from megatron_llave.models.blocks.kernels import row_multiple
@@ -281,9 +282,7 @@ def check_that_it_bites(directory: Path, layout: ParallelConfig) -> None:
         "number of micro batches": patch.object(
             gradient_cache, "_replay_step", lambda *args, schedule_divisor, states: replay(*args, 1, states)
         ),
-        "number of ranks": patch.object(
-            contrastive._Context, "scale", property(lambda context: 0.5 / context.num_rows)
-        ),
+        "number of ranks": patch.object(negatives.Context, "scale", property(lambda context: 0.5 / context.num_rows)),
         "other ranks' gradients": patch.object(contrastive, "reduce_scatter_rows", this_rank_alone),
     }
     for name, broken in breaks.items():

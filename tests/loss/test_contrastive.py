@@ -8,9 +8,9 @@ from reference import dense_contrastive_loss
 from run_ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_llave.batch import PairEmbeddings, PairIds
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.loss.matryoshka import matryoshka_loss
 from megatron_llave.loss.schedules import alpha_at, temperature_at
 
