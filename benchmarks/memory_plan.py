@@ -58,7 +58,8 @@ from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.embedder import Embedder
 from megatron_llave.models.blocks.kernels import row_multiple
-from megatron_llave.planning.memory import save_bytes, stage_memory
+from megatron_llave.planning.host_memory import save_bytes
+from megatron_llave.planning.memory import stage_memory
 from megatron_llave.planning.pair_lengths import Kind, SideShape, images_shape
 from megatron_llave.planning.plan import step_shape
 from megatron_llave.train import train_step

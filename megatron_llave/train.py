@@ -38,7 +38,7 @@ from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, S
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
-from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate
+from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate, require_runnable
 from megatron_llave.training.run_state import RunState, held_output
 from megatron_llave.training.trackers import open_trackers
 
@@ -80,6 +80,7 @@ def train(cfg: RunConfig) -> str:
     if pretrained is not None:
         pretrained.require_plausible()
         cfg = starting_from(pretrained, cfg)
+    require_runnable(cfg.optimizer)
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import random
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,8 @@ class Marks:
         self._most = 1000
 
     def __contains__(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, ShardedTensor):  # a description of tensors, without storage
+            return False
         return BASE.untyped_storage(tensor)._cdata in self._storages
 
     def set(self, tensor: Tensor, is_in: bool = True) -> Tensor:

@@ -207,6 +207,8 @@ def memory_table(plan: Plan) -> Table:
         table.add_row(part, *(f"{stage.memory[part] / GIB:.2f}" for stage in plan.stages))
     table.add_row("all", *(f"{stage.total / GIB:.2f}" for stage in plan.stages))
     table.add_row("of the host, for a save", *(f"{stage.save / GIB:.2f}" for stage in plan.stages))
+    if plan.cfg.optimizer.offload_fraction:
+        table.add_row("of the host, offloaded", *(f"{stage.offloaded / GIB:.2f}" for stage in plan.stages))
     return _right(table)
 
 

@@ -15,60 +15,115 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 SHARDING = "fully_reshardable"
 """megatron-core's name of the format of the files."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Values = dict[Parameter, dict[str, Tensor]]
+"""For each parameter, the elements [n] of `param`, the weight that is updated, and of MOMENTS that a rank owns."""
 
 
-def sharded_optimizer_state(optimizer: MegatronOptimizer, models: dict) -> dict:
-    """Return the sharded state dict of what this rank owns. Its tensors are the ones in use, not copies.
+def owned_values(optimizer: MegatronOptimizer) -> Values:
+    """Return what this rank owns in float32: the tensors in use, or copies in the host's memory of less precise ones.
 
-    Loading writes into them, so `make_states` must have been called before.
+    Before the first step, `make_states` must have been called.
+    """
+    [distributed] = _with_parameters(optimizer)
+    values = {parameter: _in_use(distributed, parameter) for parameter in distributed.model_param_group_index_map}
+    for named in values.values():
+        for name, value in named.items():
+            named[name] = value.detach() if value.dtype == torch.float32 else value.to("cpu", torch.float32)
+    return values
+
+
+def sharded_optimizer_state(optimizer: MegatronOptimizer, models: dict, values: Values) -> dict:
+    """Return the sharded state dict of what this rank owns.
 
     Args:
         optimizer: the optimizer of this rank, which has trained parameters.
         models: the sharded state dict of this rank's model chunks, with the parameters themselves as data.
+        values: those of `owned_values`, which become its tensors. Loading writes into them.
     """
     [distributed] = _with_parameters(optimizer)
     kinds = (ShardedTensor, ShardedTensorFactory)
     parts = {part.data: part for part in nested_values(models) if isinstance(part, kinds)}
     boxes: list[ShardedTensor] = []
-    for parameter, (group, order) in distributed.model_param_group_index_map.items():
-        main = distributed.optimizer.param_groups[group]["params"][order]
+    for parameter, named in values.items():
         buffer, dtype, bucket = distributed.model_param_gbuf_map[parameter]
         owned = distributed.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-        values = {"param": main} | {name: distributed.optimizer.state[main][name] for name in MOMENTS}
-        for name, value in values.items():
-            boxes += _sharded_boxes(parts[parameter], f"optimizer.state.{name}.", value.detach(), owned.start)
+        for name, value in named.items():
+            boxes += _sharded_boxes(parts[parameter], f"optimizer.state.{name}.", value, owned.start)
     state = distributed.state_dict()
+    for group in state["optimizer"]["param_groups"]:  # that of offloaded states has classes, which no file may hold
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]
     return state | {"param_state": dict(enumerate(boxes)), "param_state_sharding_type": SHARDING}
 
 
 def make_states(optimizer: MegatronOptimizer) -> None:
     """Create the moments of an optimizer that has not taken a step yet; a checkpoint is loaded into them."""
     for distributed in _with_parameters(optimizer):
-        if HAVE_APEX_OR_TE:
+        if isinstance(distributed.optimizer, HybridDeviceOptimizer):
+            for inner in distributed.optimizer.sub_optimizers:
+                _make_states(inner)
+            distributed.optimizer._sync_sub_optimizers_state_to_hdo()
+        elif HAVE_APEX_OR_TE:
             distributed.load_state_dict(distributed.state_dict())  # creates them if there are none
-            continue
-        for group in distributed.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not distributed.optimizer.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter.data) for name in MOMENTS}
-                    distributed.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        else:
+            _make_states(distributed.optimizer)
 
 
-def restore_steps(optimizer: MegatronOptimizer, loaded: dict) -> None:
-    """Set the number of updates from a loaded state dict, whose tensors are in place already."""
+def _make_states(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter.data) for name in MOMENTS}
+                device = parameter.device if group.get("fused") else "cpu"
+                steps = {"step": torch.zeros((), device=device)} if isinstance(optimizer, torch.optim.AdamW) else {}
+                optimizer.state[parameter] = steps | moments
+
+
+def restore(optimizer: MegatronOptimizer, loaded: dict, values: Values) -> None:
+    """Finish a load: put the loaded values where they are not yet, and set the number of updates.
+
+    Args:
+        optimizer: the optimizer of this rank, which has trained parameters.
+        loaded: the loaded state dict.
+        values: those that it was loaded into.
+    """
     [distributed] = _with_parameters(optimizer)
+    for parameter, named in values.items():
+        for name, kept in _in_use(distributed, parameter).items():
+            if kept.dtype != torch.float32:
+                kept.copy_(named[name])
+    if isinstance(distributed.optimizer, HybridDeviceOptimizer):
+        # megatron-core's own way makes all states anew from the bf16 weights. These are in place already.
+        step = loaded["optimizer"]["param_groups"][0]["step"]
+        for inner in distributed.optimizer.sub_optimizers:
+            for group in inner.param_groups:
+                group["step"] = int(step)  # where Transformer Engine's AdamW counts
+            for state in inner.state.values():
+                if "step" in state:
+                    state["step"].fill_(step)
+        return
     distributed.load_state_dict({name: value for name, value in loaded.items() if not name.startswith("param_state")})
     if not HAVE_APEX_OR_TE:
         # torch's AdamW counts for each parameter. megatron-core gives all of them one shared tensor, which each would
         # increment: the next update would be off by a quarter of the learning rate.
         for state in distributed.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+
+def _in_use(distributed: DistributedOptimizer, parameter: Parameter) -> dict[str, Tensor]:
+    """Return the weight that is updated, and its moments, as the optimizer keeps them."""
+    group, order = distributed.model_param_group_index_map[parameter]
+    main = distributed.optimizer.param_groups[group]["params"][order]
+    state = distributed.optimizer.state[main]
+    return {"param": state.get("master_param", main)} | {name: state[name] for name in MOMENTS}
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from megatron_llave.checkpoint.folders import AVERAGE, reading
 from megatron_llave.checkpoint.fp8_scales import EXTRA, SCALES, load_scales, requested_scales, saved_scales
 from megatron_llave.checkpoint.optimizer_state import (
     SHARDING,
+    Values,
     make_states,
     own_settings,
-    restore_steps,
+    owned_values,
+    restore,
     sharded_optimizer_state,
 )
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
@@ -48,7 +50,7 @@ class TrainingState:
         metadata = state_metadata(self.groups)
         state = _model_state(self.chunks, metadata)
         if self._is_trained():
-            state["optimizer"] = self._optimizer_state(state)
+            state["optimizer"] = self._optimizer_state(state, owned_values(self.trainable.optimizer))
         if self.average is not None:
             state |= _average_state(self.chunks, metadata, self.average.tensors())
             state["average_updates"] = self.average.updates
@@ -83,7 +85,8 @@ class TrainingState:
         optimizer = self.trainable.optimizer
         if self._is_trained():
             make_states(optimizer)
-            state["optimizer"] = self._optimizer_state(state)
+            values = owned_values(optimizer)
+            state["optimizer"] = self._optimizer_state(state, values)
         if self.average is not None:
             state |= _average_state(self.chunks, metadata, self.average.tensors())
         if is_same_layout:
@@ -92,15 +95,16 @@ class TrainingState:
         for key, chunk in zip(_model_keys(self.chunks), self.chunks):
             _fill(chunk, loaded[key])
         if self._is_trained():
-            restore_steps(optimizer, loaded["optimizer"])
+            restore(optimizer, loaded["optimizer"], values)
         return loaded
 
     def _is_trained(self) -> bool:
         """Whether this rank has optimizer state; a pipeline stage that is completely frozen has none."""
         return any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
 
-    def _optimizer_state(self, state: dict) -> dict:
-        return sharded_optimizer_state(self.trainable.optimizer, {key: state[key] for key in _model_keys(self.chunks)})
+    def _optimizer_state(self, state: dict, values: Values) -> dict:
+        models = {key: state[key] for key in _model_keys(self.chunks)}
+        return sharded_optimizer_state(self.trainable.optimizer, models, values)
 
     def _random_state(self) -> dict:
         """Return the random states of this rank; none without dropout, which alone draws from them."""

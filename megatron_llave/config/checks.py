@@ -36,7 +36,11 @@ def validate(cfg: RunConfig) -> None:
     )
     ok = cfg.loss.negatives != "own_micro_batch" or cfg.train.micro_batch_size != 1
     require(ok, "loss.negatives=own_micro_batch: with train.micro_batch_size=1 a pair has no negative")
-    decay = cfg.optimizer.vision_layer_decay
+    section = cfg.optimizer
+    ok = cfg.model.precision != "fp32" or (section.moments, section.offload_fraction) == ("fp32", 0)
+    named = f"optimizer.moments={section.moments}, optimizer.offload_fraction={section.offload_fraction}"
+    require(ok, f"{named}: with model.precision=fp32 moments are fp32 and nothing is offloaded; use bf16 or fp8")
+    decay = section.vision_layer_decay
     ok = decay == 1 or "vision" not in cfg.model.freeze
     require(ok, f"optimizer.vision_layer_decay={decay} has no layers to slow down: model.freeze has vision")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]

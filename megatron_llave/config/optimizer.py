@@ -29,6 +29,14 @@ class OptimizerConfig:
     """Constant that is added to the square root of the second moment."""
     clip_gradient: float = 1.0
     """Maximum norm of the global gradient; 0 turns clipping off."""
+    moments: str = "fp32"
+    """Number format of both moments: fp32 or bf16, which takes half of their memory. bf16 needs Transformer Engine and
+    model.precision=bf16 or fp8; the weights that are updated stay float32."""
+    offload_fraction: float = 0.0
+    """Share of the optimizer's float32 weights and moments that lies in the memory of the host, whose CPU updates them,
+    in whole parameters. It needs a GPU, Transformer Engine, and model.precision=bf16 or fp8."""
+    offload_overlap: bool = False
+    """Copy and update what is offloaded parameter by parameter, so that copies and updates go on at the same time."""
     part_learning_rates: dict[str, float] = field(default_factory=dict)
     """Peak learning rates of vision, projector or language where they differ from learning_rate. A rate of 0 does not
     save the gradient's computation; model.freeze does."""
@@ -45,6 +53,13 @@ class OptimizerConfig:
         names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
         at_least(self, "optimizer", 0, names)
         require(0 <= self.warmup_fraction <= 1, f"optimizer.warmup_fraction={self.warmup_fraction} must be in 0 to 1")
+        one_of("optimizer.moments", self.moments, ("fp32", "bf16"))
+        share = f"optimizer.offload_fraction={self.offload_fraction}"
+        require(0 <= self.offload_fraction <= 1, f"{share} must be in 0 to 1")
+        ok = self.offload_fraction == 0 or self.moments == "fp32"
+        require(ok, f"{share} needs optimizer.moments=fp32: what the host updates is float32")
+        ok = self.offload_fraction > 0 or not self.offload_overlap
+        require(ok, f"optimizer.offload_overlap=true has nothing to overlap: {share}")
         decay = self.vision_layer_decay
         require(0 < decay <= 1, f"optimizer.vision_layer_decay={decay} must be above 0 and at most 1")
         for part, rate in self.part_learning_rates.items():

@@ -337,8 +337,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     memory = {
         "weights": (trained + frozen) * e,
         "gradients": trained * FLOAT,
-        # Two moments, and float32 weights if the model's are less precise.
-        "optimizer": trained // sharing * FLOAT * (2 if e == FLOAT else 3),
+        "optimizer": optimizer_bytes(cfg, trained // sharing),
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
         "loss": loss_bytes(step.rows, step.columns, width, cfg.data.hard_negatives) if is_last else 0,
@@ -355,26 +354,14 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     return memory
 
 
-def save_bytes(cfg: RunConfig, stage: int, step: StepShape) -> int:
-    """Return the host bytes that a save takes on a rank of a pipeline stage until it is written; on the device, none.
+def optimizer_bytes(cfg: RunConfig, owned: int) -> int:
+    """Return the device bytes of the optimizer's states of so many elements that a rank owns.
 
-    They are a copy of what the rank writes (checkpoint/async_writer.py): its own share of the optimizer's float32
-    weights and moments, and as many of the weights, and of their averages, as every other data-parallel rank. A tensor
-    is not divided. The first tensor-parallel rank needs most, since it writes what all of them have.
-
-    Args:
-        cfg: configuration of the run, with the sizes of its model.
-        stage: number of the pipeline stage, from 0.
-        step: how a step is divided.
+    These are two moments, and float32 weights if the model's are less precise, less what is offloaded.
     """
-    model, ranks = cfg.model, step.data_parallel * cfg.parallel.context
-    groups = [item for chunk in stage_chunks(model, cfg.parallel, stage) for item in chunk.sizes().items()]
-    trained = [size for group, sizes in groups if is_trained(model, group) for size in sizes]
-    frozen = [size for group, sizes in groups if not is_trained(model, group) for size in sizes]
-    tensors = [size * element(model) for size in trained + frozen]
-    tensors += [size * FLOAT for size in trained] if cfg.loss.reward == "ema" else []
-    own = 3 * FLOAT * sum(trained) // ranks
-    return max(own + max(tensors), (own * ranks + sum(tensors)) // ranks)
+    moments = 2 * (2 if cfg.optimizer.moments == "bf16" else FLOAT)
+    main = 0 if element(cfg.model) == FLOAT else FLOAT
+    return round((1 - cfg.optimizer.offload_fraction) * owned) * (moments + main)
 
 
 def _kept_features(cfg: RunConfig, step: StepShape) -> int:

@@ -17,11 +17,11 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.models import family_of
 from megatron_llave.models.vision_cost import FLOAT, element
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
+from megatron_llave.planning.host_memory import offloaded_bytes, save_bytes
 from megatron_llave.planning.memory import (
     Chunk,
     MicroBatch,
     StepShape,
-    save_bytes,
     stage_chunks,
     stage_memory,
 )
@@ -49,6 +49,8 @@ class StagePlan:
     """FLOPs of a step of all ranks of the stage together, extra ones included."""
     save: int
     """Host bytes that a save takes on each rank."""
+    offloaded: int
+    """Host bytes of what each rank has offloaded of the optimizer."""
 
     @property
     def total(self) -> int:
@@ -186,7 +188,8 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
     total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers
     if stage == 0:
         total += flops(replace(work, tokens=0, squared_lengths=0))
-    return StagePlan(layers, stage_memory(cfg, stage, step, on_gpu), total, save_bytes(cfg, stage, step))
+    memory, sharing = stage_memory(cfg, stage, step, on_gpu), step.data_parallel * cfg.parallel.context
+    return StagePlan(layers, memory, total, save_bytes(cfg, stage, step), offloaded_bytes(cfg, stage, sharing))
 
 
 def _extra_flops(cfg: RunConfig, work: Work, step: StepShape) -> int:

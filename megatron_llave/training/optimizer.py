@@ -18,6 +18,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,8 +27,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_llave.config.model import PARTS
+from megatron_llave.config.optimizer import OptimizerConfig as OptimizerSection
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.process_groups import device
+from megatron_llave.errors import require
 
 PART_PARAMETERS = {
     "vision": ("vision.*",),
@@ -79,7 +82,8 @@ class Trainable:
         found = {}
         for part in _parts(self.optimizer):
             for parameter, (group, order) in getattr(part, "model_param_group_index_map", {}).items():
-                gradient = part.optimizer.param_groups[group]["params"][order].grad
+                main = part.optimizer.param_groups[group]["params"][order]
+                gradient = main.decoupled_grad if _is_decoupled(part) else main.grad
                 found[id(gradient)] = self._part_of_parameters[parameter]
         return found
 
@@ -98,14 +102,16 @@ class Trainable:
         if gradient_norm is not None:
             for part in _parts(self.optimizer):
                 if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, gradient_norm)
+                    most = part.config.clip_grad
+                    clip_grad_by_total_norm_fp32(parameters, most, gradient_norm, _is_decoupled(part))
             self.optimizer.step_with_ready_grads()
         self._gather_weights()
         self.schedule.step(increment=1)
 
     def describe(self) -> str:
         """Which code updates the weights, for example "AdamW of torch"."""
-        names = {_name(inner) for inner in inner_optimizers(self.optimizer)}
+        inner = inner_optimizers(self.optimizer)
+        names = {_name(part) for one in inner for part in getattr(one, "sub_optimizers", [one])}  # device and host
         return ", ".join(sorted(names)) or "nothing to update"
 
     def wait_for_weights(self) -> None:
@@ -162,6 +168,11 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_decoupled(part: MegatronOptimizer) -> bool:
+    """Whether gradients are not in `grad`, since the optimizer gives bf16 weights float32 gradients."""
+    return part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
 def _gradients(part: MegatronOptimizer) -> list[Tensor]:
@@ -222,8 +233,20 @@ def build_trainable(cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCo
     return Trainable(wrapped, optimizer, _build_schedule(cfg, optimizer))
 
 
+def require_runnable(section: OptimizerSection) -> None:
+    """Raise a ConfigError if this machine lacks what the optimizer needs."""
+    key = f"optimizer.moments={section.moments}"
+    if section.offload_fraction > 0:
+        key = f"optimizer.offload_fraction={section.offload_fraction}"
+        require(torch.cuda.is_available(), f"{key} needs a GPU; without one nothing can be offloaded")
+    ok = USING_TE_OPTIMIZER or (section.offload_fraction, section.moments) == (0, "fp32")
+    require(ok, f"{key} needs Transformer Engine, which is not installed")
+
+
 def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerConfig:
     section = cfg.optimizer
+    moments = torch.bfloat16 if section.moments == "bf16" else torch.float32
+    offloads = section.offload_fraction > 0
     return OptimizerConfig(
         optimizer="adam",
         lr=section.learning_rate,
@@ -237,6 +260,13 @@ def _optimizer_config(cfg: RunConfig, params_dtype: torch.dtype) -> OptimizerCon
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=cfg.parallel.overlap,
+        use_precision_aware_optimizer=offloads or moments != torch.float32,
+        store_param_remainders=False,  # whole float32 weights, which every other optimizer can go on with
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+        optimizer_cpu_offload=offloads,
+        optimizer_offload_fraction=section.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=section.offload_overlap,
     )
 
 

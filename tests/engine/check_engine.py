@@ -24,7 +24,7 @@ if __name__ == "__main__":
     double.enable()
 
 import torch  # noqa: E402
-from engine import checkpoints, gradients, logical  # noqa: E402
+from engine import checkpoints, gradients, logical, optimizers  # noqa: E402
 
 from megatron_llave.distributed import cpu_emulation, process_groups  # noqa: E402
 
@@ -82,7 +82,8 @@ def main() -> None:
         cases = gradients.cases(world, folder, is_all)
         if not is_all and world < 4:
             # Those on the logical GPU first, while nothing of the host is in a cache of Transformer Engine.
-            cases = logical.cases(world, folder) | cases | checkpoints.cases(world, folder)
+            cases = logical.cases(world, folder) | optimizers.cases(world, folder) | cases
+            cases |= checkpoints.cases(world, folder)
         run_world(world, folder, cases)
 
 

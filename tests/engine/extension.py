@@ -371,14 +371,19 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    """AdamW of gradients, float32 parameters, first and second moments."""
-    require(mode == 1 and bias_correction == 1 and len(lists) == 4, "the double has AdamW of float32 weights alone")
+    """AdamW of gradients, parameters, both moments, and float32 weights for parameters of less precision."""
+    require(mode == 1 and bias_correction == 1 and len(lists) in (4, 5), "the double has AdamW alone")
     CALLS["adam"] += 1
-    for gradient, parameter, first, second in zip(*lists):
+    for gradient, parameter, *moments, weight in zip(*lists, *([lists[1]] if len(lists) == 4 else [])):
+        require(weight.dtype == torch.float32, "AdamW of the double updates float32 weights")
+        first, second = (moment.float() for moment in moments)
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (second / (1 - beta2**step)).sqrt_().add_(epsilon)
-        parameter.mul_(1 - lr * weight_decay).addcdiv_(first / (1 - beta1**step), root, value=-lr)
+        weight.mul_(1 - lr * weight_decay).addcdiv_(first / (1 - beta1**step), root, value=-lr)
+        for kept, new in zip((parameter, *moments), (weight, first, second)):
+            if kept is not new:
+                kept.copy_(new)
 
 
 def __getattr__(name: str) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import checkpoints, double, gradients, logical
+from engine import checkpoints, double, gradients, logical, optimizers
 from engine.gradients import LOCAL, RECIPES
 from golden_model import ONEVISION
 from logical_gpu import check_waits
@@ -176,6 +176,27 @@ def test_host_waits_no_more_often_than_with_local_kernels(figures, case: tuple[s
     ranks, world = of(figures, f"waits {' '.join(case)}"), 1 if case in logical.WAITS[1] else 2
     assert len(ranks) == world and all(rank["fp8 products"] > 0 and rank["attention"] > 0 for rank in ranks)
     check_waits(ranks, logical.WAITS[world][case])
+
+
+def test_updates_with_moments_in_bf16_and_with_offloaded_states(figures) -> None:
+    """Against float32 on the device, with the bytes that are planned; and checkpoints load from each into others."""
+    for case in of(figures, "optimizers"):
+        for kind in optimizers.KINDS:
+            rounds, share = kind == "bf16", optimizers.KINDS[kind].get("offload_fraction", 0)
+            found, whole = case[kind], 12 * case[kind]["owned"]
+            assert found["device"] + found["host"] == (whole * 2 / 3 if rounds else whole), (kind, found)
+            assert abs(found["device"] - found["planned"]) <= (0.15 * whole if 0 < share < 1 else 0), (kind, found)
+            off = [found[name] for name in ("param", "model", "exp_avg", "exp_avg_sq")]
+            assert max(off) <= (BF16_ROUNDING * 1.6 if rounds else 5e-7), (kind, found)
+            assert found["param"] > 0 or kind == optimizers.PLAIN
+        for before, kind in optimizers.RESUMES:
+            found = case[f"{before} to {kind}"]
+            if before == kind:
+                assert not any(found.values()), (before, kind, found)
+            elif "bf16" in (before, kind):
+                assert max(found.values()) <= BF16_ROUNDING * 1.6, (before, kind, found)
+            else:
+                assert max(found.values()) <= 5e-7, (before, kind, found)
 
 
 def test_comparison_fails_when_a_kernel_is_off(figures) -> None:

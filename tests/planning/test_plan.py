@@ -74,6 +74,16 @@ def video(tokens: int) -> list[Kind]:
     return [Kind(1, [(SideShape(tokens - 60, tokens - 92, tokens // 196), SideShape(60))])]
 
 
+def test_states_of_the_optimizer_take_less_in_bf16_and_on_the_host() -> None:
+    """The states of float32 are compared with what a step takes in test_memory.py, the others in tests/engine."""
+    keys = ["moments=fp32", "moments=bf16", "offload_fraction=0.25"]
+    whole, rounded, offloaded = (plan_of(example("7b", f"optimizer.{key}"), 8).worst for key in keys)
+    assert rounded.memory["optimizer"] == pytest.approx(whole.memory["optimizer"] * 8 / 12, rel=1e-6)
+    assert offloaded.memory["optimizer"] == pytest.approx(whole.memory["optimizer"] * 0.75, rel=1e-6)
+    assert offloaded.offloaded == pytest.approx(whole.memory["optimizer"] * 0.25 * 16 / 12, rel=1e-6)
+    assert whole.offloaded == 0 and offloaded.save == rounded.save == whole.save
+
+
 def test_pairs_can_be_longer_with_context_parallel() -> None:
     cfg = example("7b", "train.global_batch_size=64", "train.micro_batch_size=4")
     longest = {}

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from reference import pack_pair_batch, random_pairs
 
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.optimizer import OptimizerConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import build_model
 from megatron_llave.train import train_step
@@ -14,6 +16,7 @@ from megatron_llave.training.optimizer import (
     choose_fused,
     inner_optimizers,
     learning_rate,
+    require_runnable,
 )
 
 RATE = 1e-3
@@ -111,6 +114,20 @@ def test_first_step_that_cannot_be(given, message) -> None:
 def test_unknown_part_is_named() -> None:
     with pytest.raises(ConfigError, match="optimizer.part_learning_rates='tower' is not one of vision, projector"):
         config_from_dict({"optimizer": {"part_learning_rates": {"tower": 1e-5}}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"moments": "bf16"}, "optimizer.moments=bf16 needs Transformer Engine, which is not installed"),
+        ({"offload_fraction": 0.5}, "optimizer.offload_fraction=0.5 needs a GPU"),
+    ],
+)
+@pytest.mark.skipif(USING_TE_OPTIMIZER or torch.cuda.is_available(), reason="nothing to refuse")
+def test_what_this_machine_lacks_is_one_line(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_runnable(OptimizerConfig(**given))
+    require_runnable(OptimizerConfig())
 
 
 @pytest.mark.parametrize("given", [{"warmup_steps": 4}, {"warmup_fraction": 0.2}])
