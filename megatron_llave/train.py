@@ -35,11 +35,12 @@ from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norms
-from megatron_llave.training.gradient_cache import forward_backward
+from megatron_llave.training.gradient_cache import forward_backward, takes_one_pass
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate, require_runnable
 from megatron_llave.training.run_state import RunState, held_output
+from megatron_llave.training.temperature import LearnedTemperature, read_gradient
 from megatron_llave.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def train_in_output(
         pretrained.load(chunks, groups)
     watchdog.progress("building the optimizer")
     average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
-    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
+    temperature = LearnedTemperature(cfg.loss, cfg.optimizer) if cfg.loss.temperature_learning != "none" else None
+    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature)
     watchdog.announce(f"loading {resumed}" if resumed else f"making the output directory {cfg.train.output}")
     done = resume(state, resumed, cfg) if resumed else 0
     output = make_folder(cfg, pretrained)
@@ -152,7 +154,8 @@ def run_steps(
         waited = time.perf_counter() - started
         watchdog.progress(f"computing step {step}")
         config = loss_of_subset(cfg, data.batches[0].subset)
-        result = train_step(state.trainable, data.batches, config, step - 1, groups, state.average, finite)
+        further = state.average, finite, state.temperature
+        result = train_step(state.trainable, data.batches, config, step - 1, groups, *further)
         record = collect(cfg, step, result, groups.dp, started, waited)
         run.running(step)
         watchdog.progress(f"ending step {step}")
@@ -211,6 +214,7 @@ def train_step(
     groups: ProcessGroupCollection,
     average: ExponentialMovingAverage | None = None,
     finite: FiniteSteps | None = None,
+    temperature: LearnedTemperature | None = None,
 ) -> StepResult:
     """One step over this rank's micro batches, which are on its device: embed, compare, weight by hardness, update.
 
@@ -222,9 +226,11 @@ def train_step(
         groups: the parallel layout.
         average: the reward model, which is updated too; None: the model judges hardness itself.
         finite: keeps a step whose loss or gradient is not finite from changing the weights; None: nothing does.
+        temperature: the learned temperature, which is updated too; None: that of `config`.
     """
-    config, rate = at_step(config, step), learning_rate(trainable)
-    compare = build_loss(config, groups.dp)
+    config, rate, subset = at_step(config, step), learning_rate(trainable), batches[0].subset
+    config, log = temperature.of_step(config, subset, step) if temperature else (config, None)
+    compare = build_loss(config, groups.dp, log)
     exchange_row_counts(batches, groups.dp)
     trainable.zero_gradients()
     has_hardness = average is not None and config.objective == "contrastive"
@@ -237,7 +243,10 @@ def train_step(
     if average is not None and not is_skipped:
         trainable.wait_for_weights()
         average.update()
-    return StepResult(config, batches, shares, gradient_norms, rate)
+    slope = None if log is None else read_gradient(log, groups, takes_one_pass(config.negatives, batches))
+    if slope is not None and not is_skipped:
+        temperature.update(subset, slope)
+    return StepResult(config, batches, shares, gradient_norms, rate, slope)
 
 
 if __name__ == "__main__":

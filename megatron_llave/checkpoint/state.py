@@ -29,6 +29,7 @@ from megatron_llave.checkpoint.optimizer_state import (
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
+from megatron_llave.training.temperature import LearnedTemperature
 
 
 @dataclass
@@ -43,6 +44,8 @@ class TrainingState:
     """Averaged weights; None unless loss.reward=ema."""
     groups: ProcessGroupCollection
     """Process groups of the parallel layout."""
+    temperature: LearnedTemperature | None = None
+    """Learned temperatures; None with loss.temperature_learning=none."""
 
     def to_save(self, step: int) -> dict:
         """Return the sharded state dict after `step` steps. Its tensors are the ones in use, not copies."""
@@ -54,6 +57,8 @@ class TrainingState:
         if self.average is not None:
             state |= _average_state(self.chunks, metadata, self.average.tensors())
             state["average_updates"] = self.average.updates
+        if self.temperature is not None:
+            state["temperature"] = self.temperature.to_save()
         state["step"] = step
         return state | self._random_state()
 
@@ -73,6 +78,8 @@ class TrainingState:
                 loaded = self._load_all(folder, is_same_layout)
             if self.average is not None:
                 self.average.restore(self._loaded_averages(loaded), loaded["average_updates"])
+            if self.temperature is not None:  # a checkpoint of a run that did not learn it has none
+                self.temperature.restore(loaded.get("temperature", {}))
             if is_same_layout and "random" in loaded:
                 _restore_random(loaded["random"])
         self.trainable.schedule.num_steps = 0

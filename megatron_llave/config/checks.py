@@ -31,9 +31,15 @@ def validate(cfg: RunConfig) -> None:
     ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
     require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
     require(
-        cfg.loss.reward == "self" or cfg.loss.alpha > 0,
+        cfg.loss.reward == "self" or cfg.loss.alpha > 0 or any(subset.alpha for subset in cfg.data.subsets.values()),
         f"loss.reward={cfg.loss.reward} judges hardness, which loss.alpha=0 gives no weight; use reward=self",
     )
+    if cfg.loss.temperature_learning != "none":  # here and not in LossConfig, as a warmup may start outside of them
+        own = {f"data.subsets.{name}.temperature": subset.temperature for name, subset in cfg.data.subsets.items()}
+        for key, value in {"loss.temperature": cfg.loss.temperature, **own}.items():
+            low, high = cfg.loss.temperature_bounds
+            ok = value is None or low <= value <= high
+            require(ok, f"{key}={value}, where learning starts, is not within loss.temperature_bounds=[{low}, {high}]")
     ok = cfg.loss.negatives != "own_micro_batch" or cfg.train.micro_batch_size != 1
     require(ok, "loss.negatives=own_micro_batch: with train.micro_batch_size=1 a pair has no negative")
     section = cfg.optimizer
@@ -50,10 +56,13 @@ def validate(cfg: RunConfig) -> None:
     )
     parts, batch = cfg.data.sub_batches, cfg.train.global_batch_size
     require(batch % parts == 0, f"train.global_batch_size={batch} is not a multiple of data.sub_batches={parts}")
+    mixed = f"data.sub_batches={parts} mixes subsets in one loss"
     for name, subset in cfg.data.subsets.items():
         for key in LOSS_OF_SUBSET:
             ok = parts == 1 or getattr(subset, key) is None
-            require(ok, f"data.sub_batches={parts} mixes subsets in one loss: data.subsets.{name}.{key} cannot be set")
+            require(ok, f"{mixed}: data.subsets.{name}.{key} cannot be set")
+    ok = parts == 1 or cfg.loss.temperature_learning != "subset"
+    require(ok, f"{mixed}, which has one temperature: use loss.temperature_learning=one, or data.sub_batches=1")
     _validate_objectives(cfg)
 
 

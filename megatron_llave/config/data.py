@@ -30,6 +30,10 @@ class SubsetConfig:
     loss.negatives=own; null: those of `loss`."""
     objective: str | None = None
     """Value of loss.objective in the steps of this subset; null: that of `loss`."""
+    alpha: float | None = None
+    """Value of loss.alpha in the steps of this subset; null: that of `loss`."""
+    temperature: float | None = None
+    """Value of loss.temperature in the steps of this subset; null: that of `loss`."""
 
 
 @dataclass
@@ -122,7 +126,9 @@ class DataConfig:
         for name, subset in self.subsets.items():
             ok = subset.weight is None or (math.isfinite(subset.weight) and subset.weight > 0)
             require(ok, f"data.subsets.{name}.weight={subset.weight} must be positive")
-            at_least(subset, f"data.subsets.{name}", 0, ("start_step",))
+            at_least(subset, f"data.subsets.{name}", 0, ("start_step", "alpha"))
+            ok = subset.temperature is None or 0 < subset.temperature < math.inf
+            require(ok, f"data.subsets.{name}.temperature={subset.temperature} must be positive")
             is_margin(f"data.subsets.{name}.mask_margin", subset.mask_margin)
             if subset.negatives is not None:
                 one_of(f"data.subsets.{name}.negatives", subset.negatives, ("own",))

@@ -26,6 +26,14 @@ class LossConfig:
     to one point when they are trained at 0.02 from the first step on."""
     temperature_warmup_steps: int = 0
     """Number of steps of the temperature warmup."""
+    temperature_learning: str = "none"
+    """Whether the temperature is learned after its warmup, from the temperature of the configuration on: none, one (one
+    for all subsets) or subset (one for each)."""
+    temperature_learning_rate: float = 1e-3
+    """Learning rate of the logarithm of the temperature, by Adam with the betas and epsilon of `optimizer`; it is
+    constant."""
+    temperature_bounds: list[float] = field(default_factory=lambda: [0.01, 1.0])
+    """Lowest and highest learned temperature."""
     alpha: float = 9.0
     """Hardness weight of the negatives; 0 is plain InfoNCE."""
     alpha_warmup_steps: int = 0
@@ -105,6 +113,14 @@ class LossConfig:
             ok = value is None or 0 < value < math.inf
             require(ok, f"loss.{name}={value} must be positive")
         at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
+        self._check_learned_temperature()
+
+    def _check_learned_temperature(self) -> None:
+        one_of("loss.temperature_learning", self.temperature_learning, ("none", "one", "subset"))
+        bounds, rate = self.temperature_bounds, self.temperature_learning_rate
+        ok = len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf
+        require(ok, f"loss.temperature_bounds={bounds} must be [lowest, highest], both positive")
+        require(0 < rate < math.inf, f"loss.temperature_learning_rate={rate} must be positive")
 
     def _check_soft_labels(self) -> None:
         """Refuse a weight that weighs nothing, and weights that leave nothing to train."""

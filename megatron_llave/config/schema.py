@@ -173,7 +173,7 @@ EARLIER = {"data": {"image_background": None, "image_corrections": []}}
 """What earlier versions did where a key did not exist yet; a configuration that they saved lacks it."""
 
 
-LOSS_OF_SUBSET = ("mask_same_target", "mask_margin", "negatives", "objective")
+LOSS_OF_SUBSET = ("mask_same_target", "mask_margin", "negatives", "objective", "alpha", "temperature")
 """Keys of `loss` that a subset can override."""
 
 

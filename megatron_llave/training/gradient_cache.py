@@ -63,7 +63,7 @@ def forward_backward(
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
-    if len(batches) == 1 or negatives not in WHOLE_STEP:
+    if takes_one_pass(negatives, batches):
         return run_schedule(chunks, list(zip(batches, rewards)), lengths, partial(_compare_step, compare=compare))
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)
@@ -76,6 +76,11 @@ def forward_backward(
     run_schedule(chunks, list(zip(range(len(batches)), batches, gradients)), lengths, replay)
     states.restore(after)
     return shares
+
+
+def takes_one_pass(negatives: str, batches: list[PairBatch]) -> bool:
+    """Whether the loss of each micro batch is part of the schedule, without an embed pass before it."""
+    return negatives not in WHOLE_STEP or len(batches) == 1
 
 
 class _RandomStates:

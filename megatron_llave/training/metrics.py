@@ -51,6 +51,8 @@ class StepResult:
     """Norms before clipping, of the whole gradient and of that of each of PARTS."""
     learning_rate: float
     """Learning rate of the step's update."""
+    temperature_gradient: float | None = None
+    """Derivative of the loss with respect to the logarithm of the temperature; None: this step does not learn it."""
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -75,6 +77,8 @@ def collect(
     pairs = sum(cost.patch_pairs(cfg.model, row.grids) for row in rows)
     record = {"step": step, "subset": result.batches[0].subset, "learning_rate": result.learning_rate}
     record |= {"temperature": result.config.temperature, "alpha": result.config.alpha}
+    if result.temperature_gradient is not None:
+        record["temperature_gradient"] = result.temperature_gradient
     record |= dict(zip(GRADIENT_NORMS, result.gradient_norms))
     record |= step_metrics(result.shares, result.batches, group, pairs)
     if is_due(step, cfg.log.histogram_interval):

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 
 from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
+from megatron_llave.training.metrics import GRADIENT_NORMS
 
 GROUPS = {
     "train": (
-        *("learning_rate", "gradient_norm", "gradient_norm_vision", "gradient_norm_projector"),
-        *("gradient_norm_language", "temperature", "alpha", "soft_label_loss", "bad_steps"),
+        *("learning_rate", *GRADIENT_NORMS, "temperature", "temperature_gradient", "alpha"),
+        *("soft_label_loss", "bad_steps"),
     ),
     "similarity": (
         *("positive_similarity", "hardest_negative_similarity"),
@@ -37,7 +38,8 @@ WANDB_FILE = "wandb_run_id"
 def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Names and values of a step's scalars, the same for every tracker.
 
-    The loss is `loss/all` and `loss/SUBSET`, because its level differs between subsets. The throughput is
+    The loss is `loss/all` and `loss/SUBSET`, because its level differs between subsets. A learned temperature is
+    `temperature/SUBSET` too. The throughput is
     `performance/pairs_per_second` and `performance/tokens_per_second`. Lists, texts and None are left out; a number
     without a group gets the group `train`.
     """
@@ -46,6 +48,8 @@ def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
     if "loss" in numbers:
         loss = numbers.pop("loss")
         scalars = {"loss/all": loss, **({f"loss/{record['subset']}": loss} if "subset" in record else {})}
+    if "temperature_gradient" in numbers and "subset" in record:
+        scalars[f"temperature/{record['subset']}"] = numbers["temperature"]
     scalars |= {f"{GROUP_OF.get(key, 'train')}/{key}": value for key, value in numbers.items()}
     for key in ("pairs", "tokens"):
         if key in numbers and numbers.get("seconds", 0) > 0:

@@ -118,6 +118,8 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("model.language.num_heads=3", ["model.language.hidden_size=128", "num_heads=3"]),
         ("parallel.tensor=0", ["parallel.tensor=0", "at least 1"]),
         ("loss.temperature=0", ["loss.temperature=0", "positive"]),
+        ("loss={temperature_learning: one, temperature: 2}", ["loss.temperature=2", "temperature_bounds=[0.01, 1.0]"]),
+        ("loss.temperature_learning=all", ["loss.temperature_learning", "none, one, subset"]),
         ("data.subsets.a.weight=0", ["data.subsets.a.weight=0", "positive"]),
         ("data.subsets.a.start_step=9", ["data.subsets", "a", "step 0"]),
         ("train.global_batch_size=0", ["train.global_batch_size=0", "at least 2"]),
@@ -336,6 +338,10 @@ def test_there_are_examples() -> None:
         ("loss", "hardness", "everything"),
         ("loss", "hardness", "hard_negatives"),  # of which there are none
         ("loss", "reward", "teacher"),
+        ("loss", "reward", "stored"),  # of which it is not said where they are
+        ("loss", "stored_embeddings", "a.npy"),  # which nothing would read
+        ("loss", "temperature_bounds", [0.1, 0.01]),
+        ("loss", "temperature_learning_rate", 0.0),
         ("loss", "ema_decay", 1.0),
         ("loss", "mask_margin", float("nan")),
         ("loss", "mask_margin", -3.0),
@@ -350,6 +356,8 @@ def test_there_are_examples() -> None:
         ("data", "hard_negatives", -1),
         ("data", "subsets", {"a": {"weight": float("inf")}}),
         ("data", "subsets", {"a": {"mask_margin": float("nan")}}),
+        ("data", "subsets", {"a": {"alpha": -1.0}}),
+        ("data", "subsets", {"a": {"temperature": 0.0}}),
     ],
 )
 def test_value_out_of_range_is_named(section: str, key: str, value: object) -> None:
@@ -376,6 +384,7 @@ def test_model_that_cannot_work_is_named(changes: dict, named: str) -> None:
 
 def test_a_subset_has_rules_of_its_own_or_those_of_the_loss() -> None:
     subsets = {"a": {"mask_same_target": False, "mask_margin": float("inf")}, "b": {}, "c": {"mask_margin": 0.0}}
+    subsets["c"] |= {"alpha": 0.0, "temperature": 0.5}
     cfg = config_from_dict(
         {
             "model": {"preset": "tiny"},
@@ -387,4 +396,18 @@ def test_a_subset_has_rules_of_its_own_or_those_of_the_loss() -> None:
     rules = {name: loss_of_subset(cfg, name) for name in ("a", "b", "c", "elsewhere")}
     assert [rule.mask_same_target for rule in rules.values()] == [False, True, True, True]
     assert [rule.mask_margin for rule in rules.values()] == [float("inf"), 0.1, 0.0, 0.1]
-    assert all(rule.alpha == 3 for rule in rules.values())
+    assert [rule.alpha for rule in rules.values()] == [3, 3, 0, 3]
+    assert [rule.temperature for rule in rules.values()] == [0.02, 0.02, 0.5, 0.02]
+
+
+def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path, mixed = write(tmp_path, TINY + STEPS), "data.sub_batches=2 mixes subsets in one loss"
+    said = message(path, "data.subsets.a={alpha: 0, mask_margin: 1}", "data.sub_batches=2")
+    assert said == f"{mixed}: data.subsets.a.mask_margin cannot be set"
+    learned = message(path, "loss.temperature_learning=subset", "data.sub_batches=2")
+    assert learned == f"{mixed}, which has one temperature: use loss.temperature_learning=one, or data.sub_batches=1"
+    beyond = message(path, "loss.temperature_learning=one", "data.subsets.a.temperature=3")
+    assert beyond.startswith("data.subsets.a.temperature=3.0, where learning starts, is not within")
+    judged = ["loss.reward=ema", "loss.alpha=0"]
+    assert "gives no weight" in message(path, *judged)
+    assert load_config(path, [*judged, "data.subsets.a.alpha=2"]).loss.alpha == 0

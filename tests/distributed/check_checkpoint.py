@@ -24,6 +24,7 @@ from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import build_trainable
+from megatron_llave.training.temperature import LearnedTemperature
 
 LEARNING_RATE = 1e-3
 WORST_UPDATE = 2e-3
@@ -36,7 +37,8 @@ def build(cfg: RunConfig, seed: int) -> TrainingState:
     groups = process_groups.initialize_model_parallel(cfg.parallel)
     chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=seed)
     average = ExponentialMovingAverage(chunks, decay=0.5)
-    return TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups)
+    temperature = LearnedTemperature(cfg.loss, cfg.optimizer)
+    return TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature)
 
 
 def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
@@ -45,13 +47,14 @@ def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
     share = 4 // groups.dp.size()
     pairs = random_pairs(cfg.model, 8)[groups.dp.rank() * share :]
     batches = [pack_for(cfg, groups, pairs[start : start + share]) for start in (0, 4)]
-    result = train_step(state.trainable, batches, cfg.loss, number, groups, state.average)
+    result = train_step(state.trainable, batches, cfg.loss, number, groups, state.average, None, state.temperature)
     assert result.gradient_norms[0] > 0, "saving, averaging or loading cost the gradients"
 
 
 def weights(state: TrainingState) -> tuple[dict, dict]:
     """All weights, and all averaged ones."""
-    plain = full_weights(state.chunks, state.groups)
+    learned = torch.tensor([*state.temperature.to_save().get("all", [])], dtype=torch.float64)
+    plain = full_weights(state.chunks, state.groups) | {"temperature": learned}
     with state.average.applied():
         return plain, full_weights(state.chunks, state.groups)
 

@@ -44,6 +44,7 @@ from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.optimizer import Trainable, build_trainable
+from megatron_llave.training.temperature import LearnedTemperature, read_gradient
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
@@ -72,7 +73,7 @@ def small_config(layout: ParallelConfig, freeze: list[str], family: str = ModelC
     return RunConfig(
         model=model,
         parallel=layout,
-        loss=LossConfig(temperature=TEMPERATURE, alpha=ALPHA),
+        loss=LossConfig(temperature=TEMPERATURE, alpha=ALPHA, temperature_learning="one"),
         optimizer=OptimizerConfig(learning_rate=1e-3, clip_gradient=1.0, epsilon=1e-5, vision_layer_decay=0.5),
         train=TrainConfig(steps=STEPS, global_batch_size=GLOBAL_BATCH),
     )
@@ -88,12 +89,13 @@ def write_reference(directory: Path, family: str) -> None:
     embeddings = torch.cat([model(pack([side], cfg.model)) for pair in pairs for side in pair])
     hard = torch.cat([model(pack([side], cfg.model)) for side in hard_negatives(cfg)])
     save_file({"embeddings": embeddings.detach()}, directory / "embeddings.safetensors")
+    log = torch.tensor(TEMPERATURE, dtype=torch.float64).log().requires_grad_()
     for pool in POOLS:
         losses = []
         for start in range(0, GLOBAL_BATCH, pool):
             both = embeddings[2 * start : 2 * (start + pool)]
-            losses.append(dense_contrastive_loss(both[0::2], both[1::2], TEMPERATURE, ALPHA))
-        save_gradients(model, torch.stack(losses).mean(), directory / f"pool{pool}.safetensors")
+            losses.append(dense_contrastive_loss(both[0::2], both[1::2], log.exp(), ALPHA))
+        save_gradients(model, torch.stack(losses).mean(), directory / f"pool{pool}.safetensors", log)
     (judge,) = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=REWARD_SEED)
     sides = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs), *hard_negatives(cfg)]
     judged = torch.cat([judge(pack([side], cfg.model)) for side in sides]).detach()
@@ -108,10 +110,13 @@ def hard_negatives(cfg: RunConfig) -> list[EncodedSequence]:
     return [random_sequence(cfg.model, 100 + index, index % 2 == 0) for index in range(4)]
 
 
-def save_gradients(model: torch.nn.Module, value: torch.Tensor, path: Path) -> None:
+def save_gradients(model: torch.nn.Module, value: torch.Tensor, path: Path, log: torch.Tensor | None = None) -> None:
+    """Of all parameters and, where the loss depends on it, of the logarithm of the temperature."""
     model.zero_grad()
     value.backward(retain_graph=True)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if log is not None:
+        gradients["log_temperature"], log.grad = log.grad, None
     save_file(gradients | {"loss": value.detach()}, path)
 
 
@@ -140,8 +145,11 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str], family: 
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     cfg.loss.negatives = "micro_batch"
     batches = micro_batches(pairs, share, cfg, groups)
-    results = [train_step(trainable, batches, cfg.loss, step, groups) for step in range(STEPS)]
+    learned = LearnedTemperature(cfg.loss, cfg.optimizer)
+    results = [train_step(trainable, batches, cfg.loss, step, groups, temperature=learned) for step in range(STEPS)]
     losses = [step_metrics(result.shares, batches, groups.dp)["loss"] for result in results]
+    losses.append(*learned.temperatures().values())
+    assert abs(losses[-1] - TEMPERATURE) > 1e-4, "the temperature did not move"
     if dist.get_rank() == dist.get_world_size() - 1:  # always on the last stage
         print(f"{layout} freeze={freeze}: gradients off by {', '.join(f'{x:.1e}' for x in worst)}, losses {losses}")
         save_losses(directory, freeze, losses + results[0].gradient_norms)
@@ -172,11 +180,16 @@ def compare_gradients(
     if negatives == "global_batch":  # whose last decides when gradients are summed: one rank's has no pictures
         batches.sort(key=lambda batch: batch.sequences.num_tiles == 0)
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, negatives=negatives), negatives)
+    log = torch.tensor(TEMPERATURE, dtype=torch.float64).log().requires_grad_()
+    compare = build_loss(replace(cfg.loss, negatives=negatives), groups.dp, log)
+    seen = forward_backward(trainable.chunks, batches, compare, negatives)
+    slope = read_gradient(log, groups, gradient_cache.takes_one_pass(negatives, batches))
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
     pools = {"global_batch": GLOBAL_BATCH, "micro_batch": size * groups.dp.size(), "own_micro_batch": size}
-    pool = pools[negatives]
-    error = check_step(directory / f"pool{pool}.safetensors", seen, cfg, trainable, groups, what)
+    file = directory / f"pool{pools[negatives]}.safetensors"
+    error = check_step(file, seen, cfg, trainable, groups, what)
+    expected = float(load_file(file)["log_temperature"])
+    assert abs(slope - expected) <= TOLERANCE * abs(expected), f"{what}: {slope} of the temperature and not {expected}"
     assert all(batch.sequences.features is None for batch in batches), f"{what}: features are kept after the step"
     passes = 2 if negatives == "global_batch" and len(batches) > 1 and "vision" not in cfg.model.freeze else 1
     with_images = sum(batch.sequences.num_tiles > 0 for batch in batches)
@@ -194,6 +207,7 @@ def check_step(
     """The gradients left in the buffers, and the loss, against those in `path`."""
     reference = load_file(path)
     expected = float(reference.pop("loss"))
+    reference.pop("log_temperature", None)  # compare_gradients looks at it
     scale = get_model_config(trainable.chunks[0]).grad_scale_func(torch.ones(()))
     gradients = {name: gradient / scale for name, gradient in full_gradients(trainable, groups).items()}
     freeze = cfg.model.freeze

@@ -13,7 +13,7 @@ from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.training.logger import RunLog
 from megatron_llave.training.metrics import GRADIENT_NORMS, StepResult, collect
-from megatron_llave.training.trackers import GROUP_OF, open_trackers
+from megatron_llave.training.trackers import GROUP_OF, open_trackers, scalars_of
 
 
 class FakeWriter:
@@ -65,11 +65,12 @@ def test_every_number_of_a_step_has_a_group(groups) -> None:
     row = SimpleNamespace(lengths=[2, 2], num_sequences=2, num_tokens=4, num_tiles=0, grids=[])
     counts = dict.fromkeys(("num_pairs", "num_targets", "num_hard_negatives", "num_skipped", "num_cut"), 1)
     batch = SimpleNamespace(subset="birds", query_ids=torch.zeros(1), sequences=row, **counts)
-    result = StepResult(LossConfig(), [batch], [], [1.0] * len(GRADIENT_NORMS), 1e-3)
+    result = StepResult(LossConfig(), [batch], [], [1.0] * len(GRADIENT_NORMS), 1e-3, temperature_gradient=0.5)
     cfg = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}})
     record = collect(cfg, 1, result, groups.dp, 0.0, 0.0) | {"save_seconds": 0.0, "bad_steps": 0}
     numbers = {key for key, value in record.items() if isinstance(value, (int, float))} - {"step", "loss"}
     assert numbers <= GROUP_OF.keys(), numbers - GROUP_OF.keys()
+    assert scalars_of(record)["temperature/birds"] == LossConfig().temperature
 
 
 def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch) -> None:
