@@ -331,12 +331,19 @@ def summary(subsets: dict[str, Subset]) -> Table:
 def inspection_tables(inspection: audit.Inspection) -> list[Table]:
     """Tables of the subsets and of their modalities, and a histogram of each length that was measured."""
     modalities = Table("subset", title="queries and targets with text / image / both")
-    for name in ("query", "target", "hard negatives"):
-        modalities.add_column(f"pairs with {name}" if name == "hard negatives" else name, justify="right")
+    counted = {"hard negatives": "with_hard_negatives", "several targets": "with_several_targets"}
+    counted |= {"scores": "with_scores"}
+    counted = {
+        f"pairs with {name}": field
+        for name, field in counted.items()
+        if field == "with_hard_negatives" or any(getattr(counts, field) for counts in inspection.subsets.values())
+    }
+    for name in ("query", "target", *counted):
+        modalities.add_column(name, justify="right")
     for name, counts in inspection.subsets.items():
         sides = [" / ".join(str(side[modality]) for modality in MODALITIES) for side in (counts.query, counts.target)]
         mark = "*" if counts.counted < counts.subset.pairs else ""
-        modalities.add_row(name + mark, *sides, str(counts.with_hard_negatives))
+        modalities.add_row(name + mark, *sides, *(str(getattr(counts, field)) for field in counted.values()))
     tables = [summary({name: counts.subset for name, counts in inspection.subsets.items()}), modalities]
     return tables + [_histogram_table(measure, lengths) for measure, lengths in inspection.lengths.items()]
 

@@ -1,15 +1,17 @@
 """The shards: WebDataset tar files of pairs, written and read. index.py has the index of a folder of them.
 
-A sample is `KEY.json` (subset, ids, texts, names and sizes of the images) and one member per image with the bytes of
-the image file: `KEY.query.0.jpg`, or `KEY.negative.2.0.jpg` for the first image of the third hard negative. Members are
-read as raw bytes. Nothing is decoded by file extension, so nothing is ever unpickled.
+A sample is `KEY.json` (subset, ids, texts, scores, names and sizes of the images) and one member per image with the
+bytes of the image file: `KEY.query.0.jpg`, or `KEY.negative.2.0.jpg` for the first image of the third hard negative.
+Members are read as raw bytes. Nothing is decoded by file extension, so nothing is ever unpickled.
 """
 
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,9 @@ from megatron_llave.errors import DataError
 from megatron_llave.files import AGAIN, atomic_write, parse_json
 
 SUFFIXES = {"JPEG": "jpg"}
+FURTHER, NEGATIVES = "further_targets", "hard_negatives"
+"""Keys of the lists in a sample's JSON."""
+LARGEST_SCORE = 1e30
 CHECKSUM = "json_crc32"
 """Last key of a sample's JSON, which holds the CRC-32 of the JSON without it."""
 
@@ -184,27 +189,54 @@ def pack_pair(pair: Pair, where: str) -> dict[str, bytes]:
     """Return the members of a pair's sample by suffix: the JSON, then the images.
 
     Raises:
-        DataError: an image is unreadable, or there is not one id per hard negative; the message begins with `where`.
+        DataError: an image is unreadable, or `check_pair` refuses the pair; the message begins with `where`.
     """
-    if len(pair.hard_negative_ids) != len(pair.hard_negatives):
-        counts = f"{len(pair.hard_negatives)} hard_negatives and {len(pair.hard_negative_ids)} hard_negative_ids"
-        raise DataError(f"{where} has {counts}; there must be one id for each")
-    query, query_images = pack_side(pair.query, "query.", where)
-    target, target_images = pack_side(pair.target, "target.", where)
-    described = {
-        "subset": pair.subset,
-        "query": {"id": pair.query_id, **query},
-        "target": {"id": pair.target_id, **target},
-    }
-    images = {**query_images, **target_images}
-    negatives = []
-    for number, (name, side) in enumerate(zip(pair.hard_negative_ids, pair.hard_negatives)):
-        negative, negative_images = pack_side(side, f"negative.{number}.", where)
-        negatives.append({"id": name, **negative})
-        images |= negative_images
-    if negatives:
-        described["hard_negatives"] = negatives
+    check_pair(pair, where)
+    query, images = pack_side(pair.query, "query.", where)
+    described: dict[str, Any] = {"subset": pair.subset, "query": {"id": pair.query_id, **query}}
+    sides = pair.targets + pair.hard_negatives
+    prefixes = ["target.", *(f"further_target.{number}." for number in range(len(pair.further_targets)))]
+    prefixes += [f"negative.{number}." for number in range(len(pair.hard_negatives))]
+    entries = []
+    for number, (name, side) in enumerate(zip(pair.target_ids + pair.hard_negative_ids, sides)):
+        entry, of_side = pack_side(side, prefixes[number], where)
+        entries.append({"id": name, **entry, **({"score": pair.scores[number]} if pair.scores else {})})
+        images |= of_side
+    described["target"] = entries[0]
+    several = {FURTHER: entries[1 : len(pair.targets)], NEGATIVES: entries[len(pair.targets) :]}
+    described |= {key: value for key, value in several.items() if value}
     return {"json": to_json_bytes(described), **images}
+
+
+def check_pair(pair: Pair, where: str) -> None:
+    """Raise a DataError that begins with `where` if targets, hard negatives, their ids and scores do not go together.
+
+    That an id comes twice matters only with several targets or scores; masks handle it in plain pairs.
+    """
+    for kind, ids, sides in (
+        (NEGATIVES, pair.hard_negative_ids, pair.hard_negatives),
+        (FURTHER, pair.further_target_ids, pair.further_targets),
+    ):
+        if len(ids) != len(sides):
+            counts = f"{len(sides)} {kind} and {len(ids)} {kind[:-1]}_ids"
+            raise DataError(f"{where} has {counts}; there must be one id for each")
+    num_targets = len(pair.targets)
+    if not pair.scores and num_targets == 1:
+        return
+    repeated = [name for name, number in Counter(pair.target_ids + pair.hard_negative_ids).items() if number > 1]
+    if repeated:
+        raise DataError(f"{where}: the id {repeated[0]!r} comes twice among its targets and hard negatives")
+    sides = f"{num_targets} targets and {len(pair.hard_negatives)} hard negatives"
+    if pair.scores and len(pair.scores) != num_targets + len(pair.hard_negatives):
+        raise DataError(f"{where} has {len(pair.scores)} scores for {sides}; there must be one for each, or none")
+    for score in pair.scores:
+        if not is_score(score):
+            raise DataError(f"{where}: a score must be a number, not {score!r:.60}")
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value can be a score: a finite number that float32 can hold."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST_SCORE
 
 
 def write_subset(
@@ -242,23 +274,30 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: subset, query.id and target.id must be strings, not {names}")
     subset, query_id, target_id = names
-    negatives, negative_ids = _unpack_hard_negatives(described, sample, where)
-    sides = [described["query"], described["target"], *described.get("hard_negatives", [])]
-    strange = sample.keys() - {"__key__", "json"} - {name for side in sides for name in side["images"]}
+    further, further_ids = _unpack_list(FURTHER, "further target", described, sample, where)
+    negatives, negative_ids = _unpack_list(NEGATIVES, "hard negative", described, sample, where)
+    entries = [described["target"], *described.get(FURTHER, []), *described.get(NEGATIVES, [])]
+    strange = sample.keys() - {"__key__", "json"}
+    strange -= {name for side in (described["query"], *entries) for name in side["images"]}
     if strange:
         raise DataError(f"{where}: its JSON does not name the members {', '.join(sorted(strange))}")
-    return Pair(sample["__key__"], subset, query, target, query_id, target_id, negatives, negative_ids)
+    scores = [entry["score"] for entry in entries if "score" in entry]
+    pair = Pair(sample["__key__"], subset, query, target, query_id, target_id, negatives, negative_ids)
+    pair.further_targets, pair.further_target_ids, pair.scores = further, further_ids, scores
+    check_pair(pair, where)
+    return pair
 
 
-def _unpack_hard_negatives(
-    described: dict[str, Any], sample: dict[str, Any], where: str
+def _unpack_list(
+    key: str, kind: str, described: dict[str, Any], sample: dict[str, Any], where: str
 ) -> tuple[list[Side], list[str]]:
-    entries = described.get("hard_negatives", [])
+    """Return the sides that the JSON lists under a key, and their ids."""
+    entries = described.get(key, [])
     if not isinstance(entries, list):
-        raise DataError(f"{where}: hard_negatives must be a list, not {entries!r}")
-    sides = [unpack_side(entry, sample, f"{where}, hard negative {i}") for i, entry in enumerate(entries)]
+        raise DataError(f"{where}: {key} must be a list, not {entries!r}")
+    sides = [unpack_side(entry, sample, f"{where}, {kind} {i}") for i, entry in enumerate(entries)]
     ids = [entry.get("id") for entry in entries]
     for number, name in enumerate(ids):
         if not isinstance(name, str):
-            raise DataError(f"{where}, hard negative {number}: id must be a string, not {name!r}")
+            raise DataError(f"{where}, {kind} {number}: id must be a string, not {name!r}")
     return sides, ids

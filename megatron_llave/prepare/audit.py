@@ -24,7 +24,7 @@ from megatron_llave.data.image_files import (
 )
 from megatron_llave.data.index import Shard, Subset, check_size, read_index
 from megatron_llave.data.placeholders import remove_placeholders
-from megatron_llave.data.shards import unpack_json, unpack_pair
+from megatron_llave.data.shards import FURTHER, NEGATIVES, unpack_json, unpack_pair
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
@@ -47,6 +47,8 @@ class SubsetCounts:
     target: Counter[str] = field(default_factory=Counter)
     """Number of targets that are `text`, `image` or `both`."""
     with_hard_negatives: int = 0
+    with_several_targets: int = 0
+    with_scores: int = 0
 
 
 @dataclass
@@ -146,10 +148,13 @@ def _count(
     result: Inspection,
     count_tokens: TokenCounter | None,
 ) -> None:
-    negatives = described.get("hard_negatives", [])
+    negatives = described.get(NEGATIVES, [])
     counts.counted += 1
     counts.with_hard_negatives += bool(negatives)
-    sides = [("query", described["query"]), ("target", described["target"])]
+    counts.with_several_targets += FURTHER in described
+    counts.with_scores += "score" in described["target"]
+    sides = [("query", described["query"])]
+    sides += [("target", side) for side in (described["target"], *described.get(FURTHER, []))]
     for kind, side in sides:
         getattr(counts, kind)[_modality(side["text"], side["sizes"])] += 1
     sides += [("hard negative", side) for side in negatives]
@@ -291,7 +296,9 @@ def _sample_problems(
     if pair.subset != subset:
         yield f"{where} is of subset {pair.subset!r}, the index says {subset!r}; {AGAIN}"
     described = unpack_json(sample, where)
-    for side in (described["query"], described["target"], *described.get("hard_negatives", [])):
+    sides = [described["query"], described["target"]]
+    sides += described.get(FURTHER, []) + described.get(NEGATIVES, [])
+    for side in sides:
         for name, size in zip(side["images"], _sizes_of(side)):
             notes: list[str] = []
             try:

@@ -18,7 +18,8 @@ from megatron_llave.prepare.held_out import CAPTIONS
 from megatron_llave.prepare.jsonl import default_key
 from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
-from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, SourceSide, make_id
+from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, make_id
+from megatron_llave.prepare.source_sides import SourceSide
 
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv")
 """Files that can hold the captions of a folder; the first one that is there is read."""

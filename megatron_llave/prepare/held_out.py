@@ -8,13 +8,15 @@ out depends on the contents alone, not on the names of files, their order or any
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from megatron_llave.batch import MAX_IMAGE_BYTES, Pair, Side
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, input_key
 from megatron_llave.files import read_bytes
-from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide
+from megatron_llave.prepare.shard_jobs import SourceRow
+from megatron_llave.prepare.source_sides import SourceSide
 
 MOST_HELD_OUT = 5000
 """The largest number of pairs that are held out; more of them cost time in every evaluation and tell little more."""
@@ -84,8 +86,8 @@ class HeldOut:
         return key
 
     def _keys(self, row: SourceRow) -> list[bytes]:
-        target = row.target if self.same_targets or row.target.images else SourceSide("", (), "")
-        return [*self._keys_of(row.query, row.folder), *self._keys_of(target, row.folder)]
+        targets = [target for target in row.targets if self.same_targets or target.images]
+        return [key for side in (row.query, *targets) for key in self._keys_of(side, row.folder)]
 
     def _keys_of(self, side: SourceSide, folder: str) -> list[bytes]:
         """Return a key for each image, or one for the text of a side without images."""
@@ -114,12 +116,12 @@ class HeldOut:
         """Return a training row without those of its hard negatives that are held out."""
         if not self._chosen:
             return row
-        kept = (
-            negative
+        kept = [
+            self._chosen.isdisjoint(self._find(key) for key in self._keys_of(negative, row.folder))
             for negative in row.hard_negatives
-            if self._chosen.isdisjoint(self._find(key) for key in self._keys_of(negative, row.folder))
-        )
-        return replace(row, hard_negatives=tuple(kept))
+        ]
+        scores = compress(row.scores, [True] * len(row.targets) + kept)
+        return replace(row, hard_negatives=tuple(compress(row.hard_negatives, kept)), scores=tuple(scores))
 
 
 def _hash(kind: bytes, contents: bytes) -> bytes:
@@ -129,8 +131,8 @@ def _hash(kind: bytes, contents: bytes) -> bytes:
 def build_sets(pairs: dict[str, list[Pair]], meta_task: str) -> tuple[dict[str, Side], list[EvaluationSet]]:
     """Make evaluation sets of each subset's held-out pairs, of which there is one for each group.
 
-    Each query is ranked against the targets of all of them. In retrieval each target also is a query, that is ranked
-    against all queries. A subset with fewer than FEWEST_CANDIDATES different targets has no set.
+    Each query is ranked against the first targets of all of them. In retrieval each of these also is a query, that is
+    ranked against all queries. A subset with fewer than FEWEST_CANDIDATES different targets has no set.
 
     Returns:
         The inputs by key, and the sets.

@@ -14,12 +14,15 @@ from typing import Any
 
 from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
+from megatron_llave.data.shards import is_score
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError, one_of
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
-from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, SourceSide, check_arguments, make_id
+from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, check_arguments, make_id
+from megatron_llave.prepare.source_sides import SourceSide
 
-PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives")
+PAIR_KEYS = ("subset", "id", "query", "target", "hard_negatives", "scores")
+SCORED = ("target", "hard_negatives")
 LONGEST_SUBSET = 60
 """The largest number of characters in the name of a subset; the keys made from it must fit into a tar file."""
 
@@ -34,13 +37,17 @@ class PairLine:
     id: str | None
     folder: Path
     """The folder that relative image paths start from."""
-    sides: list[Item]
-    """The query, the target and the hard negatives, in this order."""
+    query: Item
+    targets: list[Item]
+    """At least one."""
+    hard_negatives: list[Item]
+    scores: tuple[float, ...]
+    """One for each target, then one for each hard negative; empty: there are none."""
 
     def to_row(self, number: int, common: str) -> SourceRow:
         """Return pair number `number` of its subset; ids contain image paths relative to folder `common`."""
         start = os.path.relpath(self.folder, common)
-        query, target, *negatives = (
+        query, *sides = (
             SourceSide(
                 item.text,
                 item.images,
@@ -48,10 +55,12 @@ class PairLine:
                 item.is_video,
                 item.seconds,
             )
-            for item in self.sides
+            for item in (self.query, *self.targets, *self.hard_negatives)
         )
         key = self.id or default_key(self.subset, number)
-        return SourceRow(key, self.where, str(self.folder), query, target, tuple(negatives))
+        (target, *further), negatives = sides[: len(self.targets)], sides[len(self.targets) :]
+        folder = str(self.folder)
+        return SourceRow(key, self.where, folder, query, target, tuple(negatives), tuple(further), self.scores)
 
 
 def _path_for_id(start: str, image: str) -> str:
@@ -158,10 +167,47 @@ def parse_line(values: Any, path: Path, where: str) -> PairLine:
         )
     if name is not None and not isinstance(name, str):
         raise DataError(f"{where}: id must be a string, not {name!r}")
-    negatives = values.get("hard_negatives", [])
+    negatives, targets = values.get("hard_negatives", []), values["target"]
     if not isinstance(negatives, list):
         raise DataError(f"{where}: hard_negatives must be a list, not {str(negatives)[:60]!r}")
-    named = [("query", values["query"]), ("target", values["target"])]
-    named += [(f"hard_negatives[{index}]", side) for index, side in enumerate(negatives)]
-    sides = [parse_item(side, f"{where}: {key}") for key, side in named]
-    return PairLine(where, subset, name, path.parent, sides)
+    if targets == []:
+        raise DataError(f"{where}: target must be an item or a list of at least one")
+    named = {"query": values["query"]}
+    if isinstance(targets, list):
+        named |= {f"target[{index}]": side for index, side in enumerate(targets)}
+    else:
+        named["target"], targets = targets, [targets]
+    named |= {f"hard_negatives[{index}]": side for index, side in enumerate(negatives)}
+    sides = {key: parse_item(side, f"{where}: {key}") for key, side in named.items()}
+    _check_different(sides, where)
+    query, *others = sides.values()
+    scores = _parse_scores(values, len(targets), len(negatives), where)
+    line = (where, subset, name, path.parent, query, others[: len(targets)], others[len(targets) :])
+    return PairLine(*line, scores)
+
+
+def _check_different(sides: dict[str, Item], where: str) -> None:
+    """Raise a DataError if a target or hard negative equals another one, by its id or its contents."""
+    seen: dict[Any, str] = {}
+    for key, item in list(sides.items())[1:]:
+        other = seen.setdefault(item.id or (item.text, item.images), key)
+        if other != key:
+            raise DataError(f"{where}: {key} is the same as {other}; a pair has each target and hard negative once")
+
+
+def _parse_scores(values: dict[str, Any], num_targets: int, num_negatives: int, where: str) -> tuple[float, ...]:
+    """Return the scores of a line, of its targets and then of its hard negatives."""
+    if "scores" not in values:
+        return ()
+    check_keys(values["scores"], SCORED, f"{where}: scores")
+    scores: list[float] = []
+    for key, number in zip(SCORED, (num_targets, num_negatives)):
+        given = values["scores"].get(key, [])
+        given = given if isinstance(given, list) else [given]
+        if len(given) != number:
+            raise DataError(f"{where}: scores.{key} has {len(given)} numbers for {number} of {key}; give one for each")
+        for score in given:
+            if not is_score(score):
+                raise DataError(f"{where}: scores.{key} must be finite numbers, not {str(score)[:60]!r}")
+        scores += map(float, given)
+    return tuple(scores)

@@ -1,7 +1,8 @@
 """Makes shards of MMEB-train, the training half of the MMEB benchmark: Parquet or JSON rows and an image folder.
 
 tools/prepare_data.py runs this once. It reads the columns that the official LLaVE repository reads (qry,
-qry_image_path, pos_text, pos_image_path) in the order of the file, and also the hard negatives, which that ignores.
+qry_image_path, pos_text, pos_image_path) in the order of the file, and also the hard negatives, which that ignores: one
+of a row, or a list.
 """
 
 import re
@@ -22,12 +23,12 @@ from megatron_llave.prepare.shard_jobs import (
     Prepared,
     Progress,
     SourceRow,
-    SourceSide,
     check_arguments,
     cut_into_jobs,
     make_id,
     write_shards,
 )
+from megatron_llave.prepare.source_sides import SourceSide
 
 SUBSETS = {
     **dict.fromkeys(("ImageNet_1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"), "classification"),
@@ -159,9 +160,19 @@ def read_rows(table: Table, source: Path) -> Iterator[SourceRow]:
     for number, row in enumerate(islice(values, table.num_rows)):
         where = f"subset {table.subset} of {source}, row {number}"
         query, target = _side(row, *COLUMNS[:2], where), _side(row, *COLUMNS[2:], where)
-        negative = _side(row, *NEGATIVE_COLUMNS, where)
-        negatives = (negative,) if negative.text or negative.images else ()
-        yield SourceRow(f"{table.subset}-{number:08d}", number, str(source), query, target, negatives)
+        yield SourceRow(f"{table.subset}-{number:08d}", number, str(source), query, target, _negatives(row, where))
+
+
+def _negatives(row: dict[str, Any], where: str) -> tuple[SourceSide, ...]:
+    """Return the hard negatives: one, or those of lists, as in the mined data of VLM2Vec (branch b3)."""
+    values = [row.get(column) or "" for column in NEGATIVE_COLUMNS]
+    lengths = [len(value) for value in values if isinstance(value, list)]
+    if len(set(lengths)) > 1:
+        raise DataError(f"{where}: neg_text has {lengths[0]} values and neg_image_path {lengths[1]}")
+    length = lengths[0] if lengths else 1
+    columns = [value if isinstance(value, list) else [value] * length for value in values]
+    sides = [_side(dict(zip(NEGATIVE_COLUMNS, both)), *NEGATIVE_COLUMNS, where) for both in zip(*columns)]
+    return tuple(side for side in sides if side.text or side.images)
 
 
 def _side(row: dict[str, Any], text_column: str, image_column: str, where: str) -> SourceSide:

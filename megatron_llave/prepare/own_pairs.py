@@ -81,7 +81,9 @@ def write_own_pairs(
         elif options.tokenizer == TRAIN and (
             options.overwrite or tokenizer_in(directory) in (None, directory / TRAINED_FILE)
         ):
-            texts = (side.text for _, row in rows() if held_out.group(row) is None for side in (row.query, row.target))
+            texts = (
+                side.text for _, row in rows() if held_out.group(row) is None for side in (row.query, *row.targets)
+            )
             write_trained(texts, directory / TRAINED_FILE)
         return skipped
 

@@ -5,68 +5,44 @@ shard. Each finished shard has a sidecar file `SHARD.tar.done`, so that the same
 When all shards are finished, the report of what was dropped and `index.json` are written, and the sidecars are removed.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_llave.batch import Pair, Side, check_text
-from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image, open_image
+from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
 from megatron_llave.files import atomic_write, read_json, write_json
+from megatron_llave.prepare.source_sides import AGAIN, EQUAL, LeftOutError, SourceSide, locate, read_side
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
 
 PAIRS_PER_SHARD = 1000
 """Number of rows that make one shard. The shard holds fewer pairs if some rows were skipped."""
 REPORT_FILE = "report.jsonl"
-AGAIN = "the same command resumes after the shards that are finished"
 JOBS_PER_WORKER = 4
 """Number of jobs that are submitted ahead, so that workers never wait and not all rows are in memory at once."""
-SIDECAR_VERSION = 2
+SIDECAR_VERSION = 3
 """A part of every fingerprint. It must be raised when the way of making shards changes."""
 
-MISSING = "missing image"
-CORRUPT = "corrupt image"
-TOO_LARGE = "image too large"
-OUTSIDE = "image path outside the source"
-IS_URL = "image is a URL"
-EMPTY = "empty side"
-BAD_TEXT = "text is not Unicode"
 HARD_NEGATIVE = "hard negative left out: "
 """Prefix of the reason when only a hard negative is dropped and the pair itself is kept."""
+ONE_TARGET = "one of several targets left out: "
+"""Prefix of the reason when the pair has other targets and is kept."""
 NOTICED = "noticed: "
 """Prefix of the reason when nothing is dropped: an image loses something when it is read (data.image_files)."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
-
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the number of steps done, and the number of all steps."""
-
-
-@dataclass(frozen=True)
-class SourceSide:
-    """A query, target or hard negative as the source describes it; `is_video` and `seconds` are those of a Side."""
-
-    text: str
-    images: tuple[str, ...]
-    """Image paths as they are written in the source."""
-    id: str
-    """Equal ids mean equal queries or equal targets."""
-    is_video: bool = False
-    seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +58,15 @@ class SourceRow:
     query: SourceSide
     target: SourceSide
     hard_negatives: tuple[SourceSide, ...] = ()
+    further_targets: tuple[SourceSide, ...] = ()
+    """The targets after the first one, of a query with several right answers."""
+    scores: tuple[float, ...] = ()
+    """A score for each target and then each hard negative (batch.Pair.scores); empty: there are none."""
+
+    @property
+    def targets(self) -> tuple[SourceSide, ...]:
+        """Return all targets."""
+        return (self.target, *self.further_targets)
 
 
 @dataclass(frozen=True)
@@ -122,14 +107,6 @@ class Prepared:
     """For each subset, how many of its images had transparency, more than 8 bits per channel, or one colour."""
     evaluation: tuple[EvaluationSet, ...] = ()
     """The evaluation sets of held-out pairs."""
-
-
-class _LeftOutError(DataError):
-    """A query, target or hard negative cannot be used."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 def check_arguments(workers: int, max_pixels: int) -> None:
@@ -282,10 +259,10 @@ def _fingerprint(job: ShardJob) -> str:
     arguments = SIDECAR_VERSION, PAIRS_PER_SHARD, job.subset, job.number, job.is_confined, job.max_pixels
     digest = hashlib.sha256(repr((arguments, job.rows)).encode(errors="backslashreplace"))
     for row in job.rows:
-        for side in (row.query, row.target, *row.hard_negatives):
+        for side in (row.query, *row.targets, *row.hard_negatives):
             for image in side.images:
                 try:
-                    status = os.stat(_locate(image, row.folder, job.is_confined))
+                    status = os.stat(locate(image, row.folder, job.is_confined))
                     state = f"{status.st_size} {status.st_mtime_ns}"
                 except (OSError, ValueError):
                     state = "unusable"
@@ -314,86 +291,56 @@ def read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
         def report(reason: str, detail: str) -> None:
             skipped.append({"subset": job.subset, "row": row.row, "reason": reason, "detail": detail})
 
+        def read(side: SourceSide, name: str) -> tuple[Side, list[tuple[str, str]]]:
+            return read_side(side, name, row.folder, job.is_confined, job.max_pixels)
+
         try:
-            query, notes = _read_side(row.query, "query", row, job)
-            target, more = _read_side(row.target, "target", row, job)
-        except _LeftOutError as error:
+            query, notes = read(row.query, "query")
+            targets, more = _read_some(row.targets, "target", read)
+            if not any(isinstance(target, Side) for target in targets):
+                raise targets[0]
+        except LeftOutError as error:
             report(error.reason, error.detail)
             continue
-        notes += more
-        negatives, ids = [], []
-        for number, side in enumerate(row.hard_negatives):
-            try:
-                negative, more = _read_side(side, f"hard negative {number}", row, job)
-            except _LeftOutError as error:
-                report(HARD_NEGATIVE + error.reason, error.detail)
-                continue
-            negatives.append(negative)
-            ids.append(side.id)
-            notes += more
-        for note, detail in notes:
+        negatives, others = _read_some(row.hard_negatives, "hard negative", read, {side.id for side in row.targets})
+        for error, prefix in [(x, ONE_TARGET) for x in targets] + [(x, HARD_NEGATIVE) for x in negatives]:
+            if isinstance(error, LeftOutError):
+                report(prefix + error.reason, error.detail)
+        for note, detail in notes + more + others:
             report(NOTICED + note, detail)
-        yield Pair(row.key, job.subset, query, target, row.query.id, row.target.id, negatives, ids)
+        sides = [row.target, *row.further_targets, *row.hard_negatives]
+        kept = [isinstance(x, Side) for x in targets + negatives]
+        first, *further = compress(targets, kept)
+        names = [side.id for side in compress(sides, kept)]
+        used, of_targets = list(compress(negatives, kept[len(targets) :])), 1 + len(further)
+        yield Pair(
+            *(row.key, job.subset, query, first, row.query.id, names[0], used, names[of_targets:]),
+            further_targets=further,
+            further_target_ids=names[1:of_targets],
+            scores=list(compress(row.scores, kept)),
+        )
 
 
-def _read_side(side: SourceSide, name: str, row: SourceRow, job: ShardJob) -> tuple[Side, list[tuple[str, str]]]:
-    """Return the side with the bytes of its images, and the notes about them, each with its detail."""
-    if not side.text.strip() and not side.images:
-        raise _LeftOutError(EMPTY, f"{name}: neither text nor image")
-    try:
-        check_text(side.text)
-    except DataError as error:
-        raise _LeftOutError(BAD_TEXT, f"{name}: {error}") from error
-    try:
-        images, noticed = [], []
-        for written in side.images:
-            notes: list[str] = []
-            images.append(_read_image(_locate(written, row.folder, job.is_confined), job.max_pixels, notes))
-            noticed += [(note, f"{name}: {written!r}") for note in notes]
-        if side.is_video and len({open_image(image).size for image in images}) > 1:
-            raise _LeftOutError(CORRUPT, f"{side.images[0]!r} and the other frames of a video differ in size")
-        return Side(side.text, images, is_video=side.is_video, seconds=side.seconds), noticed
-    except _LeftOutError as error:
-        raise _LeftOutError(error.reason, f"{name}: {error.detail}") from error
+def _read_some(
+    sides: Sequence[SourceSide], name: str, read: Callable, known: Iterable[str] = ()
+) -> tuple[list[Side | LeftOutError], list[tuple[str, str]]]:
+    """Read targets or hard negatives; in the place of one that cannot be used is the reason.
 
-
-def _locate(image: str, folder: str, is_confined: bool) -> Path:
-    """Return the file that an image path of the source names."""
-    if _URL.match(image):
-        raise _LeftOutError(IS_URL, f"{image[:200]!r}: download it first")
-    try:
-        is_name = b"\0" not in os.fsencode(image)
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise _LeftOutError(MISSING, f"{image!r} cannot be the name of a file")
-    path = PurePosixPath(image)
-    if is_confined and (path.is_absolute() or ".." in path.parts):
-        raise _LeftOutError(OUTSIDE, repr(image))
-    return Path(folder, path)
-
-
-def _read_image(path: Path, max_pixels: int, notes: list[str]) -> bytes:
-    """Return the bytes of an image file after decoding them as training will; `notes` are those of decode_image.
-
-    A truncated JPEG passes a look at its header and Pillow's verify().
+    `known` has ids that they must not have.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise _LeftOutError(MISSING, f"{str(path)!r} is not a file")
-        data = path.read_bytes()
-    except OSError as error:
-        if error.errno in _NO_FILE:
-            raise _LeftOutError(MISSING, f"{str(path)!r}: {error.strerror}") from error
-        # The storage has failed, not the image: skipping it would lose pairs that are intact.
-        raise DataError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
-    try:
-        decode_image(data, ImageSettings(max_pixels), notes)
-    except TooLargeError as error:
-        raise _LeftOutError(TOO_LARGE, f"{str(path)!r}: {error}") from error
-    except BadImageError as error:
-        raise _LeftOutError(CORRUPT, f"{str(path)!r}: {error}") from error
-    return data
+    results, notes, ids = [], [], set(known)
+    for number, side in enumerate(sides):
+        where = f"{name} {number}" if name == "hard negative" or len(sides) > 1 else name
+        try:
+            if side.id in ids:
+                raise LeftOutError(EQUAL, f"{where} has the id {side.id!r}")
+            ids.add(side.id)
+            result, more = read(side, where)
+            notes += more
+        except LeftOutError as error:
+            result = error
+        results.append(result)
+    return results, notes
 
 
 def _unwritable(path: str | Path, error: OSError) -> DataError:

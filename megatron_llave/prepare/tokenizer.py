@@ -92,7 +92,7 @@ def texts_of(source: str | Path) -> Iterator[str]:
             for shard in subset.shards:
                 for sample in read_samples(source / shard.file):
                     pair = unpack_pair(sample, f"{source / shard.file}: pair {sample['__key__']}")
-                    yield from (side.text for side in (pair.query, pair.target, *pair.hard_negatives))
+                    yield from (side.text for side in (pair.query, *pair.targets, *pair.hard_negatives))
         return
     try:
         with open(source, encoding="utf-8-sig") as file:

@@ -116,6 +116,49 @@ def test_hard_negatives_come_back_byte_for_byte(tmp_path):
     assert second == {"id": "t", "text": "", "images": images, "sizes": [[8, 6], [8, 6]]}
 
 
+def test_several_targets_and_scores_come_back_byte_for_byte(tmp_path):
+    pair = dataclasses.replace(pair_with_negatives(), hard_negative_ids=["n0", "n1"])
+    pair.further_targets, pair.further_target_ids = [Side("z", []), Side("", [picture(4), picture(5)])], ["t1", "t2"]
+    scored = dataclasses.replace(pair, key="b", scores=[1.0, 0.5, 1e-3, -2.0, 7])
+    single = dataclasses.replace(pair_with_negatives(), key="c", hard_negatives=[], hard_negative_ids=[], scores=[0.25])
+    write_shard([pair, scored, single], tmp_path, "cats", 0)
+    assert list(read_shard(tmp_path / "cats-000000.tar")) == [pair, scored, single]
+    members = members_of(tmp_path / "cats-000000.tar")
+    assert members["a.further_target.1.1.png"] == picture(5)
+    assert [entry["id"] for entry in json.loads(members["b.json"])["further_targets"]] == ["t1", "t2"]
+
+
+PLAIN_TARGET = {"id": "t", "text": "", "images": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": {**PLAIN_TARGET, "score": float("nan")}}, "NaN is no finite number"),
+        ({"target": {**PLAIN_TARGET, "score": "1"}}, "a score must be a number, not '1'"),
+        ({"target": {**PLAIN_TARGET, "score": 1e39}}, "a score must be a number, not 1e"),
+        (
+            {"hard_negatives": [{"id": "n", "text": "", "images": [], "score": 1.0}]},
+            "has 1 scores for 1 targets and 1 hard negatives; there must be one for each, or none",
+        ),
+        ({"further_targets": [{"id": "t", "text": "x", "images": []}]}, "the id 't' comes twice among its targets"),
+        ({"further_targets": "x"}, "further_targets must be a list, not 'x'"),
+        ({"further_targets": [{"text": "x", "images": []}]}, "further target 0: id must be a string, not None"),
+        (
+            {"target": {**PLAIN_TARGET, "score": 1}, "hard_negatives": [{**PLAIN_TARGET, "score": 0}]},
+            "the id 't' comes twice among its targets and hard negatives",
+        ),
+    ],
+)
+def test_targets_and_scores_that_do_not_go_together_name_file_and_sample(tmp_path, changes, message):
+    described = {"subset": "cats", "query": PLAIN_TARGET, "target": PLAIN_TARGET, **changes}
+    path = tmp_path / "x.tar"
+    write_members(path, {"k.json": json.dumps(described).encode()})
+    with pytest.raises(DataError, match=re.escape(f"{path}: sample k") + ".*" + message) as caught:
+        list(read_shard(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_without_hard_negatives_the_json_is_that_of_older_shards_and_its_checksum(tmp_path):
     write_shard([Pair("a", "cats", Side("x", []), Side("y", []), "q", "t")], tmp_path, "cats", 0)
     older = b'{"subset":"cats","query":{"id":"q","text":"x","images":[],"sizes":[]},'

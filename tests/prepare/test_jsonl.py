@@ -14,7 +14,7 @@ from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.planning.pair_lengths import read_kinds
-from megatron_llave.prepare import jsonl, own_pairs, shard_jobs
+from megatron_llave.prepare import audit, jsonl, own_pairs, shard_jobs, source_sides
 from megatron_llave.prepare.own_pairs import Options
 from megatron_llave.prepare.shard_jobs import make_id
 
@@ -74,6 +74,28 @@ def test_every_value_comes_back(tmp_path):
     assert (cat.key, cat.query_id, cat.target_id) == ("cats-00000000", make_id("q0", []), make_id("t0", []))
 
 
+def test_several_targets_and_scores_come_back(tmp_path):
+    """Of the targets and hard negatives that cannot be read, the scores go too."""
+    (tmp_path / "a.png").write_bytes(picture(1))
+    targets = [{"image": "none.png"}, {"text": "one", "id": "1"}, {"image": "a.png"}]
+    negatives = [{"text": "no"}, {"image": "none.png", "id": "n"}, {"text": "never"}]
+    line = {"query": {"text": "q"}, "target": targets, "hard_negatives": negatives}
+    line["scores"] = {"target": [0.5, 0.9, 1], "hard_negatives": [-1, 2, 3.5e-1]}
+    single = text_pair(0, scores={"target": 4})
+    gone = {"query": {"text": "q"}, "target": targets[:1], "scores": {"target": [1]}}
+    made = prepare([write_lines(tmp_path / "x.jsonl", line, single, gone)], tmp_path / "out")
+    first, second = pairs_of(tmp_path / "out")["x"]
+    assert first.targets == [Side("one", []), Side("", [picture(1)])]
+    assert first.target_ids == ["1", make_id("", ["a.png"])]
+    assert first.hard_negatives == [Side("no", []), Side("never", [])] and len(first.hard_negative_ids) == 2
+    assert first.scores == [0.9, 1, -1, 0.35] and second.scores == [4]
+    reasons = {shard_jobs.ONE_TARGET: 1, shard_jobs.HARD_NEGATIVE: 1, "": 1}
+    assert made.skipped["x"] == {prefix + source_sides.MISSING: number for prefix, number in reasons.items()}
+    counts = audit.inspect(tmp_path / "out").subsets["x"]
+    assert (counts.with_hard_negatives, counts.with_several_targets, counts.with_scores) == (1, 1, 2)
+    assert not [problem for _, check in audit.verify(tmp_path / "out") for problem in check.problems]
+
+
 def test_frames_of_a_video_are_one_input(tmp_path):
     (tmp_path / "v").mkdir()
     for number in range(3):
@@ -83,7 +105,7 @@ def test_frames_of_a_video_are_one_input(tmp_path):
     line = {"query": video, "target": {"text": "t"}, "hard_negatives": [{"frames": "v/1.png"}]}
     uneven = {"query": {"frames": ["v/0.png", "v/other.png"]}, "target": {"text": "t"}}
     made = prepare([write_lines(tmp_path / "clips.jsonl", line, uneven, line)], tmp_path / "out")
-    assert made.skipped == {"clips": {shard_jobs.CORRUPT: 1}}
+    assert made.skipped == {"clips": {source_sides.CORRUPT: 1}}
     pair, _ = pairs_of(tmp_path / "out")["clips"]
     assert pair.query == Side(
         "<image>\nWhat happens?", [picture(n) for n in range(3)], is_video=True, seconds=(0, 2, 4)
@@ -139,7 +161,7 @@ def test_urls_are_never_fetched(tmp_path):
     urls = ["http://127.0.0.1:9/x.png", "https://host/x.png", "s3://bucket/x.png", "data:image/png;base64,AAAA"]
     lines = [{"query": {"images": [url]}, "target": {"text": "t"}} for url in urls]
     made = prepare([write_lines(tmp_path / "x.jsonl", text_pair(0), *lines)], tmp_path / "out")
-    assert made.skipped == {"x": {shard_jobs.IS_URL: 4}}
+    assert made.skipped == {"x": {source_sides.IS_URL: 4}}
     report = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
     assert [line["row"] for line in report] == [f"{tmp_path / 'x.jsonl'}:{n}" for n in range(2, 6)]
     assert len(pairs_of(tmp_path / "out")["x"]) == 1
@@ -151,7 +173,7 @@ def test_sides_that_are_empty_are_skipped_and_blank_lines_do_not_count(tmp_path)
     file = write_lines(tmp_path / "x.jsonl", *lines)
     file.write_text("\ufeff" + file.read_text() + "\n \n", encoding="utf-8")
     made = prepare([file], tmp_path / "out")
-    assert made.skipped == {"x": {shard_jobs.EMPTY: 2}}
+    assert made.skipped == {"x": {source_sides.EMPTY: 2}}
 
 
 GOOD = text_pair(0)
@@ -163,7 +185,7 @@ GOOD = text_pair(0)
         (b"{", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"query": "\xff"}', "not UTF-8"),
-        ([], "must be an object with subset, id, query, target, hard_negatives, not "),
+        ([], "must be an object with subset, id, query, target, hard_negatives, scores, not "),
         ({**GOOD, "negatives": []}, "unknown key 'negatives'; known keys: subset, id, query"),
         ({"query": {"text": "q"}}, "target is missing"),
         ({**GOOD, "query": "q"}, "query: must be an object with id, text, image, images, frames, fps, not 'q'"),
@@ -191,6 +213,27 @@ GOOD = text_pair(0)
         ({**GOOD, "target": {"text": "t", "id": ""}}, "target: id must be a whole number or a string of printable"),
         ({**GOOD, "hard_negatives": {}}, "hard_negatives must be a list"),
         ({**GOOD, "hard_negatives": [{"text": ""}, {"x": 1}]}, r"hard_negatives\[1\]: unknown key 'x'"),
+        ({**GOOD, "target": []}, "target must be an item or a list of at least one"),
+        ({**GOOD, "target": [{"text": "t"}, {}]}, r"target\[1\]: neither text nor image"),
+        (
+            {**GOOD, "target": [{"text": "t"}, {"text": "t"}]},
+            r"target\[1\] is the same as target\[0\]; a pair has each",
+        ),
+        (
+            {**GOOD, "target": {"text": "a", "id": 7}, "hard_negatives": [{"text": "b"}, {"text": "c", "id": "7"}]},
+            r"hard_negatives\[1\] is the same as target; a pair has each target and hard negative once",
+        ),
+        ({**GOOD, "scores": [0.5]}, r"scores: must be an object with target, hard_negatives, not \[0.5\]"),
+        ({**GOOD, "scores": {"negative": 1}}, "scores: unknown key 'negative'; known keys: target, hard_negatives"),
+        ({**GOOD, "scores": {}}, "scores.target has 0 numbers for 1 of target; give one for each"),
+        ({**GOOD, "scores": {"target": [1, 2]}}, "scores.target has 2 numbers for 1 of target; give one for each"),
+        ({**GOOD, "scores": {"target": 1, "hard_negatives": [0]}}, "scores.hard_negatives has 1 numbers for 0 of"),
+        ({**GOOD, "scores": {"target": "1"}}, "scores.target must be finite numbers, not '1'"),
+        ({**GOOD, "scores": {"target": float("nan")}}, "not valid JSON .NaN is no finite number"),
+        (
+            b'{"query": {"text": "q"}, "target": {"text": "t"}, "scores": {"target": 1e99}}',
+            "must be finite numbers",
+        ),
         ({**GOOD, "subset": "a.b"}, "subset 'a.b' must be 1 to 60 letters"),
         ({**GOOD, "subset": "x" * 61}, "must be 1 to 60 letters"),
         ({**GOOD, "subset": 3}, "subset 3 must be"),

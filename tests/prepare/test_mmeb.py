@@ -13,7 +13,7 @@ from shard_pairs import read_shard
 from megatron_llave.batch import Side
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.prepare import mmeb, shard_jobs
+from megatron_llave.prepare import mmeb, shard_jobs, source_sides
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "mmeb" / "train"
 SUBSETS = ["CIRR", "ImageNet_1K", "MSCOCO_t2i", "OK-VQA", "WebQA"]
@@ -79,6 +79,33 @@ def test_meta_tasks_are_those_of_the_benchmark(tmp_path):
     }
     counts = {task: list(mmeb.SUBSETS.values()).count(task) for task in set(mmeb.SUBSETS.values())}
     assert counts == {"classification": 5, "vqa": 6, "retrieval": 8, "grounding": 1}
+
+
+def test_lists_of_negatives_without_copies_of_the_target(source, tmp_path):
+    row = records("CIRR")[0]
+    image, target = row["neg_image_path"], row["pos_text"]
+    lists = {"neg_text": ["a", "b", "", "a"], "neg_image_path": [image, "", "", image]}
+    same = {"neg_text": ["x", target], "neg_image_path": ["", row["pos_image_path"]]}
+    rows = [
+        row | lists,
+        row | same,
+        row | {"neg_text": ["a", "b"], "neg_image_path": None},
+        row | {"neg_text": [], "neg_image_path": []},
+    ]
+    (source / "CIRR.json").write_text(json.dumps(rows))
+    made = mmeb.prepare(source, tmp_path / "out", workers=1)
+    first, second, third, last = pairs_of(tmp_path / "out")["CIRR"]
+    assert first.hard_negatives == [golden_side("a", image), golden_side("b", "")]
+    assert [side.text for side in second.hard_negatives] == ["x"]
+    assert [side.text for side in third.hard_negatives] == ["a", "b"] and last.hard_negatives == []
+    assert made.skipped["CIRR"] == {shard_jobs.HARD_NEGATIVE + source_sides.EQUAL: 2}
+    rows[1]["neg_text"].append("y")
+    (source / "CIRR.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="CIRR of .*, row 1: neg_text has 3 values and neg_image_path 2"):
+        mmeb.prepare(source, tmp_path / "no", workers=1)
+    write_parquet(source, "CIRR", rows[:1])
+    mmeb.prepare(source, tmp_path / "parquet", workers=1)
+    assert pairs_of(tmp_path / "parquet")["CIRR"] == [first]
 
 
 def test_ids_are_equal_exactly_where_text_and_image_path_are(tmp_path):

@@ -19,7 +19,8 @@ from megatron_llave.data.index import read_index
 from megatron_llave.errors import DataError
 from megatron_llave.prepare import shard_jobs
 from megatron_llave.prepare.audit import read_noticed
-from megatron_llave.prepare.shard_jobs import SourceRow, SourceSide, cut_into_jobs, make_id, write_shards
+from megatron_llave.prepare.shard_jobs import SourceRow, cut_into_jobs, make_id, write_shards
+from megatron_llave.prepare.source_sides import SourceSide
 
 pytestmark = pytest.mark.long
 
