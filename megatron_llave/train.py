@@ -142,7 +142,9 @@ def run_steps(
     writer = CheckpointWriter(cfg, groups, watchdog.progress)
     requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
-    evaluate = build_evaluation(cfg, state.chunks, groups, watchdog.progress) if cfg.evaluate.interval else None
+    evaluate, candidates = None, {}
+    if cfg.evaluate.interval:
+        evaluate, candidates = build_evaluation(cfg, state.chunks, groups, watchdog.progress)
     run.running(done)
     if done < last:
         watchdog.announce(f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
@@ -172,7 +174,7 @@ def run_steps(
             require_saved(cfg, writer, step)
         if evaluate is not None and (step == last or is_due(step, cfg.evaluate.interval)):
             started = time.perf_counter()
-            log.evaluation(step, evaluate(), time.perf_counter() - started)
+            log.evaluation(step, evaluate(), time.perf_counter() - started, candidates)
         if is_last:
             break
     requests.close()

@@ -23,6 +23,7 @@ from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import AGAIN, VERSION, read_bytes, read_json, sha256_of, write_json, write_text
+from megatron_llave.versions import program_versions
 
 FOLDER = "checkpoints"
 POINTER = "latest"
@@ -98,7 +99,7 @@ def write_manifest(folder: Path, step: int, layout: dict[str, int] | None) -> No
     files = {str(path.relative_to(folder)): path for path in _files(folder) if path != folder / MANIFEST}
     sizes = {name: _size(path) for name, path in files.items()}
     hashes = {name: sha256_of(files[name]) for name, size in sizes.items() if size <= SMALL}
-    manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "programs": program_versions()}
     write_json(folder / MANIFEST, manifest | {"files": sizes, "sha256": hashes})
 
 

@@ -19,6 +19,7 @@ from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.checks import require_same_model, validate
 from megatron_llave.config.load import config_from_dict, load_config
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.convert.training_record import shared_config, training_record
 from megatron_llave.errors import CheckpointError, one_of
 from megatron_llave.files import whole_folder
 from megatron_llave.models import family_of, model_without_memory, open_hf, read_hf_config
@@ -141,8 +142,11 @@ def export_hf(
     named = {hf.layout_name(name, layout): shape for name, shape in plan.items()}
     with whole_folder(out, "exported model") as partial:
         write_tensor_files(partial, named, ((hf.layout_name(n, layout), v) for n, v in values), shard_bytes)
-        trained = (folder / folders.CONFIG).read_text() if cfg.train.steps else None
-        notes = hf.write_files(partial, layout, config, assets.folder, trained)
+        is_trained = cfg.train.steps > 0
+        notes = hf.write_files(partial, layout, config, assets.folder, shared_config(cfg) if is_trained else None)
+        if is_trained:
+            with (partial / "README.md").open("a", encoding="utf-8") as card:
+                card.write(training_record(folder, cfg))
     return notes
 
 

@@ -86,7 +86,7 @@ def evaluate_tasks(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -
 
 def build_evaluation(
     cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection, progress: Callable[[str], None]
-) -> Callable[[], Scores]:
+) -> tuple[Callable[[], Scores], dict[str, int]]:
     """Build a function that evaluates the model in training, as it is, on the sets in evaluate.path.
 
     Ties count as wrong in sets of a prepared folder, and as right in those of MMEB. If an embedding is not finite, the
@@ -97,6 +97,9 @@ def build_evaluation(
         chunks: the model in training.
         groups: its process groups.
         progress: called with what is being done, for each input that is read and each row that is embedded.
+
+    Returns:
+        The function, and the number of different candidates of each set.
 
     Raises:
         ConfigError: evaluate.sets names an unknown set.
@@ -132,7 +135,7 @@ def build_evaluation(
             for chunk in chunks:
                 chunk.train()
 
-    return run
+    return run, {task.name: task.num_candidates for task in tasks}
 
 
 def _finished(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -> list[SetResult | None]:

@@ -2,26 +2,21 @@
 
 import hashlib
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from megatron_llave import __version__
 from megatron_llave.checkpoint.folders import require_intact
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
 from megatron_llave.models import family_of
 from megatron_llave.planning.plan import count_parameters
 from megatron_llave.report.html_page import Section
+from megatron_llave.versions import program_versions
 
-ROOT = Path(__file__).resolve().parents[2]
 FINGERPRINT = 16
 """Number of hexadecimal digits of the fingerprint of the evaluation sets."""
 
@@ -52,8 +47,7 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
         "command": shlex.join(sys.argv),
         "processes": dist.get_world_size(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": f"megatron_llave {__version__}{commit(ROOT)}, torch {torch.__version__}, "
-        f"megatron-core {version('megatron-core')}, Python {sys.version.split()[0]}",
+        "versions": program_versions(),
         "precision": cfg.model.precision,
         **family_of(cfg.model).input_settings(cfg.data, cfg.model),
     }
@@ -76,15 +70,3 @@ def about_section(about: Mapping[str, Any]) -> Section:
     """The section of a report that says all of it."""
     rows = [(name, "none" if value is None else str(value)) for name, value in about.items()]
     return Section("About this evaluation", "", ("what", "value"), rows)
-
-
-def commit(root: Path) -> str:
-    """` (git COMMIT)` of a clone, with `-dirty` where files differ from it; "" outside of a clone or without git."""
-    if not (root / ".git").exists():  # an installed package may lie within someone else's repository
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f" (git {done.stdout.strip()})"

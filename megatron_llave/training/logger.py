@@ -119,18 +119,19 @@ class RunLog:
             print(self._progress(record), flush=True)
             self._interval_sums = _Interval()
 
-    def evaluation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, float], seconds: float, candidates: Mapping[str, int]) -> None:
         """Append the scores of an evaluation to evaluations.jsonl, and print their mean.
 
         Args:
             step: steps done before the evaluation.
             scores: set -> Precision@1 in percent, for at least one set; NaN, written as null, for a set without score.
             seconds: duration of the evaluation.
+            candidates: set -> number of its different candidates.
         """
         if self._file is None:
             return
         written = {name: None if _is_broken(value) else value for name, value in scores.items()}
-        record = {"step": step, "precision_at_1": written, "seconds": seconds}
+        record = {"step": step, "precision_at_1": written, "seconds": seconds, "candidates": dict(candidates)}
         with self._survived(), (self._output / EVALUATIONS_FILE).open("ab", buffering=0) as file:
             _append_line(file, record)
         finite = {f"precision_at_1/{name}": value for name, value in written.items() if value is not None}

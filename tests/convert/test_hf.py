@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from megatron_llave.models.llava_onevision.hf_weights import LM_HEAD, POST_NORM,
 pytestmark = pytest.mark.long
 
 transformers = pytest.importorskip("transformers")
+from huggingface_hub import ModelCard  # noqa: E402  (which transformers needs)
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_hf.py"
@@ -376,17 +378,37 @@ def check_average(run: Path, groups: ProcessGroupCollection, out: Path, weights:
     assert not torch.equal(expected["image_newline"], weights["image_newline"])
 
 
+def check_card(out: Path, run: Path, data: Path) -> None:
+    """The card has a header that the hub reads, and says what the run's files say, without paths of this machine."""
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "feature-extraction"
+    assert {"embedding", "multimodal", "llave"} < set(card.data.tags)
+    assert "learning_rate: 0.001" in card.text and f"started from | {ONEVISION.name} |" in card.text
+    assert f"megatron-core {version('megatron-core')}" in card.text and "pipeline 2" in card.text
+    subsets = json.loads((run / "checkpoints/step-0000002/data.json").read_text())["subsets"]
+    for name, subset in subsets.items():
+        assert f"| {name} | {subset['pairs']} | {subset['weight']} | {subset['taken']} |" in card.text
+    assert "| ImageNet-1K | 50.0 | 12 |" in card.text and "| CIRR | not finite |  |" in card.text
+    assert "99.0" not in card.text, "an evaluation after the checkpoint"
+    for folder in (run, data, out, data.parent, Path.cwd(), Path.home()):
+        assert str(folder) not in card.content
+
+
 def test_trained_from_a_hugging_face_folder_and_exported(
     groups, openmoji_data: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:
     options = ["parallel.pipeline=2", "optimizer.learning_rate=1e-3", "model.freeze=[vision]", "loss.reward=ema"]
     run = train(2, tmp_path, openmoji_data, ONEVISION, tokenizer_file, *options)
+    scores = {"step": 2, "precision_at_1": {"ImageNet-1K": 50.0, "CIRR": None}, "candidates": {"ImageNet-1K": 12}}
+    lines = [{"step": 1, "precision_at_1": {"CIRR": 1.5}}, scores, {"step": 3, "precision_at_1": {"CIRR": 99.0}}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "pre'
+    (run / "evaluations.jsonl").write_text(text)  # the last line as a killed run leaves it
     out = export(run, tmp_path / "out", groups)
     found, before = tensors_of(out), tensors_of(ONEVISION)
     same = {name for name in before if torch.equal(found[name], before[name])}
     frozen = {name for name in before if name.startswith(VISION)} | {LM_HEAD}
     assert same == frozen and POST_NORM + "bias" in same
-    assert "learning_rate: 0.001" in (out / "README.md").read_text()
+    check_card(out, run, openmoji_data)
     check_average(run, groups, export(run, tmp_path / "average", groups, average=True), found)
     done = convert("verify", "--hf", out, "--checkpoint", run)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -454,8 +454,9 @@ def training_evaluation(groups, tokenizer: Path, **evaluate):
 
 
 def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
-    cfg, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    cfg, chunks, (run, candidates) = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
     scores = run()
+    assert candidates == {task.name: task.num_candidates for task in golden_tasks()[:2]}
     assert list(scores) == ["ImageNet-1K", "CIRR"] and chunks[0].training
     model = LoadedModel(cfg, chunks, build_processor(cfg.data, cfg.model), groups)
     tasks = golden_tasks()[:2]
@@ -466,7 +467,7 @@ def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
 
 
 def test_training_goes_on_without_scores_where_embeddings_are_not_finite(groups, tmp_path, caplog):
-    _, chunks, run = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
+    _, chunks, (run, _) = training_evaluation(groups, byte_tokenizer(tmp_path), sets=["CIRR", "ImageNet-1K"])
     with torch.no_grad():
         next(chunks[0].parameters()).fill_(math.nan)
     scores = run()

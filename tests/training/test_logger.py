@@ -136,11 +136,11 @@ def test_evaluations_have_a_file_of_their_own(tmp_path, capsys):
     log = RunLog(tmp_path, 1, 2, enabled=True)
     log.step(record(1))
     capsys.readouterr()
-    log.evaluation(1, {"a": 10.0, "b": 30.0}, seconds=2.5)
+    log.evaluation(1, {"a": 10.0, "b": 30.0}, seconds=2.5, candidates={"a": 7, "b": 1000})
     log.close()
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": 1, "precision_at_1": {"a": 10.0, "b": 30.0}, "seconds": 2.5}
+        {"step": 1, "precision_at_1": {"a": 10.0, "b": 30.0}, "seconds": 2.5, "candidates": {"a": 7, "b": 1000}}
     ]
     assert capsys.readouterr().out == "step 1: Precision@1 20.0 %, mean of 2 sets\n"
     assert len(read_log(tmp_path / LOG_FILE)) == 1
@@ -150,10 +150,10 @@ def test_an_evaluation_without_scores_is_written_as_null(tmp_path, capsys):
     told = []
     tracker = SimpleNamespace(step=lambda step, values: told.append(values), close=lambda: None)
     log = RunLog(tmp_path, 1, 2, enabled=True, trackers=[tracker])
-    log.evaluation(1, {"a": math.nan, "b": math.nan}, seconds=2.5)
+    log.evaluation(1, {"a": math.nan, "b": math.nan}, seconds=2.5, candidates={})
     log.close()
     written = json.loads((tmp_path / "evaluations.jsonl").read_text())
-    assert written == {"step": 1, "precision_at_1": {"a": None, "b": None}, "seconds": 2.5}
+    assert written == {"step": 1, "precision_at_1": {"a": None, "b": None}, "seconds": 2.5, "candidates": {}}
     assert capsys.readouterr().out == "" and not any(told)
 
 

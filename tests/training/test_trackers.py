@@ -48,7 +48,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path
     values = {"loss": 0.5, "subset": "birds", "seconds": 2.0, "pairs": 4, "tokens": 9, "skipped": 0, "histogram": [1]}
     log = RunLog(tmp_path, 0, 9, True, trackers)
     log.step({"step": 3, **values, "gradient_norm": float("nan")})
-    log.evaluation(3, {"names": 40.0}, seconds=1.0)
+    log.evaluation(3, {"names": 40.0}, seconds=1.0, candidates={"names": 9})
     log.close()
     [writer] = FakeWriter.made
     assert writer.folder == str(tmp_path / "tensorboard") and writer.purge_step == 3 and writer.is_closed
