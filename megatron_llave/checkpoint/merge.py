@@ -49,7 +49,8 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
         require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
         require_same_tokenizer(sources[0], folder)
     # The averages of runs with loss.reward=ema are not merged, so the result has none.
-    cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward="self", stored_embeddings=None))
+    reward = "self" if cfgs[0].loss.reward == "ema" else cfgs[0].loss.reward
+    cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward=reward))
     embedder = model_without_memory(cfg.model, groups)
     streams = [
         read_weights(folder, model_without_memory(part_cfg.model, groups), groups)

@@ -74,6 +74,13 @@ def _validate_objectives(cfg: RunConfig) -> None:
         require(ok, f"{name}.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1")
     ok = cfg.loss.soft_labels is None or cfg.data.hard_negatives > 0 or cfg.data.positives != 1
     require(ok, "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives")
+    stored, users = cfg.loss.stored_embeddings, {"reward": cfg.loss.reward, "soft_labels": cfg.loss.soft_labels}
+    using = [f"loss.{key}=stored" for key, value in users.items() if value == "stored"]
+    hint = "a file or folder made by tools/embed.py --shards"
+    require(stored is not None or not using, f"{' and '.join(using)} need loss.stored_embeddings, {hint}")
+    require(
+        stored is None or using, f"loss.stored_embeddings={stored} is used by loss.reward or soft_labels=stored alone"
+    )
 
 
 def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str) -> None:

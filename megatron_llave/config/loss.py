@@ -11,7 +11,7 @@ NEGATIVES = ("global_batch", "micro_batch", "own_micro_batch", "own")
 WHOLE_STEP = ("global_batch", "own")
 """The values of loss.negatives with which the loss of a pair does not depend on the micro batch that it is in."""
 OBJECTIVES = ("contrastive", "cosent")
-SOFT_LABELS = ("scores",)
+SOFT_LABELS = ("scores", "stored")
 SOFT_LABEL_LOSSES = ("cross_entropy", "symmetric_kl")
 
 
@@ -63,8 +63,8 @@ class LossConfig:
     cosines of an exponential moving average of its weights) or stored (the cosines of loss.stored_embeddings);
     docs/contrastive_step.md states the costs."""
     stored_embeddings: str | None = None
-    """Embeddings of the training inputs by another model: a .npy file with a file of ids beside it, a Parquet file, or
-    a folder of such files, as made by tools/embed.py --shards."""
+    """Embeddings of the training inputs by another model, for reward and soft_labels: a .npy file with a file of ids
+    beside it, a Parquet file, or a folder of such files, as made by tools/embed.py --shards."""
     ema_decay: float = 0.999
     """Decay of the moving average for reward=ema; in the first steps it is (1 + step) / (10 + step) if that is less."""
 
@@ -72,8 +72,8 @@ class LossConfig:
     """What is trained: contrastive (the loss of the paper) or cosent (the order of the cosines is to be the order of
     the scores of the data, over all pairs of the step; of this section it takes the temperature alone)."""
     soft_labels: str | None = None
-    """Further loss against soft labels: scores (those of the data, for the targets and hard negatives of a pair); null:
-    none. A pair without scores adds nothing to it."""
+    """Further loss against soft labels: scores (those of the data, for the targets and hard negatives of a pair),
+    stored (the cosines of loss.stored_embeddings) or null (none). A pair without scores adds nothing to it."""
     soft_label_loss: str = "cross_entropy"
     """How the model's softmax over a pair's targets and hard negatives is compared with that of the soft labels:
     cross_entropy (as in Qwen3-VL-Embedding) or symmetric_kl (half the sum of both Kullback-Leibler divergences, as in
@@ -83,7 +83,7 @@ class LossConfig:
     contrastive_weight: float = 1.0
     """Factor of the contrastive loss beside soft labels; 0 trains on the soft labels alone."""
     soft_label_temperature: float = 1.0
-    """Temperature by which the scores of the soft labels are divided."""
+    """Temperature by which the scores of the soft labels are divided; cosines need a lower one than the default."""
     soft_label_student_temperature: float | None = None
     """Temperature by which the model's cosines are divided for the soft labels; null: that of the contrastive loss."""
 
@@ -93,10 +93,6 @@ class LossConfig:
         one_of("loss.directions", self.directions, DIRECTIONS)
         one_of("loss.hardness", self.hardness, HARDNESS)
         one_of("loss.reward", self.reward, ("self", "ema", "stored"))
-        missing = "loss.reward=stored needs loss.stored_embeddings, a file or folder made by tools/embed.py --shards"
-        require(self.reward != "stored" or self.stored_embeddings is not None, missing)
-        unused = f"loss.stored_embeddings={self.stored_embeddings} is not used by loss.reward={self.reward}"
-        require(self.reward == "stored" or self.stored_embeddings is None, unused)
         is_margin("loss.mask_margin", self.mask_margin)
         one_of("loss.objective", self.objective, OBJECTIVES)
         if self.soft_labels is not None:

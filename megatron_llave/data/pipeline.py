@@ -10,16 +10,16 @@ resumed run continues at the pair where it stopped.
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_llave.batch import Pair, StepBatches
-from megatron_llave.config.loss import WHOLE_STEP
+from megatron_llave.config.loss import WHOLE_STEP, LossConfig
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.balance import balance_micro_batches
 from megatron_llave.data.index import Index, Subset
@@ -28,7 +28,7 @@ from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs, sta
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.step_buffer import StepBuffer, pack_step
 from megatron_llave.data.storage import Storage, open_storage
-from megatron_llave.data.stored_vectors import StoredVectors, names_in_row, open_vectors
+from megatron_llave.data.stored_vectors import StoredVectors, names_in_row, open_vectors, with_stored
 from megatron_llave.data.worker_signals import ignore_torchrun_signals, start_workers
 from megatron_llave.errors import ConfigError, DataError, UserError
 
@@ -124,6 +124,7 @@ def build_train_stream(
         pad_to_multiple=pad_to_multiple,
         context=cfg.parallel.context,
         stored=open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None,
+        loss_of=partial(loss_of_subset, cfg),
     )
     require_same_vectors(reader, position)
     reader.require_vectors()
@@ -268,6 +269,8 @@ class StepReader(Dataset):
     """Number of context ranks that share a packed row."""
     stored: StoredVectors | None = None
     """Embeddings of the inputs by another model, which come with the micro batches; None: there are none."""
+    loss_of: Callable[[str], LossConfig] | None = None
+    """The loss of a subset, which says what it takes from the stored embeddings; None: there are none."""
 
     def require_vectors(self) -> None:
         """Look up the inputs of the first pairs of each subset, before anything else is done; the others when read.
@@ -311,7 +314,8 @@ class StepReader(Dataset):
         ]
         position = plan.position
         if self.stored is not None:
-            batches = [replace(x, stored=self.stored.rows(names_in_row(y))) for x, y in zip(batches, encoded)]
+            rows, loss = [self.stored.rows(names_in_row(pairs)) for pairs in encoded], self.loss_of(subset)
+            batches = [with_stored(batch, own, loss) for batch, own in zip(batches, rows)]
             position = position | {STORED: self.stored.identity}
         data = pack_step(StepBatches(batches, position))
         return TrainStep(data, sum(share.stop - share.start for share in self.shares), problems)

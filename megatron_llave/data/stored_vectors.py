@@ -1,4 +1,5 @@
-"""Embeddings of the training inputs by another model, looked up by name: the reward model of `loss.reward: stored`.
+"""Embeddings of the training inputs by another model, looked up by name: the model of `loss.reward: stored`, and the
+teacher of `loss.soft_labels: stored`.
 
 They are files like those of tools/embed.py --shards: a .npy file [n, d] with the name of each row on a line of the .ids
 file beside it, which is mapped into memory, or a Parquet file with columns id and embedding, which is read whole. d is
@@ -8,7 +9,7 @@ A name is SUBSET/query/ID or SUBSET/target/ID.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from megatron_llave.batch import PairBatch
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.data.packing import EncodedPair, stable_hash
 from megatron_llave.errors import DataError
 from megatron_llave.files import read_lines
@@ -46,6 +49,20 @@ def names_in_row(pairs: Sequence[EncodedPair]) -> list[str]:
     return (
         queries + targets + [target_name(pair.pair.subset, name) for pair in pairs for name in pair.hard_negative_ids]
     )
+
+
+def with_stored(batch: PairBatch, rows: Tensor, loss: LossConfig) -> PairBatch:
+    """Return a micro batch with what the loss of its subset takes from the stored embeddings [b + a + m, d] of its row.
+
+    This is `stored` for reward=stored, and for soft_labels=stored the cosines of each query with its targets and hard
+    negatives in place of the scores of the data.
+    """
+    scores = batch.scores
+    if loss.soft_labels == "stored":
+        query, others = rows[: batch.num_pairs], rows[batch.num_pairs :]
+        targets = torch.arange(batch.num_pairs) if batch.target_rows is None else batch.target_rows
+        scores = (query[torch.cat([targets, batch.hard_rows])] * others).sum(1)
+    return replace(batch, stored=rows if loss.reward == "stored" else None, scores=scores)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.config.data import DataConfig
+from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import Index, write_index
@@ -171,8 +172,25 @@ def test_what_cannot_be_used_is_refused_in_one_line(shards: Path, names: list[st
     refused("bad.parquet is no Parquet file with columns id and embedding", tmp_path / "bad.parquet")
 
 
+def test_their_cosines_are_the_scores_of_soft_labels(shards: Path, names: list[str], tmp_path: Path) -> None:
+    """Of targets and hard negatives, in the order of the row; the vectors stay behind."""
+    cfg = config(shards, write(tmp_path / "x.npy", names), soft_labels="stored")
+    cfg.loss.reward, cfg.data.subsets = "self", {"birds": SubsetConfig()}
+    pairs = {f"p{i}": make_pair("birds", i) for i in range(16)}
+    for batch in unpack_step(next(build_train_stream(cfg, ENCODER, 0, 1, 1))).batches:
+        own = [pairs[key] for key in batch.keys]
+        compared = [(pair.query_id, pair.target_id) for pair in own]
+        compared += [(pair.query_id, name) for pair in own for name in pair.hard_negative_ids[:1]]
+        two = [(vector(f"birds/query/{q}"), vector(f"birds/target/{t}")) for q, t in compared]
+        expected = torch.stack([torch.cosine_similarity(*both, dim=0) for both in two])
+        torch.testing.assert_close(batch.scores, expected, rtol=0, atol=1e-6)
+        assert batch.stored is None
+
+
 def test_the_keys_go_together() -> None:
-    with pytest.raises(ConfigError, match="loss.reward=stored needs loss.stored_embeddings"):
-        LossConfig(reward="stored")
-    with pytest.raises(ConfigError, match="loss.stored_embeddings=x.npy is not used by loss.reward=ema"):
-        LossConfig(reward="ema", stored_embeddings="x.npy")
+    def refused(loss: dict, match: str) -> None:
+        with pytest.raises(ConfigError, match=match):
+            config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}, "loss": loss})
+
+    refused({"reward": "stored"}, "^loss.reward=stored need loss.stored_embeddings, a file or folder made by")
+    refused({"reward": "ema", "stored_embeddings": "x.npy"}, "^loss.stored_embeddings=x.npy is used by loss.reward or")
