@@ -42,7 +42,7 @@ from transformers.utils import is_torchvision_available
 from megatron_llave.batch import Pair, PairBatch, Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.data import pipeline, shard_reader
+from megatron_llave.data import readers, shard_reader
 from megatron_llave.data.index import Index, read_index, write_index
 from megatron_llave.data.packing import Processor, encode_pairs, pack_pairs
 from megatron_llave.data.pipeline import build_train_stream
@@ -76,8 +76,8 @@ TIMED = {
     "decode": (processor, "decode_image"),
     "resize, cut tiles": (anyres, "cut_tiles"),
     "tokenize": (processor, "encode_prompt"),
-    "pack": (pipeline, "pack_pairs"),
-    "into one buffer": (pipeline, "pack_step"),
+    "pack": (readers, "pack_pairs"),
+    "into one buffer": (readers, "pack_step"),
 }
 """Stages of our stream: name -> the function that does the work."""
 

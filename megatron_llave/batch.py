@@ -323,3 +323,7 @@ class StepBatches:
     """The micro batches in the order in which they are run."""
     position: dict[str, Any]
     """The position in the data after the step (data/pipeline.py), which is saved with the model."""
+    count: int | None = None
+    """Number of micro batches of the step, if `batches` is one of them and the others come later; None: it has all."""
+    longest: int = 0
+    """Tokens of the longest row of all `count` micro batches."""

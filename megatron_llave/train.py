@@ -31,6 +31,7 @@ from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
+from megatron_llave.planning.token_budget import token_budget
 from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
@@ -38,6 +39,7 @@ from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, S
 from megatron_llave.training.gradient_cache import forward_backward, takes_one_pass
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
+from megatron_llave.training.micro_batches import MicroBatches, kept_of, subset_of
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate, require_runnable
 from megatron_llave.training.run_state import RunState, held_output
 from megatron_llave.training.temperature import LearnedTemperature, read_gradient
@@ -99,7 +101,8 @@ def train_in_output(
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     watchdog.announce(f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
-    steps = broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device())
+    are_single = cfg.train.tokens_per_micro_batch is not None
+    steps = broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device(), are_single)
     is_new = pretrained is None and resumed is None
     watchdog.announce(f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
     chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
@@ -155,10 +158,10 @@ def run_steps(
         data = next(steps)
         waited = time.perf_counter() - started
         watchdog.progress(f"computing step {step}")
-        config = loss_of_subset(cfg, data.batches[0].subset)
+        config = loss_of_subset(cfg, subset_of(data.batches))
         further = state.average, finite, state.temperature
         result = train_step(state.trainable, data.batches, config, step - 1, groups, *further)
-        record = collect(cfg, step, result, groups.dp, started, waited)
+        record = collect(cfg, step, result, groups.dp, started, waited + getattr(data.batches, "waited", 0.0))
         run.running(step)
         watchdog.progress(f"ending step {step}")
         reason = requests.reason()
@@ -205,12 +208,13 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
         return None
     encoder = build_processor(cfg.data, cfg.model)
     multiple = row_multiple(cfg.model, cfg.parallel)
-    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), multiple, position)
+    budget = token_budget(cfg, process_groups.device().type == "cuda")
+    return build_train_stream(cfg, encoder, groups.dp.rank(), groups.dp.size(), multiple, position, budget)
 
 
 def train_step(
     trainable: Trainable,
-    batches: list[PairBatch],
+    batches: list[PairBatch] | MicroBatches,
     config: LossConfig,
     step: int,
     groups: ProcessGroupCollection,
@@ -230,17 +234,17 @@ def train_step(
         finite: keeps a step whose loss or gradient is not finite from changing the weights; None: nothing does.
         temperature: the learned temperature, which is updated too; None: that of `config`.
     """
-    config, rate, subset = at_step(config, step), learning_rate(trainable), batches[0].subset
+    config, rate, subset = at_step(config, step), learning_rate(trainable), subset_of(batches)
     config, log = temperature.of_step(config, subset, step) if temperature else (config, None)
     compare = build_loss(config, groups.dp, log)
-    exchange_row_counts(batches, groups.dp)
+    exchange_row_counts(kept_of(batches), groups.dp)
     trainable.zero_gradients()
     has_hardness = average is not None and config.objective == "contrastive"
     reward_model = average.applied if has_hardness else None
     is_stored = config.reward == "stored"
     shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model, is_stored)
     gradient_norms, is_finite = read_norms(trainable.squared_norms(), shares)
-    is_skipped = finite is not None and not finite.check(is_finite, shares, batches, step)
+    is_skipped = finite is not None and not finite.check(is_finite, shares, kept_of(batches), step)
     trainable.update(None if is_skipped else gradient_norms[0])
     if average is not None and not is_skipped:
         trainable.wait_for_weights()
@@ -248,7 +252,7 @@ def train_step(
     slope = None if log is None else read_gradient(log, groups, takes_one_pass(config.negatives, batches))
     if slope is not None and not is_skipped:
         temperature.update(subset, slope)
-    return StepResult(config, batches, shares, gradient_norms, rate, slope)
+    return StepResult(config, kept_of(batches), shares, gradient_norms, rate, slope)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ load.py calls `validate` on the configuration that it has read. A section checks
 
 from dataclasses import fields
 
+from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import LOSS_OF_SUBSET, RunConfig, loss_of_subset
 from megatron_llave.errors import require
@@ -49,6 +50,9 @@ def validate(cfg: RunConfig) -> None:
     decay = section.vision_layer_decay
     ok = decay == 1 or "vision" not in cfg.model.freeze
     require(ok, f"optimizer.vision_layer_decay={decay} has no layers to slow down: model.freeze has vision")
+    ok = cfg.train.tokens_per_micro_batch is None or cfg.loss.negatives in WHOLE_STEP
+    needs = f"train.tokens_per_micro_batch={cfg.train.tokens_per_micro_batch} needs loss.negatives={WHOLE_STEP[0]}"
+    require(ok, f"{needs}: with {cfg.loss.negatives} the loss depends on the micro batch that a pair is in")
     late = [name for name, subset in cfg.data.subsets.items() if subset.start_step > 0]
     require(
         not cfg.data.subsets or len(late) < len(cfg.data.subsets),

@@ -56,6 +56,11 @@ class TrainConfig:
     """Pairs per step over all data-parallel ranks."""
     micro_batch_size: int | None = None
     """Pairs per forward pass of one data-parallel rank; null: all pairs of the rank's step at once."""
+    tokens_per_micro_batch: int | None = None
+    """Instead of micro_batch_size: the most tokens of a micro batch, so that each step needs the same memory whatever
+    its images (docs/contrastive_step.md). A tile of an image counts as the tokens that need as much memory as it does
+    in the vision encoder, beside its visual tokens. Only where the loss does not depend on the micro batch of a pair:
+    loss.negatives global_batch or own. A pair beyond it is left out like a bad one. null: no budget."""
     seed: int = 0
     """Seed of the initial weights and of the data order; both are the same at every parallel layout."""
     output: str = "runs/default"
@@ -69,7 +74,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check sizes."""
         at_least(self, "train", 2, ("global_batch_size",))  # a single pair has no negative
-        at_least(self, "train", 1, ("micro_batch_size",))
+        at_least(self, "train", 1, ("micro_batch_size", "tokens_per_micro_batch"))
+        both = f"train.micro_batch_size={self.micro_batch_size} and train.tokens_per_micro_batch"
+        ok = None in (self.micro_batch_size, self.tokens_per_micro_batch)
+        require(ok, f"{both}={self.tokens_per_micro_batch} exclude each other; set one of them to null")
         at_least(self, "train", 0, ("steps", "epochs", "seed", "time_limit_minutes", "max_bad_steps"))
 
 

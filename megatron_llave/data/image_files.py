@@ -32,6 +32,8 @@ TRANSPARENT = "image with transparency"
 HIGH_BITS = "image of more than 8 bits per channel"
 ONE_COLOUR = "image of one colour"
 
+FIRST_QUARTER_TURN = 5
+"""The EXIF orientations from this one on exchange width and height."""
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 """Pillow's modes of colours that are multiplied by alpha -> those that are not."""
 RANGES = (1, 255, 4095, 65535)
@@ -117,10 +119,7 @@ def decode_image(
         TooLargeError: the image exceeds the limits.
         BadImageError: the bytes are not an image or are damaged, or the memory is too small for it.
     """
-    image = open_image(data, settings.max_pixels) if isinstance(data, bytes) else data
-    if image.format == "EPS":
-        raise BadImageError("EPS is a program, which is not run; convert it to PNG")
-    _check_size(image, len(data) if isinstance(data, bytes) else None, settings.max_pixels)
+    image = _open_checked(data, settings)
     try:
         return _to_rgb(image, settings, [] if notes is None else notes)
     except MemoryError as error:
@@ -128,6 +127,34 @@ def decode_image(
     except Exception as error:  # each of Pillow's decoders raises its own kinds; all mean the same here
         size = f" ({len(data)} bytes)" if isinstance(data, bytes) else ""
         raise BadImageError(f"not a readable image{size}: {_one_line(error)}") from error
+
+
+def image_size(data: bytes | Image.Image, settings: ImageSettings = ImageSettings()) -> tuple[int, int]:
+    """Return width and height in pixels of what `decode_image` makes of an image, from the header of its file.
+
+    A rotation that is noted after the pixels, where a PNG may have it, is not seen.
+
+    Raises:
+        TooLargeError: the image exceeds the limits.
+        BadImageError: the bytes are not an image.
+    """
+    image = _open_checked(data, settings)
+    if "exif_rotation" not in settings.corrections:
+        return image.size
+    try:
+        # For a PNG without EXIF in its header, Pillow's own method would decode the image to look behind its pixels.
+        is_turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= FIRST_QUARTER_TURN
+    except Exception:  # damaged EXIF says nothing
+        is_turned = False
+    return image.size[::-1] if is_turned else image.size
+
+
+def _open_checked(data: bytes | Image.Image, settings: ImageSettings) -> Image.Image:
+    image = open_image(data, settings.max_pixels) if isinstance(data, bytes) else data
+    if image.format == "EPS":
+        raise BadImageError("EPS is a program, which is not run; convert it to PNG")
+    _check_size(image, len(data) if isinstance(data, bytes) else None, settings.max_pixels)
+    return image
 
 
 def decode_frames(
@@ -139,11 +166,21 @@ def decode_frames(
         BadImageError: also where the frames are not of one size, or there are none.
     """
     frames = [decode_image(image, settings, notes) for image in images]
-    sizes = sorted({frame.size for frame in frames})
+    _one_size([frame.size for frame in frames])
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def frames_size(images: Sequence[bytes | Image.Image], settings: ImageSettings = ImageSettings()) -> tuple[int, int]:
+    """Return width and height in pixels of the frames that `decode_frames` makes, as `image_size`; raises as both."""
+    return _one_size([image_size(image, settings) for image in images])
+
+
+def _one_size(frames: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    sizes = sorted(set(frames))
     if len(sizes) != 1:
         found = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
         raise BadImageError(f"the frames of a video must have one size, not {found or 'none'}")
-    return np.stack([np.asarray(frame) for frame in frames])
+    return sizes[0]
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ tokens, u blended rows.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,9 +124,23 @@ class EncodedPair:
         return scores[: len(self.hard_negatives)]
 
     @property
+    def sequences(self) -> list[EncodedSequence]:
+        """All its sequences."""
+        return [self.query, *self.targets, *self.hard_negatives]
+
+    @property
     def length(self) -> int:
         """Number of tokens in all its sequences."""
-        return sum(sequence.length for sequence in (self.query, *self.targets, *self.hard_negatives))
+        return sum(sequence.length for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """What an input will take when it is encoded."""
+
+    tokens: int
+    """Visual ones included, and no more than the processor's max_length."""
+    tiles: int
 
 
 class Processor(Protocol):
@@ -141,6 +155,13 @@ class Processor(Protocol):
 
         Raises:
             DataError: an image cannot be read, or the input does not fit into the longest sequence.
+        """
+
+    def measure(self, side: Side) -> InputSize:
+        """Return the sizes of what `encode` will make, from the headers of the images; needed with a token budget.
+
+        Raises:
+            DataError: as `encode`, if the header of an image is enough to see it.
         """
 
 
@@ -242,21 +263,40 @@ def encode_pairs(
         if isinstance(pair, DataError):
             report(str(pair))
             continue
-        targets = pair.targets[:positives]
-        inputs = [pair.query, *targets, *pair.hard_negatives[:hard_negatives]]
         try:
-            query, *others = [_encode(side, processor) for side in inputs]
+            query, *others = map(processor.encode, _inputs(pair, hard_negatives, positives))
         except DataError as error:
-            report(f"pair {pair.key} of subset {pair.subset}: {error}")
+            report(_about(pair, error))
             continue
-        encoded.append(EncodedPair(pair, query, others[: len(targets)], others[len(targets) :]))
+        number = len(pair.targets[:positives])
+        encoded.append(EncodedPair(pair, query, others[:number], others[number:]))
     return encoded
 
 
-def _encode(side: Side, processor: Processor) -> EncodedSequence:
-    if not side.num_placeholders and not side.text.strip():
-        raise DataError("an input has neither text nor image")
-    return processor.encode(side)
+def measure_pair(
+    pair: Pair, processor: Processor, hard_negatives: int, positives: int | None = None
+) -> list[InputSize]:
+    """Return the sizes of the inputs that `encode_pairs` encodes of a pair, without decoding its images.
+
+    Raises:
+        DataError: names the pair, which has an input that cannot be used.
+    """
+    try:
+        return list(map(processor.measure, _inputs(pair, hard_negatives, positives)))
+    except DataError as error:
+        raise DataError(_about(pair, error)) from error
+
+
+def _about(pair: Pair, error: DataError) -> str:
+    return f"pair {pair.key} of subset {pair.subset}: {error}"
+
+
+def _inputs(pair: Pair, hard_negatives: int, positives: int | None) -> Iterator[Side]:
+    """Yield the inputs of a pair in the order in which they are encoded."""
+    for side in (pair.query, *pair.targets[:positives], *pair.hard_negatives[:hard_negatives]):
+        if not side.num_placeholders and not side.text.strip():
+            raise DataError("an input has neither text nor image")
+        yield side
 
 
 def pack_pairs(

@@ -1,4 +1,4 @@
-"""Packs the micro batches of a step into two tensors of bytes, which data workers send to all ranks of a replica.
+"""Packs micro batches of a step into two tensors of bytes, which data workers send to all ranks of a replica.
 
 One buffer in place of hundreds of small tensors needs one piece of shared memory, one copy to the device and one
 broadcast.
@@ -37,7 +37,8 @@ class StepBuffer:
 def pack_step(step: StepBatches) -> StepBuffer:
     """Copy the micro batches of a step, which are on the CPU, into one buffer."""
     tensors: list[Tensor] = []
-    described = {"position": step.position, "batches": [_describe(batch, tensors) for batch in step.batches]}
+    described = {f.name: getattr(step, f.name) for f in fields(step)}
+    described["batches"] = [_describe(batch, tensors) for batch in step.batches]
     header = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
     payload = torch.zeros(_offsets(tensors)[-1], dtype=torch.uint8)
     for tensor, offset in zip(tensors, _offsets(tensors)):
@@ -50,7 +51,7 @@ def unpack_step(step: StepBuffer) -> StepBatches:
     """Return the micro batches of a buffer; their tensors are views of its payload, on the payload's device."""
     described = json.loads(step.header.cpu().numpy().tobytes())
     batches = [_restore(PairBatch, values, step.payload) for values in described["batches"]]
-    return StepBatches(batches, described["position"])
+    return StepBatches(**described | {"batches": batches})
 
 
 def _offsets(tensors: list[Tensor]) -> list[int]:

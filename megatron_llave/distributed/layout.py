@@ -72,7 +72,8 @@ def validate_batch(cfg: RunConfig, data_parallel: int) -> None:
             f"train.global_batch_size={total} is not a multiple of {times}{data_parallel} data-parallel ranks"
         )
     micro_batches = total // (data_parallel * micro)
-    if layout.virtual_pipeline > 1 and micro_batches % layout.pipeline:
+    is_counted = cfg.train.tokens_per_micro_batch is None  # else empty ones are added
+    if is_counted and layout.virtual_pipeline > 1 and micro_batches % layout.pipeline:
         raise ConfigError(
             f"parallel.virtual_pipeline={layout.virtual_pipeline} needs a number of micro batches that "
             f"parallel.pipeline={layout.pipeline} divides, but train.global_batch_size={total} with "

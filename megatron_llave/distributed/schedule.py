@@ -1,7 +1,8 @@
 """megatron-core's pipeline schedules, called in one place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import tee
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch.nn import Module
 
 
 def run_schedule(
-    chunks: list[Module], items: list, lengths: list[int], step: Callable, forward_only: bool = False
+    chunks: list[Module], items: Iterable, count: int, longest: int, step: Callable, forward_only: bool = False
 ) -> list:
     """Run the micro batches through megatron-core's schedule for this layout: no pipelining, 1F1B or interleaved.
 
@@ -21,8 +22,9 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks, which leave out the rows of their input that are padding.
-        items: one per micro batch; each chunk iterates over all of them.
-        lengths: number of tokens of each micro batch's packed row, the same on all pipeline stages and context ranks.
+        items: one per micro batch; each chunk iterates over all of them, and an item is made when it is needed.
+        count: number of items.
+        longest: tokens of the longest packed row, the same on all pipeline stages and context ranks.
         step: megatron-core's forward step. It takes an iterator of items and a chunk, and returns the chunk's output
             and a function that the last stage calls with it.
         forward_only: do not compute gradients; the function that `step` returns is then called with (output, True).
@@ -31,7 +33,7 @@ def run_schedule(
         The results of that function on the last stage, one per item; an empty list on other stages.
     """
     language = get_attr_wrapped_model(chunks[0], "language")
-    longest = max(lengths) * getattr(language, "sent_rows", 1)
+    longest *= getattr(language, "sent_rows", 1)
 
     def padded_step(data: Iterator, chunk: Module) -> tuple[Tensor, Callable]:
         output, function = step(data, chunk)
@@ -41,9 +43,9 @@ def run_schedule(
     with torch.no_grad() if forward_only else nullcontext():
         return get_forward_backward_func()(
             forward_step_func=padded_step,
-            data_iterator=[iter(items) for _ in chunks] if len(chunks) > 1 else iter(items),
+            data_iterator=list(tee(items, len(chunks))) if len(chunks) > 1 else iter(items),
             model=chunks,
-            num_microbatches=len(items),
+            num_microbatches=count,
             seq_length=longest,
             micro_batch_size=1,
             forward_only=forward_only,

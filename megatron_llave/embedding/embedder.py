@@ -264,7 +264,7 @@ def forward_only(model: LoadedModel, rows: list[PackedSequences]) -> list[Tensor
     padded = rows + [empty] * missing
     forward_step = partial(_forward_step, progress=model.progress)
     lengths = [sum(row.padded_lengths) for row in padded]
-    return run_schedule(model.chunks, padded, lengths, forward_step, forward_only=True)[: len(rows)]
+    return run_schedule(model.chunks, padded, len(padded), max(lengths), forward_step, forward_only=True)[: len(rows)]
 
 
 def _forward_step(

@@ -5,7 +5,8 @@ With `global_batch` the negatives of a pair are all other pairs of the step, wha
   2. The loss over all of them, gathered over the data-parallel ranks, and its gradient with respect to the local ones.
   3. Replay pass: forward and backward over the same micro batches with the surrogate sum(embeddings * gradient).
 The gradient of the parameters is that of one process with the whole batch at once (GradCache, arXiv 2101.06983). It
-costs one more forward pass, in which a frozen vision encoder does not take part: its features are kept from pass 1.
+costs one more forward pass, in which a frozen vision encoder does not take part: its features are kept from pass 1,
+unless micro batches come one after the other (micro_batches.py), of which nothing is kept.
 
 With `micro_batch` one pass is enough: the negatives of a pair are those of its own micro batch on all data-parallel
 ranks, as in the official LLaVE repository. With one micro batch per step both are the same, and the single pass is
@@ -15,6 +16,7 @@ A reward model other than the model itself embeds all micro batches once more, b
 of one come with the micro batches.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -31,6 +33,7 @@ from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.loss import Compare
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
+from megatron_llave.training.micro_batches import MicroBatches, kept_of, longest_row
 
 RewardModel = Callable[[], AbstractContextManager]
 """A context in which the chunks are the reward model."""
@@ -38,7 +41,7 @@ RewardModel = Callable[[], AbstractContextManager]
 
 def forward_backward(
     chunks: list[Module],
-    batches: list[PairBatch],
+    batches: list[PairBatch] | MicroBatches,
     compare: Compare,
     negatives: str,
     reward_model: RewardModel | None = None,
@@ -59,26 +62,28 @@ def forward_backward(
         loss is the mean over these results and over the data-parallel ranks.
     """
     nothing: list[None] = [None] * len(batches)  # stages before the last have neither embeddings nor gradients
-    rewards, lengths = [batch.stored for batch in batches] if is_stored else nothing, _lengths(batches)
+    rewards, sizes = nothing, (len(batches), longest_row(batches))
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
     if takes_one_pass(negatives, batches):
-        return run_schedule(chunks, list(zip(batches, rewards)), lengths, partial(_compare_step, compare=compare))
+        step = partial(_compare_step, compare=compare, is_stored=is_stored)
+        return run_schedule(chunks, zip(batches, rewards), *sizes, step)
     states = _RandomStates(chunks)
     embeddings = _embed(chunks, batches, states)
-    gradients, shares = nothing, []
+    gradients, shares, rows = nothing, [], kept_of(batches)
     if embeddings:
-        gradients, share = _loss_gradients(embeddings, rewards, batches, compare)
+        rewards = [batch.stored for batch in rows] if is_stored else rewards
+        gradients, share = _loss_gradients(embeddings, rewards, rows, compare)
         shares = [share]
     after = states.current()
     replay = partial(_replay_step, schedule_divisor=len(batches), states=states)
-    run_schedule(chunks, list(zip(range(len(batches)), batches, gradients)), lengths, replay)
+    run_schedule(chunks, zip(itertools.count(), batches, gradients), *sizes, replay)
     states.restore(after)
     return shares
 
 
-def takes_one_pass(negatives: str, batches: list[PairBatch]) -> bool:
+def takes_one_pass(negatives: str, batches: list[PairBatch] | MicroBatches) -> bool:
     """Whether the loss of each micro batch is part of the schedule, without an embed pass before it."""
     return negatives not in WHOLE_STEP or len(batches) == 1
 
@@ -112,14 +117,12 @@ class _RandomStates:
             get_cuda_rng_tracker().set_states(state[2])
 
 
-def _embed(chunks: list[Module], batches: list[PairBatch], states: _RandomStates | None = None) -> list[Tensor]:
+def _embed(
+    chunks: list[Module], batches: list[PairBatch] | MicroBatches, states: _RandomStates | None = None
+) -> list[Tensor]:
     """Embeddings [b + a + m, d] of every micro batch on the last pipeline stage; an empty list on the other stages."""
     step = partial(_embed_step, states=states)
-    return run_schedule(chunks, list(enumerate(batches)), _lengths(batches), step, forward_only=True)
-
-
-def _lengths(batches: list[PairBatch]) -> list[int]:
-    return [sum(batch.sequences.padded_lengths) for batch in batches]
+    return run_schedule(chunks, enumerate(batches), len(batches), longest_row(batches), step, forward_only=True)
 
 
 def _embed_step(
@@ -132,9 +135,10 @@ def _embed_step(
 
 
 def _compare_step(
-    items: Iterator[tuple[PairBatch, Tensor | None]], chunk: Module, compare: Compare
+    items: Iterator[tuple[PairBatch, Tensor | None]], chunk: Module, compare: Compare, is_stored: bool
 ) -> tuple[Tensor, Callable]:
     batch, reward = next(items)
+    reward = batch.stored if is_stored else reward
 
     def loss_of(embeddings: Tensor) -> tuple[Tensor, LossShare]:
         if not embeddings.requires_grad:

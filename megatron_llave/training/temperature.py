@@ -103,6 +103,7 @@ def read_gradient(log_temperature: Tensor, groups: ProcessGroupCollection, is_on
             number of context ranks.
     """
     gradient = torch.zeros_like(log_temperature) if log_temperature.grad is None else log_temperature.grad.clone()
+    gradient /= groups.cp.size() if is_one_pass else 1  # before the sum: with a token budget the ranks may differ
     dist.all_reduce(gradient)
     ranks = dist.get_world_size() // groups.pp.size()  # all of the last stage have a share, or a copy of one
-    return float(gradient) / (ranks * (groups.cp.size() if is_one_pass else 1))
+    return float(gradient) / ranks

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llave.data.balance import balance_micro_batches
+from megatron_llave.data.balance import balance_micro_batches, fill_micro_batches
 
 
 def longest(lengths, parts):
@@ -64,3 +64,20 @@ def test_within_the_bound_of_longest_first(lengths, count):
 )
 def test_known_deals(lengths, count, expected):
     assert balance_micro_batches(lengths, count) == expected
+
+
+@given(st.lists(st.floats(0, 100) | st.integers(1, 100), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_by_a_budget_are_full_before_another_begins(costs):
+    filled = fill_micro_batches(costs, 100)
+    assert sorted(position for positions in filled for position in positions) == list(range(len(costs)))
+    assert all(positions == sorted(positions) for positions in filled)
+    sums = [sum(costs[i] for i in positions) for positions in filled]
+    assert max(sums) <= 100 + 1e-9
+    for number, positions in enumerate(filled):  # nothing fits into an earlier one
+        assert all(before + costs[i] > 100 - 1e-9 for before in sums[:number] for i in positions)
+
+
+def test_a_budget_that_can_be_filled_exactly_and_a_step_without_pairs():
+    assert fill_micro_batches([30, 50, 20, 70, 30], 100) == [[0, 3], [1, 2, 4]]
+    assert fill_micro_batches([], 100) == [[]]

@@ -17,7 +17,8 @@ from megatron_llave.config.data import DataConfig, SubsetConfig
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.schema import RunConfig, TrainConfig
 from megatron_llave.data.index import Index, Shard, Subset, write_index
-from megatron_llave.data.pipeline import build_train_stream, rank_shares, shuffled_locations, steps_of_epochs
+from megatron_llave.data.pipeline import build_train_stream, rank_shares, steps_of_epochs
+from megatron_llave.data.readers import shuffled_locations
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError, DataError

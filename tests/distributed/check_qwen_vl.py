@@ -121,7 +121,7 @@ def check_embeddings(
 
     batches = [packed(family, some, model, layout, groups) for some in names]
     lengths = [sum(batch.padded_lengths) for batch in batches]
-    run_schedule(chunks, batches, lengths, step, forward_only=True)
+    run_schedule(chunks, batches, len(batches), max(lengths), step, forward_only=True)
     if hidden:
         check_hidden_states(hidden[0], family, batches[0].lengths, what)
     for some, row in zip(names, rows):

@@ -16,10 +16,12 @@ from megatron_llave.data.image_files import (
     ImageSettings,
     decode_frames,
     decode_image,
+    frames_size,
     image_settings,
+    image_size,
     settings_of_embeddings,
 )
-from megatron_llave.data.packing import EncodedSequence, TileShape, VisualLayout
+from megatron_llave.data.packing import EncodedSequence, InputSize, TileShape, VisualLayout
 from megatron_llave.data.placeholders import count_placeholders, remove_placeholders
 from megatron_llave.data.prompt import encode_within
 from megatron_llave.data.tokenizer import Tokenizer, tokenizer_of_run
@@ -75,15 +77,9 @@ class LlavaOnevisionProcessor:
             frames = decode_frames(side.images, self.images, notes) if side.frames is None else side.frames
             return self._encode_video(text, frames, notes)
         images = [decode_image(data, self.images, notes) for data in side.images]
-        layouts = [self._layout(*image.size, self.grids) for image in images]
-        num_blank = 0
-        if self.template == "qwen" and not images:
-            if self.image_token_without_image == "remove":
-                text = remove_placeholders(text)
-            num_blank = count_placeholders(text)
-            layouts = [self._layout(self.tile_size, self.tile_size, ())] * num_blank
-        visual_tokens = sum(map(len, layouts))
-        tokens, is_cut = self._tokens(text, len(layouts), visual_tokens)
+        text, layouts = self._layouts(text, [image.size for image in images])
+        num_blank = len(layouts) - len(images)
+        tokens, is_cut = self._tokens(text, layouts)
         try:
             tiles = [anyres.cut_tiles(image, self.grids, self.tile_size) for image in images]
         except MemoryError as error:
@@ -92,15 +88,38 @@ class LlavaOnevisionProcessor:
         tiles += [np.zeros((1, 3, self.tile_size, self.tile_size), np.uint8)] * num_blank
         return EncodedSequence(tokens, tiles, layouts, num_blank > 0, is_cut, tuple(notes))
 
+    def measure(self, side: Side) -> InputSize:
+        """Return the sizes of what `encode` makes, without decoding an image; raises as it does."""
+        if side.frames is not None or side.is_video:
+            if side.frames is None:
+                frames_size(side.images, self.images)  # which refuses frames of several sizes, as `encode` does
+            tiles = len(side.images if side.frames is None else side.frames)
+            text, layouts = side.text, [self._video_layout(tiles)]
+        else:
+            sizes = [image_size(data, self.images) for data in side.images]
+            text, layouts = self._layouts(side.text, sizes)
+            tiles = sum(num_tiles(*size, self.grids, self.tile_size) for size in sizes) + len(layouts) - len(sizes)
+        tokens, _ = self._tokens(text, layouts)
+        return InputSize(len(tokens) - len(layouts) + sum(map(len, layouts)), tiles)
+
     def _encode_video(self, text: str, frames: np.ndarray, notes: list[str]) -> EncodedSequence:
         """Encode a video: each frame is one squashed tile, and the prompt has one image for all of them."""
         cut = [anyres.cut_tiles(Image.fromarray(frame), (), self.tile_size) for frame in frames]
-        layout = anyres.video_layout(len(frames), self.tile_size // self.patch_size, self.video_newline)
-        tokens, is_cut = self._tokens(text, 1, len(layout))
+        layout = self._video_layout(len(frames))
+        tokens, is_cut = self._tokens(text, [layout])
         return EncodedSequence(tokens, [np.concatenate(cut)], [layout], False, is_cut, tuple(notes))
 
-    def _tokens(self, text: str, num_images: int, visual_tokens: int) -> tuple[list[int], bool]:
+    def _layouts(self, text: str, sizes: Sequence[tuple[int, int]]) -> tuple[str, list[VisualLayout]]:
+        """Return the text as it is encoded, and the layouts of images of these sizes or else of blank tiles."""
+        if sizes or self.template != "qwen":
+            return text, [self._layout(*size, self.grids) for size in sizes]
+        if self.image_token_without_image == "remove":
+            text = remove_placeholders(text)
+        return text, [self._layout(self.tile_size, self.tile_size, ())] * count_placeholders(text)
+
+    def _tokens(self, text: str, layouts: Sequence[VisualLayout]) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
+        num_images, visual_tokens = len(layouts), sum(map(len, layouts))
 
         def encode(max_length: int) -> list[int]:
             return encode_prompt(text, num_images, self.tokenizer, self.template, max_length, visual_tokens)
@@ -110,6 +129,9 @@ class LlavaOnevisionProcessor:
     def _layout(self, width: int, height: int, grids: anyres.Grids) -> VisualLayout:
         patches = self.tile_size // self.patch_size
         return anyres.visual_layout(width, height, grids, self.tile_size, patches, self.anyres_max_tiles)
+
+    def _video_layout(self, num_frames: int) -> VisualLayout:
+        return anyres.video_layout(num_frames, self.tile_size // self.patch_size, self.video_newline)
 
 
 def build_processor(cfg_data: DataConfig, cfg_model: ModelConfig) -> LlavaOnevisionProcessor:
@@ -140,10 +162,13 @@ def image_lengths(width: int, height: int, data: DataConfig, model: ModelConfig)
     visual = anyres.num_visual_tokens(
         width, height, grids, vision.image_size, vision.patches_per_side, model.anyres_max_tiles
     )
-    if not grids:
-        return visual, 1
-    columns, rows = anyres.select_grid(width, height, grids, vision.image_size)
-    return visual, 1 + columns * rows
+    return visual, num_tiles(width, height, grids, vision.image_size)
+
+
+def num_tiles(width: int, height: int, grids: anyres.Grids, tile_size: int) -> int:
+    """Tiles of an image, from its size in pixels."""
+    columns, rows = anyres.select_grid(width, height, grids, tile_size) if grids else (0, 0)
+    return 1 + columns * rows
 
 
 def video_lengths(num_frames: int, width: int, height: int, data: DataConfig, model: ModelConfig) -> tuple[int, int]:

@@ -15,10 +15,12 @@ from megatron_llave.data.image_files import (
     ImageSettings,
     decode_frames,
     decode_image,
+    frames_size,
     image_settings,
+    image_size,
     settings_of_embeddings,
 )
-from megatron_llave.data.packing import IMAGE, EncodedSequence, TileShape, VisualLayout
+from megatron_llave.data.packing import IMAGE, EncodedSequence, InputSize, TileShape, VisualLayout
 from megatron_llave.data.placeholders import remove_placeholders
 from megatron_llave.data.prompt import encode_within
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_of_run
@@ -97,14 +99,32 @@ class QwenVlProcessor:
             raise BadImageError(f"the memory is too small for the tiles of images of {sizes} pixels") from error
         return self._encoded(tokens, tiles, grids, is_cut, notes)
 
+    def measure(self, side: Side) -> InputSize:
+        """Return the sizes of what `encode` makes, without decoding an image; raises as it does."""
+        if side.frames is not None or side.is_video:
+            number = len(side.images if side.frames is None else side.frames)
+            size = frames_size(side.images, self.images) if side.frames is None else side.frames.shape[2:0:-1]
+            grids = self._video_grids(number, *size)
+            media = [video_text(frame_times(number, side.seconds), self.has_time_stamps)]
+        else:
+            grids = [self.budget.image_grid(*image_size(data, self.images)) for data in side.images]
+            media = [IMAGE_TEXT] * len(grids)
+        tokens, _ = self._tokens(side.text, media, grids)
+        visual = sum(map(num_visual_tokens, grids))
+        return InputSize(len(tokens) - len(grids) + visual, visual)
+
     def _encode_video(self, text: str, frames: np.ndarray, times: Sequence[float], notes: list[str]) -> EncodedSequence:
         """Encode a video: one IMAGE, or one for each pair of frames if these have time stamps."""
-        pairs, *patches = self.budget.video_grid(len(frames), frames.shape[2], frames.shape[1])
-        grids: list[Grid] = [(1, *patches)] * pairs if self.has_time_stamps else [(pairs, *patches)]
+        grids = self._video_grids(len(frames), frames.shape[2], frames.shape[1])
         tokens, is_cut = self._tokens(text, [video_text(times, self.has_time_stamps)], grids)
         tiles, _ = video_tiles(frames, self.budget)
         interval = self.tokens_per_second * seconds_per_pair(times) if self.tokens_per_second else 1
         return self._encoded(tokens, np.split(tiles, len(grids)), grids, is_cut, notes, interval)
+
+    def _video_grids(self, num_frames: int, width: int, height: int) -> list[Grid]:
+        """Return the grid of a video, or of each pair of its frames."""
+        pairs, *patches = self.budget.video_grid(num_frames, width, height)
+        return [(1, *patches)] * pairs if self.has_time_stamps else [(pairs, *patches)]
 
     def _tokens(self, text: str, media: list[str], grids: list[Grid]) -> tuple[list[int], bool]:
         """Return the ids of the prompt, and whether its text was cut."""
