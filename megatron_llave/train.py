@@ -16,7 +16,15 @@ from megatron_llave.batch import PairBatch, StepBatches
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
-from megatron_llave.checkpoint.resume import find_checkpoint, make_folder, resume, starting_from, with_steps
+from megatron_llave.checkpoint.resume import (
+    base_of,
+    find_checkpoint,
+    make_folder,
+    needs_weights,
+    resume,
+    starting_from,
+    with_steps,
+)
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import load_config
 from megatron_llave.config.loss import LossConfig
@@ -31,6 +39,7 @@ from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
+from megatron_llave.models.lora import initialize_adapters
 from megatron_llave.planning.token_budget import token_budget
 from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
@@ -105,17 +114,20 @@ def train_in_output(
     steps = broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device(), are_single)
     is_new = pretrained is None and resumed is None
     watchdog.announce(f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
-    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), cfg.train.seed if is_new else None)
-    if pretrained is not None and resumed is None:
+    seed = cfg.train.seed if is_new else None
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed, cfg.lora)
+    base = base_of(cfg, pretrained, resumed)
+    if pretrained is not None and needs_weights(resumed):
         watchdog.announce(f"loading {cfg.checkpoint.init}")
-        pretrained.load(chunks, groups)
+        initialize_adapters(chunks, groups.tp, cfg.train.seed)
+        pretrained.load(chunks, groups, base=cfg.lora.base)
     watchdog.progress("building the optimizer")
     average = ExponentialMovingAverage(chunks, cfg.loss.ema_decay) if cfg.loss.reward == "ema" else None
     temperature = LearnedTemperature(cfg.loss, cfg.optimizer) if cfg.loss.temperature_learning != "none" else None
-    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature)
+    state = TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature, cfg.lora)
     watchdog.announce(f"loading {resumed}" if resumed else f"making the output directory {cfg.train.output}")
     done = resume(state, resumed, cfg) if resumed else 0
-    output = make_folder(cfg, pretrained)
+    output = make_folder(cfg, pretrained, base)
     is_reporting = process_groups.is_reporting_rank(groups)
     if is_reporting:
         logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))

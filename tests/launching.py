@@ -113,3 +113,11 @@ def data_with_few_sets(openmoji_data: Path, folder: Path, *names: str) -> Path:
     file.unlink()
     file.write_text(json.dumps(content))
     return folder
+
+
+def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
+    """Wait until the run has logged this step."""
+    deadline = time.monotonic() + 200
+    while not (run / "log.jsonl").is_file() or step not in losses(run):
+        assert is_running() and time.monotonic() < deadline, "it has not come to the step"
+        time.sleep(0.002)

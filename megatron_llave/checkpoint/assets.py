@@ -1,7 +1,7 @@
 """The folder `assets/` of a checkpoint: what it keeps of the Hugging Face folder that its weights came from."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.checkpoint.pretrained import Pretrained
+from megatron_llave.checkpoint.pretrained import BASE, Base, Pretrained
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
@@ -44,13 +44,14 @@ def _head_is_embedding(weights: HfWeights) -> bool:
     return weights.config.tied and torch.equal(weights.read(head), weights.read(embedding))
 
 
-def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -> None:
+def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path, base: Base | None = None) -> None:
     """Fill `assets/` in the output directory, from where each checkpoint takes it; the first rank calls this once.
 
     Args:
         output: output directory of the run.
         pretrained: the weights that the run starts from, if any.
         tokenizer: the file that the run reads its tokenizer from.
+        base: which weights the adapters are for that its checkpoints hold without them.
     """
     folder = output / folders.ASSETS
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,6 +60,9 @@ def start_assets(output: Path, pretrained: Pretrained | None, tokenizer: Path) -
     elif pretrained is not None and pretrained.assets.is_dir():
         shutil.copytree(pretrained.assets, folder, copy_function=folders.link)
     folder.mkdir(exist_ok=True)
+    (folder / BASE).unlink(missing_ok=True)
+    if base is not None:
+        write_json(folder / BASE, asdict(base))
     if pretrained is None or str(tokenizer) != pretrained.find_tokenizer():
         for name in TOKENIZERS:
             (folder / name).unlink(missing_ok=True)

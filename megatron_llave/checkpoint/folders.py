@@ -280,17 +280,19 @@ def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
         A line for each other key that differs, such as the learning rate; the value of `cfg` applies.
 
     Raises:
-        CheckpointError: the model, its frozen parts or loss.reward differ.
+        CheckpointError: the model, its frozen parts, its adapters or loss.reward differ.
     """
     saved = load_config(folder / CONFIG, leave_out=["parallel"])
     model = differences(asdict(saved.model), asdict(cfg.model))
     changed = [f"model.{line}" for line in model if line.split()[0] not in ("preset", "kernels", "recompute")]
+    lora = differences(asdict(saved.lora), asdict(cfg.lora))
+    changed += [f"lora.{line}" for line in lora if line.split()[0] in ("rank", "alpha", "targets")]
     if saved.loss.reward != cfg.loss.reward:
         changed.append(f"loss.reward was {saved.loss.reward}, is {cfg.loss.reward}")
     if changed:
         hint = "resume with the same model, or start a new run from its weights with checkpoint.init"
         raise CheckpointError(f"checkpoint {folder} is of another model: {'; '.join(changed)}; {hint}")
-    sections = ("loss", "optimizer", "train")
+    sections = ("lora", "loss", "optimizer", "train")
     data = differences(asdict(saved.data), asdict(cfg.data))
     return [f"data.{line}" for line in data if line.startswith("image_")] + [
         f"{section}.{line}"

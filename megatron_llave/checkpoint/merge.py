@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.stream import read_weights, write_weights
-from megatron_llave.config.checks import require_same_model
+from megatron_llave.config.checks import require_no_adapters, require_same_model
 from megatron_llave.config.load import load_config
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
@@ -45,6 +45,8 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
     sources = [folders.find(path) for path, _ in parts]
     cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in sources]
+    for folder, cfg in zip(sources, cfgs):
+        require_no_adapters(cfg, str(folder), "a merge of checkpoints")
     for folder, cfg in zip(sources[1:], cfgs[1:]):
         require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
         require_same_tokenizer(sources[0], folder)

@@ -131,11 +131,14 @@ def own_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Keep learning rates, weight decay and first steps as configured while a checkpoint is loaded inside.
 
     megatron-core overwrites them with those of the checkpoint. It does so even while it creates the moments, where it
-    tells groups of parameters apart by wd_mult alone: parts with different rates would swap them.
+    tells groups of parameters apart by wd_mult alone: parts with different rates would swap them, and a group without
+    a key such as that of its first step would get that of another one.
     """
     given = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
     yield
     for group, values in zip(optimizer.param_groups, given):
+        for key in group.keys() - values.keys() - {"params", "step"}:
+            del group[key]
         group.update(values)
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
@@ -17,15 +19,28 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError, require
-from megatron_llave.files import sha256_of
+from megatron_llave.files import read_json, sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
 from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
 from megatron_llave.models.hf.weights import fill_from_hf, require_plausible
+from megatron_llave.models.lora import merging
 
 HF_CONFIG = "config.json"
 
+BASE = "base.json"
+"""The file of the assets that says which weights the adapters of a checkpoint are for."""
 HASH_THREADS = 8
 """Number of files that are hashed at the same time."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which weights the adapters of a checkpoint are for."""
+
+    source: str
+    """Folder that they were in, an absolute path."""
+    sha256: str
+    """Pretrained.fingerprint of them."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,77 @@ class Pretrained:
         if self.is_hf:
             require_plausible(open_hf(self.folder))
 
-    def load(self, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
+    def load(
+        self,
+        chunks: list[Module],
+        groups: ProcessGroupCollection,
+        average: bool = False,
+        base: str | None = None,
+    ) -> None:
         """Fill this rank's chunks, at the parallel layout of `groups`.
 
+        Adapters go into the chunks' own, which have the same rank and targets, or are merged if these have none. The
+        chunks' adapters stay as they are if the folder has none.
+
+        Args:
+            chunks: this rank's chunks.
+            groups: the parallel layout.
+            average: whether to load the averaged weights of a run with loss.reward=ema.
+            base: folder of the weights that the folder's adapters are for; None: where they were.
+
         Raises:
-            CheckpointError: the weights are damaged, incomplete, of another model, or have no averages.
+            CheckpointError: the weights are damaged, incomplete, of another model, or have no averages; or those that
+                the adapters are for are gone, or others.
         """
         folders.require_average(self.folder, self.cfg, average)
+        lora = self.cfg.lora
+        if lora.leaves_out_base:
+            self.find_base(base).load(chunks, groups)
         if self.is_hf:
             fill_from_hf(chunks, open_hf(self.folder), groups)
-        else:
+            return
+        rules = family_of(self.cfg.model).hf.rules(self.cfg.model)
+        is_merged = lora.rank > 0 and not any(hasattr(chunk, "lora") for chunk in chunks)
+        with merging(chunks, lora, rules, groups.tp) if is_merged else nullcontext():
             load_weights(self.folder, chunks, groups, average)
+
+    def as_base(self, folder: str | None) -> Base:
+        """Return the record of the weights that adapters are trained for in a run that starts from these.
+
+        Args:
+            folder: of the weights that the adapters are for which these are; None: where they were.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if self.cfg.lora.leaves_out_base:
+            base = self.find_base(folder)
+            return Base(os.path.abspath(base.folder), read_base(self.folder).sha256)
+        return Base(os.path.abspath(self.folder), self.fingerprint())
+
+    def find_base(self, folder: str | None) -> "Pretrained":
+        """Find the weights that the adapters of this checkpoint are for; the first rank compares their hash.
+
+        Args:
+            folder: where they are now; None: where they were.
+
+        Raises:
+            CheckpointError: they are gone, or others.
+        """
+        record = read_base(self.folder)
+        what, hint = (
+            f"{self.folder} holds adapters without the weights that they are for",
+            "name their folder: lora.base",
+        )
+        try:
+            base = find_pretrained(folder or record.source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{what}: {error}; {hint}") from error
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            is_same = base.fingerprint() == record.sha256
+            if not is_same:
+                raise CheckpointError(f"{what}, and {base.folder} holds others (SHA-256); {hint}")
+        return base
 
     def find_tokenizer(self) -> str | None:
         """Return the tokenizer file that belongs to these weights, or None if their folder holds none."""
@@ -119,6 +194,19 @@ class Pretrained:
             return replace(model, **sizes, image_grids=model.image_grids or stored.image_grids)
         require_same_model(model, stored, weights)
         return replace(model, language=replace(model.language, vocab_size=stored.language.vocab_size))
+
+
+def read_base(folder: Path) -> Base:
+    """Read which weights the adapters of checkpoint `folder` are for.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = folder / folders.ASSETS / BASE
+    values = read_json(file, hint="a run with lora.rank writes it", error=CheckpointError)
+    if values.keys() != {"source", "sha256"} or not all(isinstance(value, str) for value in values.values()):
+        raise CheckpointError(f"{file} is damaged: it does not say which weights the adapters are for")
+    return Base(**values)
 
 
 def find_pretrained(path: str | Path) -> Pretrained:

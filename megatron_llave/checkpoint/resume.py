@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.assets import start_assets
 from megatron_llave.checkpoint.async_writer import layout
-from megatron_llave.checkpoint.pretrained import Pretrained
-from megatron_llave.checkpoint.state import TrainingState
-from megatron_llave.config.checks import validate
+from megatron_llave.checkpoint.pretrained import Base, Pretrained, read_base
+from megatron_llave.checkpoint.state import TrainingState, saved_lora
+from megatron_llave.config.checks import require_same_adapters, validate
 from megatron_llave.config.load import save_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.pipeline import steps_of_epochs
@@ -33,12 +33,42 @@ def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
     """Return `cfg` with the vocabulary and, unless it names one, the tokenizer of the weights that the run starts from.
 
     Raises:
-        ConfigError: cfg.model gives other sizes than the weights have.
+        ConfigError: cfg.model gives other sizes than the weights have, or cfg.lora has other adapters than they have.
     """
     tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
     cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
     validate(cfg)
+    if pretrained.cfg.lora.rank:
+        remedy = "lora.rank=0 merges them and trains all weights"
+        require_same_adapters(cfg.lora, pretrained.cfg.lora, str(pretrained.folder), remedy)
     return cfg
+
+
+def base_of(cfg: RunConfig, pretrained: Pretrained | None, resumed: Path | None) -> Base | None:
+    """Return which weights the run trains adapters for, if its checkpoints leave them out; found by the first rank.
+
+    Raises:
+        CheckpointError: the checkpoint `resumed` has adapters for others.
+    """
+    if pretrained is None or not cfg.lora.leaves_out_base and not _leaves_out_base(resumed):
+        return None
+    base = from_first_rank(lambda: pretrained.as_base(cfg.lora.base))
+    if _leaves_out_base(resumed):
+        before = read_base(resumed)
+        if before.sha256 != base.sha256:
+            what = f"checkpoint {resumed} has adapters for the weights that were in {before.source}, and {base.source}"
+            hint = "resume with the checkpoint.init of its run"
+            raise CheckpointError(f"{what}, of checkpoint.init={cfg.checkpoint.init}, holds others (SHA-256); {hint}")
+    return base if cfg.lora.leaves_out_base else None
+
+
+def needs_weights(resumed: Path | None) -> bool:
+    """Whether the run gets weights from checkpoint.init: it is new, or its checkpoint leaves them out."""
+    return resumed is None or _leaves_out_base(resumed)
+
+
+def _leaves_out_base(checkpoint: Path | None) -> bool:
+    return checkpoint is not None and saved_lora(checkpoint).leaves_out_base
 
 
 def with_steps(cfg: RunConfig) -> RunConfig:
@@ -108,8 +138,10 @@ def resume(state: TrainingState, folder: Path, cfg: RunConfig) -> int:
     return manifest["step"]
 
 
-def make_folder(cfg: RunConfig, pretrained: Pretrained | None) -> Path:
+def make_folder(cfg: RunConfig, pretrained: Pretrained | None, base: Base | None = None) -> Path:
     """Write the merged configuration and the files that every checkpoint copies into the output directory.
+
+    The arguments are those of `start_assets`.
 
     Raises:
         ConfigError: the output directory cannot be written.
@@ -119,7 +151,7 @@ def make_folder(cfg: RunConfig, pretrained: Pretrained | None) -> Path:
         try:
             output.mkdir(parents=True, exist_ok=True)
             save_config(cfg, output / folders.CONFIG)
-            start_assets(output, pretrained, find_tokenizer(cfg.data))
+            start_assets(output, pretrained, find_tokenizer(cfg.data), base)
         except OSError as error:
             raise ConfigError(f"train.output={output} cannot be written: {error.strerror}") from error
     dist.barrier()

@@ -4,7 +4,7 @@ They are megatron-core's sharded state dicts, so that a checkpoint that was save
 other one. folders.py has the folders, async_writer.py writes them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_llave.checkpoint.folders import AVERAGE, reading
+from megatron_llave.checkpoint.folders import AVERAGE, CONFIG, reading
 from megatron_llave.checkpoint.fp8_scales import EXTRA, SCALES, load_scales, requested_scales, saved_scales
 from megatron_llave.checkpoint.optimizer_state import (
     SHARDING,
@@ -27,6 +27,9 @@ from megatron_llave.checkpoint.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
+from megatron_llave.config.load import load_config
+from megatron_llave.config.lora import LoraConfig
+from megatron_llave.models.lora import draws_random_numbers, is_adapter
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import Trainable
 from megatron_llave.training.temperature import LearnedTemperature
@@ -46,12 +49,14 @@ class TrainingState:
     """Process groups of the parallel layout."""
     temperature: LearnedTemperature | None = None
     """Learned temperatures; None with loss.temperature_learning=none."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Whether adapters are saved without the weights beside them."""
 
     def to_save(self, step: int) -> dict:
         """Return the sharded state dict after `step` steps. Its tensors are the ones in use, not copies."""
         self.trainable.wait_for_weights()
         metadata = state_metadata(self.groups)
-        state = _model_state(self.chunks, metadata)
+        state = _model_state(self.chunks, metadata, self.lora)
         if self._is_trained():
             state["optimizer"] = self._optimizer_state(state, owned_values(self.trainable.optimizer))
         if self.average is not None:
@@ -66,7 +71,8 @@ class TrainingState:
         """Resume from checkpoint `folder`.
 
         Args:
-            folder: a checkpoint of a run with the same model, frozen parts and loss.reward.
+            folder: a checkpoint of a run with the same model, frozen parts, adapters and loss.reward. Weights that it
+                leaves out are in the chunks already.
             step: steps that were done when it was saved.
             is_same_layout: whether the parallel layout is the same; if not, dropout draws other random numbers.
 
@@ -88,7 +94,7 @@ class TrainingState:
     def _load_all(self, folder: Path, is_same_layout: bool) -> dict:
         """Return the checkpoint's tensors after weights and optimizer state have been put in place."""
         metadata = state_metadata(self.groups)
-        state = _model_state(self.chunks, metadata, folder)
+        state = _model_state(self.chunks, metadata, saved_lora(folder), folder)
         optimizer = self.trainable.optimizer
         if self._is_trained():
             make_states(optimizer)
@@ -115,8 +121,7 @@ class TrainingState:
 
     def _random_state(self) -> dict:
         """Return the random states of this rank; none without dropout, which alone draws from them."""
-        config = self.chunks[0].config
-        if config.hidden_dropout == 0 and config.attention_dropout == 0:
+        if not draws_random_numbers(self.chunks[0]):
             return {}
         states = {name: value.clone() for name, value in get_cuda_rng_tracker().get_states().items()}
         random = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state(), "tracker": states}
@@ -133,8 +138,15 @@ class TrainingState:
         return averages
 
 
+def saved_lora(folder: str | Path) -> LoraConfig:
+    """Return the section `lora` of the run that has saved checkpoint `folder`: which tensors the checkpoint holds."""
+    return load_config(Path(folder) / CONFIG, leave_out=["parallel"]).lora
+
+
 def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
     """Fill the chunks with the weights of checkpoint folder `path`, which may have been saved at any parallel layout.
+
+    What the checkpoint does not hold stays as it is: adapters, or the weights that its adapters are for.
 
     Args:
         path: the checkpoint.
@@ -151,7 +163,7 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
 
 def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool) -> None:
     metadata = state_metadata(groups)
-    loaded = _load(path, _model_state(chunks, metadata, Path(path)))
+    loaded = _load(path, _model_state(chunks, metadata, saved_lora(path), Path(path)))
     for key, chunk in zip(_model_keys(chunks), chunks):
         _fill(chunk, loaded[key])
     if average:
@@ -189,10 +201,12 @@ def sharded_parameters(chunk: Module, metadata: dict, prefix: str = "") -> dict:
 
 
 def _fill(chunk: Module, loaded: dict) -> None:
-    """Load every parameter of a chunk, and what FP8 scales there are."""
+    """Load the parameters of a chunk that were asked for, and what FP8 scales there are."""
     load_scales(chunk, {name: loaded.pop(name) for name in list(loaded) if name.endswith(SCALES)})
     missing, unexpected = chunk.load_state_dict(loaded, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith(EXTRA)]
+    kinds = {is_adapter(name) for name in loaded}
+    wrong = [name for name in missing if is_adapter(name) in kinds] + unexpected
+    wrong = [name for name in wrong if not name.endswith(EXTRA)]
     assert not wrong, f"{wrong[0]} is in the model or in its sharded state dict, but not in both"
 
 
@@ -206,12 +220,21 @@ def _model_keys(chunks: list[Module]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def _model_state(chunks: list[Module], metadata: dict, folder: Path | None = None) -> dict:
-    """Return parameters and FP8 scales of each chunk: those to save, or those to load from checkpoint `folder`."""
+def _model_state(chunks: list[Module], metadata: dict, lora: LoraConfig, folder: Path | None = None) -> dict:
+    """Return parameters and FP8 scales of each chunk: those to save, or those to load from checkpoint `folder`.
+
+    `lora` is of the run that saves, or that has saved: whether there are adapters, and weights beside them.
+    """
     states = {}
     for key, chunk in zip(_model_keys(chunks), chunks):
         scales = requested_scales(chunk, metadata, folder) if folder else saved_scales(chunk, metadata)
-        states[key] = sharded_parameters(chunk, metadata) | scales
+        parameters = sharded_parameters(chunk, metadata)
+        held = {
+            name: part
+            for name, part in parameters.items()
+            if (lora.rank > 0 if is_adapter(name) else not lora.leaves_out_base)
+        }
+        states[key] = held | scales
     return states
 
 

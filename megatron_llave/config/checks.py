@@ -6,6 +6,7 @@ load.py calls `validate` on the configuration that it has read. A section checks
 
 from dataclasses import fields
 
+from megatron_llave.config.lora import LoraConfig, part_of_target
 from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import LOSS_OF_SUBSET, RunConfig, loss_of_subset
@@ -68,6 +69,7 @@ def validate(cfg: RunConfig) -> None:
     ok = parts == 1 or cfg.loss.temperature_learning != "subset"
     require(ok, f"{mixed}, which has one temperature: use loss.temperature_learning=one, or data.sub_batches=1")
     _validate_objectives(cfg)
+    _validate_lora(cfg)
 
 
 def _validate_objectives(cfg: RunConfig) -> None:
@@ -85,6 +87,53 @@ def _validate_objectives(cfg: RunConfig) -> None:
     require(
         stored is None or using, f"loss.stored_embeddings={stored} is used by loss.reward or soft_labels=stored alone"
     )
+
+
+def _validate_lora(cfg: RunConfig) -> None:
+    lora = cfg.lora
+    if not lora.rank:
+        return
+    ok = cfg.checkpoint.init is not None
+    require(ok, f"lora.rank={lora.rank} needs checkpoint.init: adapters of random weights are of no use")
+    frozen = [target for target in lora.targets if part_of_target(target) in cfg.model.freeze]
+    clash = f"lora.targets: {''.join(frozen[:1])} is of a part that model.freeze={cfg.model.freeze} names"
+    require(not frozen, f"{clash}; all weights but adapters are frozen anyway")
+    decay = cfg.optimizer.vision_layer_decay
+    ok = decay == 1 or any(part_of_target(target) == "vision" for target in lora.targets)
+    require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
+
+
+def require_same_adapters(configured: LoraConfig, stored: LoraConfig, source: str, remedy: str) -> None:
+    """Refuse adapters of another kind than those that are configured, unless none are: then they can be merged.
+
+    Args:
+        configured: the section `lora` of a run or of a model that is loaded.
+        stored: that of the configuration beside the weights.
+        source: where `stored` comes from, for the message.
+        remedy: what to do instead, for the message.
+
+    Raises:
+        ConfigError: names the key that differs, with both values.
+    """
+    for name in ("rank", "alpha", "targets") if configured.rank else ():
+        ours, theirs = getattr(configured, name), getattr(stored, name)
+        what = f"lora.{name}={ours} contradicts the adapters in {source}, where it is {theirs}"
+        require(ours == theirs, f"{what}; {remedy}")
+
+
+def require_no_adapters(cfg: RunConfig, source: str, what: str) -> None:
+    """Refuse a checkpoint with adapters for what reads weights alone.
+
+    Args:
+        cfg: the configuration beside the weights.
+        source: where it comes from, for the message.
+        what: what reads the weights, for the message.
+
+    Raises:
+        ConfigError: there are adapters.
+    """
+    hint = "a run that starts from it with lora.rank=0 and optimizer.learning_rate=0 merges them"
+    require(not cfg.lora.rank, f"{source} has adapters of lora.rank={cfg.lora.rank}, which {what} cannot read; {hint}")
 
 
 def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str) -> None:

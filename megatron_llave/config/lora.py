@@ -43,6 +43,11 @@ class LoraConfig:
         require(len(set(self.targets)) == len(self.targets), f"lora.targets={self.targets} names a layer twice")
 
     @property
+    def leaves_out_base(self) -> bool:
+        """Whether checkpoints hold adapters without the weights that they are for."""
+        return self.rank > 0 and not self.save_base
+
+    @property
     def scale(self) -> float:
         """Factor of the adapters' output."""
         return self.alpha / self.rank

@@ -1,12 +1,13 @@
 """The configuration tree: RunConfig, and the sections that have no file of their own.
 
-Each section checks its own values. model.py, data.py, loss.py and optimizer.py have the section of their name, load.py
-reads the tree from YAML and the command line, and checks.py checks the sections against each other.
+Each section checks its own values. model.py, lora.py, data.py, loss.py and optimizer.py have the section of their name,
+load.py reads the tree from YAML and the command line, and checks.py checks the sections against each other.
 """
 
 from dataclasses import dataclass, field, replace
 
 from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.optimizer import OptimizerConfig
@@ -167,6 +168,8 @@ class RunConfig:
     """Contrastive loss."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rate."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.assets import Assets, Shapes, keep_assets, read_assets
 from megatron_llave.checkpoint.stream import read_weights, write_weights
-from megatron_llave.config.checks import require_same_model, validate
+from megatron_llave.config.checks import require_no_adapters, require_same_model, validate
 from megatron_llave.config.load import config_from_dict, load_config
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.convert.training_record import shared_config, training_record
@@ -127,6 +127,7 @@ def export_hf(
     folder = folders.find(source)
     cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
     folders.require_average(folder, cfg, average)
+    require_no_adapters(cfg, str(folder), "an export")
     assets = read_assets(folder)
     hf = family_of(cfg.model).hf
     layout = layout or (assets.config.layout if assets.config else hf.layouts[0])

@@ -10,6 +10,7 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.safe_reads import check_all, safe_reads
 from megatron_llave.checkpoint.state import sharded_parameters, state_metadata
+from megatron_llave.config.checks import require_no_adapters
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.models import family_of, model_without_memory, open_hf
 from megatron_llave.models.hf.mapping import hf_shapes
@@ -33,6 +34,7 @@ def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
         UserError: the folder has no known format, or its files cannot be read.
     """
     pretrained = find_pretrained(folder)
+    require_no_adapters(pretrained.cfg, str(pretrained.folder), "inspect")
     embedder = model_without_memory(pretrained.cfg.model, groups)
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}
     num_parameters = sum(parameter.numel() for parameter in embedder.parameters())

@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from megatron_llave.batch import PackedSequences, Side, to_device
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
-from megatron_llave.config.checks import require_same_model
+from megatron_llave.config.checks import require_same_adapters, require_same_model
 from megatron_llave.config.load import override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
@@ -112,7 +112,8 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
         average: whether to load the averaged weights of a run with loss.reward=ema.
 
     Raises:
-        UserError: there is no checkpoint, or no averaged weights in it; an override or the parallel layout is invalid.
+        UserError: there is no checkpoint, or no averaged weights in it; the weights that its adapters are for are gone
+            or others; an override or the parallel layout is invalid.
     """
     end_with_launcher()
     cpu_emulation.enable()
@@ -124,8 +125,8 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     pretrained.require_plausible()
-    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=None)
-    pretrained.load(chunks, groups, average)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=None, lora=cfg.lora)
+    pretrained.load(chunks, groups, average, cfg.lora.base)
     for chunk in chunks:
         chunk.eval()
     encoder = build_processor(cfg.data, cfg.model)
@@ -138,6 +139,7 @@ def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:
     tokenizer = pretrained.find_tokenizer() or cfg.data.tokenizer
     cfg = override_config(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)), overrides)
     require_same_model(cfg.model, pretrained.cfg.model, str(pretrained.folder))
+    require_same_adapters(cfg.lora, pretrained.cfg.lora, str(pretrained.folder), "lora.rank=0 merges them")
     if not cfg.data.tokenizer and not cfg.data.path:
         raise DataError(
             f"{pretrained.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (tools/convert_hf.py "

@@ -38,7 +38,7 @@ def initial_model(model: LoadedModel) -> LoadedModel:
     seed = None if start else cfg.train.seed
     chunks = build_model(cfg.model, cfg.parallel, model.groups, device(), seed)
     if start is not None:
-        start.load(chunks, model.groups)
+        start.load(chunks, model.groups, base=cfg.lora.base)
     for chunk in chunks:
         chunk.eval()
     return replace(model, chunks=chunks, source=start, average=False)

@@ -15,7 +15,7 @@ Source: PEFT's tuners/lora/layer.py (0.21.2), arXiv 2106.09685.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -120,7 +120,7 @@ class Adapters(Module):
         if not (self.training and self.lora.dropout):
             return F.linear(hidden, torch.cat(downs))
         # Ranks whose inputs are different tokens or channels draw different numbers.
-        is_own = self.sequence_parallel or not self.splits_outputs
+        is_own = self.group.size() > 1 and (self.sequence_parallel or not self.splits_outputs)
         with get_cuda_rng_tracker().fork() if is_own else nullcontext():
             return torch.cat([F.linear(F.dropout(hidden, self.lora.dropout), down) for down in downs], dim=-1)
 
@@ -168,6 +168,7 @@ def add_adapters(chunk: Module, lora: LoraConfig, rules: Mapping[str, Rule], gro
     """
     chosen = _chosen(lora.targets, rules)
     chunk.requires_grad_(False)
+    chunk.lora = lora
     to_global = global_names(chunk)
     for path, parent in list(chunk.named_modules()):
         for name in (*COLUMN_PARALLEL, *ROW_PARALLEL):
@@ -240,11 +241,14 @@ def adapters_in(chunks: Iterable[Module]) -> list[tuple[Module, str, Adapters]]:
     ]
 
 
-def draws_random_numbers(chunks: Iterable[Module]) -> bool:
-    """Whether forward passes of these chunks in training depend on random states, as dropout does."""
-    chunks = list(chunks)
-    hidden = any(max(module.config.hidden_dropout, module.config.attention_dropout) > 0 for module in chunks)
-    return hidden or any(adapters.lora.dropout > 0 for _, _, adapters in adapters_in(chunks))
+def draws_random_numbers(chunk: Module) -> bool:
+    """Whether passes of a model in training depend on random states, given one of its chunks, wrapped or not.
+
+    The answer is the same on all pipeline stages, also on one without adapters.
+    """
+    lora = getattr(getattr(chunk, "module", chunk), "lora", LoraConfig())
+    config = chunk.config
+    return config.hidden_dropout > 0 or config.attention_dropout > 0 or lora.rank > 0 and lora.dropout > 0
 
 
 def initialize_adapters(chunks: list[Module], group: dist.ProcessGroup, seed: int) -> None:
@@ -314,6 +318,27 @@ def set_adapters(chunks: list[Module], tensors: Mapping[str, Tensor], group: dis
         for name, parameter in named_global_parameters(chunk):
             if is_adapter(name):
                 parameter.copy_(tensor_parallel_part(tensors[name], parameter, group.rank(), group.size()))
+
+
+@contextmanager
+def merging(
+    chunks: list[Module], lora: LoraConfig, rules: Mapping[str, Rule], group: dist.ProcessGroup
+) -> Iterator[None]:
+    """Give chunks without adapters some that are filled inside, and merge them at the end.
+
+    The arguments are those of `add_adapters`. What is trained afterwards is what was trained before.
+    """
+    trained = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
+    frozen = [getattr(chunk, "vision_is_frozen", False) for chunk in chunks]
+    for chunk in chunks:
+        add_adapters(chunk, lora, rules, group)
+    yield
+    merge_adapters(chunks)
+    for chunk, vision_is_frozen in zip(chunks, frozen):
+        del chunk.lora
+        chunk.vision_is_frozen = vision_is_frozen
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
 
 
 @torch.no_grad()

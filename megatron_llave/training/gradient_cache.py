@@ -23,7 +23,6 @@ from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
 
@@ -33,6 +32,7 @@ from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.loss import Compare
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
+from megatron_llave.models.lora import draws_random_numbers
 from megatron_llave.training.micro_batches import MicroBatches, kept_of, longest_row
 
 RewardModel = Callable[[], AbstractContextManager]
@@ -95,8 +95,7 @@ class _RandomStates:
     """
 
     def __init__(self, chunks: list[Module]) -> None:
-        config = get_model_config(chunks[0])
-        self.needed = config.hidden_dropout > 0 or config.attention_dropout > 0
+        self.needed = draws_random_numbers(chunks[0])
         self._states: dict[tuple[int, int], tuple] = {}
 
     def current(self) -> tuple | None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from forking import ROOT, kill_trees
+from launching import losses, wait_for_step
 from run_ranks import TORCHRUN, run_ranks, started_ranks
 
 from megatron_llave.checkpoint import folders
@@ -34,12 +35,6 @@ SHORT += ["checkpoint.interval=2", "data.workers=1"]
 PROGRAM = "pretrain_llave_tiny.sh"
 
 
-def losses(run: Path) -> dict[int, float]:
-    """The last record of each step counts, as a resumed run repeats some."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records}
-
-
 def ranks_of(torchrun: psutil.Process) -> list[psutil.Process]:
     return [child for child in torchrun.children() if any(PROGRAM in word for word in child.cmdline())]
 
@@ -48,13 +43,6 @@ def kill_all(process: psutil.Process) -> None:
     for one in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # the kernel ends forks with the process that has made them
             one.kill()
-
-
-def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not (run / "log.jsonl").is_file() or step not in losses(run):
-        assert is_running() and time.monotonic() < deadline, "it has not come to the step"
-        time.sleep(0.002)
 
 
 def start_and_disturb(arguments: list[str], run: Path, after: int, disturb: Callable[[psutil.Process], None]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llave.config import data, loss, model, optimizer, schema
+from megatron_llave.config import data, lora, loss, model, optimizer, schema
 from megatron_llave.config.checks import validate
 from megatron_llave.config.load import config_from_dict, load_config, override_config, save_config
 from megatron_llave.config.parse import Plain, TypedReader
@@ -75,6 +75,13 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
     [
         ("train.steps=many", ["train.steps", "many"]),
         ("train.steps=1.5", ["train.steps", "1.5"]),
+        ("lora.rank=-1", ["lora.rank=-1 must be a finite number of at least 0"]),
+        ("lora.rank=8", ["lora.rank=8 needs checkpoint.init"]),
+        ("lora.alpha=0", ["lora.alpha=0.0 must be above 0"]),
+        ("lora.dropout=1", ["lora.dropout=1.0 must be at least 0 and below 1"]),
+        ("lora.init=pissa", ["lora.init='pissa' is not one of kaiming, gaussian"]),
+        ("lora.targets=[]", ["lora.targets=[] gives no layer an adapter"]),
+        ("lora.targets=[q_proj, q_proj]", ["names a layer twice"]),
         ("train.steps=-1", ["train.steps", "-1"]),
         ("train=3", ["train", "section", "3"]),
         ("train.steps=12:30:45", ["train.steps=12:30:45 must be a whole number"]),
@@ -282,7 +289,7 @@ def test_sections_left_out_are_not_taken_from_the_file(tmp_path: Path) -> None:
     assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.sequence) == (1, 2, False)
 
 
-SECTIONS = (data, loss, model, optimizer, schema)
+SECTIONS = (data, lora, loss, model, optimizer, schema)
 
 
 def test_every_field_has_a_docstring_under_it() -> None:
@@ -411,3 +418,16 @@ def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     judged = ["loss.reward=ema", "loss.alpha=0"]
     assert "gives no weight" in message(path, *judged)
     assert load_config(path, [*judged, "data.subsets.a.alpha=2"]).loss.alpha == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["model.freeze=[vision]", "lora.targets=[language, vision.fc1]"], "lora.targets: vision.fc1 is of a part"),
+        (["optimizer.vision_layer_decay=0.9"], "vision_layer_decay=0.9 has nothing to slow down: lora.targets has no"),
+    ],
+)
+def test_keys_that_adapters_do_not_go_with(tmp_path: Path, others: list[str], said: str) -> None:
+    given = ["checkpoint.init=base", "lora.rank=8"]
+    assert load_config(write(tmp_path, TINY), given).lora.scale == 4
+    assert said in message(write(tmp_path, TINY), *given, *others)

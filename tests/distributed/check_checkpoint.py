@@ -17,10 +17,13 @@ from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.resume import resume
 from megatron_llave.checkpoint.safe_reads import safe_reads
 from megatron_llave.checkpoint.state import TrainingState, load_weights, state_metadata
+from megatron_llave.config.lora import LoraConfig
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models import build_model
+from megatron_llave.models.lora import initialize_adapters
 from megatron_llave.train import train_step
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.optimizer import build_trainable
@@ -35,10 +38,13 @@ POSITION = {"step": 1, "subsets": {"birds": {"taken": 4}}}
 def build(cfg: RunConfig, seed: int) -> TrainingState:
     """A run at the layout of its configuration."""
     groups = process_groups.initialize_model_parallel(cfg.parallel)
-    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=seed)
+    # Adapters are drawn from the seed, and so is the model unless its checkpoints leave it out.
+    seed_of_base = 0 if cfg.lora.rank else seed
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed_of_base, cfg.lora)
+    initialize_adapters(chunks, groups.tp, seed)
     average = ExponentialMovingAverage(chunks, decay=0.5)
     temperature = LearnedTemperature(cfg.loss, cfg.optimizer)
-    return TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature)
+    return TrainingState(chunks, build_trainable(cfg, chunks, groups), average, groups, temperature, cfg.lora)
 
 
 def step(cfg: RunConfig, state: TrainingState, number: int) -> None:
@@ -64,6 +70,9 @@ def check(output: str, precision: str, is_gathered: bool, saved_at: str, loaded_
     layout, freeze = parse_layout(saved_at)
     cfg = small_config(layout, freeze, family_of(saved_at))
     cfg.model.precision = precision
+    if "lora" in saved_at:  # all linear layers have adapters; `lora_base` saves the rest of the model too
+        cfg.lora = LoraConfig(rank=3, targets=[*PARTS], save_base="lora_base" in saved_at)
+        cfg.checkpoint.init = "base"
     cfg.train.output = output
     cfg.loss.reward = "ema"
     folder, *expected = train_and_save(cfg, is_gathered)

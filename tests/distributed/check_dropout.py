@@ -3,13 +3,16 @@
 import sys
 
 import torch
+import torch.distributed as dist
 from check_layouts import ALPHA, GLOBAL_BATCH, TEMPERATURE, comparison, micro_batches, parse_layout, small_config
 from full_parameters import full_gradients, let_go, worst_relative_error
 from reference import dense_contrastive_loss, random_pairs
 
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.loss.inputs import PairEmbeddings
 from megatron_llave.models import build_model
+from megatron_llave.models.lora import is_adapter
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import build_trainable
 
@@ -18,9 +21,15 @@ def check(text: str) -> None:
     """Two steps: equal embeddings in both passes of one, others in the next; gradients, where one process can tell."""
     layout, freeze = parse_layout(text)
     cfg = small_config(layout, freeze)
-    cfg.model.dropout = 0.2
+    if "lora" in text:
+        cfg.lora = LoraConfig(rank=3, dropout=0.3)
+    else:
+        cfg.model.dropout = 0.2
     groups = process_groups.initialize_model_parallel(layout)
-    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), seed=0)
+    chunks = build_model(cfg.model, layout, groups, torch.device("cpu"), 0, cfg.lora)
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if is_adapter(name) and name.endswith("_up"):  # zero, it would hide what is dropped before it
+            parameter.data.fill_(0.1)
     trainable = build_trainable(cfg, chunks, groups)
     seen_embeddings: list[torch.Tensor] = []
     if chunks[-1].post_process:
@@ -31,6 +40,7 @@ def check(text: str) -> None:
     for _ in range(2):
         trainable.zero_gradients()
         forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+    check_replicas(chunks, groups)
     if seen_embeddings:
         assert len(seen_embeddings) == 4 * count
         passes = [torch.cat(seen_embeddings[start : start + count]) for start in range(0, 4 * count, count)]
@@ -42,6 +52,15 @@ def check(text: str) -> None:
         check_gradients(cfg, trainable, chunks[0], batches, groups, before)
     let_go(trainable)
     print(f"{text}: both passes drop the same")
+
+
+def check_replicas(chunks, groups) -> None:
+    """Tensor-parallel ranks have dropped the same where they hold the same: the gradients of what they share."""
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False):
+            own = parameter.main_grad.clone()
+            dist.broadcast(own, dist.get_global_rank(groups.tp, 0), group=groups.tp)
+            torch.testing.assert_close(parameter.main_grad, own, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def check_evaluation(chunk, batch, embeddings) -> None:

@@ -125,7 +125,8 @@ def embeddings_of(chunks: list, cfg: RunConfig, groups: ProcessGroupCollection) 
         return chunk(next(items)), lambda output, non_loss_data=True: rows.append(output)
 
     sequences = [batch.sequences for batch in batches]
-    run_schedule(chunks, sequences, [sum(row.padded_lengths) for row in sequences], step, forward_only=True)
+    longest = max(sum(row.padded_lengths) for row in sequences)
+    run_schedule(chunks, sequences, len(sequences), longest, step, forward_only=True)
     return torch.cat(rows) if rows else None
 
 

@@ -60,6 +60,8 @@ def test_layouts_of_another_family_equal_one_process(tmp_path: Path) -> None:
         (2, "fp32", "own", "2,1,1,1,0,qwen3_vl", ["1,1,1,0,0", "1,2,2,0,0"]),
         (2, "fp32", "own", "1,2,1,0,0,vision,language", ["1,1,1,0,0", "2,1,1,1,0"]),
         (2, "bf16", "gathered", "1,1,1,0,0", ["2,1,1,1,0"]),
+        (2, "fp32", "own", "2,1,1,1,0,lora", ["1,2,2,0,0"]),
+        (2, "bf16", "own", "1,2,2,0,0,qwen3_vl,lora_base", ["2,1,1,1,0"]),
     ],
 )
 def test_checkpoint_loads_bit_equal_at_other_layouts(
@@ -75,7 +77,10 @@ def test_comparison_fails_when_a_constant_is_off(reference: Path) -> None:
         assert f"bites without {constant}" in output
 
 
-@pytest.mark.parametrize(("world", "layouts"), [(1, ["1,1,1,0,0"]), (2, ["2,1,1,1,0", "1,2,2,0,0"])])
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [(1, ["1,1,1,0,0", "1,1,1,0,0,lora"]), (2, ["2,1,1,1,0", "1,2,2,0,0", "2,1,1,0,0,lora", "2,1,1,1,0,lora"])],
+)
 def test_dropout_is_the_same_in_both_passes(world: int, layouts: list[str]) -> None:
     output = run_ranks(world, HERE / "check_dropout.py", *layouts)
     assert output.count("both passes drop the same") == world * len(layouts)
