@@ -4,11 +4,14 @@ This is the first step of a study: `plan` lists its runs, queue.py runs them, an
 that is trained is a list of overrides; a variant that is merged averages the weights of two others.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.stored_vectors import SUFFIXES
 from megatron_llave.errors import require
 
 ALPHAS = (0, 0.5, 1, 2, 5, 9, 12, 15)
@@ -157,6 +160,27 @@ def hardness_modes(cfg: RunConfig, ranks: int) -> Study:
     return Study("hardness_modes", question, variants[0].name, tuple(variants))
 
 
+def reward(cfg: RunConfig, ranks: int) -> Study:
+    """Study of who judges hardness: the model itself, its average, and every file of stored embeddings in a folder."""
+    stored = cfg.loss.stored_embeddings
+    require(
+        cfg.loss.reward == "stored" and stored is not None and Path(stored).suffix in SUFFIXES,
+        "study reward: loss.reward=stored and loss.stored_embeddings, one of the files of a folder of which each is a "
+        f"variant, are needed; they are {cfg.loss.reward} and {stored}",
+    )
+    files = sorted(file for file in Path(stored).parent.glob("*") if file.suffix in SUFFIXES)
+    require(Path(stored) in files, f"study reward: loss.stored_embeddings={stored} does not exist")
+    variants = [
+        Variant("self", ("loss.reward=self", "loss.stored_embeddings=null")),
+        Variant("ema", ("loss.reward=ema", "loss.ema_decay=0.99", "loss.stored_embeddings=null")),
+    ]
+    for file in files:
+        quoted = json.dumps(str(file), ensure_ascii=False)
+        variants.append(Variant(f"stored, {file.stem}", (f"loss.stored_embeddings={quoted}",)))
+    question = "Does a separate reward model judge hardness better than the model itself?"
+    return Study("reward", question, variants[0].name, tuple(variants))
+
+
 def freezing(cfg: RunConfig, ranks: int) -> Study:
     """Study of frozen parts, with three ways between a frozen and a trained vision encoder."""
     steps = cfg.train.steps
@@ -187,6 +211,7 @@ STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
     "negatives": negatives,
     "hardness": hardness,
     "hardness_modes": hardness_modes,
+    "reward": reward,
     "freezing": freezing,
 }
 """Name -> function that makes the study of a base configuration and a number of data-parallel ranks of a run."""

@@ -14,13 +14,18 @@ NEEDED = {
     "negatives": ["train.micro_batch_size=16"],
     "hardness": [],
     "hardness_modes": ["data.hard_negatives=2"],
+    "reward": [],
     "freezing": [],
 }
 
 
 def load(name: str, *overrides: str):
     """A base configuration of the study."""
-    file = "tiny_freezing.yaml" if name == "freezing" else "tiny.yaml"
+    file = f"tiny_{name}.yaml" if name in ("freezing", "reward") else "tiny.yaml"
+    judges = Path("runs", "judges")  # those that tiny_reward.yaml names; each test has a folder of its own
+    judges.mkdir(parents=True, exist_ok=True)
+    for judge in ("untrained.npy", "larger.npy", "larger.ids"):
+        (judges / judge).touch()
     return load_config(EXAMPLES / file, [*NEEDED[name], *overrides])
 
 
@@ -135,12 +140,25 @@ def test_one_run_shows_the_weights_before_training() -> None:
         ("freezing", 1, ["optimizer.part_start_steps.vision=3"], "its variants set them"),
         ("hardness_modes", 1, ["data.hard_negatives=0"], "data.hard_negatives=0"),
         ("hardness_modes", 1, ["loss.alpha=0"], "loss.alpha=0"),
+        ("reward", 1, ["loss.reward=self", "loss.stored_embeddings=null"], "they are self and None"),
+        ("reward", 1, ["loss.stored_embeddings=runs/judges"], "one of the files of a folder"),
+        ("reward", 1, ["loss.stored_embeddings=runs/judges/none.npy"], "none.npy does not exist"),
         ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
     ],
 )
 def test_base_that_cannot_tell_the_variants_apart_is_refused(name, ranks, overrides, message) -> None:
     with pytest.raises(ConfigError, match=message):
         STUDIES[name](load(name, *overrides), ranks)
+
+
+def test_each_file_of_embeddings_is_a_judge() -> None:
+    cfg = load("reward")
+    variants = {variant.name: variant for variant in STUDIES["reward"](cfg, 1).variants}
+    assert list(variants) == ["self", "ema", "stored, larger", "stored, untrained"]
+    losses = [override_config(cfg, variant.overrides).loss for variant in variants.values()]
+    assert [loss.reward for loss in losses] == ["self", "ema", "stored", "stored"]
+    files = [None, None, "runs/judges/larger.npy", "runs/judges/untrained.npy"]
+    assert [loss.stored_embeddings for loss in losses] == files
 
 
 def test_freezing_needs_something_to_freeze() -> None:
