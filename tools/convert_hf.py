@@ -2,7 +2,9 @@
 
 python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
 python tools/convert_hf.py import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
+python tools/convert_hf.py import --from ADAPTER_DIR --to CKPT --keep-adapter [--base HF_DIR]
 python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
+python tools/convert_hf.py export --from CKPT --to ADAPTER_DIR --adapter
 python tools/convert_hf.py inspect DIR
 python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
 
@@ -13,7 +15,7 @@ import argparse
 import sys
 
 from megatron_llave.config.schema import ParallelConfig
-from megatron_llave.convert import hf
+from megatron_llave.convert import hf, peft_folders
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
@@ -35,6 +37,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
     command.add_argument("--preset", choices=presets, help="fail if it is another model")
     command.add_argument("--base", help="folder of the weights that an adapter is for; default: the one it names")
+    command.add_argument("--keep-adapter", action="store_true", help="a checkpoint of adapters, which are not merged")
     command = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
     command.add_argument("--from", required=True, dest="source", help="checkpoint or output directory (its newest)")
     command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to write")
@@ -42,6 +45,8 @@ def parse() -> argparse.Namespace:
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the imported dtypes")
     command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     command.add_argument("--shard-size", type=float, default=5, help="maximum gigabytes per file of weights (5)")
+    command.add_argument("--adapter", action="store_true", help="adapters alone, for PEFT; default: merged")
+    command.add_argument("--base", help="folder of the weights that adapters are for; default: where it was")
     command = commands.add_parser("inspect", help="print what a folder holds and whether it is complete")
     command.add_argument("folder")
     command = commands.add_parser("verify", help="embed a text and an image with both, and print the difference")
@@ -60,11 +65,18 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return inspect(args.folder, groups)
     if args.command == "import":
-        print(f"checkpoint: {hf.import_hf(args.source, args.out, groups, args.preset, args.base, print)}")
+        if args.keep_adapter:
+            out = peft_folders.import_adapter(args.source, args.out, groups, args.base, print)
+        else:
+            out = hf.import_hf(args.source, args.out, groups, args.preset, args.base, print)
+        print(f"checkpoint: {out}")
+    elif args.adapter:
+        peft_folders.export_adapter(args.source, args.out, groups, args.format, args.dtype, args.average)
+        print(f"adapters for PEFT: {args.out}")
     else:
         if not args.shard_size > 0:
             raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")
-        options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9))
+        options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9), args.base)
         notes = hf.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
     return 0

@@ -14,8 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.adapters import merge_adapter_checkpoints
 from megatron_llave.checkpoint.stream import read_weights, write_weights
-from megatron_llave.config.checks import require_no_adapters, require_same_model
+from megatron_llave.config.checks import require_same_model
 from megatron_llave.config.load import load_config
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
@@ -27,7 +28,7 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     """Write the weighted mean of checkpoints as a checkpoint of weights alone, which loads at every layout.
 
     Sums are in float32; the result has the precision, configuration and tokenizer of the first checkpoint. About one
-    layer of each checkpoint is in memory at a time.
+    layer of each checkpoint is in memory at a time. Of checkpoints with adapters alone, these are merged (adapters.py).
 
     Args:
         parts: (checkpoint or output directory, share) of each; the shares add up to 1 and may be negative.
@@ -45,11 +46,12 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
     sources = [folders.find(path) for path, _ in parts]
     cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in sources]
-    for folder, cfg in zip(sources, cfgs):
-        require_no_adapters(cfg, str(folder), "a merge of checkpoints")
     for folder, cfg in zip(sources[1:], cfgs[1:]):
         require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
         require_same_tokenizer(sources[0], folder)
+    if any(cfg.lora.rank for cfg in cfgs):
+        merge_adapter_checkpoints(sources, shares, cfgs, Path(out), groups)
+        return Path(out)
     # The averages of runs with loss.reward=ema are not merged, so the result has none.
     reward = "self" if cfgs[0].loss.reward == "ema" else cfgs[0].loss.reward
     cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward=reward))

@@ -221,7 +221,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
     if os.path.isfile(path / HF_CONFIG):
         return Pretrained(path, read_hf_config(path).run, is_hf=True)
     if (path / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{path} has an adapter and no model; tools/convert_hf.py import merges it into its base")
+        raise CheckpointError(f"{path} has an adapter and no model; tools/convert_hf.py import merges or keeps it")
     try:
         folder = folders.find(path)
     except folders.NoCheckpointError as error:

@@ -51,6 +51,7 @@ def write_weights(
     embedder: Module,
     groups: ProcessGroupCollection,
     read: Callable[[str], Tensor],
+    is_held: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Write a checkpoint of weights alone, step 0, into an empty folder.
 
@@ -60,12 +61,13 @@ def write_weights(
         embedder: a model of `models.model_without_memory`.
         groups: process groups of this single process.
         read: returns the value of a parameter by name, on the CPU; called once for each, in the order of the file.
+        is_held: whether the checkpoint holds the parameter of this name.
 
     Raises:
         OSError: the disk is full, or cannot be written for another reason.
     """
     metadata = state_metadata(groups)
-    state = sharded_parameters(embedder, metadata)
+    state = {name: part for name, part in sharded_parameters(embedder, metadata).items() if is_held(name)}
     apply_factories(state)
     places = {}
     for name, parts in _parts(state).items():
@@ -170,7 +172,11 @@ def _save(data: Any, stream: BinaryIO) -> None:
 
 
 def read_weights(
-    folder: Path, embedder: Module, groups: ProcessGroupCollection, average: bool = False
+    folder: Path,
+    embedder: Module,
+    groups: ProcessGroupCollection,
+    average: bool = False,
+    is_held: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every parameter, in the model's order; about one layer at a time is in memory.
 
@@ -179,6 +185,7 @@ def read_weights(
         embedder: the checkpoint's model from `models.model_without_memory`.
         groups: process groups of this single process.
         average: read the averaged weights; frozen parameters have none and are read as they are.
+        is_held: whether the checkpoint holds the parameter of this name; others are left out.
 
     Raises:
         CheckpointError: the files are damaged or hold another model.
@@ -189,7 +196,8 @@ def read_weights(
     parts = _parts(state)
     check_objects(folder)
     reader = WeightsReader(folder)
-    for _, layer in groupby(embedder.named_parameters(), lambda item: _layer_of(item[0])):
+    held = [item for item in embedder.named_parameters() if is_held(item[0])]
+    for _, layer in groupby(held, lambda item: _layer_of(item[0])):
         values, requests = {}, []
         for name, parameter in layer:
             is_average = average and name in trained

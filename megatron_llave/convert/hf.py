@@ -5,7 +5,7 @@ use but an export gives back: config.json and tokenizer, unused.safetensors (the
 of the vision encoder), and tensors.json with the original dtypes of the tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.assets import Assets, Shapes, keep_assets, read_assets
+from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.checkpoint.stream import read_weights, write_weights
-from megatron_llave.config.checks import require_no_adapters, require_same_model, validate
+from megatron_llave.config.checks import require_same_model, validate
 from megatron_llave.config.load import config_from_dict, load_config
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.convert.training_record import shared_config, training_record
@@ -104,8 +105,9 @@ def export_hf(
     dtype: str | None = None,
     average: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    base: str | None = None,
 ) -> list[str]:
-    """Write a checkpoint as an HF folder.
+    """Write a checkpoint as an HF folder; adapters are merged into the weights that they are for.
 
     Args:
         source: a checkpoint or output directory, saved at any parallel layout.
@@ -116,6 +118,7 @@ def export_hf(
             that of the checkpoint.
         average: export the averaged weights of a run with loss.reward=ema.
         shard_bytes: bytes of the largest file of weights, unless a single tensor is larger.
+        base: folder of the weights that the checkpoint's adapters are for; None: where they were.
 
     Returns:
         Notes on what the folder lacks, such as a processor; none for a complete one.
@@ -127,7 +130,6 @@ def export_hf(
     folder = folders.find(source)
     cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
     folders.require_average(folder, cfg, average)
-    require_no_adapters(cfg, str(folder), "an export")
     assets = read_assets(folder)
     hf = family_of(cfg.model).hf
     layout = layout or (assets.config.layout if assets.config else hf.layouts[0])
@@ -139,7 +141,11 @@ def export_hf(
     common = {shape[1] for shape in plan.values()}
     dtype_name = str(common.pop()).removeprefix("torch.") if len(common) == 1 else "float32"
     config = hf.build_config(model, layout, tied, dtype_name, assets.config)
-    values = _export_values(folder, model, embedder, groups, assets, plan, average)
+    if cfg.lora.rank:
+        parameters = _merged_weights(folder, embedder, groups, average, base)
+    else:
+        parameters = read_weights(folder, embedder, groups, average)
+    values = _export_values(parameters, model, assets, plan)
     named = {hf.layout_name(name, layout): shape for name, shape in plan.items()}
     with whole_folder(out, "exported model") as partial:
         write_tensor_files(partial, named, ((hf.layout_name(n, layout), v) for n, v in values), shard_bytes)
@@ -182,19 +188,23 @@ def _plan_export(
     return plan
 
 
-def _export_values(
-    folder: Path,
-    model: ModelConfig,
-    embedder: torch.nn.Module,
-    groups: ProcessGroupCollection,
-    assets: Assets,
-    plan: Shapes,
-    average: bool,
+def _merged_weights(
+    folder: Path, embedder: torch.nn.Module, groups: ProcessGroupCollection, average: bool, base: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield canonical name and value of every tensor of the plan, in its order."""
+    """Yield name and value of every parameter with its adapters merged. The complete model is in memory."""
+    model = embedder.to_empty(device="cpu")
+    find_pretrained(folder).load([model], groups, average, base)
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
+def _export_values(
+    parameters: Iterable[tuple[str, Tensor]], model: ModelConfig, assets: Assets, plan: Shapes
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield canonical name and value of every tensor of the plan, in its order, given all parameters."""
     hf, written = family_of(model).hf, set()
     rules = hf.rules(model)
-    for name, value in read_weights(folder, embedder, groups, average):
+    for name, value in parameters:
         parts = dict(zip(rules[name].names, rules[name].split(value)))
         if hf.embedding in parts and _is_copied_head(assets, hf):
             parts[hf.lm_head] = parts[hf.embedding]

@@ -73,6 +73,9 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
     schedule = f"{warmup} steps of warmup, cosine to {optimizer.min_learning_rate:g}"
     rate = f"learning rate {optimizer.learning_rate:g}{rates}"
     yield "optimizer", f"AdamW, {rate}, {schedule}, {moments}, gradients clipped at {optimizer.clip_gradient:g}"
+    if cfg.lora.rank:
+        targets = ", ".join(cfg.lora.targets)
+        yield "LoRA", f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, dropout {cfg.lora.dropout:g}, on {targets}"
     yield "frozen parts", ", ".join(cfg.model.freeze) or "none"
     yield "started from", PurePath(cfg.checkpoint.init).name if cfg.checkpoint.init else "random weights"
     yield "precision, kernels", f"{cfg.model.precision}, {cfg.model.kernels}"

@@ -37,7 +37,7 @@ from torch.nn import Module, Parameter
 
 from megatron_llave.config.lora import LoraConfig, part_of_target
 from megatron_llave.config.model import PARTS
-from megatron_llave.errors import require
+from megatron_llave.errors import ConfigError, require
 from megatron_llave.models.blocks.initialization import (
     full_shape,
     global_names,
@@ -223,6 +223,37 @@ def _chosen(targets: list[str], rules: Mapping[str, Rule]) -> dict[str, set[str]
         for name, names in parts[part].items():
             chosen.setdefault(name, set()).update(n for n in names if target == part or n == short)
     return {name: names for name, names in chosen.items() if names}
+
+
+def targets_of(modules: Iterable[str], rules: Mapping[str, Rule]) -> list[str] | None:
+    """Return lora.targets for exactly these linears, by canonical name; None: no targets name exactly these."""
+    places = {theirs.removesuffix(".weight"): name for name, rule in rules.items() for theirs in rule.names}
+    modules, targets = set(modules), []
+    for part in PARTS:
+        own = [module for module in modules if places.get(module, "").startswith(f"{part}.")]
+        prefix = "" if part == "language" else f"{part}."
+        names = sorted({f"{prefix}{_short(module)}" for module in own})
+        is_whole = bool(own) and _modules_of([part], rules) == set(own)
+        targets += [part] if is_whole else names
+    known = {target for target in targets if target in PARTS or _is_known(target, rules)}
+    return targets if targets and known == set(targets) and _modules_of(targets, rules) == modules else None
+
+
+def _is_known(target: str, rules: Mapping[str, Rule]) -> bool:
+    try:
+        return bool(_chosen([target], rules))
+    except ConfigError:
+        return False
+
+
+def _modules_of(targets: list[str], rules: Mapping[str, Rule]) -> set[str]:
+    """Return the canonical names of the linears that lora.targets name."""
+    return {
+        theirs.removesuffix(".weight")
+        for name, shorts in _chosen(targets, rules).items()
+        for theirs in rules[f"{name}.weight"].names
+        if _short(theirs) in shorts
+    }
 
 
 def is_adapter(name: str) -> bool:

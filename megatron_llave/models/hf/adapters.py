@@ -1,4 +1,4 @@
-"""LoRA adapters in the layout of PEFT, which are added to the weights of a Hugging Face folder while these are read.
+"""LoRA adapters in the layout of PEFT: written, and read to be trained or to be added to weights while these are read.
 
 W + scale * B A, computed in float32 and rounded to the dtype of W; scale is alpha / r, or alpha / sqrt(r) with
 use_rslora. An adapter that holds anything else, or a matrix that fits no weight, is refused: none is read without
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.errors import CheckpointError
-from megatron_llave.files import read_json
+from megatron_llave.files import read_json, write_json
 from megatron_llave.models.hf.config_json import Section
 from megatron_llave.models.hf.tensor_files import TensorFiles
 
@@ -71,6 +73,48 @@ class Adapter:
         down, up = (self.files.read(part).float().flatten(1) for part in (update.down, update.up))
         change = update.scale * (up @ down)
         return (weight.float() + change.view(weight.shape)).to(weight.dtype)
+
+
+def in_transformers(module: str, layout: str) -> str:
+    """Return how transformers (4.57 and 5) calls a module of canonical name, in a model with vocabulary projection."""
+    return "model." + module.replace("language_model.model.", "language_model.", 1)
+
+
+def write_adapter(
+    folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], lora: LoraConfig, base: str | None
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder.
+
+    Args:
+        folder: an existing folder.
+        matrices: A [r, in] and B [out, r] by the name of their module in the model that PEFT is to load them into.
+        lora: rank, alpha and dropout.
+        base: name of the base on the hub; None: it has none.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(matrices),
+    }
+    tensors = {
+        f"base_model.model.{module}.lora_{part}.weight": matrix.contiguous()
+        for module, both in matrices.items()
+        for part, matrix in zip("AB", both)
+    }
+    save_file(tensors, folder / f"{ADAPTER_STEM}.safetensors", {"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, config)
 
 
 def find_base(source: Path, base: str | Path | None) -> tuple[Path, Path | None]:

@@ -20,7 +20,7 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.blocks.initialization import full_shape, named_global_parameters, tensor_parallel_part
-from megatron_llave.models.hf.adapters import Adapter, read_adapter
+from megatron_llave.models.hf.adapters import Adapter, in_transformers, read_adapter
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.mapping import Rule, hf_shapes, local_kernel_name, pad_rows
 from megatron_llave.models.hf.tensor_files import TensorFiles
@@ -66,6 +66,8 @@ class HfFormat:
     """The module `transformers` and a folder's weights -> transformers' own model of them, in float32."""
     reference_inputs: Callable[[Module, EncodedSequence, tuple[int, int]], dict[str, Tensor]]
     """transformers' model, an input and (width, height) of its image -> keyword arguments of the model's forward."""
+    module_name: Callable[[str, str], str] = in_transformers
+    """Canonical name of a module and a layout -> its name in the model that such a folder is loaded into by PEFT."""
     check_files: Callable[[HfConfig, Path], list[str]] = lambda config, folder: []
     """What config.json says, and a folder -> HfConfig.notes about its other files; CheckpointError if one says
     something else than what is run."""

@@ -27,6 +27,7 @@ FAMILY = Family(
         rules=hf_weights.rules,
         canonical_name=hf_weights.canonical_name,
         layout_name=hf_weights.layout_name,
+        module_name=hf_weights.module_name,
         embedding=hf_weights.HF_EMBEDDING,
         lm_head=hf_weights.LM_HEAD,
         is_unused=hf_weights.is_unused,

@@ -9,6 +9,7 @@ Sources of the pairs: transformers' convert_llava_onevision_weights_to_hf.py and
 import re
 
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.models.hf.adapters import in_transformers
 from megatron_llave.models.hf.config_json import HfConfig
 from megatron_llave.models.hf.mapping import Rule, copied, gated, layer_rules, padded, qkv
 
@@ -100,6 +101,14 @@ def layout_name(name: str, layout: str) -> str:
         if name.startswith(canonical):
             return spelling + name.removeprefix(canonical)
     return name
+
+
+def module_name(module: str, layout: str) -> str:
+    """How a module of canonical name is called in memory: by transformers 5 (4.57 differs in the vision encoder), or by
+    the code of LLaVA for llava_qwen."""
+    if layout == "llava_onevision":
+        return in_transformers(module.replace("vision_tower.vision_model.", "vision_tower."), layout)
+    return layout_name(module, layout)
 
 
 def rules(model: ModelConfig) -> dict[str, Rule]:
