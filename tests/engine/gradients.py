@@ -17,10 +17,13 @@ from reference import random_pairs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_llave.config.lora import LoraConfig
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import process_groups
 from megatron_llave.models import build_model
 from megatron_llave.models.hf.mapping import local_kernel_name
+from megatron_llave.models.lora import is_adapter
 from megatron_llave.training import optimizer
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import build_trainable
@@ -31,6 +34,8 @@ PRECISIONS = ("fp32", "bf16", *RECIPES)
 ONE = "1,1,1,0,0"
 QWEN = "qwen3_vl"
 """The other family, whose vision encoder attends without a mask, and whose tokens' positions are given."""
+LORA = "lora"
+"""Adapters on all linear layers of llava_onevision, also on those that Transformer Engine fuses a norm into."""
 LAYOUTS = ("2,1,1,0,0", "2,1,1,1,0", "1,2,1,0,0", "1,2,2,0,0", ONE, f"{ONE},overlap")
 """Of two processes: tensor, the same with sequence parallel, pipeline, interleaved pipeline, data, overlapped."""
 FREEZES = ("vision", "language", "vision,language")
@@ -53,6 +58,8 @@ AT_LAYOUTS = [
         ("bf16", f"1,2,2,0,0,{QWEN}", "none"),
         ("tensorwise", f"{ONE},{QWEN}", "none"),
     ),
+    *(("fp32", f"2,1,1,1,0,{LORA}", "full"), ("tensorwise", f"2,1,1,1,0,{LORA}", "selective")),
+    *(("bf16", f"1,2,2,0,0,{LORA}", "none"), ("fp32", f"{ONE},{LORA},overlap", "none")),
 ]
 """Cases of the tests. Of the 119 ways in which two of precision, layout, frozen parts and recomputation can meet, they
 have most. `all` has every precision at every layout, with all recomputations and frozen parts."""
@@ -64,6 +71,8 @@ def config(kernels: str, precision: str, layout: str = ONE, recompute: str = "no
     language = replace(cfg.model.language, hidden_size=64, ffn_hidden_size=96, num_layers=num_layers)
     if language.mrope_section:
         language.mrope_section = [2, 3, 3]
+    if LORA in layout.split(","):
+        cfg.lora = LoraConfig(rank=8, targets=[*PARTS])
     fp8 = {"precision": "fp8", "fp8_recipe": precision} if precision in RECIPES else {"precision": precision}
     cfg.model = replace(cfg.model, language=language, kernels=kernels, recompute=recompute, **fp8)
     return cfg
@@ -75,7 +84,10 @@ def gradients_of(cfg: RunConfig) -> dict[str, Tensor]:
     Delayed scaling has no scales at first: its gradients are those of a second step, with the same weights.
     """
     groups = process_groups.initialize_model_parallel(cfg.parallel)
-    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), seed=0)
+    chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), 0, cfg.lora)
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if is_adapter(name) and name.endswith("_up"):  # zero, it would leave the gradient of A zero
+            parameter.data.fill_(0.01)
     with patch.object(optimizer, "DistributedDataParallelConfig", partial(DataParallelConfig, bucket_size=BUCKET_SIZE)):
         trainable = build_trainable(cfg, chunks, groups)
     is_delayed = cfg.model.precision == "fp8" and cfg.model.fp8_recipe == "delayed"
@@ -206,8 +218,8 @@ def cases(world: int, folder: Path, is_all: bool) -> dict[str, Callable[[], dict
         chosen += [(p, with_frozen(layout, f), r) for p, layout, f, r in every] if is_all else AT_LAYOUTS
     found = {}
     for precision, layout, recompute in chosen:
-        family = f",{QWEN}" if QWEN in layout else ""
-        reference = f"local fp32{family}" if precision == "fp32" else f"engine {precision}{family}"
+        kind = next((f",{kind}" for kind in (QWEN, LORA) if kind in layout), "")
+        reference = f"local fp32{kind}" if precision == "fp32" else f"engine {precision}{kind}"
         case = partial(compare, folder, precision, layout, recompute, reference)
         found[f"{precision} {layout} recompute {recompute}"] = case
     return found
@@ -219,13 +231,18 @@ def _of_one_process(folder: Path, is_all: bool) -> dict[str, Callable[[], dict[s
         found[name] = partial(write, folder / f"{name}.safetensors", kernels, precision)
     for precision in PRECISIONS:
         found[f"engine {precision}"] = partial(write, folder / f"engine {precision}.safetensors", ENGINE, precision)
-    for name, kernels, precision in (
-        ("local fp32", LOCAL, "fp32"),
-        ("engine bf16", ENGINE, "bf16"),
-        ("engine tensorwise", ENGINE, "tensorwise"),
+    for (name, kernels, precision), kind in itertools.product(
+        (
+            ("local fp32", LOCAL, "fp32"),
+            ("engine bf16", ENGINE, "bf16"),
+            ("engine tensorwise", ENGINE, "tensorwise"),
+        ),
+        (QWEN, LORA),
     ):
-        file = folder / f"{name},{QWEN}.safetensors"
-        found[f"{name},{QWEN}"] = partial(write, file, kernels, precision, f",{QWEN}")
+        found[f"{name},{kind}"] = partial(write, folder / f"{name},{kind}.safetensors", kernels, precision, f",{kind}")
+    found[f"engine fp32,{LORA}"] = partial(
+        write, folder / f"engine fp32,{LORA}.safetensors", ENGINE, "fp32", f",{LORA}"
+    )
     found["broken"] = partial(broken, folder)
     for recipe in RECIPES:
         found[f"layer {recipe}"] = partial(one_layer, recipe)

@@ -61,8 +61,9 @@ def of(figures: dict[str, list[dict]], name: str) -> list[dict]:
     return figures[name]
 
 
-def test_gradients_in_fp32_are_those_of_local_kernels(figures) -> None:
-    (case,) = of(figures, "engine fp32")
+@pytest.mark.parametrize("kind", ["", f",{gradients.LORA}"])
+def test_gradients_in_fp32_are_those_of_local_kernels(figures, kind: str) -> None:
+    (case,) = of(figures, f"engine fp32{kind}")
     assert case["worst"] <= 1e-5, case
     assert case["loss"] <= 1e-6, case
 
