@@ -179,10 +179,13 @@ def step_table(plan: Plan, source: str) -> Table:
     pairs, step = plan.cfg.train.global_batch_size, plan.step
     table = Table("step", source, title="Step", title_justify="left")
     passes = "two passes" if step.has_embed_pass else "one pass"
-    longest, micro = step.batch.work, plan.cfg.train.micro_batch_size or pairs // step.data_parallel
+    longest, train = step.batch.work, plan.cfg.train
+    micro = f"{train.micro_batch_size or pairs // step.data_parallel} pairs"
+    if train.tokens_per_micro_batch is not None:
+        micro = f"{train.tokens_per_micro_batch} tokens, images as their memory"
     rows = {
         "data-parallel ranks": str(step.data_parallel),
-        "micro batches of each": f"{step.micro_batches} x {micro} pairs, {passes}",
+        "micro batches of each": f"{step.micro_batches} x {micro}, {passes}",
         "longest micro batch": f"{longest.tokens} tokens, {longest.tiles} tiles",
         "TFLOPs per pair": f"{plan.model_flops / pairs / 1e12:.2f}",
         "extra: passes, recomputed": f"{plan.extra_flops / plan.model_flops:.0%}",

@@ -79,7 +79,12 @@ def step_flops(model: ModelConfig, work: Work) -> int:
 
 
 def extra_flops(
-    model: ModelConfig, work: Work, embed_pass: bool, reward_pass: bool = False, vision_copies: int = 1
+    model: ModelConfig,
+    work: Work,
+    embed_pass: bool,
+    reward_pass: bool = False,
+    vision_copies: int = 1,
+    keeps_features: bool = True,
 ) -> int:
     """FLOPs that the way of computing adds to `step_flops`.
 
@@ -90,12 +95,12 @@ def extra_flops(
         reward_pass: whether there is one more forward pass, for loss.reward=ema.
         vision_copies: number of ranks that each encode the same images: 1, or the context ranks of a family whose
             `splits_tiles` is false.
+        keeps_features: whether a frozen vision encoder runs in one pass alone, as without a token budget.
 
     Returns:
-        FLOPs of these forward passes, in which a frozen vision encoder does not run again, and of the activations that
-        model.recompute recomputes.
+        FLOPs of these forward passes and of the activations that model.recompute recomputes.
     """
-    run_again = {"vision", "projector"} - ({"vision"} & set(model.freeze))
+    run_again = {"vision", "projector"} - ({"vision"} & set(model.freeze) if keeps_features else set())
     vision = _products(model, work)
     again = sum(products.flops for products in vision if products.part in run_again)
     passes, once = embed_pass + reward_pass, sum(products.with_backward(model.freeze) for products in vision)

@@ -316,6 +316,8 @@ class StepShape:
     """Whether the step runs its micro batches twice (gradient cache)."""
     batch: MicroBatch
     """The longest micro batch."""
+    held: int | None = None
+    """Number of micro batches that are on the device at once, with a token budget; None: all of a step."""
 
 
 def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = True) -> dict[str, int]:
@@ -341,7 +343,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
         "loss": loss_bytes(step.rows, step.columns, width, cfg.data.hard_negatives) if is_last else 0,
-        "data": data_bytes(model, step.batch) * step.micro_batches,
+        "data": data_bytes(model, step.batch) * (step.held or step.micro_batches),
         "temporary": max(temporary_bytes(chunk, step.batch, on_gpu) for chunk in chunks),
     }
     if model.precision == "fp8":  # FP8 copies of the decoder's matrices, and of their transposes
@@ -370,7 +372,7 @@ def _kept_features(cfg: RunConfig, step: StepShape) -> int:
     if "vision" not in model.freeze:
         return 0
     of_one = family_of(model).cost.feature_bytes(model, step.batch.tiles)
-    if step.has_embed_pass or cfg.loss.reward == "ema":
+    if step.held is None and (step.has_embed_pass or cfg.loss.reward == "ema"):
         return step.micro_batches * of_one
     if "projector" in model.freeze:
         return 0

@@ -7,11 +7,12 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 from megatron_llave.config.checks import require_sizes
 from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
-from megatron_llave.config.schema import ParallelConfig, RunConfig
+from megatron_llave.config.schema import ParallelConfig, RunConfig, TrainConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import family_of
@@ -26,6 +27,7 @@ from megatron_llave.planning.memory import (
     stage_memory,
 )
 from megatron_llave.planning.pair_lengths import Kind, longest_batch, scaled_longest
+from megatron_llave.planning.token_budget import full_micro_batches
 
 NODE = 8
 """Devices of a node, which fast links connect; tensor parallelism stays within a node."""
@@ -141,7 +143,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
         ConfigError: the model's sizes are not given, or parallel layout or batch do not fit these ranks.
     """
     require_sizes(cfg)
-    step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds)
+    step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds, on_gpu)
     work = mean_work(kinds, cfg.train.global_batch_size, cfg.data.hard_negatives)
     has_reward = cfg.loss.reward != "self"
     losses = cfg.train.global_batch_size // step.rows  # summed over all ranks
@@ -161,14 +163,16 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     )
 
 
-def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepShape:
-    """Return how a step is divided.
+def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind], on_gpu: bool = True) -> StepShape:
+    """Return how a step is divided; by a token budget, that of the kind whose steps need most memory.
 
     Raises:
         ConfigError: the batch cannot be divided.
     """
     validate_batch(cfg, data_parallel)
     share = cfg.train.global_batch_size // data_parallel
+    if cfg.train.tokens_per_micro_batch is not None:
+        return _budget_shape(cfg, data_parallel, kinds, on_gpu)
     size = cfg.train.micro_batch_size or share
     has_embed_pass = size < share and cfg.loss.negatives in WHOLE_STEP
     rows = share if cfg.loss.negatives in WHOLE_STEP else size
@@ -176,6 +180,19 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind]) -> StepSha
     longest = longest_batch(kinds, size, cfg.data.hard_negatives)
     batch = MicroBatch.of(longest, cfg.parallel.context, family_of(cfg.model).cost.splits_tiles)
     return StepShape(data_parallel, share // size, rows, columns, has_embed_pass, batch)
+
+
+def _budget_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind], on_gpu: bool) -> StepShape:
+    layout, rows = cfg.parallel, cfg.train.global_batch_size // data_parallel
+    columns = cfg.train.global_batch_size * (1 + cfg.data.hard_negatives)
+    full, part = full_micro_batches(cfg, kinds, on_gpu)
+    multiple = layout.pipeline if layout.virtual_pipeline > 1 else 1
+    number = ceil(rows * part / multiple) * multiple
+    held = min(number, layout.pipeline * layout.virtual_pipeline + 1)  # those in flight, and the next one
+    batches = [MicroBatch.of(sides, layout.context, family_of(cfg.model).cost.splits_tiles) for sides in full]
+    shapes = [StepShape(data_parallel, number, rows, columns, number > 1, batch, held) for batch in batches]
+    stages = range(layout.pipeline)
+    return max(shapes, key=lambda shape: max(sum(stage_memory(cfg, s, shape, on_gpu).values()) for s in stages))
 
 
 def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu: bool) -> StagePlan:
@@ -195,7 +212,8 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
 def _extra_flops(cfg: RunConfig, work: Work, step: StepShape) -> int:
     """FLOPs that the way of computing adds, without the loss."""
     copies = 1 if family_of(cfg.model).cost.splits_tiles else cfg.parallel.context
-    return extra_flops(cfg.model, work, step.has_embed_pass, cfg.loss.reward == "ema", copies)
+    passes = step.has_embed_pass, cfg.loss.reward == "ema"
+    return extra_flops(cfg.model, work, *passes, copies, keeps_features=step.held is None)
 
 
 def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
@@ -219,7 +237,7 @@ def find_fit(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -> tu
     for plans in _plans(cfg, ranks, kinds):
         fitting = [plan for plan in plans if plan.fits(memory)]
         if fitting:
-            best = min(fitting, key=lambda plan: (plan.extra_flops, -plan.cfg.train.micro_batch_size))
+            best = min(fitting, key=lambda plan: (plan.extra_flops, plan.step.micro_batches))
             return best, changes(cfg, best.cfg)
     return None
 
@@ -235,9 +253,9 @@ def _plans(cfg: RunConfig, ranks: int, kinds: list[Kind]) -> Iterator[list[Plan]
     """Yield the possible plans of each layout."""
     for layout in _layouts(cfg.parallel, ranks):
         plans = []
-        for size, recompute in _settings(cfg):
+        for train, recompute in _settings(cfg):
             model = replace(cfg.model, recompute=recompute)
-            other = replace(cfg, parallel=layout, model=model, train=replace(cfg.train, micro_batch_size=size))
+            other = replace(cfg, parallel=layout, model=model, train=train)
             try:
                 plans.append(make_plan(other, ranks, kinds))
             except ConfigError:
@@ -271,12 +289,13 @@ def _layouts(given: ParallelConfig, ranks: int) -> Iterator[ParallelConfig]:
         parts *= 2
 
 
-def _settings(cfg: RunConfig) -> Iterator[tuple[int, str]]:
+def _settings(cfg: RunConfig) -> Iterator[tuple[TrainConfig, str]]:
     """Yield micro-batch sizes from the configured one downwards, each with all stronger values of model.recompute."""
-    size = cfg.train.micro_batch_size or cfg.train.global_batch_size
+    key = "micro_batch_size" if cfg.train.tokens_per_micro_batch is None else "tokens_per_micro_batch"
+    size = getattr(cfg.train, key) or cfg.train.global_batch_size
     while size >= 1:
         for recompute in RECOMPUTE[RECOMPUTE.index(cfg.model.recompute) :]:
-            yield size, recompute
+            yield replace(cfg.train, **{key: size}), recompute
         size //= 2
 
 
@@ -289,7 +308,7 @@ def longest_pair(cfg: RunConfig, ranks: int, kinds: list[Kind], memory: float) -
     Raises:
         ConfigError: parallel layout or batch do not fit these ranks.
     """
-    single = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
+    single = replace(cfg, train=replace(cfg.train, micro_batch_size=1, tokens_per_micro_batch=None))
 
     def is_too_long(tokens: int) -> bool:
         return not make_plan(single, ranks, [Kind(1, [scaled_longest(kinds, tokens)])]).fits(memory)

@@ -13,9 +13,10 @@ from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.planning.context import layer_seconds, shortest_pairs
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
-from megatron_llave.planning.memory import Chunk
+from megatron_llave.planning.memory import Chunk, MicroBatch, temporary_bytes
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
 from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
+from megatron_llave.planning.token_budget import token_budget
 from tools import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,3 +214,38 @@ def test_wrong_arguments_are_one_line(
         run(monkeypatch, *arguments)
     error = capsys.readouterr().err
     assert stopped.value.code and message in error and error.count("\n") == 1, error
+
+
+def test_a_token_budget_bounds_the_memory_of_every_kind_and_is_lowered_where_it_does_not_fit() -> None:
+    cfg = example("2b", "train.micro_batch_size=null", "train.tokens_per_micro_batch=16384")
+    kinds = [*mmeb_like(cfg), Kind(1, [(SideShape(300), SideShape(200))])]
+    alone = [make_plan(cfg, 8, [kind]).worst for kind in kinds]
+    text = alone[-1].total  # which has no tile
+    assert all(0.8 * text < stage.total <= 1.01 * text for stage in alone)
+    found = make_plan(cfg, 8, kinds)
+    assert found.worst.total == pytest.approx(max(stage.total for stage in alone), rel=1e-3)  # with one more held
+    assert found.step.held == 2 < found.step.micro_batches and found.step.has_embed_pass
+    # A frozen vision encoder runs in each pass, and nothing of it is kept.
+    assert found.worst.memory["vision features"] < 0.1 * GIB
+    counted = make_plan(example("2b", "train.micro_batch_size=2"), 8, kinds)
+    assert found.extra_flops > counted.extra_flops
+    larger = make_plan(override_config(cfg, ["train.tokens_per_micro_batch=65536"]), 8, kinds)
+    assert not larger.fits(80 * GIB)
+    fit, overrides = find_fit(larger.cfg, 8, kinds, 80 * GIB)
+    assert fit.fits(80 * GIB) and overrides == ["train.tokens_per_micro_batch=16384"]
+    with pytest.raises(ConfigError, match="train.tokens_per_micro_batch=10 is less than any pair takes"):
+        make_plan(override_config(cfg, ["train.tokens_per_micro_batch=10"]), 8, kinds)
+    shared = override_config(cfg, ["parallel.pipeline=4", "parallel.virtual_pipeline=7"])
+    assert make_plan(shared, 8, kinds).step.micro_batches % 4 == 0
+
+
+def test_a_tile_counts_as_the_tokens_that_need_its_memory() -> None:
+    """By the formulas that test_memory.py compares with a real step: B tokens, or fewer and their tiles."""
+    cfg = example("2b", "model.freeze=[]", "train.micro_batch_size=null", "train.tokens_per_micro_batch=100000")
+    budget, chunk = token_budget(cfg), Chunk(cfg.model, cfg.parallel, cfg.model.language.num_layers, True, True)
+    visual, _ = chunk.cost.of_tiles(cfg.model, 100)
+    tokens = round(100000 - 100 * budget.tile_tokens)
+    sides = [SideShape(100000)], [SideShape(tokens, visual, 100)]
+    batches = [MicroBatch.of(side) for side in sides]
+    needed = [chunk.activations(batch, True) + temporary_bytes(chunk, batch, True) for batch in batches]
+    assert needed[1] == pytest.approx(needed[0], rel=0.02)
