@@ -63,7 +63,7 @@ def loss_collectives(pairs: int, dim: int, ranks: int) -> list[Collective]:
         return []
     floats = FLOAT * ranks * pairs
     return [
-        Collective("all_gather", 2 * COUNT * ranks),  # numbers of pairs and of hard negatives
+        Collective("all_gather", 3 * COUNT * ranks),  # numbers of pairs, targets and hard negatives
         Collective("all_gather", floats * dim),  # targets
         Collective("all_gather", floats),  # cosines of the positives
         Collective("all_reduce", floats),  # largest logit of each column

@@ -26,10 +26,10 @@ from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, labe
 TOLERANCE = 0.25
 """Relative deviation of the model from the measurement beyond which the report says that the model is off."""
 BYTES_NOTE = """
-Bytes a rank receives per step, exactly as measured: (N - 1) * (8 b d + 20 b + 16), for N ranks of b pairs, width d,
+Bytes a rank receives per step, exactly as measured: (N - 1) * (8 b d + 20 b + 24), for N ranks of b pairs, width d,
 float32. For each other rank: its b targets, and its part of the gradients of this rank's b targets (4 b d each); two
-all-reduces, as rings, for the log-sum-exps of all N b columns (16 b); the cosines of its b positives (4 b); two row
-counts (16). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d, loss.reward=ema adds 4 b d,
+all-reduces, as rings, for the log-sum-exps of all N b columns (16 b); the cosines of its b positives (4 b); three row
+counts (24). loss.mask_same_target adds 16 b for ids, m hard negatives per rank add 8 m d, loss.reward=ema adds 4 b d,
 and loss.matryoshka_dims takes the whole for every prefix, with its length for d.
 """
 MEASURED_NOTE = """

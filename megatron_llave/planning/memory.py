@@ -234,7 +234,7 @@ def loss_bytes(rows: int, columns: int, dim: int, hard_negatives: int = 0) -> in
         rows: b, pairs of this rank.
         columns: C, targets and hard negatives of all ranks.
         dim: width of an embedding.
-        hard_negatives: those of each of these pairs.
+        hard_negatives: those of each of these pairs, and its targets after the first.
     """
     vectors = rows * (5 + hard_negatives) + 2 * columns
     return FLOAT * (vectors * dim + 4 * min(CHUNK, rows) * columns)
@@ -336,13 +336,14 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
     frozen = sum(sum(s) for c in chunks for group, s in c.sizes().items() if not is_trained(model, group))
     kept = [chunk.activations(step.batch, on_gpu) for chunk in chunks]
     is_last, width = stage == stages - 1, model.language.hidden_size
+    further = -(-step.columns // (step.rows * step.data_parallel)) - 1  # targets and hard negatives of a pair
     memory = {
         "weights": (trained + frozen) * e,
         "gradients": trained * FLOAT,
         "optimizer": optimizer_bytes(cfg, trained // sharing),
         "activations": bytes_in_flight(kept, stage, stages, step.micro_batches),
         "vision features": _kept_features(cfg, step) if stage == 0 else 0,
-        "loss": loss_bytes(step.rows, step.columns, width, cfg.data.hard_negatives) if is_last else 0,
+        "loss": loss_bytes(step.rows, step.columns, width, further) if is_last else 0,
         "data": data_bytes(model, step.batch) * (step.held or step.micro_batches),
         "temporary": max(temporary_bytes(chunk, step.batch, on_gpu) for chunk in chunks),
     }

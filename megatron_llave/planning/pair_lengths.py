@@ -15,7 +15,7 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.index import Shard, Subset, read_index
 from megatron_llave.data.mixture import build_mixture
-from megatron_llave.data.shards import unpack_json
+from megatron_llave.data.shards import FURTHER, unpack_json
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
@@ -100,8 +100,8 @@ class SideShape:
     """Number of videos among its images."""
 
 
-Shape = tuple[SideShape, SideShape]
-"""Lengths of query and target."""
+Shape = tuple[SideShape, ...]
+"""Lengths of a query and then of its targets, mostly one."""
 
 
 @dataclass(frozen=True)
@@ -158,23 +158,26 @@ def read_kinds(folder: str | Path, cfg: RunConfig) -> list[Kind]:
         per_shard = -(-PAIRS_READ // len(shards))
         files = [folder / shard.file for shard in shards]
         described = chain.from_iterable(islice(read_descriptions(file), per_shard) for file in files)
-        pairs = list(_shapes(described, counter, cfg.data.max_length))
+        pairs = list(_shapes(described, counter, cfg.data))
         if not pairs:
             raise DataError(f"{folder}: no pair of subset {name} can be used")
         kinds.append(Kind(source.weight, pairs))
     return kinds
 
 
-def _shapes(described: Iterator[tuple[dict[str, Any], str]], counter: TokenCounter, max_length: int) -> Iterator[Shape]:
+def _shapes(
+    described: Iterator[tuple[dict[str, Any], str]], counter: TokenCounter, data: DataConfig
+) -> Iterator[Shape]:
     """Yield the lengths of the pairs that training does not leave out."""
     for pair, where in described:
         try:
-            query, target = (_side_shape(pair[side], counter, max_length) for side in ("query", "target"))
+            targets = [pair["target"], *pair.get(FURTHER, ())][: data.positives]
+            shape = tuple(_side_shape(side, counter, data.max_length) for side in (pair["query"], *targets))
         except DataError:
             continue
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
-        yield query, target
+        yield shape
 
 
 def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) -> SideShape:
@@ -184,11 +187,16 @@ def _side_shape(side: dict[str, Any], counter: TokenCounter, max_length: int) ->
     return replace(images, tokens=min(tokens, max_length))
 
 
+def sides_of(pair: Shape, hard_negatives: int) -> list[SideShape]:
+    """Return the sides of a pair with hard negatives, which count like its first target."""
+    return [*pair, *[pair[1]] * hard_negatives]
+
+
 def longest_batch(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> list[SideShape]:
-    """Return the sides of the longest micro batch of `pairs` pairs of one kind; hard negatives count like targets."""
+    """Return the sides of the longest micro batch of `pairs` pairs of one kind."""
     candidates = []
     for kind in kinds:
-        sides = [[query, *[target] * (1 + hard_negatives)] for query, target in kind.pairs]
+        sides = [sides_of(pair, hard_negatives) for pair in kind.pairs]
         sides.sort(key=_tokens, reverse=True)
         longest = islice(cycle(sides), pairs)  # a kind may have fewer
         candidates.append(list(chain.from_iterable(longest)))
@@ -199,8 +207,12 @@ def scaled_longest(kinds: list[Kind], tokens: int) -> Shape:
     """Return a pair of `tokens` tokens in the proportions of the longest pair of these kinds, tiles included."""
     longest = max((pair for kind in kinds for pair in kind.pairs), key=_tokens)
     total = _tokens(longest)
-    query, target = (SideShape(*(-(-x * tokens // total) for x in astuple(side))) for side in longest)
-    return query, target
+    return tuple(SideShape(*(-(-x * tokens // total) for x in astuple(side))) for side in longest)
+
+
+def targets_per_pair(kinds: list[Kind]) -> float:
+    """Return the mean number of targets of the pairs of the kind that has the most of them."""
+    return max(sum(len(pair) - 1 for pair in kind.pairs) / len(kind.pairs) for kind in kinds)
 
 
 def _tokens(sides: Sequence[SideShape]) -> int:

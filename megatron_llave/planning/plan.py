@@ -26,7 +26,7 @@ from megatron_llave.planning.memory import (
     stage_chunks,
     stage_memory,
 )
-from megatron_llave.planning.pair_lengths import Kind, longest_batch, scaled_longest
+from megatron_llave.planning.pair_lengths import Kind, longest_batch, scaled_longest, targets_per_pair
 from megatron_llave.planning.token_budget import full_micro_batches
 
 NODE = 8
@@ -116,12 +116,12 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def mean_work(kinds: list[Kind], pairs: int, hard_negatives: int = 0) -> Work:
-    """Return the average input of a number of pairs; hard negatives count like targets."""
+    """Return the average input of a number of pairs; hard negatives count like the first targets."""
     total = sum(kind.share for kind in kinds)
     tokens = squares = tiles = patch_pairs = 0.0
     for kind in kinds:
-        for sides in kind.pairs:
-            for side, times in zip(sides, (1, 1 + hard_negatives)):
+        for query, first, *further in kind.pairs:
+            for side, times in ((query, 1), (first, 1 + hard_negatives), *((target, 1) for target in further)):
                 number = times * pairs * kind.share / total / len(kind.pairs)
                 tokens += number * side.tokens
                 squares += number * side.tokens**2
@@ -148,6 +148,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     has_reward = cfg.loss.reward != "self"
     losses = cfg.train.global_batch_size // step.rows  # summed over all ranks
     dims = cfg.loss.matryoshka_dims or [cfg.model.language.hidden_size]
+    further = step.columns // step.data_parallel - step.rows
     stages = range(cfg.parallel.pipeline)
     sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
     trained = [sum(c.buffer(sharing) for c in stage_chunks(cfg.model, cfg.parallel, s)) for s in stages]
@@ -158,7 +159,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
         stages=[_plan_stage(cfg, stage, step, work, on_gpu) for stage in stages],
         model_flops=step_flops(cfg.model, work),
         extra_flops=_extra_flops(cfg, work, step) + losses * loss_flops(step.rows, step.columns, dims, has_reward),
-        gather_bytes=losses // step.data_parallel * gather_bytes(cfg, step.rows, step.data_parallel),
+        gather_bytes=losses // step.data_parallel * gather_bytes(cfg, step.rows, step.data_parallel, further),
         reduction_bytes=moved * (sharing - 1) // sharing,
     )
 
@@ -176,15 +177,20 @@ def step_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind], on_gpu: bo
     size = cfg.train.micro_batch_size or share
     has_embed_pass = size < share and cfg.loss.negatives in WHOLE_STEP
     rows = share if cfg.loss.negatives in WHOLE_STEP else size
-    columns = rows * data_parallel * (1 + cfg.data.hard_negatives)
+    columns = _columns(cfg, kinds, rows * data_parallel)
     longest = longest_batch(kinds, size, cfg.data.hard_negatives)
     batch = MicroBatch.of(longest, cfg.parallel.context, family_of(cfg.model).cost.splits_tiles)
     return StepShape(data_parallel, share // size, rows, columns, has_embed_pass, batch)
 
 
+def _columns(cfg: RunConfig, kinds: list[Kind], rows: int) -> int:
+    """Targets and hard negatives of `rows` pairs."""
+    return ceil(rows * (targets_per_pair(kinds) + cfg.data.hard_negatives))
+
+
 def _budget_shape(cfg: RunConfig, data_parallel: int, kinds: list[Kind], on_gpu: bool) -> StepShape:
     layout, rows = cfg.parallel, cfg.train.global_batch_size // data_parallel
-    columns = cfg.train.global_batch_size * (1 + cfg.data.hard_negatives)
+    columns = _columns(cfg, kinds, cfg.train.global_batch_size)
     full, part = full_micro_batches(cfg, kinds, on_gpu)
     multiple = layout.pipeline if layout.virtual_pipeline > 1 else 1
     number = ceil(rows * part / multiple) * multiple
@@ -216,14 +222,17 @@ def _extra_flops(cfg: RunConfig, work: Work, step: StepShape) -> int:
     return extra_flops(cfg.model, work, *passes, copies, keeps_features=step.held is None)
 
 
-def gather_bytes(cfg: RunConfig, rows: int, ranks: int) -> int:
-    """Return the bytes that a rank receives in one loss over `rows` pairs of each of N ranks."""
-    hard, total, width = rows * cfg.data.hard_negatives, 0, cfg.model.language.hidden_size
+def gather_bytes(cfg: RunConfig, rows: int, ranks: int, further: int = 0) -> int:
+    """Return the bytes that a rank receives in one loss over `rows` pairs of each of N ranks.
+
+    `further` counts hard negatives, and targets after the first, of the rows of a rank.
+    """
+    total, width = 0, cfg.model.language.hidden_size
     for dim in cfg.loss.matryoshka_dims or [width]:
-        total += 8 * (rows + hard) * dim + 20 * rows + 16
+        total += 8 * (rows + further) * dim + 20 * rows + 24
         # Stored embeddings are not cut. Their width is that of another model, which is taken to be the model's.
-        total += 4 * (rows + hard) * {"self": 0, "ema": dim, "stored": width}[cfg.loss.reward]
-        total += (16 * rows + 8 * hard) * cfg.loss.mask_same_target
+        total += 4 * (rows + further) * {"self": 0, "ema": dim, "stored": width}[cfg.loss.reward]
+        total += (16 * rows + 8 * further) * cfg.loss.mask_same_target
     return (ranks - 1) * total
 
 

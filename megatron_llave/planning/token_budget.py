@@ -5,7 +5,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.balance import TokenBudget
 from megatron_llave.errors import require
 from megatron_llave.planning.memory import MicroBatch, bytes_in_flight, stage_chunks, temporary_bytes
-from megatron_llave.planning.pair_lengths import Kind, SideShape
+from megatron_llave.planning.pair_lengths import Kind, SideShape, sides_of
 
 MANY_TOKENS, MANY_TILES = 2**24, 2**16
 """So many that the memory that does not depend on them is small beside theirs."""
@@ -53,7 +53,7 @@ def full_micro_batches(cfg: RunConfig, kinds: list[Kind], on_gpu: bool = True) -
     """
     budget, batches, parts = token_budget(cfg, on_gpu), [], []
     for kind in kinds:
-        pairs = [[query, *[target] * (1 + cfg.data.hard_negatives)] for query, target in kind.pairs]
+        pairs = [sides_of(pair, cfg.data.hard_negatives) for pair in kind.pairs]
         costs = [
             budget.cost(sum(padded_length(side.tokens, cfg.parallel.context) for side in sides), _tiles(sides))
             for sides in pairs

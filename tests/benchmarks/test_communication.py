@@ -49,7 +49,7 @@ CHANNEL = Channel(latency=2e-6, bandwidth=1e9)
 def test_bytes_are_those_of_the_plan(ranks: int) -> None:
     cfg = load_config(TINY)
     found = received_bytes(loss_collectives(PAIRS, WIDTH, ranks), ranks)
-    assert found == gather_bytes(cfg, PAIRS, ranks) == (ranks - 1) * (8 * PAIRS * WIDTH + 20 * PAIRS + 16)
+    assert found == gather_bytes(cfg, PAIRS, ranks) == (ranks - 1) * (8 * PAIRS * WIDTH + 20 * PAIRS + 24)
 
 
 @pytest.mark.parametrize("kind", ROUNDS)

@@ -364,6 +364,15 @@ def test_there_are_examples() -> None:
         ("data", "subsets", {"a": {"weight": float("inf")}}),
         ("data", "subsets", {"a": {"mask_margin": float("nan")}}),
         ("data", "subsets", {"a": {"alpha": -1.0}}),
+        ("data", "subsets", {"a": {"negatives": "global_batch"}}),
+        ("data", "subsets", {"a": {"objective": "own"}}),
+        ("data", "positives", 0),
+        ("loss", "objective", "infonce"),
+        ("loss", "soft_labels", "stored_scores"),
+        ("loss", "soft_label_loss", "kl"),
+        ("loss", "soft_label_weight", 0.0),
+        ("loss", "soft_label_temperature", 0.0),
+        ("loss", "contrastive_weight", 0.5),
         ("data", "subsets", {"a": {"temperature": 0.0}}),
     ],
 )
@@ -391,19 +400,23 @@ def test_model_that_cannot_work_is_named(changes: dict, named: str) -> None:
 
 def test_a_subset_has_rules_of_its_own_or_those_of_the_loss() -> None:
     subsets = {"a": {"mask_same_target": False, "mask_margin": float("inf")}, "b": {}, "c": {"mask_margin": 0.0}}
-    subsets["c"] |= {"alpha": 0.0, "temperature": 0.5}
+    subsets["b"] |= {"negatives": "own"}
+    subsets["c"] |= {"alpha": 0.0, "temperature": 0.5, "objective": "cosent"}
     cfg = config_from_dict(
         {
             "model": {"preset": "tiny"},
             "train": {"steps": 1},
-            "loss": {"mask_same_target": True, "mask_margin": 0.1, "alpha": 3},
-            "data": {"subsets": subsets},
+            "loss": {"mask_same_target": True, "mask_margin": 0.1, "alpha": 3, "soft_labels": "scores"},
+            "data": {"subsets": subsets, "hard_negatives": 1},
         }
     )
     rules = {name: loss_of_subset(cfg, name) for name in ("a", "b", "c", "elsewhere")}
     assert [rule.mask_same_target for rule in rules.values()] == [False, True, True, True]
     assert [rule.mask_margin for rule in rules.values()] == [float("inf"), 0.1, 0.0, 0.1]
     assert [rule.alpha for rule in rules.values()] == [3, 3, 0, 3]
+    assert [rule.negatives for rule in rules.values()] == ["global_batch", "own", "global_batch", "global_batch"]
+    assert [rule.objective for rule in rules.values()] == ["contrastive", "contrastive", "cosent", "contrastive"]
+    assert [rule.soft_labels for rule in rules.values()] == ["scores", "scores", None, "scores"]
     assert [rule.temperature for rule in rules.values()] == [0.02, 0.02, 0.5, 0.02]
 
 
@@ -413,6 +426,12 @@ def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert said == f"{mixed}: data.subsets.a.mask_margin cannot be set"
     learned = message(path, "loss.temperature_learning=subset", "data.sub_batches=2")
     assert learned == f"{mixed}, which has one temperature: use loss.temperature_learning=one, or data.sub_batches=1"
+    own = message(path, "data.subsets.a.negatives=own")
+    assert own == "data.subsets.a.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1"
+    soft = message(path, "loss.soft_labels=scores", "data.positives=1")
+    assert soft == "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives"
+    order = message(path, "loss.objective=cosent", "loss.soft_labels=scores")
+    assert order.startswith("loss.objective=cosent has no negatives and no soft labels")
     beyond = message(path, "loss.temperature_learning=one", "data.subsets.a.temperature=3")
     assert beyond.startswith("data.subsets.a.temperature=3.0, where learning starts, is not within")
     judged = ["loss.reward=ema", "loss.alpha=0"]

@@ -1,6 +1,7 @@
 """The packed row against a naive walk over the sequences, and the encoder in front of it."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from megatron_llave.data.packing import (
     stable_hash,
 )
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.models import build_processor
 from megatron_llave.models.llava_onevision.anyres import visual_layout
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
@@ -225,6 +227,39 @@ def test_first_hard_negatives_come_after_the_targets(used, kept):
     assert (batch.num_pairs, batch.num_hard_negatives) == (3, sum(kept))
     for p, one, n in zip(pairs, encoded, kept):
         assert one.length == sum(encoder().encode(side).length for side in (p.query, p.target, *p.hard_negatives[:n]))
+
+
+@pytest.mark.parametrize(("positives", "used"), [(None, 9), (2, 1), (1, 0)])
+def test_targets_and_scores_lie_pair_by_pair(positives, used):
+    first = pair("a", Side("a", []), Side("t0", []), negatives=[Side("n0", []), Side("n1", [])])
+    first.further_targets, first.further_target_ids = [Side("t1", []), Side("t2", [])], ["one", "two"]
+    first.scores = [0.5, 0.25, 4.0, -1.0, -2.0]
+    pairs = [first, pair("b", Side("b", []), Side("t", []), negatives=[Side("n", [])])]
+    encoded = encode_pairs(pairs, encoder(), used, pytest.fail, positives)
+    batch = pack_pairs(encoded, 0, "birds", 1, SHAPE)
+    targets, negatives = first.targets[:positives], first.hard_negatives[:used]
+    sides = [p.query for p in pairs] + targets + [pairs[1].target] + negatives + pairs[1].hard_negatives[:used]
+    assert unpacked(batch.sequences) == [naive(encoder().encode(side)) for side in sides]
+    names = [*first.target_ids[:positives], "t-b"]
+    assert batch.target_ids.tolist() == [stable_hash(name) for name in names] and batch.num_targets == len(names)
+    assert batch.target_rows is None if positives == 1 else batch.target_rows.tolist() == [0] * len(targets) + [1]
+    assert batch.hard_rows.tolist() == [0] * len(negatives) + [1] * min(used, 1) and batch.num_pairs == 2
+    scores = [
+        *first.scores[: len(targets)],
+        math.nan,
+        *first.scores[3 : 3 + len(negatives)],
+        *[math.nan] * min(used, 1),
+    ]
+    torch.testing.assert_close(batch.scores, torch.tensor(scores), rtol=0, atol=0, equal_nan=True)
+    assert packed_pairs(pairs[1:]).scores is None
+    both = PairIds.of([packed_pairs(pairs[1:], hard_negatives=1), batch])
+    known = [math.nan, *scores[: len(names)], math.nan, *scores[len(names) :]]
+    torch.testing.assert_close(both.scores, torch.tensor(known), rtol=0, atol=0, equal_nan=True)
+    outputs = [torch.rand(3, 4), torch.rand(batch.sequences.num_sequences, 4)]
+    rows = PairEmbeddings.of(outputs, [packed_pairs(pairs[1:], hard_negatives=1), batch])
+    assert rows.target_rows is None if positives == 1 else rows.target_rows.tolist() == [0, *[1] * len(targets), 2]
+    assert rows.hard_rows.tolist() == [0, *(1 + batch.hard_rows).tolist()]
+    assert rows.target[1:].equal(outputs[1][2 : 2 + len(names)])
 
 
 def test_unreadable_hard_negative_costs_its_pair_only_when_it_is_used():

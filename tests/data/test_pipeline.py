@@ -327,3 +327,19 @@ def test_steps_of_epochs_are_whole_steps_over_all_pairs(folder, epochs, expected
     cfg = config(folder)
     cfg.train.epochs = epochs
     assert steps_of_epochs(cfg) == expected  # 71 pairs, 8 a step
+
+
+def test_a_pair_without_scores_is_bad_where_the_objective_compares_them(tmp_path):
+    pairs = [dataclasses.replace(make_pair("words", i), target_id=f"t{i}", scores=[float(i)]) for i in range(8)]
+    pairs[3].scores = []
+    write_index(tmp_path, Index({"words": write_subset(pairs, tmp_path, "words", "retrieval")}))
+    cfg = config(tmp_path, batch=8)
+    [[batch]] = steps(cfg, 1)
+    assert batch.num_pairs == 8 and batch.scores.isnan().sum() == 1
+    cfg.data.subsets = {"words": SubsetConfig(objective="cosent")}
+    [[batch]] = steps(cfg, 1)
+    assert "words-3" not in batch.keys and batch.num_skipped == 1
+    assert sorted(batch.scores.tolist()) == [0, 1, 2, 4, 5, 6, 7]
+    cfg.data.max_bad_fraction = 0.0
+    with pytest.raises(DataError, match="pair words-3 of subset words: it has no scores, which objective=cosent needs"):
+        steps(cfg, 1)

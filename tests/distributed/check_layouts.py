@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import several_targets
 import torch
 import torch.distributed as dist
 from full_parameters import full_gradients, let_go, worst_relative_error
@@ -40,6 +41,7 @@ from megatron_llave.models.blocks.initialization import initialize_parameters
 from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.train import train_step
 from megatron_llave.training import gradient_cache, optimizer
+from megatron_llave.training.broadcast import exchange_row_counts
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.metrics import step_metrics
@@ -102,6 +104,8 @@ def write_reference(directory: Path, family: str) -> None:
     reward = PairEmbeddings(*judged.split([GLOBAL_BATCH, GLOBAL_BATCH, len(hard)]))
     whole = dense_contrastive_loss(embeddings[0::2], embeddings[1::2], TEMPERATURE, ALPHA, hard, reward=reward)
     save_gradients(model, whole, directory / "reward.safetensors")
+    for name, loss in several_targets.losses(embeddings, hard, TEMPERATURE, ALPHA).items():
+        save_gradients(model, loss, directory / f"{name}.safetensors")
     process_groups.destroy_distributed()
 
 
@@ -141,6 +145,7 @@ def compare(directory: Path, layout: ParallelConfig, freeze: list[str], family: 
             worst.append(compare_gradients(directory, "global_batch", micro_batch, cfg, trainable, groups))
     if not freeze:
         worst.append(compare_reward(directory, cfg, trainable, groups))
+        worst += compare_several(directory, cfg, trainable, groups)
     pairs = random_pairs(cfg.model, GLOBAL_BATCH)
     check_embeddings(directory, trainable.chunks, pairs, cfg, groups)
     cfg.loss.negatives = "micro_batch"
@@ -249,6 +254,25 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
         expected = torch.full_like(numbers, GLOBAL_BATCH - 1 + sum(HARD_SHARES[world]))
         torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=0)
     return error
+
+
+def compare_several(
+    directory: Path, cfg: RunConfig, trainable: Trainable, groups: ProcessGroupCollection
+) -> list[float]:
+    """Several targets with soft labels, and graded pairs, in two micro batches, one of them empty on some ranks."""
+    multiple = row_multiple(cfg.model, cfg.parallel)
+    first, share = groups.dp.rank() * 4 // groups.dp.size(), 4 // groups.dp.size()
+    parts = range(first, first + 1), range(first + 1, first + share)
+    whole = [several_targets.pack_part(cfg, rows, multiple, hard_negatives(cfg)) for rows in parts]
+    batches = [batch.part(groups.cp.rank()) for batch in whole]
+    exchange_row_counts(batches, groups.dp)
+    errors = []
+    for name, changes in several_targets.OBJECTIVES.items():
+        trainable.zero_gradients()
+        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, **changes), "global_batch")
+        what = f"{cfg.parallel} {name}"
+        errors.append(check_step(directory / f"{name}.safetensors", seen, cfg, trainable, groups, what))
+    return errors
 
 
 def check_stored(

@@ -14,7 +14,7 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.planning.context import layer_seconds, shortest_pairs
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
 from megatron_llave.planning.memory import Chunk, MicroBatch, temporary_bytes
-from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds
+from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds, targets_per_pair
 from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
 from megatron_llave.planning.token_budget import token_budget
 from tools import plan
@@ -155,6 +155,9 @@ def test_longest_micro_batch_is_of_the_longest_pairs_of_one_kind() -> None:
     ]
     assert [side.tokens for side in longest_batch(kinds, 2, hard_negatives=1)] == [20, 2, 2, 10, 1, 1]
     assert [side.tokens for side in longest_batch(kinds[1:], 2)] == [5, 5, 5, 5], "there are fewer pairs"
+    several = Kind(1, [(SideShape(10), SideShape(3), SideShape(7)), (SideShape(12), SideShape(2))])
+    assert [side.tokens for side in longest_batch([several], 1, hard_negatives=1)] == [10, 3, 7, 3]
+    assert targets_per_pair([*kinds, several]) == 1.5 and mean_work([several], 2, 1).tokens == 10 + 6 + 7 + 12 + 4
 
 
 def test_pairs_of_a_folder_are_measured(openmoji_data: Path) -> None:

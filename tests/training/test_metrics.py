@@ -38,6 +38,14 @@ def test_means_overlap_and_counts(groups) -> None:
     assert record["similarity_auc"] == pytest.approx(15.5 / 16)  # of 16 pairs, one of equal ones
 
 
+def test_soft_labels_are_logged_apart_where_there_are_some(groups) -> None:
+    without, some = seen(1.0, [0.9, 0.7], [0.1, 0.3]), seen(1.0, [0.9, 0.7], [0.1, 0.3])
+    some[1].soft_label = torch.tensor([torch.nan, 0.5])
+    record = step_metrics([without, some], [batch(2, 40, 0)] * 2, groups.dp)
+    assert record["soft_label_loss"] == 0.5 and record["targets"] == 4
+    assert "soft_label_loss" not in step_metrics([without], [batch(2, 40, 0)], groups.dp)
+
+
 def test_nothing_seen_before_the_last_stage(groups) -> None:
     record = step_metrics([], [batch(2, 40, 0)], groups.dp)
     assert record["pairs"] == 2 and record["loss"] == 0 and record["similarity_overlap"] == 0
