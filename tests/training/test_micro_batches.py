@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
+from reference import pack_pair_batch, random_pairs
 from run_ranks import run_ranks
+
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.errors import DataError
+from megatron_llave.training.micro_batches import MicroBatches
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "check_micro_batches.py"
 # tensor, pipeline, virtual pipeline, context, budget, others
@@ -19,3 +24,19 @@ def test_loss_and_gradients_are_those_of_counted_micro_batches(openmoji_data: Pa
     assert output.count("gradients off by") == len(LAYOUTS[world])
     # In the first step of the last layout some ranks have one micro batch and make one pass, and others two.
     assert world == 1 or "[(1, 1), (2, 1)]" in output
+
+
+def test_a_pair_that_one_pass_alone_can_read_is_named_and_nothing_large_is_kept() -> None:
+    model = config_from_dict({"model": {"preset": "tiny"}}).model
+    pairs = random_pairs(model, 6)
+    first, second, shorter = (pack_pair_batch(some, model, 1) for some in (pairs[:3], pairs[3:], pairs[3:5]))
+    shorter.keys = second.keys[:2]
+    coming = iter([first, second, first, shorter])
+    batches = MicroBatches(2, 100, "s", lambda: next(coming))
+    assert len(batches) == 2 and [batch.keys for batch in batches] == [first.keys, second.keys]
+    for batch, kept in zip((first, second), batches.kept, strict=True):
+        assert kept.sequences.lengths == batch.sequences.lengths and kept.query_ids.equal(batch.query_ids)
+        assert kept.sequences.tiles.numel() == kept.sequences.tokens.numel() == 0
+        assert kept.query_ids.untyped_storage().data_ptr() != batch.query_ids.untyped_storage().data_ptr()
+    with pytest.raises(DataError, match=f"pair {second.keys[2]} of subset .* in one pass over the step and not"):
+        list(batches)

@@ -243,3 +243,25 @@ def test_a_prompt_of_another_family_is_refused() -> None:
 def test_the_budget_is_that_of_the_configuration(tokenizer_file: Path) -> None:
     assert processor_of("qwen3_vl", tokenizer_file).budget == PixelBudget(16, 4096, 50176, True)
     assert processor_of("qwen2_5_vl", tokenizer_file).tokens_per_second == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_from_headers_are_those_of_the_encoded_input(family, tokenizer_file):
+    turned, image = io.BytesIO(), picture("large")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.crop((0, 0, 120, 50)).save(turned, "JPEG", exif=exif)
+    frames = [np.asarray(image.resize((60, 90)))] * 5
+    sides = [
+        Side("a text alone", []),
+        Side("before <image> and after", [turned.getvalue()]),
+        Side("two", [turned.getvalue(), image]),
+        Side("a video", [], frames=np.stack(frames)),
+        Side("a video", [Image.fromarray(frame) for frame in frames], is_video=True, seconds=(0, 1, 2, 4, 5)),
+        Side("cut " * 400, [turned.getvalue()]),
+    ]
+    processor = processor_of(family, tokenizer_file, max_length=300)
+    for side in sides:
+        encoded, size = processor.encode(side), processor.measure(side)
+        assert (size.tokens, size.tiles) == (encoded.length, sum(map(len, encoded.tiles))), side.text[:20]
+    assert encoded.is_cut
