@@ -256,6 +256,8 @@ def test_nothing_usable_is_an_error_and_not_a_new_run(saved, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
+        ("lora", "rank", 8, "lora.rank was 0, is 8"),
+        ("lora", "targets", ["q_proj"], "lora.targets was .'language'., is .'q_proj'."),
         ("model", "freeze", ["vision"], r"model.freeze was \[\], is \['vision'\]"),
         ("model", "dropout", 0.1, "model.dropout was 0.0, is 0.1"),
         ("loss", "reward", "ema", "loss.reward was self, is ema"),

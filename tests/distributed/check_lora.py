@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from check_layouts import parse_layout
-from full_parameters import full_gradients, let_go, worst_relative_error
+from full_parameters import full_gradients, full_weights, let_go, worst_relative_error
 from golden_lora import (
     ALPHA,
     HARDNESS,
@@ -33,6 +33,7 @@ from golden_lora import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_llave.batch import PairBatch
@@ -48,7 +49,7 @@ from megatron_llave.loss import build_loss
 from megatron_llave.models import build_model, family_of, lora, open_hf
 from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.hf.weights import fill_from_hf
-from megatron_llave.models.lora import is_adapter, merge_adapters, our_adapters, set_adapters
+from megatron_llave.models.lora import initialize_adapters, is_adapter, merge_adapters, our_adapters, set_adapters
 from megatron_llave.planning.memory import BUFFER_ALIGNMENT, PARAMETER_ALIGNMENT
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import Trainable, build_trainable, inner_optimizers
@@ -68,13 +69,26 @@ def config_of(family: str, text: str) -> RunConfig:
     return RunConfig(model=model, parallel=layout, loss=loss, train=TrainConfig(steps=1, global_batch_size=4))
 
 
-def build(cfg: RunConfig, targets: str, groups: ProcessGroupCollection, reference: dict[str, Tensor]) -> Trainable:
-    """The golden model with the adapters of the reference."""
+def check_same(found: dict[str, Tensor], file: Path) -> None:
+    """Initial values are those of the first layout, which writes them."""
+    if not file.exists() and dist.get_rank() == 0:
+        save_file(found, file)
+    dist.barrier()
+    expected = load_file(file)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def build(
+    cfg: RunConfig, targets: str, groups: ProcessGroupCollection, reference: dict[str, Tensor], initial: Path
+) -> Trainable:
+    """The golden model with the adapters of the reference; other layouts' initial values are in `initial`."""
     weights = open_hf(folder_of(cfg.model.family))
     chunks = build_model(cfg.model, cfg.parallel, groups, torch.device("cpu"), None, lora_of(targets))
     fill_from_hf(chunks, weights, groups)
     for chunk in chunks:
         shrink(chunk.named_parameters())
+    initialize_adapters(chunks, groups.tp, 0)
+    check_same(full_weights(chunks, groups), initial)
     rules = family_of(cfg.model).hf.rules(cfg.model)
     set_adapters(chunks, our_adapters(stored_adapters(reference), rules), groups.tp)
     return build_trainable(cfg, chunks, groups)
@@ -159,7 +173,7 @@ def compare(directory: Path, family: str, targets: str, text: str) -> None:
     cfg = config_of(family, text)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel)
-    trainable = build(cfg, targets, groups, reference)
+    trainable = build(cfg, targets, groups, reference, directory / f"{family}-{targets}-initial.safetensors")
     check_buffers(trainable, groups)
     errors = []
     for size in (1, 2, 4):
