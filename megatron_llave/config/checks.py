@@ -99,7 +99,7 @@ def _validate_lora(cfg: RunConfig) -> None:
     clash = f"lora.targets: {''.join(frozen[:1])} is of a part that model.freeze={cfg.model.freeze} names"
     require(not frozen, f"{clash}; all weights but adapters are frozen anyway")
     decay = cfg.optimizer.vision_layer_decay
-    ok = decay == 1 or any(part_of_target(target) == "vision" for target in lora.targets)
+    ok = decay == 1 or "vision" in lora.parts
     require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
 
 

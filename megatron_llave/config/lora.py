@@ -48,6 +48,11 @@ class LoraConfig:
         return self.rank > 0 and not self.save_base
 
     @property
+    def parts(self) -> set[str]:
+        """Parts of the model that have adapters."""
+        return {part_of_target(target) for target in self.targets} if self.rank else set()
+
+    @property
     def scale(self) -> float:
         """Factor of the adapters' output."""
         return self.alpha / self.rank

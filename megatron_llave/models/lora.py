@@ -184,7 +184,7 @@ def add_adapters(chunk: Module, lora: LoraConfig, rules: Mapping[str, Rule], gro
             if hasattr(linear, "return_layernorm_output"):
                 linear.return_layernorm_output = True
             adapters.hook = linear.register_forward_hook(partial(_add, adapters))
-    chunk.vision_is_frozen = all(part_of_target(target) != "vision" for target in lora.targets)
+    chunk.vision_is_frozen = "vision" not in lora.parts
 
 
 def _add(adapters: Adapters, linear: Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Tensor, Tensor | None]:

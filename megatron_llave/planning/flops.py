@@ -7,7 +7,7 @@ computing adds (embed pass of the gradient cache, recomputed activations, paddin
 Shapes: h hidden; b rows of a rank, C columns, d embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +63,21 @@ def forward_flops(model: ModelConfig, work: Work) -> int:
     return vision + decoder_flops(model.language, work.tokens, work.squared_lengths)
 
 
-def step_flops(model: ModelConfig, work: Work) -> int:
+def step_flops(model: ModelConfig, work: Work, adapted: Collection[str] = ()) -> int:
     """FLOPs of forward and backward passes, where frozen parts need less.
 
     The backward pass of a matrix product is two more products: for its input, if something before it is trained, and
-    for its weight.
+    for its weight. With LoRA no weight has one; the adapters' own products, a few percent, are left out.
+
+    Args:
+        model: the `model` section of the run.
+        work: input of the step.
+        adapted: the parts of the model that have adapters (LoraConfig.parts); none: all that is not frozen is trained.
     """
     decoder = decoder_flops(model.language, work.tokens, work.squared_lengths)
+    if adapted:  # each product that a gradient passes through has one more; attention has two inputs
+        passed = sum(p.flops for p in _products(model, work) if {p.part, *p.after} & set(adapted))
+        return forward_flops(model, work) + passed + decoder + _attention_flops(model.language, work.squared_lengths)
     total = sum(products.with_backward(model.freeze) for products in _products(model, work))
     if "language" not in model.freeze:
         return total + 3 * decoder
@@ -131,7 +139,14 @@ def loss_flops(rows: int, columns: int, dims: Sequence[int], has_reward: bool = 
     return (4 + 2 * has_reward) * 2 * rows * columns * sum(dims)
 
 
-def achieved(model: ModelConfig, work: Work, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:
+def achieved(
+    model: ModelConfig,
+    work: Work,
+    seconds: float,
+    ranks: int,
+    peak: float | None,
+    adapted: Collection[str] = (),
+) -> dict[str, float]:
     """Return `tflops`, the TFLOP/s per device of a step, and `mfu`, their share of the peak, if that is known.
 
     Args:
@@ -140,8 +155,9 @@ def achieved(model: ModelConfig, work: Work, seconds: float, ranks: int, peak: f
         seconds: duration of the step.
         ranks: number of ranks that shared the step.
         peak: TFLOP/s of one device (log.peak_tflops); None: those of the GPU, if it is a known one.
+        adapted: as in `step_flops`.
     """
-    tflops = step_flops(model, work) / seconds / ranks / 1e12
+    tflops = step_flops(model, work, adapted) / seconds / ranks / 1e12
     peak = peak or peak_tflops(model.precision)
     return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})
 

@@ -86,7 +86,7 @@ def collect(
     seconds = time.perf_counter() - started
     work = Work(*(record[name] for name in ("tokens", "squared_lengths", "tiles", "patch_pairs")))
     record |= {"seconds": seconds, "data_seconds": data_seconds, "memory_gb": peak_memory_gb()}
-    return record | achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops)
+    return record | achieved(cfg.model, work, seconds, dist.get_world_size(), cfg.log.peak_tflops, cfg.lora.parts)
 
 
 def step_metrics(

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_llave.batch import PackedSequences
 from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig
@@ -77,6 +78,22 @@ def test_formula_is_torchs_count(groups, preset: str, freeze: list[str]) -> None
     *_, first, _ = cost.products(model, work.tiles, work.patch_pairs)
     wasted = first.flops if "projector" not in freeze and set(first.after) <= set(freeze) else 0
     assert counter.get_total_flops() == step_flops(model, work) + 6 * masked_half + wasted
+
+
+@pytest.mark.parametrize(("preset", "targets"), [("tiny", ["language"]), ("tiny_qwen3vl", ["vision"])])
+def test_formula_with_adapters_is_torchs_count_but_for_them(groups, preset: str, targets: list[str]) -> None:
+    """Those of the smallest rank count little; the first layer of these few that has some passes no gradient on."""
+    model, lora = model_config(preset, []), LoraConfig(rank=1, targets=targets)
+    [chunk] = build_model(model, ParallelConfig(), groups, torch.device("cpu"), 0, lora)
+    row, cost = packed_row(model), family_of(model).cost
+    squares = sum(length**2 for length in row.lengths)
+    work = Work(row.num_tokens, squares, row.num_tiles, cost.patch_pairs(model, row.grids))
+    masked_half = model.language.num_layers * model.language.num_heads * model.language.head_channels * squares
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        chunk(row).sum().backward()
+    expected = step_flops(model, work, lora.parts) + 6 * masked_half
+    assert 0.92 * expected < counter.get_total_flops() < 1.05 * expected
+    assert step_flops(model, work) > 1.3 * step_flops(model, work, lora.parts)
 
 
 def test_model_flops_of_a_token_are_about_six_times_the_parameters() -> None:
