@@ -110,6 +110,7 @@ def make_case(counts: list, hard_counts: list, several: bool, group: dist.Proces
         ids[1] = torch.arange(sizes[1]) % 7
     scores = torch.randn(sizes[1] + sizes[2], generator=generator).mul(2).round()  # some are equal
     scores[torch.cat([target_rows, *spread]) % 3 == 1] = torch.nan
+    scores[: sizes[1]][target_rows == 3] = torch.nan  # which leaves one score or two
     first, last = firsts[group.rank()], firsts[group.rank() + 1]
     own = slice(first, last), slice(bounds[first], bounds[last])
     own_hard = slice(hard_firsts[group.rank()], hard_firsts[group.rank() + 1])
@@ -229,7 +230,10 @@ def check_graded(case: Case, group: dist.ProcessGroup) -> None:
         def ours(embeddings: PairEmbeddings, ids: PairIds, _, log_temperature: Tensor, rules=rules) -> LossShare:
             return build_loss(rules, group, log_temperature)(embeddings, ids, None)
 
-        check_against(dense, ours, case, group, torch.float64, str(rules))
+        seen = check_against(dense, ours, case, group, torch.float64, str(rules))
+        rows = torch.cat([case.embeddings.target_rows, case.embeddings.hard_rows])
+        counts = torch.bincount(rows[~case.ids.scores.isnan()], minlength=len(case.embeddings.query))[case.own[0]]
+        assert seen.soft_label.isnan().equal(counts < 2), f"{rules}: {seen.soft_label} for {counts} scores"
 
     def order(everything: PairEmbeddings, ids: PairIds, _, temperature: Tensor) -> Tensor:
         return dense_cosent_loss(everything, ids.scores, temperature)
