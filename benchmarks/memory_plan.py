@@ -202,7 +202,7 @@ def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
 
 def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[dict[str, int], dict[str, int]]:
     """Measured bytes by part on this rank, and those of a save."""
-    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
+    chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0, lora=cfg.lora)
     trainable = build_trainable(cfg, chunks, groups)
     share = cfg.train.global_batch_size // groups.dp.size() // cfg.train.micro_batch_size
     first, batches = ([make_batch(cfg, groups.cp.rank()) for _ in range(share)] for _ in range(2))
@@ -219,7 +219,7 @@ def measure(cfg: RunConfig, groups: ProcessGroupCollection) -> tuple[dict[str, i
     measured |= saved.most | {"loss": sum(loss)}
     kept = ("activations", "vision features", "loss")
     measured["temporary"] = everything.most - sum(measured[part] for part in kept)
-    return measured, measure_save(TrainingState(chunks, trainable, None, groups), cfg)
+    return measured, measure_save(TrainingState(chunks, trainable, None, groups, lora=cfg.lora), cfg)
 
 
 @contextmanager

@@ -7,10 +7,11 @@ columns of the loss. The parts before the decoder have their formulas in their f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 
 from megatron_llave.batch import padded_length
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.loss.contrastive import CHUNK
@@ -18,9 +19,12 @@ from megatron_llave.models import family_of
 from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
 from megatron_llave.models.vision_cost import FLOAT, VisionCost, element, has_buckets, rms_norm_activations
+from megatron_llave.planning.adapters import NONE, adapter_activations, decoder_adapters, frozen_base
 from megatron_llave.planning.flops import Work
 from megatron_llave.planning.pair_lengths import SideShape
 
+ADAPTERS = "adapters"
+"""The group of parameters of LoRA adapters."""
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Alignment in elements of parameters in megatron-core's gradient buffer, and of its end (param_and_grad_buffer.py)."""
 PART_OF = {"vision": "vision", "projector": "projector", "embedding": "language", "decoder": "language"}
@@ -93,6 +97,8 @@ class Chunk:
     """Whether it has vision encoder, projector and token embedding."""
     is_last: bool
     """Whether it has the final norm and pools."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters; with some, all parts are in model.freeze (adapters.frozen_base)."""
 
     @property
     def cost(self) -> VisionCost:
@@ -107,6 +113,9 @@ class Chunk:
         layer = [(q + 2 * kv) * h // tp, h * q // tp, 2 * f * h // tp, f * h // tp, h, h]
         layer += [(q + 2 * kv) // tp] * kind.qkv_bias + [language.head_channels] * 2 * kind.qk_norm
         sizes = {"decoder": layer * self.layers + [h] * self.is_last}
+        if self.lora.rank:
+            own = [size for adapter in decoder_adapters(self.model, self.lora) for size in adapter.elements(tp)]
+            sizes[ADAPTERS] = own * self.layers
         if not self.is_first:
             return sizes
         before = self.cost.parameters(self.model, tp)
@@ -120,7 +129,7 @@ class Chunk:
     def activations(self, batch: MicroBatch, on_gpu: bool) -> int:
         """Return the bytes that the backward of a micro batch needs, without features of a frozen vision encoder."""
         model, h, e = self.model, self.model.language.hidden_size, element(self.model)
-        kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute)
+        kept = self.layers * layer_activations(model, self.layout, batch, on_gpu, model.recompute, self.lora)
         if model.kernels == "local":
             if model.recompute == "full":  # the rotary angles, an input of every layer
                 kept += FLOAT * model.language.head_channels * batch.tokens
@@ -129,6 +138,11 @@ class Chunk:
         kept += self.deepstack_bytes(batch, model.recompute == "full")
         if self.is_first and model.dropout:
             kept += batch.tokens * h * e
+        norm = rms_norm_activations(model, h, on_gpu)
+        if self.lora.rank and not on_gpu and model.kernels == "local":
+            norm -= FLOAT * h
+        if self.lora.rank and self.is_first and model.recompute != "full":  # whose input gets no gradient
+            kept -= (norm - h * e) * batch.tokens // (self.layout.tensor if self.layout.sequence else 1)
         if self.is_first and not {"vision", "projector"} <= set(model.freeze):
             tp = self.layout.tensor
             kept += self.cost.projector_activations(model, tp, batch.tiles, batch.visual_tokens, on_gpu)
@@ -136,7 +150,7 @@ class Chunk:
                 kept += self.cost.encoder_activations(model, tp, batch.tiles, on_gpu)
         if self.is_last:
             spread = self.layout.tensor if self.layout.sequence else 1
-            kept += (rms_norm_activations(model, h, on_gpu) - h * e) * batch.tokens // spread
+            kept += (norm - h * e) * batch.tokens // spread
             kept += 3 * FLOAT * h * batch.sequences  # pooled and normalised
         return kept
 
@@ -161,7 +175,7 @@ def head_widths(model: ModelConfig) -> tuple[int, int]:
 
 def is_trained(model: ModelConfig, group: str) -> bool:
     """Whether a group of parameters gets gradients."""
-    return PART_OF[group] not in model.freeze
+    return group == ADAPTERS or PART_OF[group] not in model.freeze
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -170,7 +184,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def layer_activations(
-    model: ModelConfig, layout: ParallelConfig, batch: MicroBatch, on_gpu: bool, recompute: str
+    model: ModelConfig, layout: ParallelConfig, batch: MicroBatch, on_gpu: bool, recompute: str, lora: LoraConfig = NONE
 ) -> int:
     """Return the bytes that a decoder layer keeps of a micro batch for the backward."""
     language, e, tp = model.language, element(model), layout.tensor
@@ -199,7 +213,8 @@ def layer_activations(
         norms -= h * e * t  # the second norm is part of the recomputed MLP
     rotary = 0 if fused else 4 * language.head_channels * t * e
     dropped = 2 * h * t * e if model.dropout else 0
-    return (attention + mlp) // tp + (norms + dropped) // spread + rotary
+    adapters = adapter_activations(model, lora, tp, layout.sequence, t, on_gpu) if lora.rank else 0
+    return (attention + mlp) // tp + (norms + dropped) // spread + rotary + adapters
 
 
 def qk_norm_activations(model: ModelConfig, batch: MicroBatch, on_gpu: bool, has_copies: bool) -> int:
@@ -246,7 +261,8 @@ def temporary_bytes(chunk: Chunk, batch: MicroBatch, on_gpu: bool) -> int:
     # Gradients in the MLP of a layer, or in a norm of several operations; the layer itself if it is recomputed.
     spread = tp if chunk.layout.sequence else 1
     in_norm = 0 if on_gpu or model.kernels == "transformer_engine" else 4 * model.language.hidden_size * FLOAT // spread
-    of_layer = [layer_activations(model, chunk.layout, batch, on_gpu, way) for way in ("none", model.recompute)]
+    given = (model, chunk.layout, batch, on_gpu)
+    of_layer = [layer_activations(*given, way, chunk.lora) for way in ("none", model.recompute)]
     # Or keys and values of all context ranks, and their gradients.
     gathered = (
         4 * head_widths(model)[1] * e // tp * batch.context if batch.context > 1 and model.kernels == "local" else 0
@@ -288,14 +304,14 @@ def bytes_in_flight(kept: list[int], stage: int, stages: int, micro_batches: int
     return most
 
 
-def stage_chunks(model: ModelConfig, layout: ParallelConfig, stage: int) -> list[Chunk]:
+def stage_chunks(model: ModelConfig, layout: ParallelConfig, stage: int, lora: LoraConfig = NONE) -> list[Chunk]:
     """Return the chunks of a pipeline stage."""
     stages, number, first = layout.pipeline, layout.virtual_pipeline, layout.first_stage_layers
     layers = model.language.num_layers // stages
     if first is not None:
         layers = first if stage == 0 else (model.language.num_layers - first) // (stages - 1)
     return [
-        Chunk(model, layout, layers // number, stage + i == 0, (stage, i) == (stages - 1, number - 1))
+        Chunk(model, layout, layers // number, stage + i == 0, (stage, i) == (stages - 1, number - 1), lora)
         for i in range(number)
     ]
 
@@ -329,8 +345,9 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         step: how a step is divided.
         on_gpu: False for a CPU, where norms of torch are several operations.
     """
+    cfg = frozen_base(cfg)
     model, e, stages = cfg.model, element(cfg.model), cfg.parallel.pipeline
-    chunks = stage_chunks(model, cfg.parallel, stage)
+    chunks = stage_chunks(model, cfg.parallel, stage, cfg.lora)
     sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
     trained = sum(chunk.buffer(sharing) for chunk in chunks)
     frozen = sum(sum(s) for c in chunks for group, s in c.sizes().items() if not is_trained(model, group))

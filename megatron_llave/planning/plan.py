@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from megatron_llave.config.checks import require_sizes
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import RECOMPUTE, ModelConfig
 from megatron_llave.config.schema import ParallelConfig, RunConfig, TrainConfig
@@ -17,6 +18,7 @@ from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import family_of
 from megatron_llave.models.vision_cost import FLOAT, element
+from megatron_llave.planning.adapters import NONE, frozen_base
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
 from megatron_llave.planning.host_memory import offloaded_bytes, save_bytes
 from megatron_llave.planning.memory import (
@@ -109,9 +111,9 @@ class Plan:
         return self.worst.total <= memory * (1 - SMALL_PART)
 
 
-def count_parameters(model: ModelConfig) -> dict[str, int]:
+def count_parameters(model: ModelConfig, lora: LoraConfig = NONE) -> dict[str, int]:
     """Return the parameters of the complete model by group, the vocabulary padded as on one process."""
-    whole = Chunk(model, ParallelConfig(), model.language.num_layers, True, True)
+    whole = Chunk(model, ParallelConfig(), model.language.num_layers, True, True, lora)
     return {group: sum(sizes) for group, sizes in whole.sizes().items()}
 
 
@@ -151,14 +153,15 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     further = step.columns // step.data_parallel - step.rows
     stages = range(cfg.parallel.pipeline)
     sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
-    trained = [sum(c.buffer(sharing) for c in stage_chunks(cfg.model, cfg.parallel, s)) for s in stages]
+    inner = frozen_base(cfg)
+    trained = [sum(c.buffer(sharing) for c in stage_chunks(inner.model, cfg.parallel, s, cfg.lora)) for s in stages]
     moved = max(trained) * (FLOAT + element(cfg.model))
     return Plan(
         cfg=cfg,
         step=step,
         stages=[_plan_stage(cfg, stage, step, work, on_gpu) for stage in stages],
-        model_flops=step_flops(cfg.model, work),
-        extra_flops=_extra_flops(cfg, work, step) + losses * loss_flops(step.rows, step.columns, dims, has_reward),
+        model_flops=step_flops(cfg.model, work, cfg.lora.parts),
+        extra_flops=_extra_flops(inner, work, step) + losses * loss_flops(step.rows, step.columns, dims, has_reward),
         gather_bytes=losses // step.data_parallel * gather_bytes(cfg, step.rows, step.data_parallel, further),
         reduction_bytes=moved * (sharing - 1) // sharing,
     )
@@ -205,7 +208,7 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
     """Plan a stage, given the input of a step. The first stage has vision encoder and projector too."""
 
     def flops(part: Work) -> int:
-        return step_flops(cfg.model, part) + _extra_flops(cfg, part, step)
+        return step_flops(cfg.model, part, cfg.lora.parts) + _extra_flops(frozen_base(cfg), part, step)
 
     layers = sum(chunk.layers for chunk in stage_chunks(cfg.model, cfg.parallel, stage))
     total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers

@@ -14,6 +14,7 @@ MEASURE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_plan.py"
 WORST = 0.1
 SMALL_IMAGES = "data.max_pixels=60000"
 FROZEN = ["model.freeze=[vision]", "model.recompute=full"]
+LORA = ["checkpoint.init=base", "lora.rank=8"]
 WORST_TEMPORARY = 0.4
 """What exists for a moment is the rest of the peak, so it has the errors of all other parts: 37 % of a small number."""
 
@@ -31,6 +32,8 @@ def measure(world: int, *arguments: str) -> list[dict]:
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2", "model.recompute=full"]),
         (2, ["parallel.context=2", "--pairs", "4"]),
+        (1, [*LORA, "lora.targets=[q_proj,v_proj]", "--micro-batches", "3"]),
+        (2, [*LORA, "parallel.tensor=2", "parallel.sequence=true"]),
         (1, ["--preset", "tiny_qwen2vl", SMALL_IMAGES]),
         (2, ["--preset", "tiny_qwen2_5vl", SMALL_IMAGES, "parallel.tensor=2"]),
         (2, ["--preset", "tiny_qwen3vl", SMALL_IMAGES, "parallel.tensor=2", "parallel.sequence=true"]),

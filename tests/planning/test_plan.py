@@ -1,6 +1,7 @@
 """A plan of a run: what it counts, what fits, and the tool that prints it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import check_parameters
@@ -8,9 +9,11 @@ import pytest
 from forking import run_script
 
 from megatron_llave.config.load import config_from_dict, load_config, override_config
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.errors import ConfigError
+from megatron_llave.models import model_without_memory
 from megatron_llave.planning.context import layer_seconds, shortest_pairs
 from megatron_llave.planning.flops import extra_flops, forward_flops, loss_flops, step_flops
 from megatron_llave.planning.memory import Chunk, MicroBatch, temporary_bytes
@@ -83,6 +86,20 @@ def test_states_of_the_optimizer_take_less_in_bf16_and_on_the_host() -> None:
     assert offloaded.memory["optimizer"] == pytest.approx(whole.memory["optimizer"] * 0.75, rel=1e-6)
     assert offloaded.offloaded == pytest.approx(whole.memory["optimizer"] * 0.25 * 16 / 12, rel=1e-6)
     assert whole.offloaded == 0 and offloaded.save == rounded.save == whole.save
+
+
+@pytest.mark.parametrize("targets", [["language"], ["q_proj", "down_proj"]])
+def test_adapters_are_those_of_the_built_model_and_make_a_plan_small(groups, targets: list[str]) -> None:
+    cfg = example("7b", "checkpoint.init=base", "lora.rank=16", f"lora.targets={targets}", "model.recompute=full")
+    built = model_without_memory(cfg.model, groups, cfg.lora)
+    trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    assert count_parameters(cfg.model, cfg.lora)["adapters"] == trained
+    adapted, whole = plan_of(cfg, 8), plan_of(replace(cfg, lora=LoraConfig()), 8)
+    assert adapted.worst.memory["optimizer"] + adapted.worst.memory["gradients"] < 0.5 * GIB
+    assert adapted.worst.total < whole.worst.total / 2
+    assert adapted.model_flops < 0.8 * whole.model_flops
+    with pytest.raises(ConfigError, match="only adapters of the decoder"):
+        plan_of(example("7b", "checkpoint.init=base", "lora.rank=16", "lora.targets=[projector]"), 8)
 
 
 def test_pairs_can_be_longer_with_context_parallel() -> None:
