@@ -22,6 +22,8 @@ BATCH_FACTORS = (0.25, 0.5, 2.0)
 """Batch sizes of study `negatives`, relative to that of the base configuration."""
 SLOW_VISION = 0.1
 """Learning rate of the vision encoder relative to the rest."""
+LORA_RATES, ALL_RATES = (0.3, 1.0, 3.0), (0.03, 0.1, 0.3)
+"""Learning rates of adapters and of all weights in study `lora`, relative to that of the base configuration."""
 GLOBAL_BATCH = "global batch"
 UNTRAINED = "before training"
 START = "start"
@@ -207,12 +209,31 @@ def freezing(cfg: RunConfig, ranks: int) -> Study:
     return Study("freezing", question, free, tuple(variants), needs_weights=True)
 
 
+def lora(cfg: RunConfig, ranks: int) -> Study:
+    """Study of LoRA, on the decoder and on all parts, beside the training of all weights, at three rates each."""
+    require(cfg.lora.rank > 0, "study lora: lora.rank=0; set the rank of the adapters")
+    parts = cfg.optimizer.part_learning_rates
+    require(not parts, f"study lora: the base configuration has rates of parts, {parts}; its variants set one rate")
+    kinds = {
+        "all weights": ("lora.rank=0", ALL_RATES),
+        "LoRA of the decoder": ("lora.targets=[language]", LORA_RATES),
+        "LoRA of all parts": ("lora.targets=[language,projector,vision]", LORA_RATES),
+    }
+    variants = []
+    for kind, (override, factors) in kinds.items():
+        for rate in (factor * cfg.optimizer.learning_rate for factor in factors):
+            variants.append(Variant(f"{kind}, rate {rate:g}", (override, f"optimizer.learning_rate={rate:g}")))
+    question = "What do adapters cost and keep, beside the training of all weights?"
+    return Study("lora", question, variants[1].name, tuple(variants), needs_weights=True)
+
+
 STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
     "negatives": negatives,
     "hardness": hardness,
     "hardness_modes": hardness_modes,
     "reward": reward,
     "freezing": freezing,
+    "lora": lora,
 }
 """Name -> function that makes the study of a base configuration and a number of data-parallel ranks of a run."""
 

@@ -10,23 +10,24 @@ from megatron_llave.report.paper_results import ABLATIONS
 from megatron_llave.study.variants import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
+FILES = {"freezing": "tiny_freezing.yaml", "reward": "tiny_reward.yaml", "lora": "../tiny_lora.yaml"}
 NEEDED = {
     "negatives": ["train.micro_batch_size=16"],
     "hardness": [],
     "hardness_modes": ["data.hard_negatives=2"],
     "reward": [],
     "freezing": [],
+    "lora": [],
 }
 
 
 def load(name: str, *overrides: str):
     """A base configuration of the study."""
-    file = f"tiny_{name}.yaml" if name in ("freezing", "reward") else "tiny.yaml"
     judges = Path("runs", "judges")  # those that tiny_reward.yaml names; each test has a folder of its own
     judges.mkdir(parents=True, exist_ok=True)
     for judge in ("untrained.npy", "larger.npy", "larger.ids"):
         (judges / judge).touch()
-    return load_config(EXAMPLES / file, [*NEEDED[name], *overrides])
+    return load_config(EXAMPLES / FILES.get(name, "tiny.yaml"), [*NEEDED[name], *overrides])
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -144,6 +145,8 @@ def test_one_run_shows_the_weights_before_training() -> None:
         ("reward", 1, ["loss.stored_embeddings=runs/judges"], "one of the files of a folder"),
         ("reward", 1, ["loss.stored_embeddings=runs/judges/none.npy"], "none.npy does not exist"),
         ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
+        ("lora", 1, ["lora.rank=0"], "lora.rank=0"),
+        ("lora", 1, ["optimizer.part_learning_rates.vision=1e-4"], "one rate"),
     ],
 )
 def test_base_that_cannot_tell_the_variants_apart_is_refused(name, ranks, overrides, message) -> None:
@@ -159,6 +162,16 @@ def test_each_file_of_embeddings_is_a_judge() -> None:
     assert [loss.reward for loss in losses] == ["self", "ema", "stored", "stored"]
     files = [None, None, "runs/judges/larger.npy", "runs/judges/untrained.npy"]
     assert [loss.stored_embeddings for loss in losses] == files
+
+
+def test_adapters_and_all_weights_are_trained_in_the_same_way() -> None:
+    cfg = load("lora")
+    study = STUDIES["lora"](cfg, 1)
+    assert study.reference == "all weights, rate 0.0005" and study.needs_weights
+    trained = {variant.name: override_config(cfg, variant.overrides) for variant in study.variants}
+    assert [one.lora.rank for one in trained.values()] == [0] * 3 + [8] * 6
+    assert [one.lora.targets for one in list(trained.values())[3::3]] == [["language"], cfg.lora.targets]
+    assert all((one.data, one.loss, one.train) == (cfg.data, cfg.loss, cfg.train) for one in trained.values())
 
 
 def test_freezing_needs_something_to_freeze() -> None:
