@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.stored_vectors import SUFFIXES
 from megatron_llave.errors import require
@@ -210,14 +211,15 @@ def freezing(cfg: RunConfig, ranks: int) -> Study:
 
 
 def lora(cfg: RunConfig, ranks: int) -> Study:
-    """Study of LoRA, on the decoder and on all parts, beside the training of all weights, at three rates each."""
+    """Study of LoRA, on the decoder and on all parts that are not frozen, beside all weights, at three rates each."""
     require(cfg.lora.rank > 0, "study lora: lora.rank=0; set the rank of the adapters")
     parts = cfg.optimizer.part_learning_rates
     require(not parts, f"study lora: the base configuration has rates of parts, {parts}; its variants set one rate")
+    trained = ",".join(part for part in PARTS if part not in cfg.model.freeze)
     kinds = {
         "all weights": ("lora.rank=0", ALL_RATES),
         "LoRA of the decoder": ("lora.targets=[language]", LORA_RATES),
-        "LoRA of all parts": ("lora.targets=[language,projector,vision]", LORA_RATES),
+        "LoRA of all parts": (f"lora.targets=[{trained}]", LORA_RATES),
     }
     variants = []
     for kind, (override, factors) in kinds.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forking import run_script
 from launching import BATCH_FILE, EXAMPLES, LIMIT, environment, free_port, losses, started, state, stub_clone, wait_for
 from run_ranks import run_command
 
@@ -103,6 +104,22 @@ def test_procs_and_several_nodes(clone: Path, tmp_path: Path) -> None:
     for rank in (0, 1):
         report = json.loads((clone / "megatron_llave" / f"rank{rank}.json").read_text())
         assert report["WORLD_SIZE"] == "2"
+
+
+def test_adapters_of_the_demo_start_from_other_tasks(openmoji_data: Path, tmp_path: Path) -> None:
+    start, lora = EXAMPLES / "studies" / "tiny_start.yaml", EXAMPLES / "tiny_lora.yaml"
+    cfg = load_config(lora)
+    assert cfg.checkpoint.init == f"runs/{start.stem}", "where `make demo` trains it"
+    assert cfg.data.subsets.keys().isdisjoint(load_config(start).data.subsets)
+    assert set(cfg.evaluate.sets) == cfg.data.subsets.keys()
+    for file, init in ((start, "null"), (lora, tmp_path / start.stem)):
+        settings = [f"data.path={openmoji_data}", f"train.output={tmp_path / file.stem}", "train.global_batch_size=4"]
+        settings += [f"checkpoint.init={init}", "train.steps=2", "data.workers=0"]
+        done = run_script(TINY, "--config", file, *settings)
+        assert done.returncode == 0, done.stderr[-5000:]
+        assert list(losses(tmp_path / file.stem)) == [1, 2]
+    base = json.loads((tmp_path / lora.stem / "assets" / "base.json").read_text())
+    assert str(tmp_path / start.stem) in str(base)
 
 
 # ---- launch.py ----
