@@ -23,7 +23,7 @@ BATCH_FACTORS = (0.25, 0.5, 2.0)
 """Batch sizes of study `negatives`, relative to that of the base configuration."""
 SLOW_VISION = 0.1
 """Learning rate of the vision encoder relative to the rest."""
-LORA_RATES, ALL_RATES = (0.3, 1.0, 3.0), (0.03, 0.1, 0.3)
+LORA_RATES, ALL_RATES = (1 / 3, 1.0, 3.0), (1 / 10, 1 / 3, 1.0)
 """Learning rates of adapters and of all weights in study `lora`, relative to that of the base configuration."""
 GLOBAL_BATCH = "global batch"
 UNTRAINED = "before training"
