@@ -1,7 +1,8 @@
-"""How the processes of a run end together: ranks after their launcher, and forks with the rank that has made them.
+"""What a run asks of its processes: that they end together, and that they give freed memory back.
 
-Nothing of a run may go on alone after a `kill -9`. A rank cannot be told of the end of torchrun, so it looks for it. A
-fork (a process that reads data or saves) is killed by the kernel when its parent ends.
+Ranks end after their launcher, and forks with the rank that has made them: nothing of a run may go on alone after a
+`kill -9`. A rank cannot be told of the end of torchrun, so it looks for it. A fork (a process that reads data or saves)
+is killed by the kernel when its parent ends.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ EXIT_ALONE = 79
 """Exit status of a rank that could not save in this time."""
 LOOK_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @cache
@@ -70,3 +72,14 @@ def end_with_launcher(seconds_to_save: int = 0) -> None:
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def return_freed_tensors(least_bytes: int = 2**20) -> None:
+    """Let malloc give every block of at least so many bytes back to the system when it is freed, here and in forks.
+
+    Otherwise glibc keeps blocks up to the size of the largest one that was ever freed, and tensors of many sizes leave
+    gaps between them, so that a process grows with the number of micro batches. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, least_bytes)

@@ -41,7 +41,7 @@ from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
 from megatron_llave.models.lora import initialize_adapters
 from megatron_llave.planning.token_budget import token_budget
-from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher
+from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher, return_freed_tensors
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norms
@@ -216,6 +216,8 @@ def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | N
     Raises:
         UserError: the data, the tokenizer or the mixture cannot work, or differ from those at `position`.
     """
+    if cfg.train.tokens_per_micro_batch is not None:
+        return_freed_tensors()  # before the processes that decode are forked, which do the same
     if not is_reader(groups):
         return None
     encoder = build_processor(cfg.data, cfg.model)
