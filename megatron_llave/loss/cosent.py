@@ -90,7 +90,7 @@ class _CoSENT(torch.autograd.Function):
         loss = F.softplus(log_sum_over_ranks(total, group))
         ctx.save_for_backward(cosines, scores, everything, loss)
         ctx.settings = temperature, len(counts), chunk
-        return loss.squeeze(0)
+        return loss.squeeze(0).clone()  # no view, because the schedule divides it in place
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:

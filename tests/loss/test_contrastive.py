@@ -1,5 +1,6 @@
 """The loss: the released code's numbers on 1, 2 and 4 real ranks, its schedules, and what the stop-gradient is for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from run_ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llave.config.loss import LossConfig
+from megatron_llave.loss import build_loss
 from megatron_llave.loss.contrastive import hardness_weighted_contrastive_loss
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.loss.matryoshka import matryoshka_loss
@@ -201,3 +203,28 @@ def test_statistics_of_a_known_batch() -> None:
     _, uneven = hardness_weighted_contrastive_loss(pairs(near, near), config=LossConfig(alpha=0.0))
     assert uneven.effective_negatives[0].item() == pytest.approx(1.0, abs=1e-6)
     assert uneven.hardest_negative[0].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"negatives": "own"},
+        {"objective": "cosent"},
+        {"soft_labels": "scores", "soft_label_weight": 1.0},
+        {"matryoshka_dims": [8, 24]},
+    ],
+    ids=str,
+)
+def test_schedules_can_divide_every_loss_in_place(changes: dict) -> None:
+    gradients = []
+    for divisor in (1, 4):
+        rows = [unit_rows(5, seed).requires_grad_() for seed in range(3)]
+        scores = torch.arange(10, dtype=torch.float64)
+        ids = PairIds(*(torch.arange(5) + 5 * i for i in range(3)), scores=scores)
+        compare = build_loss(replace(CONFIG, **changes), None)
+        loss, _ = compare(replace(pairs(*rows), hard_rows=torch.arange(5)), ids, None)
+        loss /= divisor
+        loss.backward()
+        gradients.append(rows[0].grad * divisor)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
