@@ -30,9 +30,12 @@ Values = dict[Parameter, dict[str, Tensor]]
 def owned_values(optimizer: MegatronOptimizer) -> Values:
     """Return what this rank owns in float32: the tensors in use, or copies in the host's memory of less precise ones.
 
-    Before the first step, `make_states` must have been called.
+    Moments that do not exist yet, before the first step or after steps that were all skipped, are created.
     """
     [distributed] = _with_parameters(optimizer)
+    if not distributed.optimizer.state:
+        with own_settings(optimizer):
+            make_states(optimizer)
     values = {parameter: _in_use(distributed, parameter) for parameter in distributed.model_param_group_index_map}
     for named in values.values():
         for name, value in named.items():

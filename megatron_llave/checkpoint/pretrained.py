@@ -91,14 +91,21 @@ class Pretrained:
         folders.require_average(self.folder, self.cfg, average)
         lora = self.cfg.lora
         if lora.leaves_out_base:
-            self.find_base(base).load(chunks, groups)
+            self.find_base(base)._load_frozen(chunks, groups)
         if self.is_hf:
-            fill_from_hf(chunks, open_hf(self.folder), groups)
+            self._load_frozen(chunks, groups)
             return
         rules = family_of(self.cfg.model).hf.rules(self.cfg.model)
         is_merged = lora.rank > 0 and not any(hasattr(chunk, "lora") for chunk in chunks)
         with merging(chunks, lora, rules, groups.tp) if is_merged else nullcontext():
             load_weights(self.folder, chunks, groups, average)
+
+    def _load_frozen(self, chunks: list[Module], groups: ProcessGroupCollection) -> None:
+        """Fill the weights without this folder's adapters, which those of its successor have replaced."""
+        if self.is_hf:
+            fill_from_hf(chunks, open_hf(self.folder), groups)
+        else:
+            load_weights(self.folder, chunks, groups)
 
     def as_base(self, folder: str | None) -> Base:
         """Return the record of the weights that adapters are trained for in a run that starts from these.

@@ -20,7 +20,6 @@ from megatron_llave.checkpoint.fp8_scales import EXTRA, SCALES, load_scales, req
 from megatron_llave.checkpoint.optimizer_state import (
     SHARDING,
     Values,
-    make_states,
     own_settings,
     owned_values,
     restore,
@@ -97,7 +96,6 @@ class TrainingState:
         state = _model_state(self.chunks, metadata, saved_lora(folder), folder)
         optimizer = self.trainable.optimizer
         if self._is_trained():
-            make_states(optimizer)
             values = owned_values(optimizer)
             state["optimizer"] = self._optimizer_state(state, values)
         if self.average is not None:

@@ -1,5 +1,6 @@
 """The section `lora` of the configuration."""
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_llave.config.model import PARTS
@@ -36,7 +37,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         """Check ranges and names; which layers there are depends on the model."""
         at_least(self, "lora", 0, ("rank",))
-        require(self.alpha > 0, f"lora.alpha={self.alpha} must be above 0")
+        require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha} must be a finite number above 0")
         require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be at least 0 and below 1")
         one_of("lora.init", self.init, INITS)
         require(bool(self.targets), "lora.targets=[] gives no layer an adapter; name parts or layers")

@@ -30,7 +30,8 @@ from megatron_llave.models.lora import HfAdapter, targets_of
 ANY_OWNER = r"[\w-]+"
 CARD_TEXT = """LoRA adapters of a multimodal embedding model, rank {rank}, alpha {alpha:g}, for {targets}."""
 CARD_LOAD = """`peft.PeftModel.from_pretrained(base, folder)` adds them to the base that they were trained for. The
-embedding is made as with the base. A base of another SHA-256 gives other embeddings: `{sha256}` over its files."""
+embedding is the last token's hidden state after the decoder's final norm, divided by its length. The prompt is that of
+`data.prompt: {prompt}`. A base of another SHA-256 gives other embeddings: `{sha256}` over its files."""
 
 
 def export_adapter(
@@ -79,7 +80,7 @@ def _card(folder: Path, cfg: RunConfig, layout: str, header: list[str]) -> str:
     lora = cfg.lora
     what = [CARD_TEXT.format(rank=lora.rank, alpha=lora.alpha, targets=", ".join(lora.targets))]
     sha256 = find_pretrained(folder).as_base(None).sha256 if lora.leaves_out_base else "saved with the adapters"
-    embed = [CARD_LOAD.format(sha256=sha256)]
+    embed = [CARD_LOAD.format(sha256=sha256, prompt=cfg.data.prompt)]
     card = model_card(["library_name: peft", *header], ["lora", "llave", layout], what, embed, shared_config(cfg))
     return card + training_record(folder, cfg)
 

@@ -76,7 +76,8 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
     if cfg.lora.rank:
         targets = ", ".join(cfg.lora.targets)
         yield "LoRA", f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, dropout {cfg.lora.dropout:g}, on {targets}"
-    yield "frozen parts", ", ".join(cfg.model.freeze) or "none"
+    frozen = "all weights but the adapters" if cfg.lora.rank else ", ".join(cfg.model.freeze) or "none"
+    yield "frozen parts", frozen
     yield "started from", PurePath(cfg.checkpoint.init).name if cfg.checkpoint.init else "random weights"
     yield "precision, kernels", f"{cfg.model.precision}, {cfg.model.kernels}"
     if manifest["layout"]:

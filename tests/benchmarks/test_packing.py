@@ -50,7 +50,7 @@ def test_counts_are_those_of_a_real_batch(tmp_path: Path, encoder: Processor) ->
     lengths = row.cu_seqlens.diff()
     assert (packed.tokens, packed.tiles) == (row.num_tokens, len(row.tiles))
     assert packed.attention == int((lengths.long() ** 2).sum())
-    sides = [[pair.query for pair in encoded], [pair.target for pair in encoded]]
+    sides = [[pair.query for pair in encoded], [pair.targets[0] for pair in encoded]]
     rows = [pad_sequence([torch.zeros(s.length) for s in side], batch_first=True) for side in sides]
     assert padded.tokens == sum(row.numel() for row in rows)
     assert padded.attention == sum(row.shape[0] * row.shape[1] ** 2 for row in rows)

@@ -95,8 +95,12 @@ def test_embeddings_are_the_same_merged_and_not(groups, run: Path, base: Path) -
 @pytest.fixture
 def still(run: Path, openmoji_data: Path, tmp_path: Path) -> Iterator[Path]:
     """Runs that start from the adapters and change nothing: with adapters, and with merged weights."""
-    for name, lora in (("on", [*LORA, "lora.save_base=true"]), ("merged", [])):
-        run_ranks(1, TRAIN, *arguments(openmoji_data, tmp_path / name, run, *lora, *STILL))
+    for name, init, lora in (
+        ("on", run, [*LORA, "lora.save_base=true"]),
+        ("merged", run, []),
+        ("further", tmp_path / "on", LORA),
+    ):
+        run_ranks(1, TRAIN, *arguments(openmoji_data, tmp_path / name, init, *lora, *STILL))
     yield tmp_path
 
 
@@ -105,9 +109,11 @@ def test_training_goes_on_with_the_adapters_or_with_the_merged_weights(groups, r
     expected = adapters(run)
     for name, value in adapters(still / "on").items():  # a checkpoint with the base
         assert torch.equal(value, expected[name]), name
-    for name in ("on", "merged"):
-        assert not (folders.find(still / name) / "assets" / "base.json").exists()
-        torch.testing.assert_close(embedded(load_model(still / name)), embedded(load_model(run)), rtol=0, atol=1e-6)
+    for name, has_base in (("on", True), ("merged", True), ("further", False)):
+        assert (folders.find(still / name) / "assets" / "base.json").exists() is not has_base
+        for overrides in ([], ["lora.rank=0"]):
+            ours = embedded(load_model(still / name, overrides))
+            torch.testing.assert_close(ours, embedded(load_model(run)), rtol=0, atol=1e-6)
     parameters = load_model(still / "merged").chunks[0].named_parameters()
     assert all(value.requires_grad for _, value in parameters)
 

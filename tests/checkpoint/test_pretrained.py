@@ -10,7 +10,6 @@ from golden_model import ONEVISION, byte_tokenizer
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
-from megatron_llave.checkpoint.optimizer_state import make_states
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import load_config
@@ -95,7 +94,6 @@ def test_layers_with_and_without_extra_states_have_the_same_checkpoints(groups, 
     find_pretrained(plain).load(chunks, groups)
     cfg = RunConfig(model=own.cfg.model, train=TrainConfig(output=str(tmp_path / "run")))
     trainable = build_trainable(cfg, chunks, groups)
-    make_states(trainable.optimizer)
     state = TrainingState(chunks, trainable, None, groups).to_save(1)
     assert {type(part) for part in state["model"].values()} <= {ShardedTensor, ShardedTensorFactory}
     writer = CheckpointWriter(cfg, groups)
