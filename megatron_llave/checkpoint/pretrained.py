@@ -161,7 +161,7 @@ class Pretrained:
             CheckpointError: a file cannot be read, or has been removed since the weights were loaded.
         """
         if self.is_hf:
-            paths = [self.folder / HF_CONFIG, *self.folder.rglob("*.safetensors")]
+            paths = [self.folder / HF_CONFIG, *self.folder.glob("*.safetensors")]
         else:  # without other folders in it, such as that of an evaluation
             paths = [*self.folder.iterdir(), *self.assets.rglob("*")]
         files = sorted(path for path in paths if path.is_file())

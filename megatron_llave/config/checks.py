@@ -97,7 +97,7 @@ def _validate_lora(cfg: RunConfig) -> None:
     require(ok, f"lora.rank={lora.rank} needs checkpoint.init: adapters of random weights are of no use")
     frozen = [target for target in lora.targets if part_of_target(target) in cfg.model.freeze]
     clash = f"lora.targets: {''.join(frozen[:1])} is of a part that model.freeze={cfg.model.freeze} names"
-    require(not frozen, f"{clash}; all weights but adapters are frozen anyway")
+    require(not frozen, f"{clash}; all weights but adapters are frozen anyway, so remove it there")
     decay = cfg.optimizer.vision_layer_decay
     ok = decay == 1 or "vision" in lora.parts
     require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
@@ -117,8 +117,9 @@ def require_same_adapters(configured: LoraConfig, stored: LoraConfig, source: st
     """
     for name in ("rank", "alpha", "targets") if configured.rank else ():
         ours, theirs = getattr(configured, name), getattr(stored, name)
+        is_same = sorted(ours) == sorted(theirs) if name == "targets" else ours == theirs
         what = f"lora.{name}={ours} contradicts the adapters in {source}, where it is {theirs}"
-        require(ours == theirs, f"{what}; {remedy}")
+        require(is_same, f"{what}; {remedy}")
 
 
 def require_no_adapters(cfg: RunConfig, source: str, what: str) -> None:

@@ -52,6 +52,8 @@ class OptimizerConfig:
         """Check ranges."""
         names = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_gradient")
         at_least(self, "optimizer", 0, names)
+        rates = f"optimizer.min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}"
+        require(self.min_learning_rate <= self.learning_rate, rates)
         require(0 <= self.warmup_fraction <= 1, f"optimizer.warmup_fraction={self.warmup_fraction} must be in 0 to 1")
         one_of("optimizer.moments", self.moments, ("fp32", "bf16"))
         share = f"optimizer.offload_fraction={self.offload_fraction}"

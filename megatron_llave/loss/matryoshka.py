@@ -1,6 +1,7 @@
 """A loss over prefixes of the embedding (Matryoshka, arXiv 2205.13147)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,7 +32,8 @@ def matryoshka_loss(
     that of another model.
 
     Returns:
-        This rank's share of the loss, and the similarity statistics of the longest prefix.
+        This rank's share of the loss, and the similarity statistics of the longest prefix; losses against soft labels
+        are means over the prefixes.
 
     Raises:
         ValueError: a prefix is longer than the embedding, or `loss` refuses an argument.
@@ -39,7 +41,7 @@ def matryoshka_loss(
     dims, width = config.matryoshka_dims, embeddings.query.shape[1]
     if max(dims) > width:
         raise ValueError(f"dims={dims} go beyond the embedding's {width}")
-    losses = []
+    losses, soft_labels = [], []
     for dim in dims:
         prefix = partial(_prefix, dim=dim)
         is_whole = reward is None or config.reward == "stored"
@@ -48,6 +50,9 @@ def matryoshka_loss(
             embeddings.map(prefix), ids, reward_prefix, config=config, group=group, log_temperature=log_temperature
         )
         losses.append(share)
+        soft_labels.append(statistics.soft_label)
+    if statistics.soft_label is not None:
+        statistics = replace(statistics, soft_label=torch.stack(soft_labels).mean(0))
     return torch.stack(losses).mean(), statistics
 
 

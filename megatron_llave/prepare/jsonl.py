@@ -202,12 +202,14 @@ def _parse_scores(values: dict[str, Any], num_targets: int, num_negatives: int, 
     check_keys(values["scores"], SCORED, f"{where}: scores")
     scores: list[float] = []
     for key, number in zip(SCORED, (num_targets, num_negatives)):
+        if number and key not in values["scores"]:
+            raise DataError(f"{where}: scores.{key} is missing; give one number for each of the {number} of {key}")
         given = values["scores"].get(key, [])
         given = given if isinstance(given, list) else [given]
         if len(given) != number:
             raise DataError(f"{where}: scores.{key} has {len(given)} numbers for {number} of {key}; give one for each")
         for score in given:
             if not is_score(score):
-                raise DataError(f"{where}: scores.{key} must be finite numbers, not {str(score)[:60]!r}")
+                raise DataError(f"{where}: scores.{key} must be numbers that float32 holds, not {str(score)[:60]!r}")
         scores += map(float, given)
     return tuple(scores)

@@ -77,6 +77,7 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("train.steps=1.5", ["train.steps", "1.5"]),
         ("lora.rank=-1", ["lora.rank=-1 must be a finite number of at least 0"]),
         ("lora.rank=8", ["lora.rank=8 needs checkpoint.init"]),
+        ("optimizer.min_learning_rate=1", ["optimizer.min_learning_rate=1.0 is above learning_rate="]),
         ("lora.alpha=0", ["lora.alpha=0.0 must be a finite number above 0"]),
         ("lora.dropout=1", ["lora.dropout=1.0 must be at least 0 and below 1"]),
         ("lora.init=pissa", ["lora.init='pissa' is not one of kaiming, gaussian"]),
