@@ -122,21 +122,6 @@ def require_same_adapters(configured: LoraConfig, stored: LoraConfig, source: st
         require(is_same, f"{what}; {remedy}")
 
 
-def require_no_adapters(cfg: RunConfig, source: str, what: str) -> None:
-    """Refuse a checkpoint with adapters for what reads weights alone.
-
-    Args:
-        cfg: the configuration beside the weights.
-        source: where it comes from, for the message.
-        what: what reads the weights, for the message.
-
-    Raises:
-        ConfigError: there are adapters.
-    """
-    hint = "a run that starts from it with lora.rank=0 and optimizer.learning_rate=0 merges them"
-    require(not cfg.lora.rank, f"{source} has adapters of lora.rank={cfg.lora.rank}, which {what} cannot read; {hint}")
-
-
 def require_same_model(configured: ModelConfig, stored: ModelConfig, source: str) -> None:
     """Refuse weights of another model.
 

@@ -1,5 +1,7 @@
 """Describe a folder of weights and check that it is complete: `tools/convert_hf.py inspect`."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -7,15 +9,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, read_base
 from megatron_llave.checkpoint.safe_reads import check_all, safe_reads
 from megatron_llave.checkpoint.state import sharded_parameters, state_metadata
-from megatron_llave.config.checks import require_no_adapters
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.models import family_of, model_without_memory, open_hf
 from megatron_llave.models.hf.mapping import hf_shapes
+from megatron_llave.models.lora import is_adapter
 
-MILLION = 1_000_000
 OTHER_KEYS = ("optimizer.", folders.AVERAGE)
 """Prefixes of tensors in a checkpoint that are not weights."""
 
@@ -34,29 +35,44 @@ def inspect(folder: str | Path, groups: ProcessGroupCollection) -> int:
         UserError: the folder has no known format, or its files cannot be read.
     """
     pretrained = find_pretrained(folder)
-    require_no_adapters(pretrained.cfg, str(pretrained.folder), "inspect")
-    embedder = model_without_memory(pretrained.cfg.model, groups)
+    embedder = model_without_memory(pretrained.cfg.model, groups, pretrained.cfg.lora)
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}
-    num_parameters = sum(parameter.numel() for parameter in embedder.parameters())
     if pretrained.is_hf:
         problems = _inspect_hf(pretrained, shapes)
     else:
         problems = _inspect_checkpoint(pretrained, embedder, groups)
-    _print_model(pretrained.cfg.model, num_parameters)
+    _print_model(pretrained.cfg.model, _millions(shape for name, shape in shapes.items() if not is_adapter(name)))
+    _print_adapters(pretrained, _millions(shape for name, shape in shapes.items() if is_adapter(name)))
     tokenizer = pretrained.find_tokenizer()
     print(f"tokenizer: {Path(tokenizer).name if tokenizer else 'none in the folder'}")
     print("\n".join(problems) if problems else "complete: every tensor is there, none is extra, all shapes fit")
     return 1 if problems else 0
 
 
-def _print_model(model: ModelConfig, num_parameters: int) -> None:
+def _millions(shapes: Iterable[tuple[int, ...]]) -> str:
+    return f"{sum(map(math.prod, shapes)) / 1_000_000:.1f} M parameters"
+
+
+def _print_adapters(pretrained: Pretrained, num_parameters: str) -> None:
+    lora = pretrained.cfg.lora
+    if not lora.rank:
+        return
+    base = "saved with them"
+    if lora.leaves_out_base:
+        record = read_base(pretrained.folder)
+        base = f"not in it, but was in {record.source} (SHA-256 {record.sha256})"
+    print(f"adapters: {num_parameters}, rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}")
+    print(f"base: {base}")
+
+
+def _print_model(model: ModelConfig, num_parameters: str) -> None:
     language = model.language
     print(
         f"language: {language.num_layers} layers of {language.hidden_size}, {language.num_heads} heads over "
         f"{language.num_kv_heads} key/value heads, MLP {language.ffn_hidden_size}, vocabulary {language.vocab_size}"
     )
     print("\n".join(family_of(model).describe(model)))
-    print(f"embedder: {num_parameters / MILLION:.1f} M parameters, vocabulary padded as on one process")
+    print(f"embedder: {num_parameters}, vocabulary padded as on one process")
 
 
 def _inspect_hf(pretrained: Pretrained, shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -78,7 +94,9 @@ def _inspect_checkpoint(pretrained: Pretrained, embedder: object, groups: Proces
         held = dist_checkpointing.load_tensors_metadata(str(pretrained.folder))
     state = sharded_parameters(embedder, state_metadata(groups))
     apply_factories(state)
-    parts = [part for value in state.values() for part in (value if isinstance(value, list) else [value])]
+    is_held = is_adapter if pretrained.cfg.lora.leaves_out_base else lambda name: True
+    values = [value for name, value in state.items() if is_held(name)]
+    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
     expected = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
     others = {prefix: [key for key in held if key.startswith(prefix)] for prefix in OTHER_KEYS}
     kinds = [f", {len(keys)} of {prefix.rstrip('.')}" for prefix, keys in others.items() if keys]

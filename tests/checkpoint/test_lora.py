@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.pretrained import read_base
+from megatron_llave.convert.inspect import inspect
 from megatron_llave.embedding.embedder import LoadedModel, load_model
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.evaluation.before_training import initial_model
@@ -90,6 +91,13 @@ def test_embeddings_are_the_same_merged_and_not(groups, run: Path, base: Path) -
     torch.testing.assert_close(embedded(merged), embedded(own), rtol=0, atol=1e-6)
     assert (embedded(own) - embedded(without)).abs().max() > 1e-2
     assert torch.equal(embedded(initial_model(own)), embedded(without))
+
+
+def test_inspect_tells_adapters_and_base(groups, run: Path, base: Path, capsys) -> None:
+    assert inspect(run, groups) == 0
+    told = capsys.readouterr().out
+    assert "rank 4, alpha 64, of language, projector" in told and f"was in {base} (SHA-256" in told
+    assert "complete: every tensor is there" in told
 
 
 @pytest.fixture
