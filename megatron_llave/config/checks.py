@@ -101,6 +101,9 @@ def _validate_lora(cfg: RunConfig) -> None:
     decay = cfg.optimizer.vision_layer_decay
     ok = decay == 1 or "vision" in lora.parts
     require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
+    for key in ("part_learning_rates", "part_start_steps"):
+        for part in getattr(cfg.optimizer, key):
+            require(part in lora.parts, f"optimizer.{key}.{part} has nothing to train: lora.targets has no {part}")
 
 
 def require_same_adapters(configured: LoraConfig, stored: LoraConfig, source: str, remedy: str) -> None:

@@ -82,6 +82,10 @@ def config_from_dict(given: dict | DictConfig) -> RunConfig:
     of_preset = PRESETS.get(str(preset), {}).get("family", ModelConfig.family)
     ok = preset is None or cfg.model.family == of_preset
     require(ok, f"model.preset={preset} is of model.family={of_preset}, not {cfg.model.family}")
+    alone = [key for key in given.get("lora") or {} if "rank" not in given.lora]
+    require(
+        not alone, f"lora.{''.join(alone[:1])} has no effect without lora.rank; set that too, or to 0 for no adapters"
+    )
     validate(cfg)
     return cfg
 

@@ -79,6 +79,7 @@ def test_unknown_key_on_the_command_line(tmp_path: Path, override: str, suggesti
         ("lora.rank=8", ["lora.rank=8 needs checkpoint.init"]),
         ("optimizer.min_learning_rate=1", ["optimizer.min_learning_rate=1.0 is above learning_rate="]),
         ("lora.alpha=0", ["lora.alpha=0.0 must be a finite number above 0"]),
+        ("lora.alpha=64", ["lora.alpha has no effect without lora.rank; set that too, or to 0 for no adapters"]),
         ("lora.dropout=1", ["lora.dropout=1.0 must be at least 0 and below 1"]),
         ("lora.init=pissa", ["lora.init='pissa' is not one of kaiming, gaussian"]),
         ("lora.targets=[]", ["lora.targets=[] gives no layer an adapter"]),
@@ -445,9 +446,15 @@ def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (["model.freeze=[vision]", "lora.targets=[language, vision.fc1]"], "lora.targets: vision.fc1 is of a part"),
         (["optimizer.vision_layer_decay=0.9"], "vision_layer_decay=0.9 has nothing to slow down: lora.targets has no"),
+        (
+            ["optimizer.part_learning_rates.vision=1e-5"],
+            "part_learning_rates.vision has nothing to train: lora.targets",
+        ),
+        (["optimizer.part_start_steps.projector=9"], "part_start_steps.projector has nothing to train: lora.targets"),
     ],
 )
 def test_keys_that_adapters_do_not_go_with(tmp_path: Path, others: list[str], said: str) -> None:
     given = ["checkpoint.init=base", "lora.rank=8"]
     assert load_config(write(tmp_path, TINY), given).lora.scale == 4
+    assert load_config(write(tmp_path, TINY), ["lora.rank=0", "lora.alpha=64"]).lora.alpha == 64
     assert said in message(write(tmp_path, TINY), *given, *others)
