@@ -19,7 +19,7 @@ from megatron_llave.convert import hf, peft_folders
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 from megatron_llave.models import FAMILIES
 from megatron_llave.training.logger import quiet_dependencies
 
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--format", choices=layouts, help="default: the format that was imported")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the imported dtypes")
     command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    command.add_argument("--shard-size", type=float, default=5, help="maximum gigabytes per file of weights (5)")
+    command.add_argument("--shard-size", type=float, help="maximum gigabytes per file of weights (5)")
     command.add_argument("--adapter", action="store_true", help="adapters alone, for PEFT; default: merged")
     command.add_argument("--base", help="folder of the weights that adapters are for; default: where it was")
     command = commands.add_parser("inspect", help="print what a folder holds and whether it is complete")
@@ -66,17 +66,19 @@ def run(args: argparse.Namespace) -> int:
         return inspect(args.folder, groups)
     if args.command == "import":
         if args.keep_adapter:
-            out = peft_folders.import_adapter(args.source, args.out, groups, args.base, print)
+            out = peft_folders.import_adapter(args.source, args.out, groups, args.preset, args.base, print)
         else:
             out = hf.import_hf(args.source, args.out, groups, args.preset, args.base, print)
         print(f"checkpoint: {out}")
     elif args.adapter:
+        for option, value in (("--base", args.base), ("--shard-size", args.shard_size)):
+            require(value is None, f"{option} is for complete weights; leave it out with --adapter")
         peft_folders.export_adapter(args.source, args.out, groups, args.format, args.dtype, args.average)
         print(f"adapters for PEFT: {args.out}")
     else:
-        if not args.shard_size > 0:
-            raise ConfigError(f"--shard-size {args.shard_size} must be a positive number of gigabytes")
-        options = (args.format, args.dtype, args.average, int(args.shard_size * 1e9), args.base)
+        size = 5.0 if args.shard_size is None else args.shard_size
+        require(size > 0, f"--shard-size {size} must be a positive number of gigabytes")
+        options = (args.format, args.dtype, args.average, int(size * 1e9), args.base)
         notes = hf.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
     return 0

@@ -3,7 +3,8 @@
 python tools/merge.py runs/frozen=0.5 runs/trained=0.5 --to runs/merged
 
 The result can be evaluated, exported (tools/convert_hf.py) or trained further (checkpoint.init) like any checkpoint. A
-Hugging Face folder has to be imported before it can be merged.
+Hugging Face folder has to be imported before it can be merged. Checkpoints of LoRA adapters alone, for one base, become
+one of adapters that change the base by the mean of what they change (docs/lora.md).
 """
 
 import argparse

@@ -18,7 +18,7 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
 from megatron_llave.models import family_of
-from megatron_llave.planning.adapters import frozen_base
+from megatron_llave.planning.adapters import as_frozen
 from megatron_llave.planning.context import shortest_pairs
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
 from megatron_llave.planning.plan import (
@@ -166,7 +166,7 @@ def suggest(
 def parameter_table(plan: Plan) -> Table:
     """A table of the parameters by part, in millions."""
     table = Table("part", "parameters, millions", title="Model", title_justify="left")
-    counts, model = count_parameters(plan.cfg.model, plan.cfg.lora), frozen_base(plan.cfg).model
+    counts, model = count_parameters(plan.cfg.model, plan.cfg.lora), as_frozen(plan.cfg).model
     names = {"embedding": "language: token embedding", "decoder": "language: decoder"}
     names |= {"adapters": "adapters: LoRA"}
     for group, number in counts.items():

@@ -89,17 +89,18 @@ def merge_adapter_checkpoints(
     """Write adapters whose change of the weights is the weighted mean of those of several checkpoints of one base.
 
     The mean of products B A is not the product of means, so each of the new matrices holds those of all checkpoints:
-    its rank is the sum of their ranks, and the mean is exact.
+    its rank is the sum of their ranks, and the mean is exact up to the rounding of these matrices to the model's
+    precision.
 
     Args:
         sources: checkpoints of adapters.
         shares: of each in the mean.
-        cfgs: the configurations in them.
+        cfgs: the configurations in them; that of the first is taken for the result, with the new rank.
         out: folder of the checkpoint; must not exist.
         groups: process groups of this single process.
 
     Raises:
-        ConfigError: the checkpoints have other targets or bases, or some have no adapters.
+        ConfigError: the checkpoints have other targets, or some have no adapters or the base beside them.
         CheckpointError: a checkpoint is damaged, or `out` exists or cannot be written.
     """
     first = cfgs[0].lora
@@ -121,10 +122,6 @@ def merge_adapter_checkpoints(
         every = [part[module] for part in parts]
         up = torch.cat([share * a.scale * a.up.float() for share, a in zip(shares, every)], dim=1)
         adapters.append(HfAdapter(module, torch.cat([a.down.float() for a in every]), up, 1.0))
-    cfg = replace(
-        cfgs[0],
-        lora=replace(first, rank=rank, alpha=float(rank), save_base=False),
-        loss=replace(cfgs[0].loss, reward="self"),
-    )
+    cfg = replace(cfgs[0], lora=replace(first, rank=rank, alpha=float(rank)))
     copy = partial(shutil.copytree, sources[0] / folders.ASSETS, copy_function=folders.link)
     write_adapters(out, cfg, groups, adapters, bases[0], copy)

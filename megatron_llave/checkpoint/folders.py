@@ -55,6 +55,11 @@ def step_folder(output: str | Path, step: int) -> Path:
     return Path(output) / FOLDER / f"step-{step:07d}"
 
 
+def saved_config(folder: str | Path) -> RunConfig:
+    """Return the configuration that a checkpoint was saved with, but its parallel layout."""
+    return load_config(Path(folder) / CONFIG, leave_out=["parallel"])
+
+
 def begin(partial: Path, cfg: RunConfig, position: dict | None) -> None:
     """Make a new checkpoint folder with everything except the tensors.
 
@@ -282,7 +287,7 @@ def require_same_run(folder: Path, cfg: RunConfig) -> list[str]:
     Raises:
         CheckpointError: the model, its frozen parts, its adapters or loss.reward differ.
     """
-    saved = load_config(folder / CONFIG, leave_out=["parallel"])
+    saved = saved_config(folder)
     model = differences(asdict(saved.model), asdict(cfg.model))
     changed = [f"model.{line}" for line in model if line.split()[0] not in ("preset", "kernels", "recompute")]
     lora = differences(asdict(saved.lora), asdict(cfg.lora))

@@ -17,7 +17,6 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.adapters import merge_adapter_checkpoints
 from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.checks import require_same_model
-from megatron_llave.config.load import load_config
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
@@ -45,16 +44,16 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     ok = all(map(math.isfinite, shares)) and abs(sum(shares) - 1) < 1e-6
     require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
     sources = [folders.find(path) for path, _ in parts]
-    cfgs = [load_config(folder / folders.CONFIG, leave_out=["parallel"]) for folder in sources]
+    cfgs = [folders.saved_config(folder) for folder in sources]
     for folder, cfg in zip(sources[1:], cfgs[1:]):
         require_same_model(cfg.model, cfgs[0].model, f"the weights in {sources[0]}")
         require_same_tokenizer(sources[0], folder)
-    if any(cfg.lora.rank for cfg in cfgs):
-        merge_adapter_checkpoints(sources, shares, cfgs, Path(out), groups)
-        return Path(out)
     # The averages of runs with loss.reward=ema are not merged, so the result has none.
     reward = "self" if cfgs[0].loss.reward == "ema" else cfgs[0].loss.reward
     cfg = replace(cfgs[0], loss=replace(cfgs[0].loss, reward=reward))
+    if any(cfg.lora.rank for cfg in cfgs):
+        merge_adapter_checkpoints(sources, shares, [cfg, *cfgs[1:]], Path(out), groups)
+        return Path(out)
     embedder = model_without_memory(cfg.model, groups)
     streams = [
         read_weights(folder, model_without_memory(part_cfg.model, groups), groups)

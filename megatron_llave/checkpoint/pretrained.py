@@ -4,7 +4,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,14 +14,13 @@ from torch.nn import Module
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import load_weights
 from megatron_llave.config.checks import has_sizes, require_same_model
-from megatron_llave.config.load import load_config
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import read_json, sha256_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
-from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
+from megatron_llave.models.hf.peft_files import ADAPTER_CONFIG
 from megatron_llave.models.hf.weights import fill_from_hf, require_plausible
 from megatron_llave.models.lora import merging
 
@@ -51,6 +50,8 @@ class Pretrained:
     cfg: RunConfig
     """For an HF folder, the model that its config.json describes; every other key has its default."""
     is_hf: bool
+    compared: set[Path] = field(default_factory=set, compare=False, repr=False)
+    """Folders of the base whose hash `find_base` has compared."""
 
     @property
     def assets(self) -> Path:
@@ -122,7 +123,7 @@ class Pretrained:
         return Base(os.path.abspath(self.folder), self.fingerprint())
 
     def find_base(self, folder: str | None) -> "Pretrained":
-        """Find the weights that the adapters of this checkpoint are for; the first rank compares their hash.
+        """Find the weights that the adapters of this checkpoint are for; the first rank compares their hash, once.
 
         Args:
             folder: where they are now; None: where they were.
@@ -131,18 +132,16 @@ class Pretrained:
             CheckpointError: they are gone, or others.
         """
         record = read_base(self.folder)
-        what, hint = (
-            f"{self.folder} holds adapters without the weights that they are for",
-            "name their folder: lora.base",
-        )
+        what = f"{self.folder} holds adapters without the weights that they are for"
+        hint = "name their folder: lora.base, or --base of tools/convert_hf.py"
         try:
             base = find_pretrained(folder or record.source)
         except CheckpointError as error:
             raise CheckpointError(f"{what}: {error}; {hint}") from error
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            is_same = base.fingerprint() == record.sha256
-            if not is_same:
+        if base.folder not in self.compared and (not dist.is_initialized() or dist.get_rank() == 0):
+            if base.fingerprint() != record.sha256:
                 raise CheckpointError(f"{what}, and {base.folder} holds others (SHA-256); {hint}")
+            self.compared.add(base.folder)
         return base
 
     def find_tokenizer(self) -> str | None:
@@ -233,4 +232,4 @@ def find_pretrained(path: str | Path) -> Pretrained:
         folder = folders.find(path)
     except folders.NoCheckpointError as error:
         raise CheckpointError(f"{error}; a Hugging Face folder would hold {HF_CONFIG}") from error
-    return Pretrained(folder, load_config(folder / folders.CONFIG, leave_out=["parallel"]), is_hf=False)
+    return Pretrained(folder, folders.saved_config(folder), is_hf=False)

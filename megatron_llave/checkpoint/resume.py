@@ -15,7 +15,7 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.assets import start_assets
 from megatron_llave.checkpoint.async_writer import layout
 from megatron_llave.checkpoint.pretrained import Base, Pretrained, read_base
-from megatron_llave.checkpoint.state import TrainingState, saved_lora
+from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.checks import require_same_adapters, validate
 from megatron_llave.config.load import save_config
 from megatron_llave.config.schema import RunConfig
@@ -68,7 +68,7 @@ def needs_weights(resumed: Path | None) -> bool:
 
 
 def _leaves_out_base(checkpoint: Path | None) -> bool:
-    return checkpoint is not None and saved_lora(checkpoint).leaves_out_base
+    return checkpoint is not None and folders.saved_config(checkpoint).lora.leaves_out_base
 
 
 def with_steps(cfg: RunConfig) -> RunConfig:

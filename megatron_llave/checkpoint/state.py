@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_llave.checkpoint.folders import AVERAGE, CONFIG, reading
+from megatron_llave.checkpoint.folders import AVERAGE, reading, saved_config
 from megatron_llave.checkpoint.fp8_scales import EXTRA, SCALES, load_scales, requested_scales, saved_scales
 from megatron_llave.checkpoint.optimizer_state import (
     SHARDING,
@@ -26,7 +26,6 @@ from megatron_llave.checkpoint.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_llave.checkpoint.safe_reads import check_objects, safe_reads
-from megatron_llave.config.load import load_config
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.models.lora import draws_random_numbers, is_adapter
 from megatron_llave.training.ema import ExponentialMovingAverage
@@ -93,7 +92,7 @@ class TrainingState:
     def _load_all(self, folder: Path, is_same_layout: bool) -> dict:
         """Return the checkpoint's tensors after weights and optimizer state have been put in place."""
         metadata = state_metadata(self.groups)
-        state = _model_state(self.chunks, metadata, saved_lora(folder), folder)
+        state = _model_state(self.chunks, metadata, saved_config(folder).lora, folder)
         optimizer = self.trainable.optimizer
         if self._is_trained():
             values = owned_values(optimizer)
@@ -136,11 +135,6 @@ class TrainingState:
         return averages
 
 
-def saved_lora(folder: str | Path) -> LoraConfig:
-    """Return the section `lora` of the run that has saved checkpoint `folder`: which tensors the checkpoint holds."""
-    return load_config(Path(folder) / CONFIG, leave_out=["parallel"]).lora
-
-
 def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool = False) -> None:
     """Fill the chunks with the weights of checkpoint folder `path`, which may have been saved at any parallel layout.
 
@@ -161,7 +155,7 @@ def load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCol
 
 def _load_weights(path: str | Path, chunks: list[Module], groups: ProcessGroupCollection, average: bool) -> None:
     metadata = state_metadata(groups)
-    loaded = _load(path, _model_state(chunks, metadata, saved_lora(path), Path(path)))
+    loaded = _load(path, _model_state(chunks, metadata, saved_config(path).lora, Path(path)))
     for key, chunk in zip(_model_keys(chunks), chunks):
         _fill(chunk, loaded[key])
     if average:

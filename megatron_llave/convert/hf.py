@@ -18,17 +18,17 @@ from megatron_llave.checkpoint.assets import Assets, Shapes, keep_assets, read_a
 from megatron_llave.checkpoint.pretrained import find_pretrained
 from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.checks import require_same_model, validate
-from megatron_llave.config.load import config_from_dict, load_config
+from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.convert.training_record import shared_config, training_record
-from megatron_llave.errors import CheckpointError, one_of
+from megatron_llave.errors import CheckpointError, one_of, require
 from megatron_llave.files import whole_folder
 from megatron_llave.models import family_of, model_without_memory, open_hf, read_hf_config
 from megatron_llave.models.blocks.settings import DTYPES
-from megatron_llave.models.hf.adapters import find_base
 from megatron_llave.models.hf.mapping import hf_shapes, pad_rows
+from megatron_llave.models.hf.peft_files import find_weights
 from megatron_llave.models.hf.tensor_files import SHARD_BYTES, write_tensor_files
-from megatron_llave.models.hf.weights import HfFormat, require_complete
+from megatron_llave.models.hf.weights import HfFormat, HfWeights, require_complete
 
 
 def import_hf(
@@ -42,7 +42,7 @@ def import_hf(
     """Write the weights of an HF folder as a checkpoint that loads at every parallel layout.
 
     Weights keep their dtype, bf16 or fp32; float16 becomes fp32, which loses nothing. A LoRA adapter is merged into
-    them (models/hf/adapters.py).
+    them (models/hf/peft_files.py).
 
     Args:
         source: an HF folder of any known family and layout, with safetensors; or a folder with an adapter.
@@ -56,16 +56,12 @@ def import_hf(
         UserError: the folder is no known model, damaged, incomplete, or contradicts the preset; or `out` exists or
             cannot be written. No partial checkpoint is left.
     """
-    source, adapter = find_base(Path(source), base)
+    source, adapter = find_weights(Path(source), base)
     config = read_hf_config(source, with_adapter=source == adapter)
     if preset is not None:
         check_preset(config.model, preset)
     weights = open_hf(source, config, adapter)
-    used = {name: dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
-    for name, dtype in used.items():
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise CheckpointError(f"{source}: {weights.names[name]} is {dtype}; save it as float32 or less first")
-    precision = "bf16" if set(used.values()) == {torch.bfloat16} else "fp32"
+    precision = precision_of(weights)
     cfg = replace(config.run, model=replace(config.model, precision=precision))
     validate(cfg)
     embedder = model_without_memory(cfg.model, groups)
@@ -84,6 +80,20 @@ def import_hf(
     for note in config.notes:
         tell(note)
     return Path(out)
+
+
+def precision_of(weights: HfWeights) -> str:
+    """Return model.precision of a checkpoint of these weights: bf16 if all that are used are bfloat16, else fp32.
+
+    Raises:
+        CheckpointError: one of them has a dtype that fp32 cannot hold.
+    """
+    used = {name: dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
+    for name, dtype in used.items():
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            what = f"{weights.files.folder}: {weights.names[name]} is {dtype}"
+            raise CheckpointError(f"{what}; save it as float32 or less first")
+    return "bf16" if set(used.values()) == {torch.bfloat16} else "fp32"
 
 
 def check_preset(model: ModelConfig, preset: str) -> None:
@@ -124,16 +134,17 @@ def export_hf(
         Notes on what the folder lacks, such as a processor; none for a complete one.
 
     Raises:
-        UserError: the checkpoint is missing or damaged; `out` exists or cannot be written; values are too large for
-            float16. No partial folder is left.
+        UserError: the checkpoint is missing or damaged; `base` is given for one that holds all of its weights; `out`
+            exists or cannot be written; values are too large for float16. No partial folder is left.
     """
     folder = folders.find(source)
-    cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
+    cfg = folders.saved_config(folder)
     folders.require_average(folder, cfg, average)
+    ok = base is None or cfg.lora.leaves_out_base
+    require(ok, f"--base {base}: {folder} holds all of its weights; leave out --base, which is for adapters alone")
     assets = read_assets(folder)
     hf = family_of(cfg.model).hf
-    layout = layout or (assets.config.layout if assets.config else hf.layouts[0])
-    one_of("format", layout, hf.layouts)
+    layout = export_layout(cfg.model, assets, layout)
     embedder = model_without_memory(cfg.model, groups)
     model = hf.room_for_tokens(cfg.model, layout, assets.folder)
     plan = _plan_export(model, embedder, assets, layout, dtype and getattr(torch, dtype))
@@ -149,12 +160,22 @@ def export_hf(
     named = {hf.layout_name(name, layout): shape for name, shape in plan.items()}
     with whole_folder(out, "exported model") as partial:
         write_tensor_files(partial, named, ((hf.layout_name(n, layout), v) for n, v in values), shard_bytes)
-        is_trained = cfg.train.steps > 0
-        notes = hf.write_files(partial, layout, config, assets.folder, shared_config(cfg) if is_trained else None)
-        if is_trained:
-            with (partial / "README.md").open("a", encoding="utf-8") as card:
-                card.write(training_record(folder, cfg))
+        notes = hf.write_files(partial, layout, config, assets.folder, shared_config(folder, cfg))
+        with (partial / "README.md").open("a", encoding="utf-8") as card:
+            card.write(training_record(folder, cfg))
     return notes
+
+
+def export_layout(model: ModelConfig, assets: Assets, layout: str | None) -> str:
+    """Return the layout of an export: the given one, else that which the weights came in, else the family's first.
+
+    Raises:
+        ConfigError: the family has no such layout.
+    """
+    known = family_of(model).hf.layouts
+    layout = layout or (assets.config.layout if assets.config else known[0])
+    one_of("format", layout, known)
+    return layout
 
 
 def _is_copied_head(assets: Assets, hf: HfFormat) -> bool:

@@ -1,6 +1,6 @@
 """Adapters between checkpoints and folders in the layout of PEFT: adapter_config.json, adapter_model.safetensors.
 
-The matrices are copied bit by bit, but for a change of their dtype. models/hf/adapters.py reads and writes the files.
+The matrices are copied bit by bit, but for a change of their dtype. models/hf/peft_files.py reads and writes the files.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.adapters import read_adapters, write_adapters
 from megatron_llave.checkpoint.assets import keep_assets, read_assets
-from megatron_llave.checkpoint.pretrained import find_pretrained
-from megatron_llave.config.load import load_config
+from megatron_llave.checkpoint.pretrained import find_pretrained, read_base
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.convert.hf import check_preset, export_layout, precision_of
 from megatron_llave.convert.training_record import shared_config, training_record
-from megatron_llave.errors import CheckpointError, one_of, require
+from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
 from megatron_llave.models import family_of, open_hf, read_hf_config
-from megatron_llave.models.hf.adapters import find_base, write_adapter
 from megatron_llave.models.hf.model_card import base_model, model_card
+from megatron_llave.models.hf.peft_files import find_weights, write_adapter
 from megatron_llave.models.hf.weights import HfWeights, require_plausible
 from megatron_llave.models.lora import HfAdapter, targets_of
 
@@ -31,7 +31,8 @@ ANY_OWNER = r"[\w-]+"
 CARD_TEXT = """LoRA adapters of a multimodal embedding model, rank {rank}, alpha {alpha:g}, for {targets}."""
 CARD_LOAD = """`peft.PeftModel.from_pretrained(base, folder)` adds them to the base that they were trained for. The
 embedding is the last token's hidden state after the decoder's final norm, divided by its length. The prompt is that of
-`data.prompt: {prompt}`. A base of another SHA-256 gives other embeddings: `{sha256}` over its files."""
+`data.prompt: {prompt}`."""
+CARD_BASE = "A base of another SHA-256 gives other embeddings: `{sha256}` over its files."
 
 
 def export_adapter(
@@ -41,7 +42,7 @@ def export_adapter(
     layout: str | None = None,
     dtype: str | None = None,
     average: bool = False,
-) -> list[str]:
+) -> None:
     """Write the adapters of a checkpoint as a folder that PEFT loads.
 
     Args:
@@ -52,36 +53,32 @@ def export_adapter(
         dtype: float32, bfloat16 or float16; None: that of the checkpoint.
         average: export the averages of a run with loss.reward=ema.
 
-    Returns:
-        Notes; there are none.
-
     Raises:
         UserError: the checkpoint is missing, damaged or without adapters; `out` exists or cannot be written.
     """
     folder = folders.find(source)
-    cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
+    cfg = folders.saved_config(folder)
     require(cfg.lora.rank > 0, f"{folder} has no adapters: lora.rank=0; leave out --adapter")
     folders.require_average(folder, cfg, average)
     assets, hf = read_assets(folder), family_of(cfg.model).hf
-    layout = layout or (assets.config.layout if assets.config else hf.layouts[0])
-    one_of("format", layout, hf.layouts)
+    layout = export_layout(cfg.model, assets, layout)
     as_type = (lambda x: x.to(getattr(torch, dtype))) if dtype else (lambda x: x)
     found = read_adapters(folder, cfg, groups, average)
     matrices = {hf.module_name(a.module, layout): (as_type(a.down), as_type(a.up)) for a in found}
-    header = base_model(assets.folder, ANY_OWNER)
-    base = header[0].removeprefix("base_model: ") if header else None
-    with whole_folder(out, "exported adapters") as partial:
-        write_adapter(partial, matrices, cfg.lora, base)
-        (partial / "README.md").write_text(_card(folder, cfg, layout, header), encoding="utf-8")
-    return []
+    base = base_model(assets.folder, ANY_OWNER)
+    with whole_folder(out, "exported adapters") as target:
+        write_adapter(target, matrices, cfg.lora, base)
+        (target / "README.md").write_text(_card(folder, cfg, layout, base), encoding="utf-8")
 
 
-def _card(folder: Path, cfg: RunConfig, layout: str, header: list[str]) -> str:
+def _card(folder: Path, cfg: RunConfig, layout: str, base: str | None) -> str:
     lora = cfg.lora
     what = [CARD_TEXT.format(rank=lora.rank, alpha=lora.alpha, targets=", ".join(lora.targets))]
-    sha256 = find_pretrained(folder).as_base(None).sha256 if lora.leaves_out_base else "saved with the adapters"
-    embed = [CARD_LOAD.format(sha256=sha256, prompt=cfg.data.prompt)]
-    card = model_card(["library_name: peft", *header], ["lora", "llave", layout], what, embed, shared_config(cfg))
+    embed = [CARD_LOAD.format(prompt=cfg.data.prompt)]
+    if lora.leaves_out_base:
+        embed += [CARD_BASE.format(sha256=read_base(folder).sha256)]
+    config = shared_config(folder, cfg)
+    card = model_card(["library_name: peft"], base, ["lora", "llave", layout], what, embed, config)
     return card + training_record(folder, cfg)
 
 
@@ -89,6 +86,7 @@ def import_adapter(
     source: str | Path,
     out: str | Path,
     groups: ProcessGroupCollection,
+    preset: str | None = None,
     base: str | Path | None = None,
     tell: Callable[[str], object] = lambda note: None,
 ) -> Path:
@@ -98,19 +96,22 @@ def import_adapter(
         source: the folder with the adapters.
         out: folder of the checkpoint; must not exist.
         groups: process groups of this single process.
+        preset: the preset whose sizes the base must have; None: any.
         base: Hugging Face folder that they are for; None: `source`, or the folder that they name.
         tell: is called with each note about the base's folder.
 
     Raises:
-        UserError: the adapters are damaged, do not fit the base, or are not of one rank and alpha on all layers;
-            `out` exists or cannot be written.
+        UserError: the adapters are damaged, do not fit the base, or are not of one rank and alpha on all layers; the
+            base is damaged or contradicts the preset; `out` exists or cannot be written.
     """
-    base_folder, adapter = find_base(Path(source), base)
+    base_folder, adapter = find_weights(Path(source), base)
     if adapter is None:
         raise CheckpointError(f"{source} has no adapter_config.json; --keep-adapter is for a folder of PEFT")
     if adapter == base_folder:
         raise CheckpointError(f"{source} holds weights beside its adapters; name a folder of weights alone with --base")
     config = read_hf_config(base_folder)
+    if preset is not None:
+        check_preset(config.model, preset)
     weights = open_hf(base_folder, config, adapter)
     require_plausible(weights)
     found = _hf_adapters(weights)
@@ -121,10 +122,8 @@ def import_adapter(
         what = "has adapters on some layers alone" if targets is None else f"has several ranks and scales: {ranks}"
         raise CheckpointError(f"{source} {what}; import it without --keep-adapter, which merges it")
     [(rank, scale)] = ranks
-    used = {dtype for name, dtype in weights.dtypes.items() if not weights.is_unused(name)}
-    precision = "bf16" if used == {torch.bfloat16} else "fp32"
     lora = LoraConfig(rank=rank, alpha=rank * scale, targets=targets)
-    cfg = replace(config.run, model=replace(config.model, precision=precision), lora=lora)
+    cfg = replace(config.run, model=replace(config.model, precision=precision_of(weights)), lora=lora)
     record = find_pretrained(base_folder).as_base(None)
     write_adapters(out, cfg, groups, found, record, partial(keep_assets, replace(weights, adapter=None)))
     for note in config.notes:

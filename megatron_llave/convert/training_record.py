@@ -1,7 +1,7 @@
 """What the card of an exported model says about its training: recipe, data, scores, program versions, configuration.
 
 All of it comes from the files of the checkpoint and of the output directory that it lies in. Paths of the machine are
-left out: of a folder or file only its own name is told.
+left out: of a folder or file only its own name is told. Weights that no run has trained have no such sections.
 """
 
 import json
@@ -13,28 +13,53 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_llave.checkpoint import folders
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.training.logger import EVALUATIONS_FILE
 
+MERGED = "Merged from several checkpoints; what follows is the configuration of the first"
+PATHS = ("path", "images", "cache", "tokenizer", "output", "init", "resume", "base", "stored_embeddings")
+"""Keys of the configuration whose values are folders, files or URLs."""
 
-def without_paths(value: Any) -> Any:
-    """Return a configuration, or a value in it, in which each text with a slash is what follows its last slash."""
+
+def without_paths(value: Any, key: str = "") -> Any:
+    """Return a configuration, or the value of a key in it, with the own names of folders and files instead of paths.
+
+    Values of PATHS are shortened, and absolute paths wherever they are.
+    """
     if isinstance(value, Mapping):
-        return {key: without_paths(inner) for key, inner in value.items()}
+        return {inner: without_paths(of_inner, inner) for inner, of_inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    return PurePath(value).name if isinstance(value, str) and "/" in value else value
+    is_path = isinstance(value, str) and (key in PATHS or PurePath(value).is_absolute())
+    return own_name(value) if is_path else value
 
 
-def shared_config(cfg: RunConfig) -> str:
-    """Return the configuration of a run in YAML, without paths."""
-    return OmegaConf.to_yaml(OmegaConf.create(without_paths(asdict(cfg))))
+def own_name(path: str) -> str:
+    """Return the name of a folder, file or URL; of a command in data.path, that of the place which it reads from."""
+    place = path.partition("{file}")[0].split()[-1] if path.startswith("pipe:") else path
+    name = PurePath(place).name
+    return name.rpartition("@")[2] if "://" in place else name  # without user and password
+
+
+def shared_config(folder: Path, cfg: RunConfig) -> str | None:
+    """Return the configuration of the run of a checkpoint in YAML, without paths; None: no run has trained it.
+
+    The arguments are those of `training_record`.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is damaged.
+    """
+    if not cfg.train.steps:
+        return None
+    head = f"# {MERGED}.\n" if _is_merged(folders.require_intact(folder)) else ""
+    return head + OmegaConf.to_yaml(OmegaConf.create(without_paths(asdict(cfg))))
 
 
 def training_record(folder: Path, cfg: RunConfig) -> str:
-    """Return sections of the card, in Markdown: recipe, data and scores; for a checkpoint of a run.
+    """Return sections of the card, in Markdown: recipe, data and scores; nothing if no run has trained the weights.
 
     Args:
         folder: the checkpoint. The scores are those of the last evaluation up to it, if it lies in its output
@@ -44,15 +69,17 @@ def training_record(folder: Path, cfg: RunConfig) -> str:
     Raises:
         CheckpointError: a file of the checkpoint is damaged.
     """
+    if not cfg.train.steps:
+        return ""
     manifest = folders.require_intact(folder)
     lines = ["## Recipe", "", *_table(("what", "value"), _recipe(cfg, manifest))]
     position = folder / folders.POSITION
     if position.is_file():
         subsets = read_json(position, error=CheckpointError).get("subsets") or {}
         rows = [(name, s.get("pairs"), s.get("weight"), s.get("taken")) for name, s in subsets.items()]
-        lines += ["", "## Data", "", f"Shards in `{PurePath(cfg.data.path).name}`:", ""]
+        lines += ["", "## Data", "", f"Shards in `{own_name(cfg.data.path)}`:", ""]
         lines += _table(("subset", "pairs", "weight", "pairs drawn so far"), rows)
-    evaluation = _last_evaluation(folder, manifest["step"])
+    evaluation = last_evaluation(folder, manifest["step"])
     if evaluation is not None:
         scores, candidates = evaluation["precision_at_1"], evaluation.get("candidates") or {}
         rows = [(name, _number(score), candidates.get(name)) for name, score in scores.items()]
@@ -62,11 +89,17 @@ def training_record(folder: Path, cfg: RunConfig) -> str:
 
 
 def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    loss, optimizer, train = cfg.loss, cfg.optimizer, cfg.train
-    yield "steps", f"{manifest['step'] or train.steps} of {train.steps}, {train.global_batch_size} pairs each"
-    negatives = f"negatives of the {loss.negatives.replace('_', ' ')}, {cfg.data.hard_negatives} hard ones per pair"
-    hardness = f"alpha {loss.alpha:g} (hardness {loss.hardness}, reward {loss.reward})"
-    yield "loss", f"hardness-weighted contrastive, temperature {loss.temperature:g}, {hardness}, {negatives}"
+    optimizer, train = cfg.optimizer, cfg.train
+    if _is_merged(manifest):
+        yield "weights", MERGED
+    else:
+        yield "steps", f"{manifest['step']} of {train.steps}, {train.global_batch_size} pairs each"
+    general = _loss(cfg.loss, cfg.data.hard_negatives)
+    yield "loss", general
+    for name in cfg.data.subsets:
+        own = _loss(loss_of_subset(cfg, name), cfg.data.hard_negatives)
+        if own != general:
+            yield f"loss of {name}", own
     rates = "".join(f", {part} {rate:g}" for part, rate in optimizer.part_learning_rates.items())
     moments = f"betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}"
     warmup = optimizer.warmup_steps or round(optimizer.warmup_fraction * train.steps)
@@ -78,13 +111,36 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "LoRA", f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, dropout {cfg.lora.dropout:g}, on {targets}"
     frozen = "all weights but the adapters" if cfg.lora.rank else ", ".join(cfg.model.freeze) or "none"
     yield "frozen parts", frozen
-    yield "started from", PurePath(cfg.checkpoint.init).name if cfg.checkpoint.init else "random weights"
+    yield "started from", own_name(cfg.checkpoint.init) if cfg.checkpoint.init else "random weights"
     yield "precision, kernels", f"{cfg.model.precision}, {cfg.model.kernels}"
     if manifest["layout"]:
         yield "parallel ranks", ", ".join(f"{name} {size}" for name, size in manifest["layout"].items())
     yield "seed", str(train.seed)
     if "programs" in manifest:
         yield "programs", manifest["programs"]
+
+
+def _is_merged(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint that has the configuration of a run is none of its own: tools/merge.py wrote it."""
+    return manifest["layout"] is None
+
+
+def _loss(loss: LossConfig, hard_negatives: int) -> str:
+    temperature = f"temperature {loss.temperature:g}"
+    if loss.temperature_learning != "none":
+        number = "one for all subsets" if loss.temperature_learning == "one" else "one for each subset"
+        temperature = f"temperature learned from {loss.temperature:g} on ({number})"
+    if loss.objective == "cosent":
+        return f"CoSENT, {temperature}"
+    hardness = f"alpha {loss.alpha:g} (hardness {loss.hardness}, reward {loss.reward})"
+    negatives = f"negatives {loss.negatives}, {hard_negatives} hard ones per pair"
+    contrastive = f"hardness-weighted contrastive, {temperature}, {hardness}, {negatives}"
+    if loss.soft_labels is None:
+        return contrastive
+    student = loss.soft_label_student_temperature
+    temperatures = f"temperature {loss.soft_label_temperature:g}" + (f", student {student:g}" if student else "")
+    soft = f"{loss.soft_label_loss} against soft labels ({loss.soft_labels}, {temperatures})"
+    return f"{loss.contrastive_weight:g} x {contrastive}; plus {loss.soft_label_weight:g} x {soft}"
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> list[str]:
@@ -96,10 +152,11 @@ def _number(score: float | None) -> str:
     return "not finite" if score is None else f"{score:.1f}"
 
 
-def _last_evaluation(folder: Path, step: int) -> dict[str, Any] | None:
+def last_evaluation(folder: Path, step: int) -> dict[str, Any] | None:
     """Return the last evaluation of the run up to a step; None: there is none, or no output directory."""
-    file = folder.absolute().parents[1] / EVALUATIONS_FILE
-    if folder.absolute().parent.name != folders.FOLDER or not file.is_file():
+    parent = folder.absolute().parent
+    file = parent.parent / EVALUATIONS_FILE
+    if parent.name != folders.FOLDER or not file.is_file():
         return None
     found = None
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

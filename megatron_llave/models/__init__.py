@@ -23,8 +23,8 @@ from megatron_llave.models import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_v
 from megatron_llave.models.blocks.initialization import initialize_parameters
 from megatron_llave.models.blocks.layer_specs import transformer_engine
 from megatron_llave.models.family import Family
-from megatron_llave.models.hf.adapters import ADAPTER_CONFIG
 from megatron_llave.models.hf.config_json import HfConfig, read_config_json
+from megatron_llave.models.hf.peft_files import ADAPTER_CONFIG
 from megatron_llave.models.hf.weights import HfWeights, open_weights
 from megatron_llave.models.lora import add_adapters, initialize_adapters
 

@@ -166,7 +166,7 @@ def add_adapters(chunk: Module, lora: LoraConfig, rules: Mapping[str, Rule], gro
     Raises:
         ConfigError: lora.targets names a linear that the model does not have.
     """
-    chosen = _chosen(lora.targets, rules)
+    chosen = chosen_linears(lora.targets, rules)
     chunk.requires_grad_(False)
     chunk.lora = lora
     to_global = global_names(chunk)
@@ -204,8 +204,12 @@ def _short(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _chosen(targets: list[str], rules: Mapping[str, Rule]) -> dict[str, set[str]]:
-    """Return the short names of the Hugging Face linears that have adapters, by the name of our linear."""
+def chosen_linears(targets: list[str], rules: Mapping[str, Rule]) -> dict[str, set[str]]:
+    """Return the short names of the Hugging Face linears that have adapters, by the name of our linear.
+
+    Raises:
+        ConfigError: a target names a linear that the model does not have.
+    """
     linears = {
         name.removesuffix(".weight"): [_short(theirs) for theirs in rule.names]
         for name, rule in rules.items()
@@ -229,28 +233,22 @@ def targets_of(modules: Iterable[str], rules: Mapping[str, Rule]) -> list[str] |
     """Return lora.targets for exactly these linears, by canonical name; None: no targets name exactly these."""
     places = {theirs.removesuffix(".weight"): name for name, rule in rules.items() for theirs in rule.names}
     modules, targets = set(modules), []
-    for part in PARTS:
-        own = [module for module in modules if places.get(module, "").startswith(f"{part}.")]
-        prefix = "" if part == "language" else f"{part}."
-        names = sorted({f"{prefix}{_short(module)}" for module in own})
-        is_whole = bool(own) and _modules_of([part], rules) == set(own)
-        targets += [part] if is_whole else names
-    known = {target for target in targets if target in PARTS or _is_known(target, rules)}
-    return targets if targets and known == set(targets) and _modules_of(targets, rules) == modules else None
-
-
-def _is_known(target: str, rules: Mapping[str, Rule]) -> bool:
     try:
-        return bool(_chosen([target], rules))
-    except ConfigError:
-        return False
+        for part in PARTS:
+            own = {module for module in modules if places.get(module, "").startswith(f"{part}.")}
+            prefix = "" if part == "language" else f"{part}."
+            is_whole = bool(own) and _modules_of([part], rules) == own
+            targets += [part] if is_whole else sorted({f"{prefix}{_short(module)}" for module in own})
+        return targets if targets and _modules_of(targets, rules) == modules else None
+    except ConfigError:  # one of them is no linear that can have adapters
+        return None
 
 
 def _modules_of(targets: list[str], rules: Mapping[str, Rule]) -> set[str]:
     """Return the canonical names of the linears that lora.targets name."""
     return {
         theirs.removesuffix(".weight")
-        for name, shorts in _chosen(targets, rules).items()
+        for name, shorts in chosen_linears(targets, rules).items()
         for theirs in rules[f"{name}.weight"].names
         if _short(theirs) in shorts
     }
@@ -284,17 +282,15 @@ def draws_random_numbers(chunk: Module) -> bool:
 
 def initialize_adapters(chunks: list[Module], group: dist.ProcessGroup, seed: int) -> None:
     """Fill the adapters of this rank's chunks as lora.init says, the same at every parallel layout; B is zero."""
-    inits = {child: child.lora.init for _, _, child in adapters_in(chunks)}
-    owner = {id(parameter): child for child in inits for parameter in child.parameters()}
     for chunk in chunks:
         for name, parameter in named_global_parameters(chunk):
-            if id(parameter) not in owner:
+            if not is_adapter(name):
                 continue
             full = torch.zeros(full_shape(parameter, group.size()), device=parameter.device)
             if name.endswith("_down"):
                 rank, inputs = full.shape
                 generator = named_generator(name, seed, full.device)
-                if inits[owner[id(parameter)]] == "gaussian":
+                if chunk.lora.init == "gaussian":
                     full.normal_(std=1 / rank, generator=generator)
                 else:  # kaiming_uniform_ with a = sqrt(5)
                     full.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)

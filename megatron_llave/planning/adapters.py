@@ -1,17 +1,18 @@
 """LoRA adapters of the decoder, by formula: their elements, and what they keep for the backward.
 
-Everything beside adapters is frozen, which `frozen_base` says in the terms of model.freeze. Adapters of projector and
-vision encoder are not counted and are refused.
+Everything beside adapters is frozen, which `as_frozen` says in the terms of model.freeze. Adapters of projector and
+vision encoder are not counted, so they cannot be planned.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_llave.config.lora import LoraConfig, part_of_target
+from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import PARTS, ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import require
 from megatron_llave.models import family_of
+from megatron_llave.models.lora import chosen_linears
 from megatron_llave.models.vision_cost import FLOAT, element, has_buckets
 
 NONE = LoraConfig()
@@ -50,16 +51,28 @@ def decoder_adapters(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapter]:
             yield Adapter(name, inputs, outputs, name not in ("o_proj", "down_proj"), lora.rank)
 
 
-def frozen_base(cfg: RunConfig) -> RunConfig:
+def as_frozen(cfg: RunConfig) -> RunConfig:
     """Return the configuration with all parts in model.freeze if it has adapters, which alone are trained.
 
-    Raises:
-        ConfigError: there are adapters of other parts than the decoder.
+    Projector and vision encoder are left out if they have adapters: they keep about as much for the backward as if they
+    were trained.
     """
-    others = [target for target in cfg.lora.targets if part_of_target(target) != "language"]
-    ok = not cfg.lora.rank or not others
+    if not cfg.lora.rank:
+        return cfg
+    freeze = [part for part in PARTS if part == "language" or part not in cfg.lora.parts]
+    return replace(cfg, model=replace(cfg.model, freeze=freeze))
+
+
+def require_plannable(cfg: RunConfig) -> None:
+    """Refuse adapters that are not counted here, or that the model cannot have.
+
+    Raises:
+        ConfigError: there are adapters of other parts than the decoder, or of a linear that it does not have.
+    """
+    ok = cfg.lora.parts <= {"language"}
     require(ok, f"lora.targets={cfg.lora.targets}: only adapters of the decoder (language) can be planned")
-    return replace(cfg, model=replace(cfg.model, freeze=[*PARTS])) if cfg.lora.rank else cfg
+    if cfg.lora.rank:
+        chosen_linears(cfg.lora.targets, family_of(cfg.model).hf.rules(cfg.model))
 
 
 def adapter_activations(

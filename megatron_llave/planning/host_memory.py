@@ -5,7 +5,7 @@ plan.py makes a plan of it; memory.py has the memory of the device.
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.models.vision_cost import FLOAT, element
-from megatron_llave.planning.adapters import frozen_base
+from megatron_llave.planning.adapters import as_frozen
 from megatron_llave.planning.memory import StepShape, is_trained, stage_chunks
 
 
@@ -21,7 +21,7 @@ def save_bytes(cfg: RunConfig, stage: int, step: StepShape) -> int:
         stage: number of the pipeline stage, from 0.
         step: how a step is divided.
     """
-    cfg = frozen_base(cfg)
+    cfg = as_frozen(cfg)
     model, ranks = cfg.model, step.data_parallel * cfg.parallel.context
     groups = [item for chunk in stage_chunks(model, cfg.parallel, stage, cfg.lora) for item in chunk.sizes().items()]
     trained = [size for group, sizes in groups if is_trained(model, group) for size in sizes]
@@ -41,6 +41,6 @@ def offloaded_bytes(cfg: RunConfig, stage: int, sharing: int) -> int:
         stage: number of the pipeline stage, from 0.
         sharing: number of ranks that share the optimizer.
     """
-    cfg = frozen_base(cfg)
+    cfg = as_frozen(cfg)
     trained = sum(chunk.buffer(sharing) for chunk in stage_chunks(cfg.model, cfg.parallel, stage, cfg.lora))
     return round(cfg.optimizer.offload_fraction * (trained // sharing)) * 4 * FLOAT

@@ -19,7 +19,7 @@ from megatron_llave.models import family_of
 from megatron_llave.models.blocks.layer_specs import length_bucket
 from megatron_llave.models.blocks.qwen2 import padded_vocab_size
 from megatron_llave.models.vision_cost import FLOAT, VisionCost, element, has_buckets, rms_norm_activations
-from megatron_llave.planning.adapters import NONE, adapter_activations, decoder_adapters, frozen_base
+from megatron_llave.planning.adapters import NONE, adapter_activations, as_frozen, decoder_adapters
 from megatron_llave.planning.flops import Work
 from megatron_llave.planning.pair_lengths import SideShape
 
@@ -98,7 +98,7 @@ class Chunk:
     is_last: bool
     """Whether it has the final norm and pools."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters; with some, all parts are in model.freeze (adapters.frozen_base)."""
+    """Adapters; with some, the parts that have none and the decoder are in model.freeze (adapters.as_frozen)."""
 
     @property
     def cost(self) -> VisionCost:
@@ -345,7 +345,7 @@ def stage_memory(cfg: RunConfig, stage: int, step: StepShape, on_gpu: bool = Tru
         step: how a step is divided.
         on_gpu: False for a CPU, where norms of torch are several operations.
     """
-    cfg = frozen_base(cfg)
+    cfg = as_frozen(cfg)
     model, e, stages = cfg.model, element(cfg.model), cfg.parallel.pipeline
     chunks = stage_chunks(model, cfg.parallel, stage, cfg.lora)
     sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer

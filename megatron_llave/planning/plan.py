@@ -18,7 +18,7 @@ from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import family_of
 from megatron_llave.models.vision_cost import FLOAT, element
-from megatron_llave.planning.adapters import NONE, frozen_base
+from megatron_llave.planning.adapters import NONE, as_frozen, require_plannable
 from megatron_llave.planning.flops import Work, extra_flops, loss_flops, step_flops
 from megatron_llave.planning.host_memory import offloaded_bytes, save_bytes
 from megatron_llave.planning.memory import (
@@ -142,9 +142,11 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
         on_gpu: see memory.stage_memory.
 
     Raises:
-        ConfigError: the model's sizes are not given, or parallel layout or batch do not fit these ranks.
+        ConfigError: the model's sizes are not given, its adapters cannot be planned, or parallel layout or batch do not
+            fit these ranks.
     """
     require_sizes(cfg)
+    require_plannable(cfg)
     step = step_shape(cfg, validate_layout(cfg.model, cfg.parallel, ranks), kinds, on_gpu)
     work = mean_work(kinds, cfg.train.global_batch_size, cfg.data.hard_negatives)
     has_reward = cfg.loss.reward != "self"
@@ -153,7 +155,7 @@ def make_plan(cfg: RunConfig, ranks: int, kinds: list[Kind], on_gpu: bool = True
     further = step.columns // step.data_parallel - step.rows
     stages = range(cfg.parallel.pipeline)
     sharing = step.data_parallel * cfg.parallel.context  # ranks that share gradients and optimizer
-    inner = frozen_base(cfg)
+    inner = as_frozen(cfg)
     trained = [sum(c.buffer(sharing) for c in stage_chunks(inner.model, cfg.parallel, s, cfg.lora)) for s in stages]
     moved = max(trained) * (FLOAT + element(cfg.model))
     return Plan(
@@ -208,7 +210,7 @@ def _plan_stage(cfg: RunConfig, stage: int, step: StepShape, work: Work, on_gpu:
     """Plan a stage, given the input of a step. The first stage has vision encoder and projector too."""
 
     def flops(part: Work) -> int:
-        return step_flops(cfg.model, part, cfg.lora.parts) + _extra_flops(frozen_base(cfg), part, step)
+        return step_flops(cfg.model, part, cfg.lora.parts) + _extra_flops(as_frozen(cfg), part, step)
 
     layers = sum(chunk.layers for chunk in stage_chunks(cfg.model, cfg.parallel, stage))
     total = flops(Work(work.tokens, work.squared_lengths, 0)) * layers / cfg.model.language.num_layers

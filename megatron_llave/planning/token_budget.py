@@ -4,6 +4,7 @@ from megatron_llave.batch import padded_length
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.balance import TokenBudget
 from megatron_llave.errors import require
+from megatron_llave.planning.adapters import as_frozen
 from megatron_llave.planning.memory import MicroBatch, bytes_in_flight, stage_chunks, temporary_bytes
 from megatron_llave.planning.pair_lengths import Kind, SideShape, sides_of
 
@@ -26,8 +27,9 @@ def tile_tokens(cfg: RunConfig, on_gpu: bool = True) -> float:
         cfg: configuration of the run, with the sizes of its model.
         on_gpu: see `stage_memory`.
     """
+    cfg = as_frozen(cfg)
     layout, stages = cfg.parallel, cfg.parallel.pipeline
-    chunks = stage_chunks(cfg.model, layout, 0)
+    chunks = stage_chunks(cfg.model, layout, 0, cfg.lora)
     cost = chunks[0].cost
 
     def needed(tokens: int, tiles: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_lora import config_of, embeddings_of
+from forking import ROOT, run_script
 from golden_lora import ALPHA, PAIRS, RANK, drawn, embedding, folder_of, lora_of, shrink, targeted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,8 +18,8 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.adapters import read_adapters, write_adapters
 from megatron_llave.checkpoint.assets import keep_assets
 from megatron_llave.checkpoint.merge import merge
-from megatron_llave.checkpoint.pretrained import find_pretrained
-from megatron_llave.config.load import load_config
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, read_base
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.peft_folders import export_adapter, import_adapter
 from megatron_llave.errors import UserError
@@ -28,16 +29,19 @@ from megatron_llave.models.lora import HfAdapter
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
 from huggingface_hub import ModelCard  # noqa: E402  (which transformers needs)
 
+TOOL = ROOT / "tools" / "convert_hf.py"
 CASES = [("llava_onevision", "all"), ("qwen3_vl", "all"), ("qwen2_vl", "some")]
 
 
-def checkpoint(out: Path, family: str, targets: str, groups, size: float = 1.0, base: Path | None = None) -> Path:
-    """A checkpoint of random adapters for the golden model of a family."""
+def checkpoint(
+    out: Path, family: str, targets: str, groups, size: float = 1.0, base: Path | None = None, **others: object
+) -> Path:
+    """A checkpoint of random adapters for the golden model of a family; `others` are sections of its configuration."""
     weights = open_hf(base or folder_of(family))
     linears = targeted(weights, targets)
     values = drawn(weights, linears)
     found = [HfAdapter(n, values[f"{n}.down"] * size, values[f"{n}.up"], ALPHA / RANK) for n in linears]
-    cfg = replace(config_of(family, "1,1,1,0,0"), lora=lora_of(targets))
+    cfg = replace(config_of(family, "1,1,1,0,0"), lora=lora_of(targets), **others)
     record = find_pretrained(weights.files.folder).as_base(None)
     write_adapters(out, cfg, groups, found, record, partial(keep_assets, weights))
     return out
@@ -54,7 +58,7 @@ def embedded(folder: Path, groups) -> Tensor:
 
 
 def adapters_of(folder: Path, groups) -> dict[str, HfAdapter]:
-    cfg = load_config(folder / folders.CONFIG, leave_out=["parallel"])
+    cfg = folders.saved_config(folder)
     return {adapter.module: adapter for adapter in read_adapters(folder, cfg, groups)}
 
 
@@ -76,22 +80,29 @@ def embedded_by_peft(adapted: torch.nn.Module, family: str) -> Tensor:
 
 @pytest.mark.parametrize(("family", "targets"), CASES)
 def test_peft_loads_ours_and_we_load_its(groups, tmp_path: Path, family: str, targets: str) -> None:
-    source, out = checkpoint(tmp_path / "source", family, targets, groups), tmp_path / "out"
-    assert export_adapter(source, out, groups) == []
+    base = shutil.copytree(folder_of(family), tmp_path / "base")
+    source, out = checkpoint(tmp_path / "source", family, targets, groups, base=base), tmp_path / "out"
+    shutil.move(base, tmp_path / "moved")  # an export of adapters alone does not need it
+    export_adapter(source, out, groups)
+    shutil.move(tmp_path / "moved", base)
     adapted, ours = loaded_by_peft(out, family), embedded(source, groups)
-    base = embedded(folder_of(family), groups)
+    without = embedded(folder_of(family), groups)
     torch.testing.assert_close(embedded_by_peft(adapted, family), ours, rtol=0, atol=2e-5)
-    assert (ours - base).abs().max() > 1e-2
+    assert (ours - without).abs().max() > 1e-2
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft" and "lora" in card.data.tags and str(tmp_path) not in card.content
+    assert read_base(source).sha256 in card.content
     adapted.float().save_pretrained(tmp_path / "peft")
-    again = import_adapter(tmp_path / "peft", tmp_path / "again", groups, folder_of(family))
+    again = import_adapter(tmp_path / "peft", tmp_path / "again", groups, base=base)
     expected, found = adapters_of(source, groups), adapters_of(again, groups)
     assert found.keys() == expected.keys()
     for name, adapter in found.items():
         assert torch.equal(adapter.down, expected[name].down) and torch.equal(adapter.up, expected[name].up), name
         assert adapter.scale == expected[name].scale
-    lora = load_config(again / folders.CONFIG, leave_out=["parallel"]).lora
+    export_adapter(again, tmp_path / "exported again", groups)
+    text = (tmp_path / "exported again" / "README.md").read_text()
+    assert "Converted, not trained" in text and "## Recipe" not in text
+    lora = folders.saved_config(again).lora
     assert set(lora.targets) == set(lora_of(targets).targets) and (lora.rank, lora.alpha) == (RANK, ALPHA)
 
 
@@ -112,10 +123,11 @@ def test_export_with_merged_adapters_embeds_the_same(groups, tmp_path: Path, fam
 
 
 def test_several_adapters_of_one_base_are_averaged(groups, tmp_path: Path) -> None:
-    """The mean of what they change, exactly, although it is no product of the means of their matrices."""
+    """The mean of what they change, although it is no product of means of their matrices; runs had stored rewards."""
     family, targets = CASES[0]
     shares = {1.0: 0.25, -0.5: 0.75}
-    parts = [checkpoint(tmp_path / str(size), family, targets, groups, size) for size in shares]
+    stored = LossConfig(reward="stored", stored_embeddings="other model.npy")
+    parts = [checkpoint(tmp_path / str(size), family, targets, groups, size, loss=stored) for size in shares]
     out = merge(list(zip(parts, shares.values())), tmp_path / "merged", groups)
     exports = [tmp_path / f"export {number}" for number in range(3)]
     for folder, export in zip((*parts, out), exports):
@@ -124,7 +136,8 @@ def test_several_adapters_of_one_base_are_averaged(groups, tmp_path: Path) -> No
     assert any(not torch.equal(one[name], other[name]) for name in mean)
     for name, value in mean.items():
         torch.testing.assert_close(value, 0.25 * one[name] + 0.75 * other[name], rtol=0, atol=1e-6)
-    assert load_config(out / folders.CONFIG, leave_out=["parallel"]).lora.rank == 2 * RANK
+    cfg = folders.saved_config(out)
+    assert cfg.lora.rank == 2 * RANK and cfg.loss == stored
 
 
 def test_what_cannot_be_merged_is_named(groups, tmp_path: Path) -> None:
@@ -152,12 +165,36 @@ def test_adapters_that_cannot_be_trained_are_named(groups, tmp_path: Path) -> No
     some = {name: value for name, value in tensors.items() if f".{module}." not in name}
     save_file(some, file)
     with pytest.raises(UserError, match="has adapters on some layers alone; import it without --keep-adapter"):
-        import_adapter(out, tmp_path / "in", groups, folder_of(family))
+        import_adapter(out, tmp_path / "in", groups, base=folder_of(family))
     save_file(tensors, file)
     (out / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {module: 3}}))
     with pytest.raises(UserError, match="has several ranks and scales"):
-        import_adapter(out, tmp_path / "in", groups, folder_of(family))
+        import_adapter(out, tmp_path / "in", groups, base=folder_of(family))
     with pytest.raises(UserError, match="has no adapter_config.json"):
         import_adapter(folder_of(family), tmp_path / "in", groups)
     with pytest.raises(UserError, match="has no adapters: lora.rank=0; leave out --adapter"):
         export_adapter(import_hf(folder_of(family), tmp_path / "whole", groups), tmp_path / "alone", groups)
+
+
+def test_options_that_would_have_no_effect_are_refused(groups, tmp_path: Path) -> None:
+    family = CASES[0][0]
+    base, out = folder_of(family), tmp_path / "out"
+    source, whole = checkpoint(tmp_path / "source", family, "some", groups), tmp_path / "whole"
+    with pytest.raises(UserError, match=f"--base {base}: {import_hf(base, whole, groups)} holds all of its weights"):
+        export_hf(whole, out, groups, base=str(base))
+    for option, value in (("--base", base), ("--shard-size", 1)):
+        done = run_script(TOOL, "export", "--from", source, "--to", out, "--adapter", option, value)
+        assert done.returncode == 2 and f"{option} is for complete weights" in done.stderr, done.stderr
+    export_adapter(source, out, groups)
+    with pytest.raises(UserError, match="contradicts config.json"):
+        import_adapter(out, tmp_path / "again", groups, preset="2b", base=base)
+
+
+def test_the_hash_of_the_base_is_compared_once(groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on with adapters records the base, and loads it."""
+    source, hashed = checkpoint(tmp_path / "source", CASES[0][0], "some", groups), []
+    fingerprint = Pretrained.fingerprint
+    monkeypatch.setattr(Pretrained, "fingerprint", lambda self: hashed.append(self.folder) or fingerprint(self))
+    pretrained = find_pretrained(source)
+    assert pretrained.as_base(None) == read_base(source) and pretrained.find_base(None).folder == hashed[0]
+    assert hashed == [folder_of(CASES[0][0]).absolute()]

@@ -10,6 +10,7 @@ from forking import run_script
 
 from megatron_llave.config.load import config_from_dict, load_config, override_config
 from megatron_llave.config.lora import LoraConfig
+from megatron_llave.config.model import PARTS
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import ParallelConfig, RunConfig
 from megatron_llave.errors import ConfigError
@@ -99,7 +100,9 @@ def test_adapters_are_those_of_the_built_model_and_make_a_plan_small(groups, tar
     assert adapted.worst.total < whole.worst.total / 2
     assert adapted.model_flops < 0.8 * whole.model_flops
     with pytest.raises(ConfigError, match="only adapters of the decoder"):
-        plan_of(example("7b", "checkpoint.init=base", "lora.rank=16", "lora.targets=[projector]"), 8)
+        plan_of(override_config(cfg, ["lora.targets=[projector]"]), 8)
+    with pytest.raises(ConfigError, match="lora.targets: qproj is no linear layer of this model's language"):
+        plan_of(override_config(cfg, ["lora.targets=[q_proj, qproj]"]), 8)
 
 
 def test_pairs_can_be_longer_with_context_parallel() -> None:
@@ -259,10 +262,13 @@ def test_a_token_budget_bounds_the_memory_of_every_kind_and_is_lowered_where_it_
     assert make_plan(shared, 8, kinds).step.micro_batches % 4 == 0
 
 
-def test_a_tile_counts_as_the_tokens_that_need_its_memory() -> None:
+@pytest.mark.parametrize("lora", [[], ["checkpoint.init=base", "lora.rank=16"]])
+def test_a_tile_counts_as_the_tokens_that_need_its_memory(lora: list[str]) -> None:
     """By the formulas that test_memory.py compares with a real step: B tokens, or fewer and their tiles."""
-    cfg = example("2b", "model.freeze=[]", "train.micro_batch_size=null", "train.tokens_per_micro_batch=100000")
-    budget, chunk = token_budget(cfg), Chunk(cfg.model, cfg.parallel, cfg.model.language.num_layers, True, True)
+    keys = ["model.freeze=[]", "train.micro_batch_size=null", "train.tokens_per_micro_batch=100000"]
+    cfg = example("2b", *keys, *lora)
+    budget, model = token_budget(cfg), replace(cfg.model, freeze=[*PARTS] if lora else [])
+    chunk = Chunk(model, cfg.parallel, cfg.model.language.num_layers, True, True, cfg.lora)
     visual, _ = chunk.cost.of_tiles(cfg.model, 100)
     tokens = round(100000 - 100 * budget.tile_tokens)
     sides = [SideShape(100000)], [SideShape(tokens, visual, 100)]

@@ -11,35 +11,46 @@ from megatron_llave.files import read_json
 
 
 def model_card(
-    header: Sequence[str], tags: Sequence[str], what: Sequence[str], embed: Sequence[str], training_config: str | None
+    header: Sequence[str],
+    base: str | None,
+    tags: Sequence[str],
+    what: Sequence[str],
+    embed: Sequence[str],
+    training_config: str | None,
 ) -> str:
     """Return the card.
 
     Args:
         header: lines of the header before its tags.
+        base: the hub name of the model that this one was made of, if it is known.
         tags: further tags of the hub.
         what: lines about the model.
         embed: lines about how to embed with it.
         training_config: the run's configuration in YAML; None: the weights were not trained by a run.
     """
-    top = [*header, "tags:", *(f"- {tag}" for tag in ("embedding", "multimodal", *tags))]
+    top = [
+        *header,
+        *([f"base_model: {base}"] if base else []),
+        "tags:",
+        *(f"- {tag}" for tag in ("embedding", "multimodal", *tags)),
+    ]
     lines = ["---", *top, "---", "", "# Multimodal embedding model", "", *what, "", "## How to embed", "", *embed]
     lines += ["", "## Training", ""]
     if training_config is None:
         lines += ["Converted, not trained: the weights are those the conversion started from."]
     else:
-        lines += ["Trained by megatron_llave with this configuration:", "", "```yaml", training_config.strip(), "```"]
+        lines += ["Trained by megatron_llave; the configuration:", "", "```yaml", training_config.strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def base_model(source: str | Path | None, owners: str) -> list[str]:
-    """Return the line of the header with the hub name that config.json of the source gives, if there is one.
+def base_model(source: str | Path | None, owners: str) -> str | None:
+    """Return the hub name that config.json of the source gives, if there is one.
 
     `owners` is a pattern of names of the hub: an `_name_or_path` of another shape may be a local folder.
     """
     file = None if source is None else Path(source) / "config.json"
     name = read_json(file, error=CheckpointError).get("_name_or_path") if file is not None and file.is_file() else None
-    return [f"base_model: {name}"] if re.fullmatch(rf"({owners})/[\w.-]+", str(name)) else []
+    return name if re.fullmatch(rf"({owners})/[\w.-]+", str(name)) else None
 
 
 def prompt_of(training_config: str | None) -> str | None:

@@ -20,9 +20,9 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models.blocks.initialization import full_shape, named_global_parameters, tensor_parallel_part
-from megatron_llave.models.hf.adapters import Adapter, in_transformers, read_adapter
 from megatron_llave.models.hf.config_json import HfConfig, Section
 from megatron_llave.models.hf.mapping import Rule, hf_shapes, local_kernel_name, pad_rows
+from megatron_llave.models.hf.peft_files import Adapter, in_transformers, read_adapter
 from megatron_llave.models.hf.tensor_files import TensorFiles
 from megatron_llave.models.lora import is_adapter
 
@@ -133,7 +133,7 @@ class HfWeights:
 def open_weights(
     folder: str | Path, config: HfConfig, format: HfFormat, adapter: str | Path | None = None
 ) -> HfWeights:
-    """Read the headers of an HF folder, and of an adapter for its weights (models/hf/adapters.py).
+    """Read the headers of an HF folder, and of an adapter for its weights (models/hf/peft_files.py).
 
     Raises:
         CheckpointError: the files are missing, damaged or pickled, two tensors mean the same one, or the adapter is of

@@ -159,7 +159,7 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
     """Return README.md."""
     language = config.get("text_config") or config
     header = ["library_name: transformers"] if layout == "llava_onevision" else []
-    header += ["pipeline_tag: feature-extraction", *base_model(source, BASE_OWNERS)]
+    header += ["pipeline_tag: feature-extraction"]
     what = [CARD_TEXT.format(size=language["hidden_size"], layers=language["num_hidden_layers"]), *notes]
     if prompt_of(training_config) == "plain":
         embed = [CARD_PLAIN]
@@ -168,4 +168,4 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
         embed = [*reason, CARD_STEPS.format(head=QWEN_HEAD, tail=QWEN_TAIL)]
     else:
         embed = [CARD_EMBED, "", "```python", CARD_CODE.format(head=QWEN_HEAD, tail=QWEN_TAIL), "```"]
-    return model_card(header, ["llave", layout], what, embed, training_config)
+    return model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed, training_config)

@@ -9,9 +9,9 @@ Sources of the pairs: transformers' convert_llava_onevision_weights_to_hf.py and
 import re
 
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.models.hf.adapters import in_transformers
 from megatron_llave.models.hf.config_json import HfConfig
 from megatron_llave.models.hf.mapping import Rule, copied, gated, layer_rules, padded, qkv
+from megatron_llave.models.hf.peft_files import in_transformers
 
 LANGUAGE, VISION = "language_model.model.", "vision_tower.vision_model."
 HF_EMBEDDING = LANGUAGE + "embed_tokens.weight"

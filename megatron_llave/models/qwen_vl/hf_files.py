@@ -250,11 +250,11 @@ def write_files(
     else:
         notes.append("There is no tokenizer.json, so transformers cannot make a processor of this folder.")
     (out / PROCESSOR_FILE).unlink(missing_ok=True)  # it would be read instead of the two that are written
-    header = ["library_name: transformers", "pipeline_tag: feature-extraction", *base_model(source, BASE_OWNERS)]
+    header = ["library_name: transformers", "pipeline_tag: feature-extraction"]
     sizes = {"size": text["hidden_size"], "layers": text["num_hidden_layers"]}
     what = [CARD_TEXT.format(name=files.name, **sizes), *notes]
     embed = _how_to_embed(prompt, has_tokenizer, keys, files.prompts[prompt])
-    card = model_card(header, ["llave", layout], what, embed, training_config)
+    card = model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed, training_config)
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
 

@@ -16,7 +16,7 @@ from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import CheckpointError
 from megatron_llave.models import open_hf, read_hf_config
-from megatron_llave.models.hf.adapters import find_base
+from megatron_llave.models.hf.peft_files import find_weights
 from megatron_llave.models.hf.weights import HfWeights
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -236,18 +236,18 @@ def test_where_the_base_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     source, base, adapter = FOLDERS["llava_onevision"], tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(source, base)
     for_decoder("llava_onevision", adapter, SPELLINGS["llava_onevision"][0], base_model_name_or_path="../base")
-    assert find_base(source, None) == (source, None)
-    assert find_base(adapter, source) == (source, adapter)
-    assert find_base(adapter, None) == (adapter / "../base", adapter)
+    assert find_weights(source, None) == (source, None)
+    assert find_weights(adapter, source) == (source, adapter)
+    assert find_weights(adapter, None) == (adapter / "../base", adapter)
     monkeypatch.chdir(adapter)
-    assert find_base(adapter, None) == (Path("../base"), adapter)
+    assert find_weights(adapter, None) == (Path("../base"), adapter)
     shutil.copytree(adapter, base, dirs_exist_ok=True)
-    assert find_base(base, None) == (base, base)
+    assert find_weights(base, None) == (base, base)
     with pytest.raises(CheckpointError, match="adapter_config.json is missing; a base is given"):
-        find_base(source, base)
+        find_weights(source, base)
     (adapter / "adapter_config.json").write_text(json.dumps(adapter_config()))
     with pytest.raises(CheckpointError, match="base_model_name_or_path='no/such-folder' .* with --base"):
-        find_base(adapter, None)
+        find_weights(adapter, None)
 
 
 def test_only_an_import_merges(groups, tmp_path: Path) -> None:

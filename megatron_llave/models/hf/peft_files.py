@@ -117,7 +117,7 @@ def write_adapter(
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def find_base(source: Path, base: str | Path | None) -> tuple[Path, Path | None]:
+def find_weights(source: Path, base: str | Path | None) -> tuple[Path, Path | None]:
     """Find the weights of a folder that may hold an adapter beside them or instead of them.
 
     Args:
