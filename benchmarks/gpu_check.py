@@ -95,9 +95,7 @@ def compute(cfg: RunConfig, draw: int = 0) -> dict[str, Tensor]:
     with torch.no_grad():
         computed = {"embeddings": chunks[0](batch.sequences)}
     trainable.zero_gradients()
-    [(computed["loss"], _)] = forward_backward(
-        trainable.chunks, [batch], build_loss(cfg.loss, groups.dp), "micro_batch"
-    )
+    [(computed["loss"], _)] = forward_backward(trainable.chunks, [batch], build_loss(cfg.loss, groups.dp), cfg.loss)
     for name, parameter in named_global_parameters(chunks[0]):
         computed[f"gradient {local_kernel_name(name)}"] = parameter.main_grad
     return {name: value.detach().float().cpu().clone() for name, value in computed.items()}

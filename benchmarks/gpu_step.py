@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import released_step
 from benchmarks.released_step import packed_work, sequences_of, total
-from benchmarks.training_step import MicroBatches, Ours, Released, make_step, start
+from benchmarks.training_step import Ours, PairsOfStep, Released, make_step, start
 from megatron_llave.config.load import config_from_dict, override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
@@ -164,7 +164,7 @@ def build_variant(variant: str, cfg: RunConfig) -> Ours | Released:
     return released
 
 
-def planned_gb(cfg: RunConfig, micro_batches: MicroBatches) -> float:
+def planned_gb(cfg: RunConfig, micro_batches: PairsOfStep) -> float:
     """The memory that the planner expects of our variant."""
     sides = [[side for part in sequences_of(pairs) for side in part] for pairs in micro_batches]
     longest = max(sides, key=lambda of_batch: sum(side.sequence.length for side in of_batch))

@@ -18,12 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks.memory_plan import optimizer_tensors, storages
 from megatron_llave.config.load import load_config
-from megatron_llave.config.schema import RunConfig
+from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.models import build_model
-from megatron_llave.train import open_data, train_step
-from megatron_llave.training.broadcast import broadcast_steps
+from megatron_llave.train import open_steps, train_step
 from megatron_llave.training.logger import quiet_dependencies
 from megatron_llave.training.optimizer import Trainable, build_trainable
 
@@ -66,13 +65,13 @@ def build(config: str, name: str, overrides: list[str], groups: ProcessGroupColl
 
 def measure(cfg: RunConfig, kinds: list[Kind], steps: int, groups: ProcessGroupCollection) -> None:
     """Let the kinds take the same steps in turn."""
-    are_single = cfg.train.tokens_per_micro_batch is not None
-    stream = broadcast_steps(open_data(cfg, groups, None), groups, process_groups.device(), are_single)
+    stream = open_steps(cfg, groups, None)
     for step in range(UNCOUNTED + steps):
-        batches = list(next(stream).batches)
+        batches = next(stream).batches
+        loss = loss_of_subset(cfg, batches[0].subset)
         for kind in kinds if step % 2 else kinds[::-1]:
             started, cpu_started = time.perf_counter(), time.thread_time()
-            train_step(kind.trainable, batches, cfg.loss, step, groups)
+            train_step(kind.trainable, batches, loss, step, groups)
             if step >= UNCOUNTED:
                 kind.seconds.append(time.perf_counter() - started)
                 kind.cpu_seconds.append(time.thread_time() - cpu_started)
@@ -96,6 +95,8 @@ def run(args: argparse.Namespace) -> list[Kind]:
     """Build the kinds, measure them and print the table; returns them."""
     cfg = load_config(args.config, args.overrides)
     require(cfg.lora.rank > 0 and args.steps > 1, "lora.rank must be above 0, and --steps at least 2")
+    is_counted = cfg.train.tokens_per_micro_batch is None
+    require(is_counted, "train.tokens_per_micro_batch must be null: several kinds take the same micro batches")
     process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     kinds = [build(args.config, name, args.overrides, groups) for name in KINDS]

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import training_step
 from benchmarks.released_step import HEAD, SIZES, TEXT, TEXT_AND_IMAGE, Side, sequences_of
-from benchmarks.training_step import MicroBatches, Ours, Released, Step
+from benchmarks.training_step import Ours, PairsOfStep, Released, Step
 from megatron_llave.config.data import DataConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
@@ -102,7 +102,7 @@ class Plain(Released):
             parameter.requires_grad_("merger" in name)
         return made.train()  # the model has no dropout
 
-    def prepare(self, micro_batches: MicroBatches) -> list[tuple[dict[str, Tensor], ...]]:
+    def prepare(self, micro_batches: PairsOfStep) -> list[tuple[dict[str, Tensor], ...]]:
         """Pad the micro batches: the keyword arguments of the model's forward, for the queries and for the targets."""
         return [tuple(self._padded(sides) for sides in sequences_of(pairs)) for pairs in micro_batches]
 

@@ -1,6 +1,6 @@
 """Memory of steps by a token budget and of counted micro batches: 256 against 4,096 pairs, and 20 mixed steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/token_budget.py --data runs/openmoji --out raw.jsonl [--only NAME ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.token_budget --data runs/openmoji --out raw.jsonl [--only NAME ...]
 
 Each variant is a process of its own that trains a tiny model with one data worker. "host" is the largest sum of the
 proportional set sizes (PSS) of the process and its data workers while it trains, less the process's own before its data
@@ -25,8 +25,7 @@ from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.models import build_model
-from megatron_llave.train import open_data, train_step
-from megatron_llave.training.broadcast import broadcast_steps
+from megatron_llave.train import open_steps, train_step
 from megatron_llave.training.metrics import step_metrics
 from megatron_llave.training.micro_batches import subset_of
 from megatron_llave.training.optimizer import build_trainable
@@ -97,8 +96,7 @@ def measure(cfg: RunConfig, steps: int) -> dict:
     record: dict = {"tensors": [], "micro_batches": [], "losses": [], "subsets": [], "tokens": [], "tiles": []}
     started = time.perf_counter()
     with host_memory() as most:
-        is_single = cfg.train.tokens_per_micro_batch is not None
-        stream = broadcast_steps(open_data(cfg, groups, None), groups, device, is_single)
+        stream = open_steps(cfg, groups, None)
         for step in range(steps):
             batches = next(stream).batches
             loss = loss_of_subset(cfg, subset_of(batches))

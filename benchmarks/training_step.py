@@ -52,10 +52,10 @@ TOLERANCE = 1e-4
 """Largest difference of the embeddings and of the losses."""
 
 Step = Callable[[], None]
-MicroBatches = Sequence[Sequence[Pair]]
+PairsOfStep = Sequence[Sequence[Pair]]
 
 
-def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0, make: MakeSide = make_side) -> MicroBatches:
+def make_step(cfg: RunConfig, is_mixed: bool, seed: int = 0, make: MakeSide = make_side) -> PairsOfStep:
     """The micro batches of a step, the same in every process.
 
     A mixed step shuffles pairs in the shares of MIXED; otherwise each micro batch has one kind, in the order of
@@ -88,7 +88,7 @@ class Ours:
         self.chunks = build_model(cfg.model, cfg.parallel, groups, process_groups.device(), seed=0)
         self.trainable = build_trainable(cfg, self.chunks, groups)
 
-    def prepare(self, micro_batches: MicroBatches) -> list[PairBatch]:
+    def prepare(self, micro_batches: PairsOfStep) -> list[PairBatch]:
         """Pack the micro batches."""
         multiple = row_multiple(self.cfg.model, self.cfg.parallel)
         made = (packed(pairs, self.shape, multiple) for pairs in micro_batches)
@@ -123,7 +123,7 @@ class Released:
         """Make the model with random weights and a frozen vision encoder."""
         return released_step.build_released(self.cfg.model, self.dtype, attention, process_groups.device())
 
-    def prepare(self, micro_batches: MicroBatches) -> list[tuple[Any, Any]]:
+    def prepare(self, micro_batches: PairsOfStep) -> list[tuple[Any, Any]]:
         """Pad the micro batches."""
         return [padded(pairs, self.cfg.model, process_groups.device(), self.dtype) for pairs in micro_batches]
 
@@ -142,7 +142,7 @@ class Released:
             return torch.cat([self.embed_sides(sides) for batch in batches for sides in batch])
 
 
-def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBatches) -> tuple[float, float]:
+def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: PairsOfStep) -> tuple[float, float]:
     """The largest difference of the embeddings, and that of the losses.
 
     The variants have the same weights afterwards too: our learning rate is 0 at the first step, and the other one is
@@ -161,7 +161,7 @@ def check(cfg: RunConfig, ours: Ours, released: Released, micro_batches: MicroBa
     return apart, loss_apart
 
 
-def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]:
+def flop_ratios(cfg: RunConfig, micro_batches: PairsOfStep) -> dict[str, float]:
     """FLOPs of each variant divided by those of ours with one pass."""
     work = total([packed_work(pairs) for pairs in micro_batches])
     shown = total([padded_work(pairs) for pairs in micro_batches])
@@ -170,7 +170,7 @@ def flop_ratios(cfg: RunConfig, micro_batches: MicroBatches) -> dict[str, float]
     return {variant: count / one_pass for variant, count in zip(VARIANTS, counts)}
 
 
-def steps_of(ours: Ours, released: Released, micro_batches: MicroBatches) -> dict[str, Step]:
+def steps_of(ours: Ours, released: Released, micro_batches: PairsOfStep) -> dict[str, Step]:
     """A step of each variant."""
     return {
         VARIANTS[0]: lambda: ours.step(ours.prepare(micro_batches), "micro_batch"),
@@ -208,7 +208,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def print_growth(
-    name: str, micro_batches: MicroBatches, make_ours: Callable[[], Ours], make_released: Callable[[], Released]
+    name: str, micro_batches: PairsOfStep, make_ours: Callable[[], Ours], make_released: Callable[[], Released]
 ) -> None:
     """Make the variant, take a step, and print by how many bytes the resident set has grown."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -239,7 +239,7 @@ def start(cfg: RunConfig) -> ProcessGroupCollection:
     return process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
 
 
-def profile(ours: Ours, micro_batches: MicroBatches) -> None:
+def profile(ours: Ours, micro_batches: PairsOfStep) -> None:
     """Print where the time of our step goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         ours.step(ours.prepare(micro_batches))

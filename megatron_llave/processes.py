@@ -20,6 +20,8 @@ SECONDS_TO_SAVE = 45
 EXIT_ALONE = 79
 """Exit status of a rank that could not save in this time."""
 LOOK_SECONDS = 1.0
+RETURNED_BYTES = 2**20
+"""The smallest block of memory that `return_freed_tensors` is about."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
@@ -74,12 +76,12 @@ def end_with_launcher(seconds_to_save: int = 0) -> None:
         threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def return_freed_tensors(least_bytes: int = 2**20) -> None:
-    """Let malloc give every block of at least so many bytes back to the system when it is freed, here and in forks.
+def return_freed_tensors() -> None:
+    """Let malloc give every block of at least RETURNED_BYTES back to the system when it is freed, here and in forks.
 
     Otherwise glibc keeps blocks up to the size of the largest one that was ever freed, and tensors of many sizes leave
     gaps between them, so that a process grows with the number of micro batches. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, least_bytes)
+        mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)

@@ -45,10 +45,10 @@ from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norms
-from megatron_llave.training.gradient_cache import forward_backward, takes_one_pass
+from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.logger import RunLog, quiet_dependencies
 from megatron_llave.training.metrics import StepResult, collect, is_due
-from megatron_llave.training.micro_batches import MicroBatches, kept_of, subset_of
+from megatron_llave.training.micro_batches import MicroBatches, kept_of, subset_of, waited_for
 from megatron_llave.training.optimizer import Trainable, build_trainable, learning_rate, require_runnable
 from megatron_llave.training.run_state import RunState, held_output
 from megatron_llave.training.temperature import LearnedTemperature, read_gradient
@@ -110,8 +110,7 @@ def train_in_output(
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     watchdog.announce(f"opening the data in {cfg.data.path}")
     position = folders.read_position(resumed) if resumed else None
-    are_single = cfg.train.tokens_per_micro_batch is not None
-    steps = broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device(), are_single)
+    steps = open_steps(cfg, groups, position)
     is_new = pretrained is None and resumed is None
     watchdog.announce(f"building the model{f' with random weights of seed {cfg.train.seed}' if is_new else ''}")
     seed = cfg.train.seed if is_new else None
@@ -173,7 +172,7 @@ def run_steps(
         config = loss_of_subset(cfg, subset_of(data.batches))
         further = state.average, finite, state.temperature
         result = train_step(state.trainable, data.batches, config, step - 1, groups, *further)
-        record = collect(cfg, step, result, groups.dp, started, waited + getattr(data.batches, "waited", 0.0))
+        record = collect(cfg, step, result, groups.dp, started, waited + waited_for(data.batches))
         run.running(step)
         watchdog.progress(f"ending step {step}")
         reason = requests.reason()
@@ -208,6 +207,16 @@ def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int) -> None:
     """
     if writer.last != folders.step_folder(cfg.train.output, step):
         raise CheckpointError(f"the run ends after step {step}, which is not saved; the log says why")
+
+
+def open_steps(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[StepBatches]:
+    """The steps of this rank from `position` on, on its device; None: from the first one.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+    are_single = cfg.train.tokens_per_micro_batch is not None
+    return broadcast_steps(open_data(cfg, groups, position), groups, process_groups.device(), are_single)
 
 
 def open_data(cfg: RunConfig, groups: ProcessGroupCollection, position: dict | None) -> Iterator[StepBuffer] | None:
@@ -248,25 +257,25 @@ def train_step(
         finite: keeps a step whose loss or gradient is not finite from changing the weights; None: nothing does.
         temperature: the learned temperature, which is updated too; None: that of `config`.
     """
-    config, rate, subset = at_step(config, step), learning_rate(trainable), subset_of(batches)
-    config, log = temperature.of_step(config, subset, step) if temperature else (config, None)
-    compare = build_loss(config, groups.dp, log)
-    exchange_row_counts(kept_of(batches), groups.dp)
+    kept, subset, rate = kept_of(batches), subset_of(batches), learning_rate(trainable)
+    config, log_temperature = at_step(config, step), None
+    if temperature is not None:
+        config, log_temperature = temperature.of_step(config, subset, step)
+    compare = build_loss(config, groups.dp, log_temperature)
+    exchange_row_counts(kept, groups.dp)
     trainable.zero_gradients()
-    has_hardness = average is not None and config.objective == "contrastive"
-    reward_model = average.applied if has_hardness else None
-    is_stored = config.reward == "stored"
-    shares = forward_backward(trainable.chunks, batches, compare, config.negatives, reward_model, is_stored)
+    reward_model = average.applied if config.has_reward_pass else None
+    shares = forward_backward(trainable.chunks, batches, compare, config, reward_model)
     gradient_norms, is_finite = read_norms(trainable.squared_norms(), shares)
-    is_skipped = finite is not None and not finite.check(is_finite, shares, kept_of(batches), step)
+    slope = read_gradient(log_temperature, groups, config.takes_one_pass(len(batches)))
+    is_skipped = finite is not None and not finite.check(is_finite, shares, kept, step)
     trainable.update(None if is_skipped else gradient_norms[0])
     if average is not None and not is_skipped:
         trainable.wait_for_weights()
         average.update()
-    slope = None if log is None else read_gradient(log, groups, takes_one_pass(config.negatives, batches))
     if slope is not None and not is_skipped:
         temperature.update(subset, slope)
-    return StepResult(config, kept_of(batches), shares, gradient_norms, rate, slope)
+    return StepResult(config, kept, shares, gradient_norms, rate, slope)
 
 
 if __name__ == "__main__":

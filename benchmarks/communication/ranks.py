@@ -27,6 +27,7 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import load_weights
 from megatron_llave.config.load import load_config
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer, unpack_step
@@ -138,7 +139,7 @@ def run_step(
     started = time.perf_counter()
     trainable.zero_gradients()
     with watch:
-        [share] = forward_backward(trainable.chunks, [batch], compare, "global_batch")
+        [share] = forward_backward(trainable.chunks, [batch], compare, LossConfig())
     trainable.update(read_norms(trainable.squared_norms(), [share])[0][0])
     step_metrics([share], [batch], dist.group.WORLD)
     return time.perf_counter() - started, share

@@ -1,7 +1,7 @@
 """Checks of a RunConfig that involve several of its sections.
 
-load.py calls `validate` on the configuration that it has read. A section checks its own values when it is built
-(schema.py).
+load.py calls `validate` on the configuration that it has read. Each section checks its own values when it is built, in
+the file that has it.
 """
 
 from dataclasses import fields
@@ -32,12 +32,10 @@ def validate(cfg: RunConfig) -> None:
         require(ok, f"loss.matryoshka_dims={dims} go beyond the embedding, model.language.hidden_size={width}")
     ok = cfg.loss.hardness != "hard_negatives" or cfg.loss.alpha == 0 or cfg.data.hard_negatives > 0
     require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
-    require(
-        cfg.loss.reward == "self" or cfg.loss.alpha > 0 or any(subset.alpha for subset in cfg.data.subsets.values()),
-        f"loss.reward={cfg.loss.reward} judges hardness, which loss.alpha=0 gives no weight; use reward=self",
-    )
     if cfg.loss.temperature_learning != "none":  # here and not in LossConfig, as a warmup may start outside of them
         own = {f"data.subsets.{name}.temperature": subset.temperature for name, subset in cfg.data.subsets.items()}
+        shared = [key for key, value in own.items() if value is not None and cfg.loss.temperature_learning == "one"]
+        require(not shared, f"{''.join(shared[:1])} has no effect with loss.temperature_learning=one; use subset")
         for key, value in {"loss.temperature": cfg.loss.temperature, **own}.items():
             low, high = cfg.loss.temperature_bounds
             ok = value is None or low <= value <= high
@@ -74,7 +72,13 @@ def validate(cfg: RunConfig) -> None:
 
 def _validate_objectives(cfg: RunConfig) -> None:
     """Refuse losses that the data, as it is used, leaves nothing to learn from."""
-    losses = {"loss": cfg.loss} | {f"data.subsets.{name}": loss_of_subset(cfg, name) for name in cfg.data.subsets}
+    losses = {f"data.subsets.{name}": loss_of_subset(cfg, name) for name in cfg.data.subsets} or {"loss": cfg.loss}
+    contrastive = [loss for loss in losses.values() if loss.objective == "contrastive"]
+    ok = cfg.loss.reward == "self" or any(loss.alpha > 0 for loss in contrastive)
+    unused = f"loss.reward={cfg.loss.reward} judges hardness"
+    require(ok, f"{unused}, which no contrastive loss here gives a weight (alpha above 0); use reward=self")
+    ok = cfg.loss.soft_labels is None or contrastive
+    require(ok, f"loss.soft_labels={cfg.loss.soft_labels} is of no use where every subset has objective=cosent")
     for name, loss in losses.items():
         ok = loss.negatives != "own" or cfg.data.hard_negatives > 0
         require(ok, f"{name}.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1")

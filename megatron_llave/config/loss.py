@@ -70,7 +70,8 @@ class LossConfig:
 
     objective: str = "contrastive"
     """What is trained: contrastive (the loss of the paper) or cosent (the order of the cosines is to be the order of
-    the scores of the data, over all pairs of the step; of this section it takes the temperature alone)."""
+    the scores of the data, over all pairs that loss.negatives compares; of the other keys it takes the temperature and
+    matryoshka_dims)."""
     soft_labels: str | None = None
     """Further loss against soft labels: scores (those of the data, for the targets and hard negatives of a pair),
     stored (the cosines of loss.stored_embeddings) or null (none). A pair without scores adds nothing to it."""
@@ -110,6 +111,15 @@ class LossConfig:
             require(ok, f"loss.{name}={value} must be positive")
         at_least(self, "loss", 0, ("alpha", "temperature_warmup_steps", "alpha_warmup_steps"))
         self._check_learned_temperature()
+
+    @property
+    def has_reward_pass(self) -> bool:
+        """Whether the reward model embeds all micro batches of a step before the trained model does."""
+        return self.reward == "ema" and self.objective == "contrastive"
+
+    def takes_one_pass(self, num_micro_batches: int) -> bool:
+        """Whether the loss of each micro batch is part of the schedule, without an embed pass before it."""
+        return self.negatives not in WHOLE_STEP or num_micro_batches == 1
 
     def _check_learned_temperature(self) -> None:
         one_of("loss.temperature_learning", self.temperature_learning, ("none", "one", "subset"))

@@ -193,6 +193,8 @@ def loss_of_subset(cfg: RunConfig, subset: str) -> LossConfig:
     settings = cfg.data.subsets.get(subset, SubsetConfig())
     own = {name: getattr(settings, name) for name in LOSS_OF_SUBSET}
     own = {name: value for name, value in own.items() if value is not None}
-    if own.get("objective") == "cosent":
-        own["soft_labels"], own["contrastive_weight"] = None, 1.0
+    if own.get("objective") == "cosent":  # to which the soft labels and own negatives of other subsets do not apply
+        plain = LossConfig()
+        own |= {"soft_labels": None, "contrastive_weight": plain.contrastive_weight}
+        own |= {"negatives": plain.negatives} if cfg.loss.negatives == "own" and settings.negatives is None else {}
     return replace(cfg.loss, **own)

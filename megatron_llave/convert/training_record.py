@@ -131,7 +131,7 @@ def _loss(loss: LossConfig, hard_negatives: int) -> str:
         number = "one for all subsets" if loss.temperature_learning == "one" else "one for each subset"
         temperature = f"temperature learned from {loss.temperature:g} on ({number})"
     if loss.objective == "cosent":
-        return f"CoSENT, {temperature}"
+        return f"CoSENT, {temperature}, negatives {loss.negatives}"
     hardness = f"alpha {loss.alpha:g} (hardness {loss.hardness}, reward {loss.reward})"
     negatives = f"negatives {loss.negatives}, {hard_negatives} hard ones per pair"
     contrastive = f"hardness-weighted contrastive, {temperature}, {hardness}, {negatives}"

@@ -123,11 +123,7 @@ def _made_ahead(
         return read_ahead(StepReader(*common, balance=cfg.loss.negatives in WHOLE_STEP), plans, cfg.data.workers)
     multiple = cfg.parallel.pipeline if cfg.parallel.virtual_pipeline > 1 else 1  # for the interleaved schedule
     dealt = read_ahead(StepDealer(*common, budget=budget, multiple=multiple), plans, min(1, cfg.data.workers))
-
-    def has_reward_pass(subset: str) -> bool:
-        return cfg.loss.reward == "ema" and loss_of_subset(cfg, subset).objective == "contrastive"
-
-    return read_ahead(MicroBatchReader(*common), in_passes(dealt, has_reward_pass), cfg.data.workers)
+    return read_ahead(MicroBatchReader(*common), in_passes(dealt, partial(loss_of_subset, cfg)), cfg.data.workers)
 
 
 def steps_of_epochs(cfg: RunConfig) -> int:

@@ -297,16 +297,15 @@ class MicroBatchReader(PairReader):
 LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
 
 
-def in_passes(
-    steps: Iterable[list[MicroBatchPlan]], has_reward_pass: Callable[[str], bool]
-) -> Iterator[MicroBatchPlan]:
+def in_passes(steps: Iterable[list[MicroBatchPlan]], loss_of: Callable[[str], LossConfig]) -> Iterator[MicroBatchPlan]:
     """Yield the micro batches of each step, once for each pass that `gradient_cache.forward_backward` makes over them.
 
     Args:
         steps: from a StepDealer.
-        has_reward_pass: whether a reward model of its own embeds all micro batches of a step of this subset first.
+        loss_of: the loss of a step of a subset.
     """
     for plans in steps:
-        passes = has_reward_pass(plans[0].step.subset) + (1 if len(plans) == 1 else 2)
+        loss = loss_of(plans[0].step.subset)
+        passes = loss.has_reward_pass + (1 if loss.takes_one_pass(len(plans)) else 2)
         for number in range(passes):
             yield from (replace(plan, is_repeated=number > 0) for plan in plans)

@@ -10,9 +10,14 @@ def at_step(config: LossConfig, step: int) -> LossConfig:
     return replace(config, temperature=temperature_at(config, step), alpha=alpha_at(config, step))
 
 
+def is_warming_up(config: LossConfig, step: int) -> bool:
+    """Whether the temperature of a step is on its way from temperature_start."""
+    return config.temperature_start is not None and step < config.temperature_warmup_steps
+
+
 def temperature_at(config: LossConfig, step: int) -> float:
     """Temperature of a step. It falls geometrically from temperature_start to temperature during the warmup."""
-    if config.temperature_start is None or step >= config.temperature_warmup_steps:
+    if not is_warming_up(config, step):
         return config.temperature
     done = step / config.temperature_warmup_steps
     return config.temperature_start ** (1 - done) * config.temperature**done

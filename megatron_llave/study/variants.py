@@ -168,11 +168,15 @@ def reward(cfg: RunConfig, ranks: int) -> Study:
     stored = cfg.loss.stored_embeddings
     require(
         cfg.loss.reward == "stored" and stored is not None and Path(stored).suffix in SUFFIXES,
-        "study reward: loss.reward=stored and loss.stored_embeddings, one of the files of a folder of which each is a "
-        f"variant, are needed; they are {cfg.loss.reward} and {stored}",
+        "study reward: set loss.reward=stored and loss.stored_embeddings=FOLDER/FILE.npy (or .parquet); every such "
+        f"file in FOLDER is a variant. They are {cfg.loss.reward} and {stored}",
     )
     files = sorted(file for file in Path(stored).parent.glob("*") if file.suffix in SUFFIXES)
     require(Path(stored) in files, f"study reward: loss.stored_embeddings={stored} does not exist")
+    twice = [str(file) for file in files if file.with_suffix(".parquet") in files and file.suffix != ".parquet"]
+    require(
+        not twice, f"study reward: {''.join(twice[:1])} and a .parquet file of this name give one variant; move one"
+    )
     variants = [
         Variant("self", ("loss.reward=self", "loss.stored_embeddings=null")),
         Variant("ema", ("loss.reward=ema", "loss.ema_decay=0.99", "loss.stored_embeddings=null")),
@@ -215,6 +219,10 @@ def lora(cfg: RunConfig, ranks: int) -> Study:
     require(cfg.lora.rank > 0, "study lora: lora.rank=0; set the rank of the adapters")
     parts = cfg.optimizer.part_learning_rates
     require(not parts, f"study lora: the base configuration has rates of parts, {parts}; its variants set one rate")
+    decay = cfg.optimizer.vision_layer_decay
+    require(
+        decay == 1, f"study lora: optimizer.vision_layer_decay={decay}, which adapters of the decoder have no use for"
+    )
     trained = ",".join(part for part in PARTS if part not in cfg.model.freeze)
     kinds = {
         "all weights": ("lora.rank=0", ALL_RATES),

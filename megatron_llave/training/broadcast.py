@@ -1,7 +1,7 @@
 """Broadcasts the micro batches within a replica, and exchanges their numbers of pairs between replicas.
 
 All tensor-, pipeline- and context-parallel ranks of a replica need the same micro batches. The first of them reads,
-decodes and packs them; the others receive the same bytes by broadcast.
+decodes and packs them; the others receive them. With a token budget the pipeline stages after the first get no pixels.
 """
 
 from collections import deque
@@ -48,9 +48,8 @@ def broadcast_steps(
             yield _shared(step, [groups.cp, groups.mp] if groups.mp.rank() == 0 else [groups.mp], groups.cp, device)
     singles = _single_batches(steps, groups, device)
     for first in singles:
-        [batch] = first.batches
-        waiting = [batch]
-        subset, batch, first.batches = batch.subset, None, []
+        waiting, first.batches = first.batches, []
+        subset = waiting[0].subset
 
         def receive(waiting: list[PairBatch] = waiting) -> PairBatch:
             return waiting.pop() if waiting else next(singles).batches.pop()

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PairBatch
-from megatron_llave.config.loss import WHOLE_STEP
+from megatron_llave.config.loss import LossConfig
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.loss import Compare
 from megatron_llave.loss.contrastive import LossShare
@@ -43,9 +43,8 @@ def forward_backward(
     chunks: list[Module],
     batches: list[PairBatch] | MicroBatches,
     compare: Compare,
-    negatives: str,
+    config: LossConfig,
     reward_model: RewardModel | None = None,
-    is_stored: bool = False,
 ) -> list[LossShare]:
     """Compute the gradient of the step's loss and leave it in the gradient buffers of the chunks.
 
@@ -53,20 +52,21 @@ def forward_backward(
         chunks: this rank's model chunks, wrapped for data parallel.
         batches: this rank's micro batches, on its device.
         compare: the loss, from `build_loss`.
-        negatives: `loss.negatives`; apart from WHOLE_STEP its values differ in `compare` alone.
-        reward_model: the model whose cosines are the hardness; None: the trained model itself.
-        is_stored: whether the hardness is the cosines of the stored embeddings of the micro batches instead.
+        config: what `compare` was built from, which says how many passes are made and who judges hardness.
+        reward_model: the model whose cosines are the hardness; None: the trained model itself, or the one of the
+            stored embeddings.
 
     Returns:
         The result of each call of the loss, on the last pipeline stage; an empty list on the other stages. The step's
         loss is the mean over these results and over the data-parallel ranks.
     """
+    is_stored = config.reward == "stored"
     nothing: list[None] = [None] * len(batches)  # stages before the last have neither embeddings nor gradients
     rewards, sizes = nothing, (len(batches), longest_row(batches))
     if reward_model is not None:
         with reward_model():
             rewards = _embed(chunks, batches) or nothing
-    if takes_one_pass(negatives, batches):
+    if config.takes_one_pass(len(batches)):
         step = partial(_compare_step, compare=compare, is_stored=is_stored)
         return run_schedule(chunks, zip(batches, rewards), *sizes, step)
     states = _RandomStates(chunks)
@@ -81,11 +81,6 @@ def forward_backward(
     run_schedule(chunks, zip(itertools.count(), batches, gradients), *sizes, replay)
     states.restore(after)
     return shares
-
-
-def takes_one_pass(negatives: str, batches: list[PairBatch] | MicroBatches) -> bool:
-    """Whether the loss of each micro batch is part of the schedule, without an embed pass before it."""
-    return negatives not in WHOLE_STEP or len(batches) == 1
 
 
 class _RandomStates:

@@ -98,12 +98,16 @@ def step_metrics(
     `patch_pairs` is what the attention of the vision encoder costs this rank's micro batches, see planning.flops.Work.
     """
     device = batches[0].query_ids.device
-    counted = ("num_pairs", "num_targets", "num_hard_negatives", "num_skipped", "num_cut")
     rows = [batch.sequences for batch in batches]
-    counts = [sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows)]
-    counts += [sum(length**2 for row in rows for length in row.lengths[: row.num_sequences])]
-    counts += [patch_pairs, *(sum(getattr(batch, name) for batch in batches) for name in counted)]
-    counts_on_device = to_device(torch.tensor(counts, dtype=torch.float64), device)
+    counts = {
+        "tokens": sum(row.num_tokens for row in rows),
+        "tiles": sum(row.num_tiles for row in rows),
+        "squared_lengths": sum(length**2 for row in rows for length in row.lengths[: row.num_sequences]),
+        "patch_pairs": patch_pairs,
+    }
+    for name in ("pairs", "targets", "hard_negatives", "skipped", "cut"):
+        counts[name] = sum(getattr(batch, f"num_{name}") for batch in batches)
+    counts_on_device = to_device(torch.tensor([*counts.values()], dtype=torch.float64), device)
     values = [_values(shares, name, device) for name in MEANS]
     finite = [x.isfinite() for x in values]  # -inf without a negative, NaN without soft labels
     sums = [x.masked_fill(~ok, 0.0).sum() for x, ok in zip(values, finite)]
@@ -114,23 +118,12 @@ def step_metrics(
     samples = similarities(shares, batches, group)  # [B, 2]
     read = torch.cat([totals, samples.double().flatten()]).cpu()  # all at once, since the host waits for each copy
     (loss, *totals), samples = read[: len(totals)].tolist(), read[len(totals) :].to(samples.dtype).view(-1, 2)
-    sums, lengths, counts = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
+    sums, lengths, counted = totals[: len(MEANS)], totals[len(MEANS) : 2 * len(MEANS)], totals[2 * len(MEANS) :]
     means = {record: total / max(1, length) for record, total, length in zip(MEANS.values(), sums, lengths)}
     if not lengths[-1]:
         del means[MEANS["soft_label"]]
     compared = {f"similarity_{name}": compare(*samples.unbind(1)) for name, compare in COMPARISONS.items()}
-    names = (
-        "tokens",
-        "tiles",
-        "squared_lengths",
-        "patch_pairs",
-        "pairs",
-        "targets",
-        "hard_negatives",
-        "skipped",
-        "cut",
-    )
-    return {"loss": loss / group.size(), **means, **compared, **dict(zip(names, map(int, counts)))}
+    return {"loss": loss / group.size(), **means, **compared, **dict(zip(counts, map(int, counted)))}
 
 
 def histograms(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, list[int]]:

@@ -69,6 +69,11 @@ def subset_of(batches: list[PairBatch] | MicroBatches) -> str:
     return batches.subset if isinstance(batches, MicroBatches) else batches[0].subset
 
 
+def waited_for(batches: list[PairBatch] | MicroBatches) -> float:
+    """Return the seconds for which this rank waited for micro batches inside of a step, after the first one."""
+    return batches.waited if isinstance(batches, MicroBatches) else 0.0
+
+
 def longest_row(batches: list[PairBatch] | MicroBatches) -> int:
     """Return the tokens of the longest packed row of a step, the same on all pipeline stages and context ranks."""
     if isinstance(batches, MicroBatches):

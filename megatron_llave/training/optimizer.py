@@ -93,7 +93,7 @@ class Trainable:
         return {parameter: part_of(name) for name, parameter in named}
 
     def update(self, gradient_norm: float | None) -> None:
-        """Take the optimizer step with the gradients of `squared_norm`, clipped, and advance the schedule.
+        """Take the optimizer step with the gradients of `squared_norms`, clipped, and advance the schedule.
 
         Args:
             gradient_norm: norm of the whole gradient; None: leave out the optimizer step.

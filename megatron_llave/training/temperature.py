@@ -16,6 +16,7 @@ from megatron_llave.batch import to_device
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.config.optimizer import OptimizerConfig
 from megatron_llave.distributed.process_groups import device
+from megatron_llave.loss.schedules import is_warming_up
 
 ALL = "all"
 """Name of the temperature that all subsets share."""
@@ -45,7 +46,7 @@ class LearnedTemperature:
             subset: the subset of the step.
             step: steps done before this one.
         """
-        if config.temperature_start is not None and step < config.temperature_warmup_steps:
+        if is_warming_up(config, step):
             return config, None
         name = self._name(subset)
         if name not in self._logs:
@@ -93,15 +94,18 @@ class LearnedTemperature:
         self._optimizers[name] = torch.optim.Adam([self._logs[name]], **self._adam)
 
 
-def read_gradient(log_temperature: Tensor, groups: ProcessGroupCollection, is_one_pass: bool) -> float:
+def read_gradient(log_temperature: Tensor | None, groups: ProcessGroupCollection, is_one_pass: bool) -> float | None:
     """Wait for the gradient of the step's loss with respect to the logarithm of the temperature, on all ranks.
 
     Args:
-        log_temperature: the leaf of `of_step`; without a gradient on all pipeline stages but the last.
+        log_temperature: the leaf of `of_step`, without a gradient on all pipeline stages but the last; None: the step
+            learns no temperature, and there is no gradient.
         groups: the parallel layout.
         is_one_pass: whether the loss went backward inside of megatron-core's schedule, which multiplies it by the
             number of context ranks.
     """
+    if log_temperature is None:
+        return None
     gradient = torch.zeros_like(log_temperature) if log_temperature.grad is None else log_temperature.grad.clone()
     gradient /= groups.cp.size() if is_one_pass else 1  # before the sum: with a token budget the ranks may differ
     dist.all_reduce(gradient)

@@ -434,11 +434,21 @@ def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert soft == "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives"
     order = message(path, "loss.objective=cosent", "loss.soft_labels=scores")
     assert order.startswith("loss.objective=cosent has no negatives and no soft labels")
-    beyond = message(path, "loss.temperature_learning=one", "data.subsets.a.temperature=3")
+    one = message(path, "loss.temperature_learning=one", "data.subsets.a.temperature=0.1")
+    assert one == "data.subsets.a.temperature has no effect with loss.temperature_learning=one; use subset"
+    beyond = message(path, "loss.temperature_learning=subset", "data.subsets.a.temperature=3")
     assert beyond.startswith("data.subsets.a.temperature=3.0, where learning starts, is not within")
-    judged = ["loss.reward=ema", "loss.alpha=0"]
-    assert "gives no weight" in message(path, *judged)
+    no_judge = "loss.reward=ema judges hardness, which no contrastive loss here gives a weight"
+    judged, order = ["loss.reward=ema", "loss.alpha=0"], "data.subsets.a.objective=cosent"
+    assert message(path, *judged).startswith(no_judge)
     assert load_config(path, [*judged, "data.subsets.a.alpha=2"]).loss.alpha == 0
+    assert message(path, "loss.reward=ema", "data.subsets.a.alpha=0").startswith(no_judge)
+    assert message(path, "loss.reward=ema", order).startswith(no_judge)
+    assert message(path, "loss.soft_labels=scores", "data.hard_negatives=1", order).endswith("has objective=cosent")
+    beside_own = load_config(path, ["loss.negatives=own", "data.hard_negatives=1", order])
+    assert loss_of_subset(beside_own, "a").negatives == "global_batch"
+    both = message(path, order, "data.subsets.a.negatives=own")
+    assert both.startswith("loss.objective=cosent has no negatives")
 
 
 @pytest.mark.parametrize(

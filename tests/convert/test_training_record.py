@@ -34,7 +34,7 @@ def saved(folder: Path, layout: dict[str, int] | None, **sections: dict) -> tupl
             {"loss": {"temperature_learning": "subset"}},
             ["temperature learned from 0.02 on (one for each subset), alpha"],
         ),
-        ({"loss": {"objective": "cosent", "temperature": 0.05}}, ["| loss | CoSENT, temperature 0.05 |"]),
+        ({"loss": {"objective": "cosent", "temperature": 0.05}}, ["| loss | CoSENT, temperature 0.05, negatives global_batch |"]),
         (
             {
                 "loss": {"soft_labels": "scores", "soft_label_temperature": 0.2, "contrastive_weight": 0.5},
@@ -43,7 +43,7 @@ def saved(folder: Path, layout: dict[str, int] | None, **sections: dict) -> tupl
             [
                 "| loss | 0.5 x hardness-weighted contrastive, ",
                 "; plus 1 x cross_entropy against soft labels (scores, temperature 0.2) |",
-                "| loss of pairs | CoSENT, temperature 0.02 |",
+                "| loss of pairs | CoSENT, temperature 0.02, negatives global_batch |",
             ],
         ),
     ],

@@ -39,7 +39,7 @@ def check(text: str) -> None:
     before = torch.get_rng_state()
     for _ in range(2):
         trainable.zero_gradients()
-        forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+        forward_backward(trainable.chunks, batches, comparison(cfg, groups), cfg.loss)
     check_replicas(chunks, groups)
     if seen_embeddings:
         assert len(seen_embeddings) == 4 * count
@@ -75,7 +75,7 @@ def check_gradients(cfg, trainable, chunk, batches, groups, before) -> None:
     """Autograd alone, from the same random state: micro batches in order, one loss over all of them."""
     torch.set_rng_state(before)
     trainable.zero_gradients()
-    forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+    forward_backward(trainable.chunks, batches, comparison(cfg, groups), cfg.loss)
     ours = full_gradients(trainable, groups)
     torch.set_rng_state(before)
     trainable.zero_gradients()

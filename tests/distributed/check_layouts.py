@@ -192,9 +192,9 @@ def compare_gradients(
         batches.sort(key=lambda batch: batch.sequences.num_tiles == 0)
     trainable.zero_gradients()
     log = torch.tensor(TEMPERATURE, dtype=torch.float64).log().requires_grad_()
-    compare = build_loss(replace(cfg.loss, negatives=negatives), groups.dp, log)
-    seen = forward_backward(trainable.chunks, batches, compare, negatives)
-    slope = read_gradient(log, groups, gradient_cache.takes_one_pass(negatives, batches))
+    loss = replace(cfg.loss, negatives=negatives)
+    seen = forward_backward(trainable.chunks, batches, build_loss(loss, groups.dp, log), loss)
+    slope = read_gradient(log, groups, loss.takes_one_pass(len(batches)))
     what = f"{cfg.parallel} freeze={cfg.model.freeze} {negatives} micro batch {size}"
     pools = {"global_batch": GLOBAL_BATCH, "micro_batch": size * groups.dp.size(), "own_micro_batch": size}
     file = directory / f"pool{pools[negatives]}.safetensors"
@@ -251,7 +251,7 @@ def compare_reward(directory: Path, cfg: RunConfig, trainable: Trainable, groups
         for chunk in trainable.chunks:
             scaled.enter_context(patch.object(get_model_config(chunk), "grad_scale_func", lambda value: 1024 * value))
         compare, counted = counting(cfg, groups)
-        seen = forward_backward(trainable.chunks, batches, compare, "global_batch", average.applied)
+        seen = forward_backward(trainable.chunks, batches, compare, cfg.loss, average.applied)
         what = f"{cfg.parallel} with a reward model"
         error = check_step(directory / "reward.safetensors", seen, cfg, trainable, groups, what)
     check_stored(cfg, batches, trainable, groups)
@@ -275,7 +275,7 @@ def compare_several(
     errors = []
     for name, changes in several_targets.OBJECTIVES.items():
         trainable.zero_gradients()
-        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, **changes), "global_batch")
+        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups, **changes), cfg.loss)
         what = f"{cfg.parallel} {name}"
         errors.append(check_step(directory / f"{name}.safetensors", seen, cfg, trainable, groups, what))
     return errors
@@ -293,9 +293,10 @@ def check_stored(
     embeddings = gradient_cache._embed(trainable.chunks, batches)
     stored = [replace(batch, stored=rows.clone()) for batch, rows in zip(batches, embeddings)] or batches
     results = []
-    for own, is_stored in ((batches, False), (stored, True)):
+    for own, reward in ((batches, "self"), (stored, "stored")):
         trainable.zero_gradients()
-        seen = forward_backward(trainable.chunks, own, comparison(cfg, groups), "global_batch", None, is_stored)
+        loss = replace(cfg.loss, reward=reward)
+        seen = forward_backward(trainable.chunks, own, build_loss(loss, groups.dp), loss)
         loss = torch.stack([share for share, _ in seen] or [torch.ones(())])  # 1 on the stages before the last
         results.append(full_gradients(trainable, groups) | {"loss": loss})
     name, error = worst_relative_error(*results[::-1])

@@ -115,7 +115,7 @@ def gradient_error(
     """The worst relative error of an adapter's gradient; the loss is compared too."""
     batches = micro_batches(size, cfg, groups)
     trainable.zero_gradients()
-    seen = forward_backward(trainable.chunks, batches, build_loss(cfg.loss, groups.dp), "global_batch")
+    seen = forward_backward(trainable.chunks, batches, build_loss(cfg.loss, groups.dp), cfg.loss)
     scale = get_model_config(trainable.chunks[0]).grad_scale_func(torch.ones(()))
     found = {name: value / scale for name, value in full_gradients(trainable, groups).items()}
     assert all(map(is_adapter, found)), "something else is trained"

@@ -16,8 +16,8 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.loss import build_loss
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks.initialization import initialize_parameters
-from megatron_llave.train import open_data
-from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts
+from megatron_llave.train import open_steps
+from megatron_llave.training.broadcast import exchange_row_counts
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.metrics import step_metrics
@@ -53,10 +53,7 @@ def check(layout: str, values: dict, budget: int) -> None:
     device = process_groups.device()
     chunks = build_model(configs[0].model, configs[0].parallel, groups, device, seed=0)
     trainable = build_trainable(configs[0], chunks, groups)
-    counted, streamed = (
-        broadcast_steps(open_data(cfg, groups, None), groups, device, cfg.train.tokens_per_micro_batch is not None)
-        for cfg in configs
-    )
+    counted, streamed = (open_steps(cfg, groups, None) for cfg in configs)
     numbers, worst = [], 0.0
     for _ in range(STEPS):
         expected, ours = (run(configs[0], trainable, stream, groups) for stream in (counted, streamed))
@@ -85,7 +82,7 @@ def run(cfg: RunConfig, trainable: Trainable, stream: Iterator[StepBatches], gro
         initialize_parameters(modules, groups.tp, 0)
     exchange_row_counts(kept_of(batches), groups.dp)
     trainable.zero_gradients()
-    shares = forward_backward(trainable.chunks, batches, build_loss(cfg.loss, groups.dp), cfg.loss.negatives, average)
+    shares = forward_backward(trainable.chunks, batches, build_loss(cfg.loss, groups.dp), cfg.loss, average)
     metrics = step_metrics(shares, kept_of(batches), groups.dp)
     names = ("tokens", "tiles", "squared_lengths", "pairs", "hard_negatives", "skipped", "cut")
     return metrics["loss"], full_gradients(trainable, groups), {name: metrics[name] for name in names}, len(batches)

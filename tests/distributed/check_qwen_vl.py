@@ -57,7 +57,7 @@ def check(family: str, layout: ParallelConfig, freeze: list[str], recompute: str
         batches = [pack_pairs(family, golden, start, size, model, layout, groups) for start in range(0, 3, size)]
         batches += [pack_pairs(family, golden, 3, size, model, layout, groups)] * (layout.virtual_pipeline > 1)
         trainable.zero_gradients()
-        seen = forward_backward(trainable.chunks, batches, build_loss(loss, groups.dp), "global_batch")
+        seen = forward_backward(trainable.chunks, batches, build_loss(loss, groups.dp), loss)
         scale = get_model_config(trainable.chunks[0]).grad_scale_func(torch.ones(()))
         found = {name: gradient / scale for name, gradient in full_gradients(trainable, groups).items()}
         error = check_gradients(found, weights, golden["gradient_norms"], f"{what} micro batch {size}")

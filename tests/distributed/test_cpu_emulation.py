@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from forking import run_script
+from megatron.core.distributed import param_and_grad_buffer
 
 from megatron_llave.distributed import cpu_emulation
 
@@ -80,3 +82,11 @@ def test_enabling_twice_wraps_once() -> None:
 def test_a_device_can_still_be_chosen_by_a_context(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(DEVICE_CONTEXT_STILL_WORKS)
     run_script(tmp_path / "script.py").check_returncode()
+
+
+def test_overlapped_collectives_have_ended_when_they_are_started(groups) -> None:
+    values = torch.ones(3)
+    with param_and_grad_buffer._coalescing_manager(dist.group.WORLD, async_ops=True) as manager:
+        dist.all_reduce(values, async_op=True)
+    assert manager.works == []
+    manager.wait()  # which the wrapper does, and which must not write once more

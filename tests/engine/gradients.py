@@ -94,7 +94,7 @@ def gradients_of(cfg: RunConfig) -> dict[str, Tensor]:
     for _ in range(2 if is_delayed else 1):
         batches = micro_batches(random_pairs(cfg.model, GLOBAL_BATCH), 2, cfg, groups)
         trainable.zero_gradients()
-        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), "global_batch")
+        seen = forward_backward(trainable.chunks, batches, comparison(cfg, groups), cfg.loss)
     found = {local_kernel_name(name): value for name, value in full_gradients(trainable, groups).items()}
     if seen:
         loss = torch.stack([share for share, _ in seen]).mean()

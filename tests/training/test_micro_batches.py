@@ -1,8 +1,10 @@
 """Steps by a token budget against counted micro batches, at several layouts; and a pair that changes between passes."""
 
+import platform
 from pathlib import Path
 
 import pytest
+from forking import run_script
 from reference import pack_pair_batch, random_pairs
 from run_ranks import run_ranks
 
@@ -10,6 +12,29 @@ from megatron_llave.config.load import config_from_dict
 from megatron_llave.errors import DataError
 from megatron_llave.training.micro_batches import MicroBatches
 
+FREED = """
+import ctypes, torch
+from megatron_llave.processes import return_freed_tensors
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks "
+                                                     "fordblks keepcost").split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+
+kept = []
+
+def mapped() -> int:
+    before = mallinfo2().hblkhd  # bytes in blocks that go back to the system when they are freed
+    kept.append(torch.ones(2**21))
+    return mallinfo2().hblkhd - before
+
+torch.ones(2**22)  # freed at once: from now on glibc keeps blocks of up to this size
+assert mapped() == 0
+return_freed_tensors()
+assert mapped() >= 2**23
+"""
 SCRIPT = Path(__file__).parents[1] / "distributed" / "check_micro_batches.py"
 # tensor, pipeline, virtual pipeline, context, budget, others
 LAYOUTS = {
@@ -40,3 +65,10 @@ def test_a_pair_that_one_pass_alone_can_read_is_named_and_nothing_large_is_kept(
         assert kept.query_ids.untyped_storage().data_ptr() != batch.query_ids.untyped_storage().data_ptr()
     with pytest.raises(DataError, match=f"pair {second.keys[2]} of subset .* in one pass over the step and not"):
         list(batches)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_tensors_of_a_megabyte_go_back_to_the_system(tmp_path: Path) -> None:
+    script = tmp_path / "freed.py"
+    script.write_text(FREED)
+    run_script(script).check_returncode()
