@@ -29,6 +29,7 @@ from engine import checkpoints, gradients, logical, optimizers  # noqa: E402
 from megatron_llave.distributed import cpu_emulation, process_groups  # noqa: E402
 
 Figures = dict[str, object]
+PORT_DIGITS = 5
 
 
 def run_rank(world: int, rank: int, port: int, folder: Path, cases: dict[str, Callable[[], Figures]]) -> None:
@@ -54,21 +55,25 @@ def run_rank(world: int, rank: int, port: int, folder: Path, cases: dict[str, Ca
 
 def run_world(world: int, folder: Path, cases: dict[str, Callable[[], Figures]]) -> None:
     """Run cases on `world` forks of this process."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
+    reader, writer = os.pipe()
     ranks = []
     for rank in range(world):
         ranks.append(os.fork())
         if ranks[-1] == 0:
             status = 1
             try:
-                run_rank(world, rank, store.port, folder, cases)
+                run_rank(world, rank, int(os.read(reader, PORT_DIGITS)), folder, cases)
                 status = 0
             except Exception:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(status)
+    # After the last fork: a fork that happens while the store's thread answers another rank may wait for ever for a lock
+    # which that thread held.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(writer, f"{store.port:{PORT_DIGITS}}".encode() * world)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     assert not any(statuses), f"the {world} ranks ended with {statuses}"
 
