@@ -270,12 +270,16 @@ class PairBatch:
     """[a] int64: the pair, from 0 to b - 1, that each target belongs to, not falling; None: each has one target."""
     hard_rows: Tensor | None = None
     """[m] int64: the pair that each hard negative belongs to, not falling; None: not known."""
+    most_targets: int | None = None
+    """Largest number of targets of a pair, which the host knows without waiting for the device; None: not known."""
+    most_hard_negatives: int | None = None
+    """Largest number of hard negatives of a pair, as above."""
     scores: Tensor | None = None
     """[a + m] float32 scores of the targets and hard negatives (Pair.scores), NaN where there is none; None: no pair
     of the micro batch has scores."""
     stored: Tensor | None = None
     """[b + a + m, width of the other model] float32, stored embeddings of unit length of the sequences by another model
-    (data/stored_vectors.py); None: the run has none."""
+    (data/stored_vectors.py); None: the loss takes no hardness from it."""
 
     @property
     def num_pairs(self) -> int:
@@ -291,6 +295,13 @@ class PairBatch:
     def num_hard_negatives(self) -> int:
         """Return m, the number of hard negatives."""
         return len(self.hard_negative_ids)
+
+    @property
+    def rows_of_targets(self) -> Tensor:
+        """Return target_rows, also where each pair has one target."""
+        if self.target_rows is not None:
+            return self.target_rows
+        return torch.arange(self.num_pairs, device=self.target_ids.device)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairBatch":
         """Apply a function to all tensors."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from megatron_llave.errors import (
     OneLineParser,
     exit_with_one_line,
 )
-from megatron_llave.files import write_text
+from megatron_llave.files import write_json, write_text
 from megatron_llave.locks import lock_folder
 from megatron_llave.training.logger import quiet_dependencies
 
@@ -50,6 +51,8 @@ BLOCK = 65536
 """Number of inputs of a JSONL file that are in memory at a time."""
 SHARD_BLOCK = 2048
 """Number of inputs of shards that are in memory at a time, with their images."""
+IDS = "ids.json"
+"""File with the ids of a block, beside its embeddings."""
 ROWS = 4096
 """Number of embeddings that are in memory at a time; a row group of Parquet has as many."""
 
@@ -114,9 +117,9 @@ def count(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class FileEmbedder:
-    """Embeds a JSONL file or the inputs of shards block by block.
+    """Embeds a JSONL file or the inputs of shards block by block, each of which is read once.
 
-    What is embedded stays in a folder until the output is complete.
+    What is embedded stays in a folder until the output is complete, and the ids beside it.
     """
 
     model: LoadedModel
@@ -136,28 +139,27 @@ class FileEmbedder:
             replicas = self.model.groups.dp
             yield CachedEmbedder(embed, folder, self.identity, replicas, requires_files=requires_files), block
 
-    def embed(self, num_rows: int) -> int:
-        """Embed what is missing; returns the number of rows that are not skipped, on the first rank."""
-        kept = 0
+    def embed(self, num_rows: int) -> "Embedded":
+        """Embed what is missing; the result is complete on the first rank alone."""
+        done = Embedded([], 0, [])
         total = -(-num_rows // self.block)
         for embedder, block in track(self.caches(), "embedding", total=total, disable=dist.get_rank() > 0):
             (cache,) = embedder.embed([block])
-            kept += sum(len(ids) for ids, _ in rows_of(cache)) if dist.get_rank() == 0 else 0
-        return kept
+            if dist.get_rank() == 0:
+                skipped = list(self.skipped(cache))
+                write_ids(cache)
+                done.caches.append(cache.without_inputs())
+                done.kept += len(block) - len(skipped)
+                done.skipped += skipped
+        return done
 
-    def rows(self) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Yield ids and embeddings of the whole file, as `rows_of` does."""
-        for embedder, block in self.caches():
-            yield from rows_of(embedder.cache(block))
-
-    def skipped(self) -> Iterator[dict[str, str]]:
+    def skipped(self, cache: EmbeddingCache) -> Iterator[dict[str, str]]:
         """Yield id and problem of each input that could not be read; it is read again for its problem."""
-        for embedder, block in self.caches():
-            keys = list(block)
-            for start, rows in slices_of(embedder.cache(block)):
-                for number in (start + np.flatnonzero(~rows.any(axis=1))).tolist():
-                    problem = self.problem_of(block, keys[number])
-                    yield {"input": keys[number], "id": block.entries[number].id, "problem": problem}
+        keys = list(cache.inputs)
+        for start, rows in slices_of(cache):
+            for number in (start + np.flatnonzero(~rows.any(axis=1))).tolist():
+                problem = self.problem_of(cache.inputs, keys[number])
+                yield {"input": keys[number], "id": cache.inputs.entries[number].id, "problem": problem}
 
     def problem_of(self, block: Inputs, key: str) -> str:
         """Read an input again that could not be read, and return why."""
@@ -168,18 +170,39 @@ class FileEmbedder:
         return f"it can be read now; delete {self.folder} and give the command again"
 
 
+@dataclass
+class Embedded:
+    """What the first rank writes the output of, so that it need not read the inputs again while the others wait."""
+
+    caches: list[EmbeddingCache]
+    """The embeddings of each block, without its inputs; IDS in their folder has the ids."""
+    kept: int
+    """Number of rows that are not skipped."""
+    skipped: list[dict[str, str]]
+    """Id and problem of each input that could not be read."""
+
+    def rows(self) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Yield ids and embeddings of up to ROWS inputs at a time, without those that could not be read."""
+        for cache in self.caches:
+            names = json.loads((cache.folder / IDS).read_bytes())
+            for start, rows in slices_of(cache):
+                kept = rows.any(axis=1)
+                yield list(compress(names[start:], kept)), torch.from_numpy(rows[kept])
+
+
+def write_ids(cache: EmbeddingCache) -> None:
+    """Write the ids of a block's inputs beside its embeddings."""
+    try:
+        write_json(cache.folder / IDS, [item.id for item in cache.inputs.entries])
+    except OSError as error:
+        raise DataError(f"{cache.folder / IDS} cannot be written: {error.strerror or error}") from error
+
+
 def slices_of(cache: EmbeddingCache) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the embeddings [up to ROWS, d] of a cache in their order, each time with the number of the first row."""
-    for start in range(0, len(cache.inputs), ROWS):
-        yield start, cache.rows(np.arange(start, min(start + ROWS, len(cache.inputs))))
-
-
-def rows_of(cache: EmbeddingCache) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Yield ids and embeddings of up to ROWS inputs at a time, without those that could not be read."""
-    for start, rows in slices_of(cache):
-        kept = rows.any(axis=1)
-        ids = [item.id for item, is_kept in zip(cache.inputs.entries[start:], kept) if is_kept]
-        yield ids, torch.from_numpy(rows[kept])
+    end = cache.bounds[-1]
+    for start in range(0, end, ROWS):
+        yield start, cache.rows(np.arange(start, min(start + ROWS, end)))
 
 
 def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> None:
@@ -190,7 +213,7 @@ def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> N
         blocks = partial(read_blocks, args.jsonl, size) if args.jsonl else partial(read_shard_blocks, args.shards, size)
         embedder = FileEmbedder(model, blocks, size, folder, model.identity(), args.skip_bad)
         try:
-            kept = embedder.embed(num_rows)
+            done = embedder.embed(num_rows)
         except NotFiniteError:
             raise
         except DataError as error:
@@ -198,23 +221,24 @@ def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> N
             raise DataError(f"{error}; what is embedded stays in {folder} for the same command{hint}") from error
         if is_writer:
             try:
-                finish(embedder, args, kept, num_rows)
+                finish(embedder, done, args, num_rows)
             except OSError as error:
                 raise DataError(f"{error.filename or args.out} cannot be written: {error.strerror or error}") from error
     dist.barrier()
 
 
-def finish(embedder: FileEmbedder, args: argparse.Namespace, kept: int, num_rows: int) -> None:
+def finish(embedder: FileEmbedder, done: Embedded, args: argparse.Namespace, num_rows: int) -> None:
     """Write the output, and the list of inputs that were left out; then remove the folder of what was embedded."""
-    listed = Path(f"{args.out}.skipped.jsonl")
-    skipped = list(embedder.skipped()) if kept < num_rows else []
-    if skipped and (kept == 0 or not args.skip_bad):
+    listed, skipped = Path(f"{args.out}.skipped.jsonl"), done.skipped
+    if not skipped and done.kept == 0:
+        raise DataError(f"{args.shards}: no pair can be read; prepare_data.py verify says more")
+    if skipped and (done.kept == 0 or not args.skip_bad):
         hint = "; no input can be read" if args.skip_bad else "; --skip-bad leaves it out"
         raise DataError(f"input {skipped[0]['input']}: {skipped[0]['problem']}{hint}")
     listed.unlink(missing_ok=True)
     if skipped:
         write_text(listed, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
-    write_rows(embedder.rows(), args.out, kept, embedder.model, args.checkpoint)
+    write_rows(done.rows(), args.out, done.kept, embedder.model, args.checkpoint)
     if skipped:
         print(f"{len(skipped)} of {num_rows} inputs were left out: {listed}")
     shutil.rmtree(embedder.folder)

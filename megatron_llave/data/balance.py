@@ -1,7 +1,7 @@
 """Distributes a rank's pairs over its micro batches: over a given number of them, or by a budget of tokens.
 
 The longest micro batch determines the memory that a step needs, and in a pipeline the others wait for it. This is done
-only when the loss does not depend on the micro batch that a pair is in: `loss.negatives: global_batch`.
+only when the loss does not depend on the micro batch that a pair is in (`loss.negatives: global_batch` or `own`).
 """
 
 from collections.abc import Sequence

@@ -324,6 +324,8 @@ def pack_pairs(
         num_cut=sum(sequence.is_cut for sequence in sequences),
         target_rows=_rows(len(pair.targets) for pair in pairs) if has_several else None,
         hard_rows=_rows(len(pair.hard_negatives) for pair in pairs),
+        most_targets=max((len(pair.targets) for pair in pairs), default=0),
+        most_hard_negatives=max((len(pair.hard_negatives) for pair in pairs), default=0),
         scores=torch.tensor(scores) if any(pair.pair.scores for pair in pairs) else None,
     )
 

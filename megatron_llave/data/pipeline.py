@@ -64,12 +64,11 @@ def build_train_stream(
 ) -> Iterator[StepBuffer]:
     """Return an endless stream of packed steps: the micro batches of data-parallel rank `rank` out of `world`.
 
-    With a token budget it is a stream of single micro batches, as `in_passes` orders them.
-
-    The pairs of a step and their order depend on seed and step alone. Over all ranks and micro batches a step has
-    `train.global_batch_size` pairs, from one subset or from `data.sub_batches` subsets. A batch may run from the end of
-    one epoch of its subset into the next. With `loss.negatives: global_batch` the loss does not depend on the micro
-    batch that a pair is in, so each rank distributes its pairs over its micro batches by their lengths.
+    With a token budget it is a stream of single micro batches, as `in_passes` orders them. The pairs of a step and
+    their order depend on seed and step alone. Over all ranks and micro batches a step has `train.global_batch_size`
+    pairs, from one subset or from `data.sub_batches` subsets. A batch may run from the end of one epoch of its subset
+    into the next. With `loss.negatives: global_batch` or `own` the loss does not depend on the micro batch that a pair
+    is in, so each rank distributes its pairs over its micro batches by their lengths.
 
     Args:
         cfg: the configuration of the run.
@@ -95,35 +94,36 @@ def build_train_stream(
         taken = Counter(itertools.islice(draw_subsets(mixture), start_step * mixture.batches_per_step))
         require_same_data(position, data_position(mixture, start_step, taken))
     micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
-    common = (
-        mixture,
-        {name: index.subsets[name] for name in mixture.sources},
-        ShardReader(storage, SHARDS_PER_SUBSET * len(mixture.sources)),
-        processor,
-        rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
-        cfg.data.hard_negatives,
-        cfg.data.positives,
-        frozenset(name for name in mixture.sources if loss_of_subset(cfg, name).objective == "cosent"),
-        pad_to_multiple,
-        cfg.parallel.context,
-        open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None,
-        partial(loss_of_subset, cfg),
-    )
-    require_same_vectors(common[-2], position)
-    PairReader(*common).require_vectors()
+    stored = open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None
+    require_same_vectors(stored, position)
+    common = {
+        "mixture": mixture,
+        "subsets": {name: index.subsets[name] for name in mixture.sources},
+        "shards": ShardReader(storage, SHARDS_PER_SUBSET * len(mixture.sources)),
+        "processor": processor,
+        "shares": rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
+        "hard_negatives": cfg.data.hard_negatives,
+        "positives": cfg.data.positives,
+        "needs_scores": frozenset(n for n in mixture.sources if loss_of_subset(cfg, n).objective == "cosent"),
+        "pad_to_multiple": pad_to_multiple,
+        "context": cfg.parallel.context,
+        "stored": stored,
+        "loss_of": partial(loss_of_subset, cfg),
+    }
+    PairReader(**common).require_vectors()
     steps = _made_ahead(cfg, common, plan_steps(mixture, start_step), budget)
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
 
 
 def _made_ahead(
-    cfg: RunConfig, common: tuple, plans: Iterator[StepPlan], budget: TokenBudget | None
+    cfg: RunConfig, common: dict[str, Any], plans: Iterator[StepPlan], budget: TokenBudget | None
 ) -> Iterator[TrainStep]:
     """Return the stream with what went wrong; `common` are the fields of a PairReader."""
     if budget is None:
-        return read_ahead(StepReader(*common, balance=cfg.loss.negatives in WHOLE_STEP), plans, cfg.data.workers)
+        return read_ahead(StepReader(**common, balance=cfg.loss.negatives in WHOLE_STEP), plans, cfg.data.workers)
     multiple = cfg.parallel.pipeline if cfg.parallel.virtual_pipeline > 1 else 1  # for the interleaved schedule
-    dealt = read_ahead(StepDealer(*common, budget=budget, multiple=multiple), plans, min(1, cfg.data.workers))
-    return read_ahead(MicroBatchReader(*common), in_passes(dealt, partial(loss_of_subset, cfg)), cfg.data.workers)
+    dealt = read_ahead(StepDealer(**common, budget=budget, multiple=multiple), plans, min(1, cfg.data.workers))
+    return read_ahead(MicroBatchReader(**common), in_passes(dealt, partial(loss_of_subset, cfg)), cfg.data.workers)
 
 
 def steps_of_epochs(cfg: RunConfig) -> int:

@@ -37,6 +37,8 @@ PAIRS_LOOKED_UP = 20
 """Pairs of each subset whose stored embeddings are looked up before the first step."""
 STORED = "stored_embeddings"
 """Key of the identity of the stored embeddings in the position in the data."""
+LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
+"""Why a pair that was planned by the headers of its images is left out when it is decoded."""
 
 PairLocation = tuple[str, int, int]
 """The name of a subset, the number of a shard in it, and the number of the pair in that shard."""
@@ -116,7 +118,10 @@ def _permutation(seed: tuple[int, ...], length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PairReader(Dataset):
-    """Makes something of a plan. Any process can make anything of any plan."""
+    """Base of the readers: finds, reads, encodes and packs the pairs that a plan names.
+
+    The result depends on the plan alone, so any process can read any plan.
+    """
 
     mixture: Mixture
     subsets: dict[str, Subset]
@@ -292,9 +297,6 @@ class MicroBatchReader(PairReader):
         if plan.is_repeated:
             return TrainStep(data, 0, [])
         return TrainStep(data, len(plan.locations) + len(plan.problems), problems)
-
-
-LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
 
 
 def in_passes(steps: Iterable[list[MicroBatchPlan]], loss_of: Callable[[str], LossConfig]) -> Iterator[MicroBatchPlan]:

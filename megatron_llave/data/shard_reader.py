@@ -1,12 +1,13 @@
 """Reads single pairs from shards: the first reading stage of the training stream."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_llave.batch import Pair
 from megatron_llave.data.index import Shard
-from megatron_llave.data.shards import unpack_pair
+from megatron_llave.data.shards import unpack_json, unpack_pair
 from megatron_llave.data.storage import Storage
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.errors import DataError
@@ -31,6 +32,22 @@ class ShardReader:
         Raises:
             DataError: the pair or the shard is damaged, or the shard has another number of pairs than the index says.
         """
+        file, path, sample = self._find(shard, number)
+        members = read_sample(file, path, sample)
+        return unpack_pair({"__key__": sample.key, **members}, f"{path}: sample {sample.key}")
+
+    def describe(self, shard: Shard, number: int) -> tuple[dict[str, Any], str]:
+        """Return the JSON of a pair, whose images are not read, and the name of its sample for messages.
+
+        Raises:
+            DataError: as `read` does, except for what is wrong with an image.
+        """
+        file, path, sample = self._find(shard, number)
+        where = f"{path}: sample {sample.key}"
+        members = {suffix: place for suffix, place in sample.members.items() if suffix == "json"}
+        return unpack_json(read_sample(file, path, replace(sample, members=members)), where), where
+
+    def _find(self, shard: Shard, number: int) -> tuple[BinaryIO, Path, TarSample]:
         if shard.file not in self._opened:
             try:
                 self._opened[shard.file] = self._open(shard)
@@ -43,9 +60,7 @@ class ShardReader:
         if isinstance(opened, DataError):
             raise opened
         file, path, samples = opened
-        sample = samples[number]
-        members = read_sample(file, path, sample)
-        return unpack_pair({"__key__": sample.key, **members}, f"{path}: sample {sample.key}")
+        return file, path, samples[number]
 
     def _open(self, shard: Shard) -> tuple[BinaryIO, Path, list[TarSample]]:
         path = self.storage.fetch(shard)

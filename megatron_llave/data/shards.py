@@ -10,6 +10,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
@@ -28,6 +29,8 @@ SUFFIXES = {"JPEG": "jpg"}
 FURTHER, NEGATIVES = "further_targets", "hard_negatives"
 """Keys of the lists in a sample's JSON."""
 LARGEST_SCORE = 1e30
+"""The largest magnitude of a score. float32 holds larger numbers, but not their quotient by a small temperature."""
+SCORE_RANGE = f"from -{LARGEST_SCORE:g} to {LARGEST_SCORE:g}"
 CHECKSUM = "json_crc32"
 """Last key of a sample's JSON, which holds the CRC-32 of the JSON without it."""
 
@@ -158,6 +161,27 @@ def unpack_json(sample: dict[str, Any], where: str) -> dict[str, Any]:
     return described
 
 
+def described_sides(described: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what a pair's JSON says of its query, of its targets and of its hard negatives.
+
+    Raises:
+        KeyError, TypeError: one is missing or of another type; `well_described` makes a clear error of them.
+    """
+    targets = [described["target"], *described.get(FURTHER, [])]
+    return described["query"], targets, [*described.get(NEGATIVES, [])]
+
+
+@contextmanager
+def well_described(where: str) -> Iterator[None]:
+    """Turn what a pair's malformed JSON raises where it is used into a DataError that begins with `where`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+
+
 def to_json_bytes(value: dict[str, Any]) -> bytes:
     """Return compact JSON that ends with the CRC-32 of what it would be without it.
 
@@ -231,11 +255,11 @@ def check_pair(pair: Pair, where: str) -> None:
         raise DataError(f"{where} has {len(pair.scores)} scores for {sides}; there must be one for each, or none")
     for score in pair.scores:
         if not is_score(score):
-            raise DataError(f"{where}: a score must be a number, not {score!r:.60}")
+            raise DataError(f"{where}: a score must be a number {SCORE_RANGE}, not {score!r:.60}")
 
 
 def is_score(value: Any) -> bool:
-    """Whether a value can be a score: a finite number that float32 can hold."""
+    """Whether a value can be a score: a number from -LARGEST_SCORE to LARGEST_SCORE."""
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST_SCORE
 
 
@@ -276,7 +300,7 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
     subset, query_id, target_id = names
     further, further_ids = _unpack_list(FURTHER, "further target", described, sample, where)
     negatives, negative_ids = _unpack_list(NEGATIVES, "hard negative", described, sample, where)
-    entries = [described["target"], *described.get(FURTHER, []), *described.get(NEGATIVES, [])]
+    entries = [*chain(*described_sides(described)[1:])]
     strange = sample.keys() - {"__key__", "json"}
     strange -= {name for side in (described["query"], *entries) for name in side["images"]}
     if strange:

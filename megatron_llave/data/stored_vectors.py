@@ -60,8 +60,7 @@ def with_stored(batch: PairBatch, rows: Tensor, loss: LossConfig) -> PairBatch:
     scores = batch.scores
     if loss.soft_labels == "stored":
         query, others = rows[: batch.num_pairs], rows[batch.num_pairs :]
-        targets = torch.arange(batch.num_pairs) if batch.target_rows is None else batch.target_rows
-        scores = (query[torch.cat([targets, batch.hard_rows])] * others).sum(1)
+        scores = (query[torch.cat([batch.rows_of_targets, batch.hard_rows])] * others).sum(1)
     return replace(batch, stored=rows if loss.reward == "stored" else None, scores=scores)
 
 

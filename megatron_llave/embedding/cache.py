@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -73,6 +74,12 @@ class EmbeddingCache:
         """The inputs of a part."""
         first = self.inputs.first
         return self.inputs.part(range(first + self.bounds[part], first + self.bounds[part + 1]))
+
+    def without_inputs(self) -> "EmbeddingCache":
+        """The embeddings of a folder alone, which hold no inputs, whose images may be in memory, and no open file."""
+        alone = copy(self)
+        alone.inputs, alone._opened = self.inputs.part(range(self.inputs.first, self.inputs.first)), {}
+        return alone
 
     def claim(self, identity: Identity, requires_files: bool = True) -> None:
         """Make the folder this model's, or check that it is; one rank calls it before any other uses the folder.
@@ -224,7 +231,8 @@ class EmbeddingCache:
         path = self._path(part)
         try:
             stored = np.lib.format.open_memmap(path, mode="r")
-            is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == len(self.inputs_of(part))
+            length = self.bounds[part + 1] - self.bounds[part]
+            is_right = stored.dtype == np.float32 and stored.ndim == 2 and len(stored) == length
             if not is_right or part not in self._verified and not self._is_unchanged(path, stored):
                 return None
         except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # all of which a damaged header can raise

@@ -5,21 +5,22 @@ Every query, target and hard negative comes once, under the name by which traini
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from megatron_llave.batch import Pair, Side
-from megatron_llave.data.index import read_index
+from megatron_llave.data.index import Shard, read_index
 from megatron_llave.data.shard_reader import ShardReader
+from megatron_llave.data.shards import described_sides, well_described
 from megatron_llave.data.storage import Storage
 from megatron_llave.data.stored_vectors import query_name, target_name
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import DataError
-from megatron_llave.planning.pair_lengths import read_descriptions
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def read_shard_inputs(folder: str | Path) -> Iterator[tuple[str, Side]]:
@@ -31,19 +32,25 @@ def read_shard_inputs(folder: str | Path) -> Iterator[tuple[str, Side]]:
         DataError: the folder or its index cannot be used.
     """
     seen: set[int] = set()
+    for pair in _read_all(folder, ShardReader.read):
+        for name, side in _sides(pair):
+            if hash(name) not in seen:
+                seen.add(hash(name))
+                yield name, side
+
+
+def _read_all(folder: str | Path, read: Callable[[ShardReader, Shard, int], Result]) -> Iterator[Result]:
+    """Yield what `read` returns for each pair, but not for those that cannot be read."""
     reader = ShardReader(Storage(str(folder), None), 1)
     for subset in read_index(folder).subsets.values():
         for shard in subset.shards:
             for number in range(shard.pairs):
                 try:
-                    pair = reader.read(shard, number)
+                    result = read(reader, shard, number)
                 except DataError as error:
                     logger.warning("left out %s", error)
                     continue
-                for name, side in _sides(pair):
-                    if hash(name) not in seen:
-                        seen.add(hash(name))
-                        yield name, side
+                yield result
 
 
 def _sides(pair: Pair) -> Iterator[tuple[str, Side]]:
@@ -72,28 +79,29 @@ def read_shard_blocks(folder: str | Path, size: int) -> Iterator[Inputs]:
 def count_shard_inputs(folder: str | Path) -> tuple[int, int]:
     """Return the number of names in a folder of shards, and how many of them have inputs that differ; reads no images.
 
+    Images are compared by the checksums in the shards; where shards have none, inputs of equal texts count as equal. A
+    pair that cannot be read is left out, as `read_shard_inputs` does, but not for what is wrong with an image.
+
     Raises:
-        DataError: the folder or a shard cannot be used, or an id has more than one line.
+        DataError: the folder or its index cannot be used, or an id has more than one line.
     """
     seen: dict[int, int] = {}
     differing: set[int] = set()
-    for subset in read_index(folder).subsets.values():
-        for shard in subset.shards:
-            for described, where in read_descriptions(Path(folder) / shard.file):
-                for name, side in _described_sides(described, where):
-                    if not name.isprintable():
-                        raise DataError(f"{where}: the id {name!r} is not of printable characters")
-                    contents = hash((side["text"], *side.get("crc32", ()), *side.get("seconds", ())))
-                    if seen.setdefault(hash(name), contents) != contents:
-                        differing.add(hash(name))
+    for where, sides in _read_all(folder, _names_and_contents):
+        for name, contents in sides:
+            if not name.isprintable():
+                raise DataError(f"{where}: the id {name!r} is not of printable characters")
+            if seen.setdefault(hash(name), contents) != contents:
+                differing.add(hash(name))
     return len(seen), len(differing)
 
 
-def _described_sides(pair: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        subset = pair["subset"]
-        yield query_name(subset, pair["query"]["id"]), pair["query"]
-        for side in (pair["target"], *pair.get("further_targets", ()), *pair.get("hard_negatives", ())):
-            yield target_name(subset, side["id"]), side
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+def _names_and_contents(reader: ShardReader, shard: Shard, number: int) -> tuple[str, list[tuple[str, int]]]:
+    """The name of a sample for messages; name, and a hash of the contents, of each of its inputs."""
+    described, where = reader.describe(shard, number)
+    with well_described(where):
+        subset, (query, targets, negatives) = described["subset"], described_sides(described)
+        named = [(query_name(subset, query["id"]), query)]
+        named += [(target_name(subset, side["id"]), side) for side in targets + negatives]
+        contents = ((side["text"], *side.get("crc32", ()), *side.get("seconds", ())) for _, side in named)
+        return where, [(name, hash(content)) for (name, _), content in zip(named, contents)]

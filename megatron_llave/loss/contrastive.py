@@ -112,7 +112,7 @@ def hardness_weighted_contrastive_loss(
     if context.has_several or config.mask_same_target:
         context.ids = gather_ids(embeddings, ids, context)
     if context.has_several:
-        context.several = find_several(rows, query, context)
+        context.several = find_several(embeddings.rows_of_targets, query, context)
     if reward is not None:
         context.reward_query = reward.query.to(precise)
         context.reward_columns = _gather_columns(reward.target.to(precise), reward.hard_negatives.to(precise), context)

@@ -17,8 +17,7 @@ from megatron_llave.distributed.collectives import all_gather_rows
 from megatron_llave.loss.contrastive import LossShare, SimilarityStatistics, log_sum_over_ranks
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
 from megatron_llave.loss.negatives import rows_of_group
-from megatron_llave.loss.own_negatives import own_cosines, rows_of_targets
-from megatron_llave.loss.ragged import mean_of_rows
+from megatron_llave.loss.own_negatives import own_cosines
 
 CHUNK = 1024
 """Graded pairs whose differences from all others are held at a time."""
@@ -51,18 +50,14 @@ def cosent_loss(
         The loss, which is the same on every rank; averaging the gradients of the parameters over the ranks gives its
         exact gradient. The statistics have no negatives.
     """
-    num_rows, num_hard = len(embeddings.query), len(embeddings.hard_negatives)
-    hard_rows = embeddings.query.new_zeros(0, dtype=torch.int64) if num_hard == 0 else embeddings.hard_rows
-    if hard_rows is None:
-        raise ValueError("cosent needs hard_rows, which say whose the hard negatives are")
-    positives, negatives = own_cosines(embeddings, hard_rows=hard_rows)
+    positives, negatives = own_cosines(embeddings)
     cosines = torch.cat([positives, negatives])
     scores = torch.full_like(cosines, torch.nan) if ids is None or ids.scores is None else ids.scores
     of_ranks = rows_of_group(embeddings, ids, group)
     counts = [targets + hard for targets, hard in zip(of_ranks.targets, of_ranks.hard_negatives)]
     scores = scores.detach().to(cosines.dtype)
     share = _CoSENT.apply(cosines, scores, log_temperature, config.temperature, counts, group, chunk)
-    mean_positive = mean_of_rows(positives.detach(), rows_of_targets(embeddings), num_rows)
+    mean_positive = embeddings.mean_of_targets(positives.detach())
     nothing = cosines.new_zeros(0)
     return share, SimilarityStatistics(mean_positive, torch.full_like(mean_positive, -torch.inf), nothing, nothing)
 

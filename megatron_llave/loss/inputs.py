@@ -4,13 +4,14 @@ Shapes: b pairs, a targets, m hard negatives, d width of the embedding.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_llave.batch import PairBatch, RowsOfRanks, rows_of_ranks
+from megatron_llave.loss.ragged import mean_of_rows, pad_rows
 
 
 @dataclass
@@ -27,13 +28,54 @@ class PairEmbeddings:
     """[a] int64: the row of `query` that each target belongs to, not falling; None: target i is that of query i."""
     hard_rows: Tensor | None = None
     """[m] int64: the row of `query` that each hard negative belongs to, not falling; None: not known."""
+    most_targets: int | None = None
+    """Largest number of targets of a query, which the host knows without waiting for the device; None: not known."""
+    most_hard_negatives: int | None = None
+    """Largest number of hard negatives of a query, as above."""
 
     @staticmethod
     def of(outputs: list[Tensor], batches: list[PairBatch]) -> "PairEmbeddings":
         """Split the model's output [b + a + m, d] of each batch, and concatenate the parts over the batches."""
         sizes = [[batch.num_pairs, batch.num_targets, batch.num_hard_negatives] for batch in batches]
         parts = zip(*(output.split(size) for output, size in zip(outputs, sizes)))
-        return PairEmbeddings(*map(torch.cat, parts), *_rows_of(batches))
+        most = (_largest(getattr(batch, name) for batch in batches) for name in ("most_targets", "most_hard_negatives"))
+        return PairEmbeddings(*map(torch.cat, parts), *_rows_of(batches), *most)
+
+    @property
+    def rows_of_targets(self) -> Tensor:
+        """[a] row of each target, also where every query has one."""
+        if self.target_rows is not None:
+            return self.target_rows
+        return torch.arange(len(self.query), device=self.query.device)
+
+    @property
+    def rows_of_hard(self) -> Tensor:
+        """[m] row of each hard negative.
+
+        Raises:
+            ValueError: there are hard negatives, and it is not known whose they are.
+        """
+        if self.hard_rows is not None:
+            return self.hard_rows
+        if len(self.hard_negatives):
+            raise ValueError("hard_rows is missing, which says whose the hard negatives are")
+        return self.query.new_zeros(0, dtype=torch.int64)
+
+    def pad_targets(self, values: Tensor, fill: float) -> Tensor:
+        """[b, k] values [a] of each query's targets; see `pad_rows`."""
+        return pad_rows(values, self.rows_of_targets, len(self.query), fill, self._most_targets)
+
+    def pad_hard(self, values: Tensor, fill: float) -> Tensor:
+        """[b, k] values [m] of each query's hard negatives; see `pad_rows`."""
+        return pad_rows(values, self.rows_of_hard, len(self.query), fill, self.most_hard_negatives)
+
+    def mean_of_targets(self, values: Tensor) -> Tensor:
+        """[b] mean of the values [a] of each query's targets."""
+        return mean_of_rows(values, self.rows_of_targets, len(self.query), self._most_targets)
+
+    @property
+    def _most_targets(self) -> int | None:
+        return 1 if self.target_rows is None else self.most_targets
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairEmbeddings":
         """Apply a function to the embeddings of queries, targets and hard negatives."""
@@ -46,14 +88,16 @@ def _rows_of(batches: list[PairBatch]) -> tuple[Tensor | None, Tensor | None]:
     firsts = [0, *itertools.accumulate(batch.num_pairs for batch in batches)]
     targets = hard = None
     if any(batch.target_rows is not None for batch in batches):
-        rows = [
-            torch.arange(b.num_pairs, device=b.target_ids.device) if b.target_rows is None else b.target_rows
-            for b in batches
-        ]
-        targets = torch.cat([row + first for row, first in zip(rows, firsts)])
+        targets = torch.cat([batch.rows_of_targets + first for batch, first in zip(batches, firsts)])
     if all(batch.hard_rows is not None for batch in batches):
         hard = torch.cat([batch.hard_rows + first for batch, first in zip(batches, firsts)])
     return targets, hard
+
+
+def _largest(numbers: Iterable[int | None]) -> int | None:
+    """The largest number; None if one of them is not known."""
+    numbers = list(numbers)
+    return None if None in numbers else max(numbers)
 
 
 @dataclass

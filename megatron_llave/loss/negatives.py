@@ -5,6 +5,8 @@ The shapes are those of contrastive.py.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,9 @@ from megatron_llave.batch import RowsOfRanks
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
-from megatron_llave.loss.ragged import mean_of_rows, pad_rows
+from megatron_llave.loss.ragged import mean_of_rows, pad_rows, row_starts
+
+Number = TypeVar("Number", float, Tensor)
 
 
 def rows_of_group(embeddings: PairEmbeddings, ids: PairIds | None, group: dist.ProcessGroup | None) -> RowsOfRanks:
@@ -22,6 +26,11 @@ def rows_of_group(embeddings: PairEmbeddings, ids: PairIds | None, group: dist.P
     if group is not None and ids is not None and ids.of_ranks is not None:
         return ids.of_ranks
     return RowsOfRanks(*row_counts(group, embeddings.query, embeddings.target, embeddings.hard_negatives))
+
+
+def share_of_mean(total: Number, counts: list[int]) -> Number:
+    """Scale the sum over a rank's rows so that the mean over the ranks is the mean over all rows, `counts` per rank."""
+    return total * len(counts) / max(1, sum(counts))
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Several:
     """[a] row of this rank that each of its targets belongs to."""
     starts: list[int]
     """b + 1 boundaries: this rank's row i has its targets starts[i] to starts[i + 1] - 1."""
+    most: int
+    """Largest number of targets of a row of this rank."""
     owners: Tensor
     """[A] row of all ranks that each target belongs to."""
     is_one_of_several: Tensor
@@ -41,16 +52,16 @@ class Several:
 
     def to_rows(self, values: Tensor, fill: float) -> Tensor:
         """[b, most targets of a query] values [a] of this rank's targets, filled up."""
-        return pad_rows(values, self.rows, len(self.starts) - 1, fill)
+        return pad_rows(values, self.rows, len(self.starts) - 1, fill, self.most)
 
 
-def find_several(rows: Tensor | None, query: Tensor, context: "Context") -> Several:
-    """Whose the targets of all ranks are; `rows` are `PairEmbeddings.target_rows` of this rank."""
-    rows = torch.arange(len(query), device=query.device) if rows is None else rows
+def find_several(rows: Tensor, query: Tensor, context: "Context") -> Several:
+    """Whose the targets of all ranks are; `rows` [a] are those of this rank. The host waits once for the device."""
     owners = all_gather_rows(rows + context.first_row, context.target_counts, context.group)
-    numbers = torch.bincount(owners, minlength=context.num_rows)[owners]  # [A]
-    starts = torch.bincount(rows, minlength=len(query)).cumsum(0).tolist()
-    return Several(rows, [0, *starts], owners, numbers > 1, -numbers.to(query.dtype).log())
+    numbers = row_starts(owners, context.num_rows).diff()[owners]  # [A]
+    starts = row_starts(rows, len(query)).tolist()
+    most = max((end - start for start, end in pairwise(starts)), default=0)
+    return Several(rows, starts, most, owners, numbers > 1, -numbers.to(query.dtype).log())
 
 
 @dataclass
@@ -118,7 +129,7 @@ class Context:
     @property
     def scale(self) -> float:
         """Factor of the sum over this rank's rows that makes the mean over ranks the mean over rows and directions."""
-        return len(self.counts) / max(1, self.num_rows) / (2 if self.is_symmetric else 1)
+        return share_of_mean(1.0, self.counts) / (2 if self.is_symmetric else 1)
 
 
 def gather_ids(embeddings: PairEmbeddings, ids: PairIds | None, context: Context) -> PairIds:
@@ -176,13 +187,20 @@ def find_masks(cosines: Tensor, chunk: Chunk, positives: Tensor, context: Contex
         _mask_equal_ids(to_target, chunk, context)
     to_query = to_target[:, : context.num_targets].clone()
     if config.mask_margin is not None:
-        # Tolerate a few roundings, or chance would decide whether a copy of the positive is above it.
-        margin = config.mask_margin + 8 * torch.finfo(cosines.dtype).eps
         # Compare with the positive of the row's query, and in the other direction with that of the column's target.
-        to_target |= cosines > mean_of_targets(positives[context.local], context)[chunk.rows, None] + margin
-        to_query |= cosines[:, : context.num_targets] > positives + margin
+        of_rows = mean_of_targets(positives[context.local], context)[chunk.rows, None]
+        to_target |= is_above(cosines, of_rows, config.mask_margin)
+        to_query |= is_above(cosines[:, : context.num_targets], positives, config.mask_margin)
     to_target[chunk.own] = to_query[chunk.own] = False
     return Masks(to_target, to_query)
+
+
+def is_above(cosines: Tensor, positives: Tensor, margin: float) -> Tensor:
+    """Whether cosines are above those of the positives, to which they are broadcast, by more than a margin.
+
+    A few roundings are tolerated, or chance would decide whether a copy of the positive is above it.
+    """
+    return cosines > positives + (margin + 8 * torch.finfo(cosines.dtype).eps)
 
 
 def _mask_equal_ids(masked: Tensor, chunk: Chunk, context: Context) -> None:
@@ -207,4 +225,4 @@ def _mask_equal_ids(masked: Tensor, chunk: Chunk, context: Context) -> None:
 def mean_of_targets(values: Tensor, context: Context) -> Tensor:
     """[b] mean over each row's targets of values [a] of this rank's targets."""
     several = context.several
-    return values if several is None else mean_of_rows(values, several.rows, len(several.starts) - 1)
+    return values if several is None else mean_of_rows(values, several.rows, len(several.starts) - 1, several.most)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from megatron_llave.config.loss import LossConfig
 
 
@@ -21,6 +23,11 @@ def temperature_at(config: LossConfig, step: int) -> float:
         return config.temperature
     done = step / config.temperature_warmup_steps
     return config.temperature_start ** (1 - done) * config.temperature**done
+
+
+def current_temperature(config: LossConfig, log_temperature: Tensor | None) -> float | Tensor:
+    """Temperature of a step, of which a loss takes the gradient with respect to its logarithm where it is learned."""
+    return config.temperature if log_temperature is None else log_temperature.exp()
 
 
 def alpha_at(config: LossConfig, step: int) -> float:

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.loss.contrastive import LossShare
 from megatron_llave.loss.inputs import PairEmbeddings, PairIds
-from megatron_llave.loss.negatives import rows_of_group
-from megatron_llave.loss.own_negatives import own_cosines, rows_of_targets
-from megatron_llave.loss.ragged import pad_rows
+from megatron_llave.loss.negatives import rows_of_group, share_of_mean
+from megatron_llave.loss.own_negatives import own_cosines
+from megatron_llave.loss.schedules import current_temperature
 
 
 def soft_label_loss(
@@ -42,28 +42,23 @@ def soft_label_loss(
     Raises:
         ValueError: there is not one score for each, or it is not known whose the hard negatives are.
     """
-    num_rows, num_targets, num_hard = (len(x) for x in (embeddings.query, embeddings.target, embeddings.hard_negatives))
+    num_targets, num_hard = len(embeddings.target), len(embeddings.hard_negatives)
     if len(teacher) != num_targets + num_hard:
         raise ValueError(f"{len(teacher)} scores for {num_targets} targets and {num_hard} hard negatives")
-    hard_rows = embeddings.query.new_zeros(0, dtype=torch.int64) if num_hard == 0 else embeddings.hard_rows
-    if hard_rows is None:
-        raise ValueError("soft labels need hard_rows, which say whose the hard negatives are")
-    temperature = config.temperature if log_temperature is None else log_temperature.exp()
-    temperature = config.soft_label_student_temperature or temperature
-    cosines = own_cosines(embeddings, hard_rows=hard_rows)
-    rows = rows_of_targets(embeddings), hard_rows
+    temperature = config.soft_label_student_temperature or current_temperature(config, log_temperature)
+    cosines = own_cosines(embeddings)
 
-    def beside(values: tuple[Tensor, ...], fill: float) -> Tensor:
+    def beside(of_targets: Tensor, of_hard: Tensor, fill: float) -> Tensor:
         """[b, k] the values of each row's targets and hard negatives."""
-        return torch.cat([pad_rows(x, row, num_rows, fill) for x, row in zip(values, rows)], 1)
+        return torch.cat([embeddings.pad_targets(of_targets, fill), embeddings.pad_hard(of_hard, fill)], 1)
 
-    scores = beside(teacher.to(cosines[0].dtype).split([num_targets, num_hard]), torch.nan)
+    scores = beside(*teacher.to(cosines[0].dtype).split([num_targets, num_hard]), torch.nan)
     is_known = ~scores.isnan()
     is_used = is_known & (is_known.sum(1, keepdim=True) > 1)  # a softmax of one is 1
     # Unknown scores take part as the lowest logit there is, whose softmax is 0; -inf would give NaN gradients.
     lowest = torch.finfo(scores.dtype).min
     labels = (scores / config.soft_label_temperature).masked_fill(~is_used, lowest).log_softmax(1)
-    model = (beside(cosines, 0.0) / temperature).masked_fill(~is_used, lowest).log_softmax(1)
+    model = (beside(*cosines, 0.0) / temperature).masked_fill(~is_used, lowest).log_softmax(1)
     if config.soft_label_loss == "cross_entropy":
         terms = -labels.exp() * model
     else:
@@ -94,6 +89,6 @@ def with_soft_labels(
         soft_label = torch.full_like(statistics.positive, torch.nan)
         return share * config.contrastive_weight, replace(statistics, soft_label=soft_label)
     losses = soft_label_loss(embeddings, scores, config, log_temperature)
-    soft_share = losses.nansum() * len(counts) / max(1, sum(counts))
+    soft_share = share_of_mean(losses.nansum(), counts)
     total = config.contrastive_weight * share + config.soft_label_weight * soft_share
     return total, replace(statistics, soft_label=losses.detach())

@@ -15,7 +15,7 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.index import Shard, Subset, read_index
 from megatron_llave.data.mixture import build_mixture
-from megatron_llave.data.shards import FURTHER, unpack_json
+from megatron_llave.data.shards import described_sides, unpack_json, well_described
 from megatron_llave.data.tar_members import TarSample, find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megatron_llave.errors import DataError
@@ -170,13 +170,13 @@ def _shapes(
 ) -> Iterator[Shape]:
     """Yield the lengths of the pairs that training does not leave out."""
     for pair, where in described:
-        try:
-            targets = [pair["target"], *pair.get(FURTHER, ())][: data.positives]
-            shape = tuple(_side_shape(side, counter, data.max_length) for side in (pair["query"], *targets))
-        except DataError:
-            continue
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+        with well_described(where):
+            query, targets, _ = described_sides(pair)
+            sides = (query, *targets[: data.positives])
+            try:
+                shape = tuple(_side_shape(side, counter, data.max_length) for side in sides)
+            except DataError:
+                continue
         yield shape
 
 

@@ -24,7 +24,7 @@ from megatron_llave.data.image_files import (
 )
 from megatron_llave.data.index import Shard, Subset, check_size, read_index
 from megatron_llave.data.placeholders import remove_placeholders
-from megatron_llave.data.shards import FURTHER, NEGATIVES, unpack_json, unpack_pair
+from megatron_llave.data.shards import described_sides, unpack_json, unpack_pair, well_described
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
@@ -115,10 +115,8 @@ def inspect(
     chosen = [(counts, shard) for counts in result.subsets.values() for shard in sample_shards(counts.subset)]
     for done, (counts, shard) in enumerate(chosen, start=1):
         for described, where in read_descriptions(directory / shard.file):
-            try:
+            with well_described(where):
                 _count(described, counts, result, count_tokens)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise DataError(f"{where}: its .json member is malformed; the command verify says more") from error
         progress("shards", done, len(chosen))
     result.noticed = read_noticed(directory)
     return result
@@ -148,13 +146,12 @@ def _count(
     result: Inspection,
     count_tokens: TokenCounter | None,
 ) -> None:
-    negatives = described.get(NEGATIVES, [])
+    query, targets, negatives = described_sides(described)
     counts.counted += 1
     counts.with_hard_negatives += bool(negatives)
-    counts.with_several_targets += FURTHER in described
-    counts.with_scores += "score" in described["target"]
-    sides = [("query", described["query"])]
-    sides += [("target", side) for side in (described["target"], *described.get(FURTHER, []))]
+    counts.with_several_targets += len(targets) > 1
+    counts.with_scores += "score" in targets[0]
+    sides = [("query", query), *(("target", side) for side in targets)]
     for kind, side in sides:
         getattr(counts, kind)[_modality(side["text"], side["sizes"])] += 1
     sides += [("hard negative", side) for side in negatives]
@@ -295,10 +292,8 @@ def _sample_problems(
         return
     if pair.subset != subset:
         yield f"{where} is of subset {pair.subset!r}, the index says {subset!r}; {AGAIN}"
-    described = unpack_json(sample, where)
-    sides = [described["query"], described["target"]]
-    sides += described.get(FURTHER, []) + described.get(NEGATIVES, [])
-    for side in sides:
+    query, targets, negatives = described_sides(unpack_json(sample, where))
+    for side in (query, *targets, *negatives):
         for name, size in zip(side["images"], _sizes_of(side)):
             notes: list[str] = []
             try:

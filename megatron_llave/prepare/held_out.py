@@ -131,7 +131,8 @@ def _hash(kind: bytes, contents: bytes) -> bytes:
 def build_sets(pairs: dict[str, list[Pair]], meta_task: str) -> tuple[dict[str, Side], list[EvaluationSet]]:
     """Make evaluation sets of each subset's held-out pairs, of which there is one for each group.
 
-    Each query is ranked against the first targets of all of them. In retrieval each of these also is a query, that is
+    Each query is ranked against the first targets of all of them, of which one is right. So a pair is left out if one
+    of its further targets is the first target of another. In retrieval each first target also is a query, that is
     ranked against all queries. A subset with fewer than FEWEST_CANDIDATES different targets has no set.
 
     Returns:
@@ -140,6 +141,8 @@ def build_sets(pairs: dict[str, list[Pair]], meta_task: str) -> tuple[dict[str, 
     inputs: dict[str, Side] = {}
     sets = []
     for subset, held_out in pairs.items():
+        firsts = {input_key(pair.target) for pair in held_out}
+        held_out = [pair for pair in held_out if firsts.isdisjoint(_further_keys(pair))]
         keys = [[input_key(side) for side in (pair.query, pair.target)] for pair in held_out]
         ways = [(f"{subset}_query_to_target", meta_task, 0, 1), (f"{subset}_target_to_query", meta_task, 1, 0)]
         if subset == CAPTIONS:
@@ -154,6 +157,11 @@ def build_sets(pairs: dict[str, list[Pair]], meta_task: str) -> tuple[dict[str, 
             for pair, key in zip(held_out, keys):
                 inputs |= dict(zip(key, (pair.query, pair.target)))
     return inputs, sets
+
+
+def _further_keys(pair: Pair) -> set[str]:
+    """Return the keys of a pair's further targets that are not like the first one."""
+    return {input_key(side) for side in pair.further_targets} - {input_key(pair.target)}
 
 
 def one_of_each_group(pairs: Iterator[Pair], groups: dict[str, bytes]) -> list[Pair]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
-from megatron_llave.data.shards import is_score
+from megatron_llave.data.shards import SCORE_RANGE, is_score
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError, one_of
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
@@ -179,20 +179,22 @@ def parse_line(values: Any, path: Path, where: str) -> PairLine:
         named["target"], targets = targets, [targets]
     named |= {f"hard_negatives[{index}]": side for index, side in enumerate(negatives)}
     sides = {key: parse_item(side, f"{where}: {key}") for key, side in named.items()}
-    _check_different(sides, where)
+    _check_different(sides, path.parent.absolute(), where)
     query, *others = sides.values()
     scores = _parse_scores(values, len(targets), len(negatives), where)
     line = (where, subset, name, path.parent, query, others[: len(targets)], others[len(targets) :])
     return PairLine(*line, scores)
 
 
-def _check_different(sides: dict[str, Item], where: str) -> None:
-    """Raise a DataError if a target or hard negative equals another one, by its id or its contents."""
+def _check_different(sides: dict[str, Item], folder: Path, where: str) -> None:
+    """Raise a DataError if a target or hard negative equals another one, by its id or by its text and files."""
     seen: dict[Any, str] = {}
     for key, item in list(sides.items())[1:]:
-        other = seen.setdefault(item.id or (item.text, item.images), key)
-        if other != key:
-            raise DataError(f"{where}: {key} is the same as {other}; a pair has each target and hard negative once")
+        contents = item.text, *(_path_for_id(str(folder), image) for image in item.images)
+        for name in (contents, item.id or contents):
+            other = seen.setdefault(name, key)
+            if other != key:
+                raise DataError(f"{where}: {key} is the same as {other}; a pair has each target and hard negative once")
 
 
 def _parse_scores(values: dict[str, Any], num_targets: int, num_negatives: int, where: str) -> tuple[float, ...]:
@@ -210,6 +212,6 @@ def _parse_scores(values: dict[str, Any], num_targets: int, num_negatives: int, 
             raise DataError(f"{where}: scores.{key} has {len(given)} numbers for {number} of {key}; give one for each")
         for score in given:
             if not is_score(score):
-                raise DataError(f"{where}: scores.{key} must be numbers that float32 holds, not {str(score)[:60]!r}")
+                raise DataError(f"{where}: scores.{key} must be numbers {SCORE_RANGE}, not {str(score)[:60]!r}")
         scores += map(float, given)
     return tuple(scores)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from letters import Letters
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
@@ -32,16 +33,6 @@ from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProces
 TILE, PATCH = 28, 14
 SHAPE = TileShape(size=TILE, patches=4)
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2))
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 def encoder(template="plain", max_length=400, grids=GRIDS, **options):

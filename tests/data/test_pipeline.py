@@ -10,6 +10,7 @@ from collections import Counter
 
 import psutil
 import pytest
+from letters import Letters
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
@@ -26,16 +27,6 @@ from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProces
 
 BATCH = 8
 SIZES = {"birds": 43, "trees": 20, "words": 8}
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 ENCODER = LlavaOnevisionProcessor(Letters(), "plain", 64, (), 28, 14)

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from letters import Letters
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
@@ -22,16 +23,6 @@ from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProces
 
 BATCH, TILE_TOKENS = 16, 2.5
 ROTATED = 6  # EXIF orientation: a quarter turn
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 ENCODER = LlavaOnevisionProcessor(Letters(), "plain", 90, ((1, 2), (2, 1), (2, 2)), 28, 14)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import pytest
+from letters import Letters
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.config.data import DataConfig, SubsetConfig
@@ -22,16 +23,6 @@ from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProces
 
 SIZES = {"birds": 83, "trees": 50, "words": 31}
 BATCH, STEPS, SAVE_EVERY, KILLS = 4, 200, 3, 10
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 @pytest.fixture(scope="module")

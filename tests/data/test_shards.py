@@ -135,8 +135,8 @@ PLAIN_TARGET = {"id": "t", "text": "", "images": []}
     ("changes", "message"),
     [
         ({"target": {**PLAIN_TARGET, "score": float("nan")}}, "NaN is no finite number"),
-        ({"target": {**PLAIN_TARGET, "score": "1"}}, "a score must be a number, not '1'"),
-        ({"target": {**PLAIN_TARGET, "score": 1e39}}, "a score must be a number, not 1e"),
+        ({"target": {**PLAIN_TARGET, "score": "1"}}, "a score must be a number from -1e.30 to 1e.30, not '1'"),
+        ({"target": {**PLAIN_TARGET, "score": 1e39}}, "a score must be a number from -1e.30 to 1e.30, not 1e"),
         (
             {"hard_negatives": [{"id": "n", "text": "", "images": [], "score": 1.0}]},
             "has 1 scores for 1 targets and 1 hard negatives; there must be one for each, or none",

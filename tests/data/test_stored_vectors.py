@@ -1,12 +1,15 @@
 """Stored embeddings: looked up by name in every format, in the order of a packed row, and refused in one line."""
 
 import itertools
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from letters import Letters
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.config.data import DataConfig, SubsetConfig
@@ -24,16 +27,6 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
 WIDTH = 6
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 ENCODER = LlavaOnevisionProcessor(Letters(), "plain", 64, (), 28, 14)
@@ -83,6 +76,23 @@ def test_every_input_of_the_shards_is_read_once(shards: Path, names: list[str]) 
     assert count_shard_inputs(shards) == (64, 0)
     sides = dict(read_shard_inputs(shards))
     assert sides["trees/target/3"].text == "trees 3" and sides["birds/query/2"].text == "qqq"
+
+
+def test_a_pair_that_cannot_be_read_is_not_counted(shards: Path, names: list[str], tmp_path: Path, caplog) -> None:
+    """One whose checksum is wrong, and one without a query, which has no checksum, as in older shards."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    path = folder / "birds-000000.tar"
+    damaged = path.read_bytes().replace(b'"text":"qqq"', b'"text":"qqr"')
+    path.write_bytes(re.sub(rb'"query":({"id":"3".*?)"json_crc32"', rb'"quary":\1"json_crc99"', damaged))
+    gone = {"birds/query/2", "birds/query/3", "birds/target/3"}
+    assert {name for name, _ in read_shard_inputs(folder)} == {*names} - gone
+    caplog.clear()
+    assert count_shard_inputs(folder) == (61, 0)
+    checksum, malformed = caplog.messages
+    assert re.fullmatch(
+        f"left out {path}: sample p2: its .json member is not what its checksum was made of.*", checksum
+    )
+    assert re.fullmatch(f"left out {path}: sample p3: its .json member is malformed; prepare_data.py.*", malformed)
 
 
 def config(shards: Path, stored: Path, **loss: object) -> RunConfig:

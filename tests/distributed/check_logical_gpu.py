@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from check_layouts import family_of, parse_layout, small_config
+from letters import Letters
 from logical_gpu import LogicalGpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import mlp
@@ -59,16 +60,6 @@ STEPS = 2
 """The first one is counted: the last one saves."""
 FUSED = ("bias_swiglu_impl", "bias_gelu_impl")
 """megatron-core's fused activations of the decoder and of the vision encoder."""
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
 
 
 def count(gpu: LogicalGpu, cfg: RunConfig, folder: str, reads_a_value: bool = False) -> dict[str, Counter[str]]:

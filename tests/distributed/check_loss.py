@@ -73,11 +73,10 @@ class Case:
         mine = [self.embeddings.target_rows[targets] - rows.start, self.embeddings.hard_rows[hard] - rows.start]
         target_rows = mine[0] if len(mine[0]) != len(parts[0]) else None
         embeddings = PairEmbeddings(*(part.requires_grad_() for part in parts), target_rows, mine[1])
-        names = ("query", "target", "hard_negatives")
-        ids = PairIds(*(getattr(self.ids, name)[part] for name, part in zip(names, self.own)))
+        ids = PairIds(*(getattr(self.ids, name)[part] for name, part in zip(NAMES, self.own)))
         ids.scores = torch.cat([part[own] for part, own in zip(self.split_scores(), (targets, hard))])
-        reward = PairEmbeddings(*(getattr(self.reward, name)[part].to(dtype) for name, part in zip(NAMES, self.own)))
-        return embeddings, ids, reward
+        judged = (getattr(self.reward, name)[part].to(dtype) for name, part in zip(NAMES, self.own))
+        return embeddings, ids, PairEmbeddings(*judged, target_rows, mine[1])
 
     def split_scores(self) -> tuple[Tensor, ...]:
         """Scores of all targets and of all hard negatives."""
@@ -267,7 +266,7 @@ def main() -> None:
         check_unequal_rows(case, LossConfig(), True, group, torch.float32)
     for counts, hard_counts in {
         1: [([5], [7])],
-        2: [([4, 1], [5, 1]), ([3, 0], [4, 0])],
+        2: [([4, 2], [5, 1]), ([3, 0], [4, 0])],  # in the first, both ranks have scores
         4: [([2, 0, 1, 3], [3, 0, 0, 4])],
     }[world]:
         case = make_case(counts, hard_counts, True, group)

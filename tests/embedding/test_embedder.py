@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from letters import Letters
 from PIL import Image
 
 from megatron_llave.batch import Side
@@ -18,16 +19,6 @@ from megatron_llave.evaluation.evaluate import evaluate_tasks
 from megatron_llave.evaluation.task import SetResult
 from megatron_llave.models import build_model
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 @pytest.fixture

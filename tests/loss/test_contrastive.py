@@ -1,10 +1,11 @@
 """The loss: the released code's numbers on 1, 2 and 4 real ranks, its schedules, and what the stop-gradient is for."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from logical_gpu import LogicalGpu
 from reference import dense_contrastive_loss
 from run_ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,6 +165,41 @@ def test_no_matrix_of_all_pairs_is_made(has_reward: bool) -> None:
     assert largest.elements == 272 * 24  # the columns, not 256 x 272 logits
 
 
+def many_pairs(rows: int = 64) -> tuple[PairEmbeddings, PairIds]:
+    """Pairs with two targets, three hard negatives and scores each, as `PairEmbeddings.of` knows them; some id is 0."""
+    query, target, hard = (unit_rows(rows * n, seed).requires_grad_() for seed, n in enumerate((1, 2, 3)))
+    owners = (torch.arange(rows).repeat_interleave(n) for n in (2, 3))
+    ids = PairIds(torch.arange(rows), torch.arange(2 * rows), torch.arange(3 * rows) % 7)
+    ids.scores = torch.arange(5.0 * rows) % 4
+    return PairEmbeddings(query, target, hard, *owners, most_targets=2, most_hard_negatives=3), ids
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"negatives": "own"}, {"negatives": "own", "soft_labels": "scores"}, {"objective": "cosent"}],
+    ids=str,
+)
+def test_what_lies_beside_a_query_needs_no_large_matrix_and_no_wait(changes: dict) -> None:
+    """It is as large as the query's own targets and hard negatives, whose largest number the host knows."""
+    embeddings, ids = many_pairs()
+    compare = build_loss(replace(CONFIG, mask_same_target=True, mask_margin=0.1, **changes), None)
+    unknown = replace(embeddings, most_targets=None, most_hard_negatives=None)
+    with LargestOutput() as largest:
+        loss, _ = compare(embeddings, ids, None)
+        loss.backward()
+    assert loss.equal(compare(unknown, ids, None)[0])
+    if "objective" not in changes:
+        assert largest.elements == 3 * 64 * 24  # the hard negatives, not all pairs of them and of the targets
+    with LogicalGpu() as gpu:
+        on_gpu, gpu_ids = (
+            replace(x, **{f.name: y.detach().to("cuda") for f in fields(x) if torch.is_tensor(y := getattr(x, f.name))})
+            for x in (embeddings, ids)
+        )
+        before = gpu.waits.total()
+        compare(on_gpu.map(torch.Tensor.requires_grad_), gpu_ids, None)[0].backward()
+        assert gpu.waits.total() == before, gpu.waits
+
+
 @pytest.mark.parametrize("source", ["self", "ema", "stored"])
 def test_matryoshka_is_the_mean_over_renormalised_prefixes(source: str) -> None:
     """The hardness of a prefix is that of the reward model's prefix, but stored vectors stay whole."""
@@ -171,8 +207,7 @@ def test_matryoshka_is_the_mean_over_renormalised_prefixes(source: str) -> None:
     ours = [unit_rows(n, seed).requires_grad_() for seed, n in enumerate((5, 5, 2))]
     plain = [x.detach().clone().requires_grad_() for x in ours]
     judge = PairEmbeddings(unit_rows(5, 3), unit_rows(5, 4), unit_rows(2, 5)) if has_reward else None
-    where = {"stored_embeddings": "x.npy"} if is_stored else {}
-    config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24], reward=source, **where)
+    config = LossConfig(temperature=0.1, alpha=2.0, matryoshka_dims=[4, 8, 24], reward=source)
     ours.append(torch.tensor(0.1, dtype=torch.float64).log().requires_grad_())
     plain.append(ours[-1].detach().clone().requires_grad_())
     loss, _ = matryoshka_loss(pairs(*ours[:3]), reward=judge, config=config, log_temperature=ours[3])

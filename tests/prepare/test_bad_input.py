@@ -10,6 +10,7 @@ import tarfile
 import zlib
 
 import pytest
+from letters import Letters
 from PIL import Image
 
 from megatron_llave.batch import Pair, Side
@@ -27,16 +28,6 @@ NUM_PAIRS = PER_SHARD * SHARDS
 FILE = "cats-000002.tar"
 VICTIM = "cats-25"
 """In FILE."""
-
-
-class Letters:
-    """One id per character."""
-
-    vocab_size = 128
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
 
 
 def png(size=(28, 28)):

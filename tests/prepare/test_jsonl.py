@@ -3,18 +3,20 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from golden_model import byte_tokenizer
 from PIL import Image
 from shard_pairs import read_shard
 
-from megatron_llave.batch import Side
+from megatron_llave.batch import Pair, Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.planning.pair_lengths import read_kinds
 from megatron_llave.prepare import audit, jsonl, own_pairs, shard_jobs, source_sides
+from megatron_llave.prepare.held_out import build_sets
 from megatron_llave.prepare.own_pairs import Options
 from megatron_llave.prepare.shard_jobs import make_id
 
@@ -78,7 +80,7 @@ def test_several_targets_and_scores_come_back(tmp_path):
     """Of the targets and hard negatives that cannot be read, the scores go too."""
     (tmp_path / "a.png").write_bytes(picture(1))
     targets = [{"image": "none.png"}, {"text": "one", "id": "1"}, {"image": "a.png"}]
-    negatives = [{"text": "no"}, {"image": "none.png", "id": "n"}, {"text": "never"}]
+    negatives = [{"text": "no"}, {"image": "nowhere.png", "id": "n"}, {"text": "never"}]
     line = {"query": {"text": "q"}, "target": targets, "hard_negatives": negatives}
     line["scores"] = {"target": [0.5, 0.9, 1], "hard_negatives": [-1, 2, 3.5e-1]}
     single = text_pair(0, scores={"target": 4})
@@ -94,6 +96,17 @@ def test_several_targets_and_scores_come_back(tmp_path):
     counts = audit.inspect(tmp_path / "out").subsets["x"]
     assert (counts.with_hard_negatives, counts.with_several_targets, counts.with_scores) == (1, 1, 2)
     assert not [problem for _, check in audit.verify(tmp_path / "out") for problem in check.problems]
+
+
+def test_no_right_answer_is_a_wrong_candidate_of_a_held_out_query():
+    """A class may be the further target of one pair and the first of another; the first query has two right answers."""
+    answers = [["cat", "dog"], ["dog", "dog"], ["bird", "fish"], ["cow"]]
+    sides = [[Side(text, []) for text in texts] for texts in answers]
+    pairs = [Pair(f"p{i}", "vqa", Side(f"q{i}", []), *side[:1], "q", "t") for i, side in enumerate(sides)]
+    pairs = [replace(pair, further_targets=side[1:]) for pair, side in zip(pairs, sides)]
+    inputs, (made,) = build_sets({"vqa": pairs}, "vqa")
+    assert [inputs[key].text for key in made.queries] == ["q1", "q2", "q3"] and made.positives == [0, 1, 2]
+    assert [inputs[key].text for key in made.candidates] == ["dog", "bird", "cow"]
 
 
 def test_frames_of_a_video_are_one_input(tmp_path):
@@ -223,16 +236,24 @@ GOOD = text_pair(0)
             {**GOOD, "target": {"text": "a", "id": 7}, "hard_negatives": [{"text": "b"}, {"text": "c", "id": "7"}]},
             r"hard_negatives\[1\] is the same as target; a pair has each target and hard negative once",
         ),
+        (
+            {**GOOD, "target": {"image": "a.png", "id": 7}, "hard_negatives": [{"image": "./x/../a.png", "id": 8}]},
+            r"hard_negatives\[0\] is the same as target; a pair has each target and hard negative once",
+        ),
+        (
+            {**GOOD, "target": [{"text": "a", "id": 7}, {"text": "a"}]},
+            r"target\[1\] is the same as target\[0\]; a pair has each target and hard negative once",
+        ),
         ({**GOOD, "scores": [0.5]}, r"scores: must be an object with target, hard_negatives, not \[0.5\]"),
         ({**GOOD, "scores": {"negative": 1}}, "scores: unknown key 'negative'; known keys: target, hard_negatives"),
         ({**GOOD, "scores": {}}, "scores.target is missing; give one number for each of the 1 of target"),
         ({**GOOD, "scores": {"target": [1, 2]}}, "scores.target has 2 numbers for 1 of target; give one for each"),
         ({**GOOD, "scores": {"target": 1, "hard_negatives": [0]}}, "scores.hard_negatives has 1 numbers for 0 of"),
-        ({**GOOD, "scores": {"target": "1"}}, "scores.target must be numbers that float32 holds, not '1'"),
+        ({**GOOD, "scores": {"target": "1"}}, "scores.target must be numbers from -1e.30 to 1e.30, not '1'"),
         ({**GOOD, "scores": {"target": float("nan")}}, "not valid JSON .NaN is no finite number"),
         (
             b'{"query": {"text": "q"}, "target": {"text": "t"}, "scores": {"target": 1e99}}',
-            "must be numbers that float32 holds",
+            "must be numbers from -1e.30 to 1e.30, not",
         ),
         ({**GOOD, "subset": "a.b"}, "subset 'a.b' must be 1 to 60 letters"),
         ({**GOOD, "subset": "x" * 61}, "must be 1 to 60 letters"),

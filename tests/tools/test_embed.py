@@ -129,6 +129,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     monkeypatch.setattr(embed_tool, "ROWS", 3)
     monkeypatch.setattr(cache, "PART_COST", 2)
     monkeypatch.setattr(process_groups, "destroy_distributed", lambda: None)
+    monkeypatch.setattr(embed_tool, "read_blocks", reads := Mock(wraps=embed_tool.read_blocks))
 
     def run(*options: str | Path) -> None:
         monkeypatch.setattr(sys, "argv", ["embed.py", "--checkpoint", str(model), *map(str, options)])
@@ -147,6 +148,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     assert "not a readable image" in skipped[0]["problem"] and "does not exist" in skipped[1]["problem"]
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["id"].to_pylist() == kept
+    reads.assert_called_once()  # other ranks wait while the first one writes
     texts = [line["text"] for line in lines if "image" not in line]
     rows = np.array(table["embedding"].to_pylist())
     np.testing.assert_allclose(rows, load_model(model).embed(texts), atol=1e-5)
@@ -155,6 +157,13 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     (tmp_path / "in.jsonl").write_text('{"image": "bad.png"}')
     (tmp_path / "out.parquet.parts").rename(tmp_path / "old")
     assert "not a readable image" in (line := last_line_of_error(*command, "--skip-bad")) and "no input can be" in line
+    shards = tmp_path / "shards"
+    pair = Pair("p", "cats", Side("q", [image]), Side("t", []), "q", "t")
+    write_index(shards, Index({"cats": write_subset([pair], shards, "cats", "vqa")}))
+    (shard,) = shards.glob("*.tar")
+    shard.write_bytes(shard.read_bytes().replace(image, image[:-1] + b"?"))
+    line = last_line_of_error("--shards", shards, "--out", tmp_path / "other.npy")
+    assert line == f"error: {shards}: no pair can be read; prepare_data.py verify says more"
 
 
 def test_embeddings_that_are_not_finite_are_not_written(model: Path, tmp_path: Path) -> None:
