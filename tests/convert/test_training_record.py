@@ -34,7 +34,10 @@ def saved(folder: Path, layout: dict[str, int] | None, **sections: dict) -> tupl
             {"loss": {"temperature_learning": "subset"}},
             ["temperature learned from 0.02 on (one for each subset), alpha"],
         ),
-        ({"loss": {"objective": "cosent", "temperature": 0.05}}, ["| loss | CoSENT, temperature 0.05, negatives global_batch |"]),
+        (
+            {"loss": {"objective": "cosent", "temperature": 0.05}},
+            ["| loss | CoSENT, temperature 0.05, negatives global_batch |"],
+        ),
         (
             {
                 "loss": {"soft_labels": "scores", "soft_label_temperature": 0.2, "contrastive_weight": 0.5},

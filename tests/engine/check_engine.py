@@ -70,8 +70,8 @@ def run_world(world: int, folder: Path, cases: dict[str, Callable[[], Figures]])
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-    # After the last fork: a fork that happens while the store's thread answers another rank may wait for ever for a lock
-    # which that thread held.
+    # After the last fork: a fork that happens while the store's thread answers another rank may wait for ever for a
+    # lock which that thread held.
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     os.write(writer, f"{store.port:{PORT_DIGITS}}".encode() * world)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
