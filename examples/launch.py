@@ -34,6 +34,8 @@ DEFAULT_OUTPUT = "runs/default"
 """train.output where neither the file nor the command line gives one."""
 ASK_AGAIN = 2
 """Seconds between requests: a run deletes the stop file when it starts, since it may be that of an earlier run."""
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
+"""Signals at which the run is asked to save and stop; SIGALRM asks again."""
 SECONDS_TO_MEET = 600
 """How long to wait for nodes that start late (an image to pull, a host name that does not resolve yet)."""
 
@@ -69,7 +71,7 @@ def main() -> int:
             (run_folder(file, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM):
+    for number in ASKING:
         signal.signal(number, ask)
     # In a session of its own: a signal to the whole process group must reach torchrun through this process alone.
     options = {"start_new_session": True, "preexec_fn": end_with_parent}
@@ -77,6 +79,8 @@ def main() -> int:
     for number in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, frame: process.send_signal(number))
     status = process.wait()
+    for number in (*ASKING, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # Python takes its handlers away before it ends; SIGALRM may still come
     if status == 0 and is_stopped(run_folder(file, arguments)):
         return EXIT_STOPPED
     return status if status >= 0 else 128 - status

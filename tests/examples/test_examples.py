@@ -10,7 +10,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -157,6 +159,26 @@ def test_asked_to_end_it_saves_and_ends_with_status_75(openmoji_data: Path, tmp_
     stopped = state(run)
     assert (stopped["state"], stopped["reason"]) == ("stopped", "a file 'stop' in train.output")
     assert [folder.name for folder in (run / "checkpoints").glob("step-*")] == [f"step-{stopped['step']:07d}"]
+
+
+def test_a_late_request_does_not_end_it_by_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> int:
+        signal.raise_signal(signal.SIGTERM)  # the launcher makes the stop file, and will again after two seconds
+        return 0
+
+    (tmp_path / "state.json").write_text('{"state": "stopped"}')
+    for name in ("PROCS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(sys, "argv", ["launch.py", str(TINY), f"train.output={tmp_path}"])
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=wait))
+    held = {number: signal.getsignal(number) for number in (*launcher.ASKING, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        assert launcher.main() == launcher.EXIT_STOPPED
+        assert signal.alarm(0) > 0 and (tmp_path / "stop").exists()
+        assert {signal.getsignal(number) for number in held} == {signal.SIG_IGN}
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
 
 
 # ---- the released sizes ----
