@@ -1,4 +1,4 @@
-# `make demo` runs a complete LLaVE at a size for a laptop, and `make test` runs all tests. Both write only into this folder.
+# `make demo` runs a complete LLaVE at a size for a laptop, and `make test` runs the tests. Both write only into this folder.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +12,8 @@ CONFIG ?= examples/tiny.yaml
 OUT ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
 TESTS ?=
+# All tests but the longest ones; all of those that are named in TESTS.
+MARK ?= $(if $(TESTS),,not slow)
 # Processes that share the tests; a single file is not shared.
 WORKERS ?= $(if $(findstring .py,$(TESTS)),0,2)
 VENV := .venv
@@ -28,11 +30,12 @@ endif
 # Some images forbid it; then each of the hundred interpreters that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slow lint clean
 
 help:
 	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, and evaluate it"
-	@echo "make test    run all tests (TESTS=tests/loss: only those)"
+	@echo "make test    run the tests but the longest ones (TESTS=tests/loss: all of those)"
+	@echo "make test-slow    run the longest tests"
 	@echo "make lint    check the style of the code"
 	@echo "make clean   remove .venv and caches, but not runs/"
 	@echo
@@ -70,7 +73,10 @@ demo: $(STAMP) $(DATA)/index.json
 
 test: $(STAMP)
 	@echo "Running the tests; they are stopped after 25 minutes if they hang."
-	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@timeout --signal=INT --kill-after=60 1500 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(MARK)" $(TESTS)
+
+test-slow:
+	@$(MAKE) --no-print-directory test MARK=slow
 
 lint: $(STAMP)
 	@echo "Checking the style with ruff."

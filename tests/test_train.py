@@ -68,6 +68,7 @@ def test_each_step_has_the_temperature_of_the_schedule(runs: dict[str, Path]) ->
     assert [record["temperature"] for record in log_of(runs["one"])] == scheduled
 
 
+@pytest.mark.slow
 def test_checkpoint_of_any_layout_evaluates_the_same_at_any_other(
     runs: dict[str, Path], openmoji_data: Path, tmp_path: Path
 ) -> None:

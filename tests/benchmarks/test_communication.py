@@ -131,6 +131,7 @@ def run(out: Path, data: Path, processes: list[int], steps: int = 1, **settings:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_measures_once_and_reports(openmoji_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = run(tmp_path, openmoji_data, [2, 1])
     assert lines[:2] == ["1 processes: measuring", "2 processes: measuring"]
@@ -166,6 +167,7 @@ def test_measures_once_and_reports(openmoji_data: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_failing_rank_is_told_in_its_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 processes: .*nowhere"):
         run(tmp_path, tmp_path / "nowhere", [1])

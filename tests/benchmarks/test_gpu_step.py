@@ -94,6 +94,7 @@ def test_settings_are_lines_as_soon_as_they_are_measured(
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_variant_that_hangs_is_ended_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = tmp_path / "raw.jsonl"
     arguments = ["--presets", "0.5b", "--variants", "local", "--repeats", "100000", "--limit", "3", "--raw", str(raw)]

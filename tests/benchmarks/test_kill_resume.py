@@ -11,6 +11,7 @@ from megatron_llave.models import family_of
 pytestmark = pytest.mark.long
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_an_uninterrupted_one(openmoji_data: Path, tmp_path: Path) -> None:
     counts, faults = kill_and_compare(openmoji_data, tmp_path, "tiny", kills=2, seed=3)
     assert not faults and counts.total() >= 2

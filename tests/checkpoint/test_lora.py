@@ -112,6 +112,7 @@ def still(run: Path, openmoji_data: Path, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_adapters_or_with_the_merged_weights(groups, run: Path, still: Path) -> None:
     assert losses(still / "on")[1] == pytest.approx(losses(still / "merged")[1], rel=1e-5)
     expected = adapters(run)

@@ -72,6 +72,7 @@ def uninterrupted(openmoji_data: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_run_ends_with_the_same_weights(
     groups, uninterrupted: Path, openmoji_data: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +116,7 @@ def test_run_goes_on_at_another_layout(uninterrupted: Path, openmoji_data: Path,
         assert losses(run)[step] == pytest.approx(loss, rel=1e-5), step
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rates_and_first_steps_of_parts_are_the_same_after_a_resume(
     openmoji_data: Path, groups, tmp_path: Path, world: int
 ) -> None:

@@ -326,7 +326,11 @@ def convert(*args: str | Path, limit: int | None = None) -> subprocess.Completed
 
 @pytest.mark.parametrize(
     ("command", "limit"),
-    [("import", 300_000), ("import", 307_200), ("export", 300_000)],  # at the second, torch fails while it closes a zip
+    [
+        ("import", 300_000),
+        pytest.param("import", 307_200, marks=pytest.mark.slow),  # here torch fails while it closes a zip
+        ("export", 300_000),
+    ],
 )
 def test_full_disk_leaves_nothing(imported, tmp_path: Path, command: str, limit: int) -> None:
     source = ONEVISION if command == "import" else imported["llava_onevision"]
@@ -394,6 +398,7 @@ def check_card(out: Path, run: Path, data: Path) -> None:
         assert str(folder) not in card.content
 
 
+@pytest.mark.slow
 def test_trained_from_a_hugging_face_folder_and_exported(
     groups, openmoji_data: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:

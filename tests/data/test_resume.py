@@ -20,6 +20,7 @@ from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+from megatron_llave.processes import end_forks_with_parent
 
 SIZES = {"birds": 83, "trees": 50, "words": 31}
 BATCH, STEPS, SAVE_EVERY, KILLS = 4, 200, 3, 10
@@ -49,6 +50,7 @@ def stream(folder, rank=0, world=1, position=None, workers=0, **options):
 
 def walk(folder, out, rank, world, pause):
     """What a rank of a run does: steps into a log, and every few of them a checkpoint of log and position at once."""
+    end_forks_with_parent()  # as training does: a worker whose rank is killed before it looks at it would never end
     state = json.loads(out.read_text()) if out.is_file() else {"seen": [], "position": None}
     if len(state["seen"]) == STEPS:
         return

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.long
 SCRIPT = Path(__file__).parent / "check_golden_model.py"
 
 
+@pytest.mark.slow
 def test_embeddings_are_golden_at_every_layout(groups: ProcessGroupCollection, tmp_path: Path) -> None:
     runs = []
     for source in (ONEVISION, QWEN):

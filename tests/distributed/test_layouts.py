@@ -40,6 +40,7 @@ def test_layouts_equal_one_process(reference: Path, world: int) -> None:
     assert output.count("gradients off by") == len(LAYOUTS[world])
 
 
+@pytest.mark.slow
 def test_layouts_of_another_family_equal_one_process(tmp_path: Path) -> None:
     """What golden inputs do not have: ranks whose micro batch has no image, overlap, and steps of the optimizer."""
     layouts = ["1,1,1,0,0,qwen3_vl", "1,1,1,0,0,vision,qwen3_vl"]
@@ -55,11 +56,11 @@ def test_layouts_of_another_family_equal_one_process(tmp_path: Path) -> None:
     ("world", "precision", "form", "saved_at", "loaded_at"),
     [
         (4, "fp32", "own", "2,1,1,1,0", ["1,1,1,0,0", "1,4,1,0,0", "1,2,2,0,0", "2,2,1,0,1"]),
-        (2, "bf16", "own", "1,2,2,0,0", ["1,1,1,0,0", "2,1,1,1,0"]),
+        pytest.param(2, "bf16", "own", "1,2,2,0,0", ["1,1,1,0,0", "2,1,1,1,0"], marks=pytest.mark.slow),
         (2, "fp32", "own", "1,1,1,0,0,context2", ["1,2,1,0,0"]),
-        (2, "fp32", "own", "2,1,1,1,0,qwen3_vl", ["1,1,1,0,0", "1,2,2,0,0"]),
-        (2, "fp32", "own", "1,2,1,0,0,vision,language", ["1,1,1,0,0", "2,1,1,1,0"]),
-        (2, "bf16", "gathered", "1,1,1,0,0", ["2,1,1,1,0"]),
+        pytest.param(2, "fp32", "own", "2,1,1,1,0,qwen3_vl", ["1,1,1,0,0", "1,2,2,0,0"], marks=pytest.mark.slow),
+        pytest.param(2, "fp32", "own", "1,2,1,0,0,vision,language", ["1,1,1,0,0", "2,1,1,1,0"], marks=pytest.mark.slow),
+        pytest.param(2, "bf16", "gathered", "1,1,1,0,0", ["2,1,1,1,0"], marks=pytest.mark.slow),
         (2, "fp32", "own", "2,1,1,1,0,lora", ["1,2,2,0,0"]),
         (2, "bf16", "own", "1,2,2,0,0,qwen3_vl,lora_base", ["2,1,1,1,0"]),
     ],

@@ -30,7 +30,7 @@ def waits(world: int, *args: str) -> dict[str, list[dict[str, dict[str, int]]]]:
     return {layout: [rank for rank in found if rank["layout"] == layout] for layout in args[1:]}
 
 
-@pytest.mark.parametrize("world", WAITS)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_host_waits_no_more_often_than_it_did(tmp_path: Path, world: int) -> None:
     for layout, ranks in waits(world, str(tmp_path), *WAITS[world]).items():
         assert len(ranks) == world

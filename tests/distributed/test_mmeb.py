@@ -19,6 +19,7 @@ def test_golden_sets_give_the_released_files(tmp_path: Path, world: int, layout:
     assert output.count("golden at") == world
 
 
+@pytest.mark.slow
 def test_a_model_scores_the_same_at_every_layout(tmp_path: Path) -> None:
     tokenizer = str(byte_tokenizer(tmp_path))
     found = []

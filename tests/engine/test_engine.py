@@ -18,7 +18,7 @@ from run_ranks import run_command
 
 from megatron_llave.convert.hf import import_hf
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 FP8_ERROR = 0.35

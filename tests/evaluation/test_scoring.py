@@ -395,6 +395,7 @@ def test_a_part_that_does_not_come_is_an_error_and_a_late_one_is_not(tmp_path, m
     np.testing.assert_array_equal(store.rows(np.array([1, 0])), rows)
 
 
+@pytest.mark.slow
 def test_kill_and_restart_of_the_tool(tmp_path):
     """kill -9 in the middle of embedding: the second start embeds the rest, with an uninterrupted one's result."""
     source = tmp_path / "data"

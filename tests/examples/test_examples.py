@@ -148,6 +148,7 @@ def test_folder_of_the_run_is_found_as_training_finds_it(tmp_path: Path) -> None
     assert folder("--config", str(other)) == launcher.DEFAULT_OUTPUT
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_saves_and_ends_with_status_75(openmoji_data: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     arguments = [f"data.path={openmoji_data}", f"train.output={run}", "--resume", "auto", "data.workers=0"]
@@ -226,6 +227,7 @@ SHRUNK = [
 ]
 
 
+@pytest.mark.slow
 def test_literal_torchrun_on_two_nodes_and_on_one_through_a_failure(openmoji_data: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = [str(LARGE), f"data.path={openmoji_data}", *SHRUNK]

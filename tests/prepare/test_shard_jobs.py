@@ -316,6 +316,7 @@ def test_killed_worker_is_one_line(images, tmp_path):
         write_shards(jobs, 20, tmp_path / "out", {"cats": "vqa"}, 2, False, kill)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_and_ends_in_the_same_bytes(images, tmp_path):
     lines = [{"query": {"text": f"q{n}"}, "target": {"text": "t", "images": ["good.png"]}} for n in range(8_000)]
     for n in range(0, len(lines), 700):

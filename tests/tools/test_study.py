@@ -21,6 +21,7 @@ def evaluated(run: Path) -> int:
     return (run / "evaluation" / "report.json").stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_killed_study_goes_on_without_redoing_finished_runs(openmoji_data: Path, tmp_path: Path) -> None:
     out, sets = tmp_path / "study", ("group", "tone_classification")
     data = data_with_few_sets(openmoji_data, tmp_path / "data", *sets)
