@@ -20,7 +20,7 @@ SECONDS_TO_SAVE = 45
 EXIT_ALONE = 79
 """Exit status of a rank that could not save in this time."""
 LOOK_SECONDS = 1.0
-RETURNED_BYTES = 2**20
+RETURNED_BYTES = 2**17  # with which glibc begins, before it goes up by itself
 """The smallest block of memory that `return_freed_tensors` is about."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h

@@ -1,7 +1,7 @@
 """Checks of a RunConfig that involve several of its sections.
 
-load.py calls `validate` on the configuration that it has read. Each section checks its own values when it is built, in
-the file that has it.
+load.py calls `validate` on the configuration that it has read, and `require_effects` on that of a new run. Each section
+checks its own values when it is built, in the file that has it.
 """
 
 from dataclasses import fields
@@ -15,6 +15,8 @@ from megatron_llave.errors import require
 MOST_LAYERS = 500
 NEEDED = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"}
 """Sizes without a default that every family has."""
+OF_COSENT = ("objective", "temperature", "negatives")
+"""What a subset may set for CoSENT."""
 
 
 def validate(cfg: RunConfig) -> None:
@@ -34,8 +36,6 @@ def validate(cfg: RunConfig) -> None:
     require(ok, "loss.hardness=hard_negatives weights nothing while data.hard_negatives=0; set it to at least 1")
     if cfg.loss.temperature_learning != "none":  # here and not in LossConfig, as a warmup may start outside of them
         own = {f"data.subsets.{name}.temperature": subset.temperature for name, subset in cfg.data.subsets.items()}
-        shared = [key for key, value in own.items() if value is not None and cfg.loss.temperature_learning == "one"]
-        require(not shared, f"{''.join(shared[:1])} has no effect with loss.temperature_learning=one; use subset")
         for key, value in {"loss.temperature": cfg.loss.temperature, **own}.items():
             low, high = cfg.loss.temperature_bounds
             ok = value is None or low <= value <= high
@@ -46,9 +46,6 @@ def validate(cfg: RunConfig) -> None:
     ok = cfg.model.precision != "fp32" or (section.moments, section.offload_fraction) == ("fp32", 0)
     named = f"optimizer.moments={section.moments}, optimizer.offload_fraction={section.offload_fraction}"
     require(ok, f"{named}: with model.precision=fp32 moments are fp32 and nothing is offloaded; use bf16 or fp8")
-    decay = section.vision_layer_decay
-    ok = decay == 1 or "vision" not in cfg.model.freeze
-    require(ok, f"optimizer.vision_layer_decay={decay} has no layers to slow down: model.freeze has vision")
     ok = cfg.train.tokens_per_micro_batch is None or cfg.loss.negatives in WHOLE_STEP
     needs = f"train.tokens_per_micro_batch={cfg.train.tokens_per_micro_batch} needs loss.negatives={WHOLE_STEP[0]}"
     require(ok, f"{needs}: with {cfg.loss.negatives} the loss depends on the micro batch that a pair is in")
@@ -73,24 +70,55 @@ def validate(cfg: RunConfig) -> None:
 def _validate_objectives(cfg: RunConfig) -> None:
     """Refuse losses that the data, as it is used, leaves nothing to learn from."""
     losses = {f"data.subsets.{name}": loss_of_subset(cfg, name) for name in cfg.data.subsets} or {"loss": cfg.loss}
-    contrastive = [loss for loss in losses.values() if loss.objective == "contrastive"]
-    ok = cfg.loss.reward == "self" or any(loss.alpha > 0 for loss in contrastive)
-    unused = f"loss.reward={cfg.loss.reward} judges hardness"
-    require(ok, f"{unused}, which no contrastive loss here gives a weight (alpha above 0); use reward=self")
-    ok = cfg.loss.soft_labels is None or contrastive
-    require(ok, f"loss.soft_labels={cfg.loss.soft_labels} is of no use where every subset has objective=cosent")
     for name, loss in losses.items():
         ok = loss.negatives != "own" or cfg.data.hard_negatives > 0
         require(ok, f"{name}.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1")
     ok = cfg.loss.soft_labels is None or cfg.data.hard_negatives > 0 or cfg.data.positives != 1
     require(ok, "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives")
-    stored, users = cfg.loss.stored_embeddings, {"reward": cfg.loss.reward, "soft_labels": cfg.loss.soft_labels}
-    using = [f"loss.{key}=stored" for key, value in users.items() if value == "stored"]
     hint = "a file or folder made by tools/embed.py --shards"
-    require(stored is not None or not using, f"{' and '.join(using)} need loss.stored_embeddings, {hint}")
-    require(
-        stored is None or using, f"loss.stored_embeddings={stored} is used by loss.reward or soft_labels=stored alone"
-    )
+    using = _users_of_stored(cfg)
+    ok = cfg.loss.stored_embeddings is not None or not using
+    require(ok, f"{' and '.join(using)} need loss.stored_embeddings, {hint}")
+
+
+def _users_of_stored(cfg: RunConfig) -> list[str]:
+    """The settings that take loss.stored_embeddings."""
+    users = {"reward": cfg.loss.reward, "soft_labels": cfg.loss.soft_labels}
+    return [f"loss.{key}=stored" for key, value in users.items() if value == "stored"]
+
+
+def require_effects(cfg: RunConfig) -> None:
+    """Refuse settings that would change nothing in a new run.
+
+    A saved configuration may have some, which earlier versions took.
+
+    Raises:
+        ConfigError: names the key without effect.
+    """
+    losses = {name: loss_of_subset(cfg, name) for name in cfg.data.subsets}
+    for name, loss in losses.items():
+        for key in LOSS_OF_SUBSET:
+            ok = loss.objective != "cosent" or key in OF_COSENT or getattr(cfg.data.subsets[name], key) is None
+            require(ok, f"data.subsets.{name}.{key} has no effect with objective=cosent; leave it out")
+        ok = cfg.loss.temperature_learning != "one" or cfg.data.subsets[name].temperature is None
+        require(ok, f"data.subsets.{name}.temperature has no effect with loss.temperature_learning=one; use subset")
+    all_losses = list(losses.values()) or [cfg.loss]
+    ok = cfg.loss.reward == "self" or any(loss.weighs_hardness for loss in all_losses)
+    judged = f"loss.reward={cfg.loss.reward} judges hardness"
+    require(ok, f"{judged}, which no contrastive loss here gives a weight (alpha above 0); use reward=self")
+    ok = cfg.loss.soft_labels is None or any(loss.objective == "contrastive" for loss in all_losses)
+    require(ok, f"loss.soft_labels={cfg.loss.soft_labels} is of no use where every subset has objective=cosent")
+    stored = cfg.loss.stored_embeddings
+    ok = stored is None or _users_of_stored(cfg)
+    require(ok, f"loss.stored_embeddings={stored} is used by loss.reward or soft_labels=stored alone")
+    decay, adapted = cfg.optimizer.vision_layer_decay, cfg.lora.parts if cfg.lora.rank else PARTS
+    ok = decay == 1 or "vision" not in cfg.model.freeze
+    require(ok, f"optimizer.vision_layer_decay={decay} has no layers to slow down: model.freeze has vision")
+    ok = decay == 1 or "vision" in adapted
+    require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
+    for key in ("part_learning_rates", "part_start_steps"):
+        for part in getattr(cfg.optimizer, key):
+            require(part in adapted, f"optimizer.{key}.{part} has nothing to train: lora.targets has no {part}")
 
 
 def _validate_lora(cfg: RunConfig) -> None:
@@ -102,12 +130,6 @@ def _validate_lora(cfg: RunConfig) -> None:
     frozen = [target for target in lora.targets if part_of_target(target) in cfg.model.freeze]
     clash = f"lora.targets: {''.join(frozen[:1])} is of a part that model.freeze={cfg.model.freeze} names"
     require(not frozen, f"{clash}; all weights but adapters are frozen anyway, so remove it there")
-    decay = cfg.optimizer.vision_layer_decay
-    ok = decay == 1 or "vision" in lora.parts
-    require(ok, f"optimizer.vision_layer_decay={decay} has nothing to slow down: lora.targets has no vision")
-    for key in ("part_learning_rates", "part_start_steps"):
-        for part in getattr(cfg.optimizer, key):
-            require(part in lora.parts, f"optimizer.{key}.{part} has nothing to train: lora.targets has no {part}")
 
 
 def require_same_adapters(configured: LoraConfig, stored: LoraConfig, source: str, remedy: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_llave.config.checks import validate
+from megatron_llave.config.checks import require_effects, validate
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.parse import TypedReader, read_overrides, read_yaml
 from megatron_llave.config.presets import PRESETS
@@ -27,7 +27,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
         path: the YAML file.
         overrides: they take precedence over the file.
         leave_out: given for the configuration of a checkpoint: its sections that are ignored, such as the parallel
-            layout. Keys that an earlier version did not save then have the value that it worked with (schema.EARLIER).
+            layout. Keys that an earlier version did not save then have the value that it worked with (schema.EARLIER),
+            and settings without effect are not refused.
 
     Raises:
         ConfigError: the file is missing or is not a mapping, a key is unknown, or a value has the wrong type or is
@@ -38,7 +39,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
     from_file = {name: section for name, section in from_file.items() if name not in leave_out}
     if leave_out:
         from_file = OmegaConf.to_container(OmegaConf.merge(EARLIER, from_file))
-    return config_from_dict(_merge(from_file, overrides))
+    cfg = config_from_dict(_merge(from_file, overrides))
+    if not leave_out:
+        require_effects(cfg)
+    return cfg
 
 
 def override_config(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:

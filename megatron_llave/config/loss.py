@@ -113,6 +113,12 @@ class LossConfig:
         self._check_learned_temperature()
 
     @property
+    def weighs_hardness(self) -> bool:
+        """Whether the loss depends on the hardness of negatives, at the end of a warmup."""
+        weighs = self.objective == "contrastive" and self.alpha > 0 and self.contrastive_weight > 0
+        return weighs and not (self.negatives == "own" and self.hardness == "in_batch")
+
+    @property
     def has_reward_pass(self) -> bool:
         """Whether the reward model embeds all micro batches of a step before the trained model does."""
         return self.reward == "ema" and self.objective == "contrastive"

@@ -348,7 +348,6 @@ def test_there_are_examples() -> None:
         ("loss", "hardness", "hard_negatives"),  # of which there are none
         ("loss", "reward", "teacher"),
         ("loss", "reward", "stored"),  # of which it is not said where they are
-        ("loss", "stored_embeddings", "a.npy"),  # which nothing would read
         ("loss", "temperature_bounds", [0.1, 0.01]),
         ("loss", "temperature_learning_rate", 0.0),
         ("loss", "ema_decay", 1.0),
@@ -444,11 +443,35 @@ def test_rules_of_subsets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert load_config(path, [*judged, "data.subsets.a.alpha=2"]).loss.alpha == 0
     assert message(path, "loss.reward=ema", "data.subsets.a.alpha=0").startswith(no_judge)
     assert message(path, "loss.reward=ema", order).startswith(no_judge)
+    soft_alone = ["loss.reward=ema", "loss.soft_labels=scores", "loss.contrastive_weight=0", "data.hard_negatives=1"]
+    own_alone = ["loss.reward=ema", "loss.negatives=own", "loss.hardness=in_batch", "data.hard_negatives=1"]
+    for unused in (soft_alone, own_alone):
+        assert message(path, *unused).startswith(no_judge)
+    assert load_config(path, own_alone[:2] + own_alone[3:]).loss.weighs_hardness
+    for key in ("alpha=2", "mask_same_target=true", "mask_margin=0.1"):
+        said = message(path, order, f"data.subsets.a.{key}")
+        assert said == f"data.subsets.a.{key.split('=')[0]} has no effect with objective=cosent; leave it out"
+    assert message(path, "loss.stored_embeddings=a.npy").startswith("loss.stored_embeddings=a.npy is used by")
     assert message(path, "loss.soft_labels=scores", "data.hard_negatives=1", order).endswith("has objective=cosent")
     beside_own = load_config(path, ["loss.negatives=own", "data.hard_negatives=1", order])
     assert loss_of_subset(beside_own, "a").negatives == "global_batch"
     both = message(path, order, "data.subsets.a.negatives=own")
     assert both.startswith("loss.objective=cosent has no negatives")
+
+
+def test_saved_settings_without_effect_are_read(tmp_path: Path) -> None:
+    """A checkpoint of a run to which they were not refused yet can still be used."""
+    base = "checkpoint: {init: base}\n"
+    for text in (
+        "loss: {temperature_learning: one}\ndata: {subsets: {a: {temperature: 0.1}}}\n",
+        "loss: {reward: ema, alpha: 0}\n",
+        f"{base}lora: {{rank: 8, targets: [language]}}\noptimizer: {{part_learning_rates: {{vision: 1e-5}}}}\n",
+        f"{base}lora: {{rank: 8, targets: [language]}}\noptimizer: {{vision_layer_decay: 0.9}}\n",
+    ):
+        path = write(tmp_path, TINY + text)
+        saved = load_config(path, leave_out=["parallel"])
+        assert override_config(saved, ["data.workers=0"]).data.workers == 0
+        assert message(path)
 
 
 @pytest.mark.parametrize(
