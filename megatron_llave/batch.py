@@ -299,9 +299,7 @@ class PairBatch:
     @property
     def rows_of_targets(self) -> Tensor:
         """Return target_rows, also where each pair has one target."""
-        if self.target_rows is not None:
-            return self.target_rows
-        return torch.arange(self.num_pairs, device=self.target_ids.device)
+        return rows_of_targets(self.target_rows, self.num_pairs, self.target_ids.device)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PairBatch":
         """Apply a function to all tensors."""
@@ -316,6 +314,11 @@ class PairBatch:
     def part(self, rank: int) -> "PairBatch":
         """Return the batch with the part of a context rank of its row (`PackedSequences.part`)."""
         return replace(self, sequences=self.sequences.part(rank))
+
+
+def rows_of_targets(target_rows: Tensor | None, num_pairs: int, device: torch.device) -> Tensor:
+    """Return target_rows [a] int64; where they are None, target i is that of pair i, of which there are num_pairs."""
+    return torch.arange(num_pairs, device=device) if target_rows is None else target_rows
 
 
 def rows_of_ranks(batches: list[PairBatch]) -> RowsOfRanks | None:

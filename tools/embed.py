@@ -85,11 +85,12 @@ def main() -> None:
         require_names([*args.text, *args.image], args.out or "")
         num_rows = count(args) if source else 0
         model = load_model(args.checkpoint, overrides=args.overrides, average=args.average)
+        among = ""
         if source:
-            embed_file(model, args, num_rows)
+            among = embed_file(model, args, num_rows)
         else:
             embed_arguments(model, args)
-        model.print_image_notes()
+        model.print_image_notes(among)
         process_groups.destroy_distributed()
 
 
@@ -141,7 +142,7 @@ class FileEmbedder:
 
     def embed(self, num_rows: int) -> "Embedded":
         """Embed what is missing; the result is complete on the first rank alone."""
-        done = Embedded([], 0, [])
+        done = Embedded([], 0, [], 0)
         total = -(-num_rows // self.block)
         for embedder, block in track(self.caches(), "embedding", total=total, disable=dist.get_rank() > 0):
             (cache,) = embedder.embed([block])
@@ -149,6 +150,7 @@ class FileEmbedder:
                 skipped = list(self.skipped(cache))
                 write_ids(cache)
                 done.caches.append(cache.without_inputs())
+                done.num_embedded += cache.num_embedded
                 done.kept += len(block) - len(skipped)
                 done.skipped += skipped
         return done
@@ -180,6 +182,8 @@ class Embedded:
     """Number of rows that are not skipped."""
     skipped: list[dict[str, str]]
     """Id and problem of each input that could not be read."""
+    num_embedded: int
+    """Number of inputs that were embedded now, and not by an earlier command that was interrupted."""
 
     def rows(self) -> Iterator[tuple[list[str], torch.Tensor]]:
         """Yield ids and embeddings of up to ROWS inputs at a time, without those that could not be read."""
@@ -205,8 +209,11 @@ def slices_of(cache: EmbeddingCache) -> Iterator[tuple[int, np.ndarray]]:
         yield start, cache.rows(np.arange(start, min(start + ROWS, end)))
 
 
-def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> None:
-    """Embed a JSONL file or the inputs of shards; a command that was interrupted continues when it is given again."""
+def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> str:
+    """Embed a JSONL file or the inputs of shards; a command that was interrupted continues when it is given again.
+
+    Return which inputs were embedded now, if not all.
+    """
     folder, is_writer = Path(f"{args.out}.parts"), dist.get_rank() == 0
     with lock_folder(folder) if is_writer else nullcontext():
         size = BLOCK if args.jsonl else SHARD_BLOCK
@@ -221,13 +228,15 @@ def embed_file(model: LoadedModel, args: argparse.Namespace, num_rows: int) -> N
             raise DataError(f"{error}; what is embedded stays in {folder} for the same command{hint}") from error
         if is_writer:
             try:
-                finish(embedder, done, args, num_rows)
+                finish(embedder, done, args)
             except OSError as error:
                 raise DataError(f"{error.filename or args.out} cannot be written: {error.strerror or error}") from error
     dist.barrier()
+    num_rows = done.kept + len(done.skipped)
+    return f" in the {done.num_embedded} inputs embedded now" if done.num_embedded < num_rows else ""
 
 
-def finish(embedder: FileEmbedder, done: Embedded, args: argparse.Namespace, num_rows: int) -> None:
+def finish(embedder: FileEmbedder, done: Embedded, args: argparse.Namespace) -> None:
     """Write the output, and the list of inputs that were left out; then remove the folder of what was embedded."""
     listed, skipped = Path(f"{args.out}.skipped.jsonl"), done.skipped
     if not skipped and done.kept == 0:
@@ -240,7 +249,7 @@ def finish(embedder: FileEmbedder, done: Embedded, args: argparse.Namespace, num
         write_text(listed, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
     write_rows(done.rows(), args.out, done.kept, embedder.model, args.checkpoint)
     if skipped:
-        print(f"{len(skipped)} of {num_rows} inputs were left out: {listed}")
+        print(f"{len(skipped)} of {done.kept + len(skipped)} inputs were left out: {listed}")
     shutil.rmtree(embedder.folder)
 
 

@@ -296,10 +296,11 @@ def _print_own(directory: str, made: Prepared) -> int:
     status = _print_made(directory, made)
     table = Table("held out", "meta-task", "queries", "candidates", "chance (%)")
     for held_out in made.evaluation:
-        counts = (str(len(held_out.queries)), str(len(held_out.candidates)), f"{100 / len(held_out.candidates):.3g}")
+        counts = (str(len(held_out.queries)), str(len(held_out.candidates)), f"{held_out.chance:.3g}")
         table.add_row(held_out.name, held_out.meta_task, *counts)
     if table.rows:
         Console().print(table)
+    print("".join(f"{line}\n" for line in made.unused), end="")
     print(f"next: {NEXT.format(directory)}")
     return status
 

@@ -291,7 +291,11 @@ def unpack_pair(sample: dict[str, Any], where: str) -> Pair:
         DataError: the sample lacks its JSON or an image that the JSON names, or has a member that the JSON does not
             name; the message begins with `where`.
     """
-    described = unpack_json(sample, where)
+    return unpack_described(unpack_json(sample, where), sample, where)
+
+
+def unpack_described(described: dict[str, Any], sample: dict[str, Any], where: str) -> Pair:
+    """Do the same as `unpack_pair`, with the JSON of the sample read already."""
     query = unpack_side(described.get("query"), sample, f"{where}, query")
     target = unpack_side(described.get("target"), sample, f"{where}, target")
     names = (described.get("subset"), described["query"].get("id"), described["target"].get("id"))

@@ -63,14 +63,17 @@ class LoadedModel:
         assert self.source is not None
         return self.source.identity(self.cfg, self.average) if dist.get_rank() == 0 else {}
 
-    def print_image_notes(self) -> None:
-        """Print one line on how many images of all replicas lost something when they were read; all ranks call it."""
+    def print_image_notes(self, among: str = "") -> None:
+        """Print one line on how many images of all replicas lost something when they were read; all ranks call it.
+
+        `among` says of which inputs they are, if not of all.
+        """
         of_replicas: list[Counter[str]] = [Counter()] * self.groups.dp.size()
         dist.all_gather_object(of_replicas, self.image_notes, group=self.groups.dp)
         counts = sum(of_replicas, Counter())
         if counts and dist.get_rank() == 0:
             noticed = ", ".join(f"{count} x {note}" for note, count in counts.most_common())
-            print(f"noticed: {noticed} (docs/data.md says how they are read)", file=sys.stderr)
+            print(f"noticed{among}: {noticed} (docs/data.md says how they are read)", file=sys.stderr)
 
     def pack(self, encoded: list[EncodedSequence]) -> PackedSequences:
         """Return a row of these sequences, or of padding alone, as this rank of the layout needs it."""

@@ -8,6 +8,7 @@ Equal similarities are ordered by candidate index, as numpy's argmax does in the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Ranking:
     top: Tensor
     """[q, k] int64 global candidate indices, best first; -1 where there are fewer than k candidates."""
     positive: Tensor
-    """[q] float32 similarity of the right candidate."""
+    """[q] float32 similarity of the right candidate, the most similar one of several."""
     hardest_negative: Tensor
     """[q] float32 largest similarity of another candidate; -inf where there is none."""
 
@@ -57,7 +58,7 @@ def rank_candidates(
     Args:
         queries: [q, d] L2-normalised, the same on all ranks.
         candidates: [c_local, d] L2-normalised, rows [offset, offset + c_local) of all candidates; may be empty.
-        positives: [q] int64 label of each query's right candidate, the same on all ranks.
+        positives: [q] or [q, r] int64 labels of each query's right candidates, the same on all ranks.
         k: number of candidates to keep per query.
         offset: global index of this rank's first candidate.
         group: ranks that the candidates are spread over; None: this rank has all of them.
@@ -66,13 +67,14 @@ def rank_candidates(
             None: each candidate's global index.
 
     Raises:
-        ValueError: k is below 1, or a positive is not the label of a candidate.
+        ValueError: k is below 1, or none of the positives of a query is the label of a candidate.
     """
+    columns = (positives[:, None] if positives.ndim == 1 else positives).unbind(1)
     scores = torch.full((2, len(queries)), -math.inf, device=queries.device)  # [2, q] positive, hardest negative
 
     def compare(rows: slice, similarity: Tensor, index: Tensor) -> None:
         label = index if labels is None else labels[index - offset]
-        is_positive = label == positives[rows, None]  # [chunk, n]
+        is_positive = reduce(torch.logical_or, (label == right[rows, None] for right in columns))  # [chunk, n]
         in_block = torch.stack(
             [
                 similarity.masked_fill(~is_positive, -math.inf).amax(dim=1),
@@ -84,7 +86,7 @@ def rank_candidates(
     best = _best_keys(queries, candidates, k, offset, group, chunk, compare)
     if group is not None and group.size() > 1 and len(queries) > 0:
         dist.all_reduce(scores, dist.ReduceOp.MAX, group=group)
-    missing = positives[scores[0] == -math.inf]
+    missing = columns[0][scores[0] == -math.inf]
     if len(missing) > 0:
         raise ValueError(f"positive {int(missing[0])} is not the label of a candidate")
     return Ranking(_indices(best), scores[0], scores[1])

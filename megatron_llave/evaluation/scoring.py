@@ -46,7 +46,7 @@ def score_task(task: Task, rows: Rows, ties: str, group: dist.ProcessGroup) -> S
     positive, hardest, top = ranking.positive.cpu(), ranking.hardest_negative.cpu(), ranking.top.cpu()
     is_tie = positive == hardest
     is_right = (positive > hardest) | (is_tie & (ties == "first"))
-    shown = np.unique(np.concatenate([task.right, top[top >= 0].numpy()]))
+    shown = np.unique(np.concatenate([task.all_right.reshape(-1), top[top >= 0].numpy()]))
     place = {int(number): index for index, number in enumerate(shown)}
     candidates = task.candidates if task.bounds is None else np.unique(task.candidates)
     sample = candidates[np.linspace(0, len(candidates) - 1, min(SAMPLE, len(candidates))).round().astype(int)]
@@ -70,6 +70,7 @@ def score_task(task: Task, rows: Rows, ties: str, group: dist.ProcessGroup) -> S
         hardest_negative=hardest.tolist(),
         top=[[place.get(number, -1) for number in row] for row in top.tolist()],
         positives=[place[number] for number in task.right.tolist()],
+        further=[] if task.further is None else [sorted({place[n] for n in row}) for row in task.further.tolist()],
         queries=[task.inputs.key(number) for number in task.queries.tolist()],
         candidates=[task.inputs.key(number) for number in shown.tolist()],
     )
@@ -83,7 +84,7 @@ def _rank_shared(task: Task, rows: Rows, group: dist.ProcessGroup) -> Ranking:
     """Rank with the shared candidates spread over the ranks; `top` holds numbers of inputs."""
     share = np.array_split(np.arange(len(task.candidates)), group.size())[group.rank()]
     labels = task.candidates[share]
-    queries, candidates, right, labels = map(_tensor, (rows(task.queries), rows(labels), task.right, labels))
+    queries, candidates, right, labels = map(_tensor, (rows(task.queries), rows(labels), task.all_right, labels))
     first = int(share[0]) if len(share) else 0
     ranking = rank_candidates(queries, candidates, right, TOP_K, first, group, labels=labels)
     top = _tensor(task.candidates)[ranking.top].masked_fill(ranking.top < 0, -1)
@@ -96,7 +97,7 @@ def _rank_own(task: Task, rows: Rows, group: dist.ProcessGroup) -> Ranking:
     for query in np.array_split(np.arange(len(task.queries)), group.size())[group.rank()].tolist():
         candidates = task.candidates_of(query)
         vectors = _tensor(rows(np.concatenate([task.queries[query : query + 1], candidates])))
-        right, labels = _tensor(task.right[query : query + 1]), _tensor(candidates)
+        right, labels = _tensor(task.all_right[query : query + 1]), _tensor(candidates)
         ranking = rank_candidates(vectors[:1], vectors[1:], right, TOP_K, labels=labels)
         top.append(labels[ranking.top].masked_fill(ranking.top < 0, -1))
         similarities.append(torch.stack([ranking.positive, ranking.hardest_negative], dim=1))

@@ -5,7 +5,7 @@ A benchmark (evaluation/benchmarks/) reads its files into tasks, evaluate.py emb
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from megatron_llave.embedding.inputs import Input, Inputs
 
 @dataclass(frozen=True)
 class Task:
-    """Queries, the candidates that each is ranked against, and which candidate is right.
+    """Queries, the candidates that each is ranked against, and which candidates are right.
 
     Each query has candidates of its own, or all queries share one array of them. Tasks may share their inputs, which
     are then embedded once.
@@ -36,6 +36,14 @@ class Task:
     """[q] int64, number of the input that is each query's right candidate."""
     bounds: np.ndarray | None = None
     """[q + 1] int64: query i has the candidates[bounds[i] : bounds[i + 1]], the right one first. None: shared."""
+    further: np.ndarray | None = None
+    """[q, r] int64, numbers of further inputs that are right too, repeated or filled with `right`. None: none are."""
+
+    @property
+    def all_right(self) -> np.ndarray:
+        """[q, 1 + r] numbers of all inputs that are right; a row may have one several times."""
+        first = self.right[:, None]
+        return first if self.further is None else np.concatenate([first, self.further], axis=1)
 
     def candidates_of(self, query: int) -> np.ndarray:
         """Candidates of a query, [c] int64, numbers of inputs."""
@@ -50,7 +58,9 @@ class Task:
     def chance(self) -> float:
         """Expected Precision@1 of guessing, in percent."""
         counts = len(self.candidates) if self.bounds is None else np.diff(self.bounds)
-        return float(np.mean(100.0 / counts))
+        is_another = np.diff(np.sort(self.all_right, axis=1), axis=1) > 0
+        num_right = 1 if self.further is None else 1 + is_another.sum(axis=1)
+        return float(np.mean(100.0 * num_right / counts))
 
     @property
     def num_meeting_themselves(self) -> int:
@@ -60,13 +70,14 @@ class Task:
         else:
             same = np.repeat(self.queries, np.diff(self.bounds)) == self.candidates
             is_there = np.logical_or.reduceat(same, self.bounds[:-1])
-        return int((is_there & (self.queries != self.right)).sum())
+        return int((is_there & (self.queries[:, None] != self.all_right).all(axis=1)).sum())
 
     @property
     def digest(self) -> str:
         """SHA-256 of the inputs, and of the order of queries and candidates; a result belongs to one digest."""
         digest = hashlib.sha256(self.inputs.digest.encode())
-        for indices in (self.queries, self.candidates, self.right if self.bounds is None else self.bounds):
+        further = () if self.further is None else (self.further.reshape(-1),)
+        for indices in (self.queries, self.candidates, self.right if self.bounds is None else self.bounds, *further):
             digest.update(f"{len(indices)} ".encode() + indices.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -116,7 +127,7 @@ class SetResult:
     split: str
     """ind, ood or seen; a seen set tests memory and is left out of every mean."""
     precision_at_1: float
-    """Percentage of queries whose best candidate is the right one."""
+    """Percentage of queries whose best candidate is a right one."""
     chance: float
     """Expected Precision@1 of guessing, in percent."""
     num_queries: int
@@ -128,15 +139,15 @@ class SetResult:
     auc: float | None
     """Probability that a random query's `positive` is above a random query's `hardest_negative`; None as for margin."""
     alignment: float
-    """Mean squared distance of queries and their right candidates."""
+    """Mean squared distance of queries and their most similar right candidates."""
     uniformity: float | None
     """Log of the mean of exp(-2 squared distance) between candidates; None if there is only one candidate."""
     hub_share: float
     """Percentage of queries won by the most frequent best candidate."""
     num_ties: int
-    """Queries in which the most similar wrong candidate is exactly as similar as the right one."""
+    """Queries in which the most similar wrong candidate is exactly as similar as the most similar right one."""
     positive: list[float]
-    """Similarity of each query and its right candidate."""
+    """Similarity of each query and its right candidate, the most similar one of several."""
     hardest_negative: list[float]
     """Similarity of each query and its most similar wrong candidate; -inf where it has none."""
     top: list[list[int]]
@@ -146,6 +157,8 @@ class SetResult:
     queries: list[str]
     """Keys of the queries' inputs."""
     candidates: list[str]
-    """Keys of the inputs of all candidates that `top` and `positives` name."""
+    """Keys of the inputs of all candidates that `top`, `positives` and `further` name."""
+    further: list[list[int]] = field(default_factory=list)
+    """Each query's further right candidates, likewise; an empty list: every query has one right candidate."""
     before_training: float | None = None
     """Precision@1 in percent of the weights that the training started from; None if it is not known."""

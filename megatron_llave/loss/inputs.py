@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_llave.batch import PairBatch, RowsOfRanks, rows_of_ranks
+from megatron_llave.batch import PairBatch, RowsOfRanks, rows_of_ranks, rows_of_targets
 from megatron_llave.loss.ragged import mean_of_rows, pad_rows
 
 
@@ -44,9 +44,7 @@ class PairEmbeddings:
     @property
     def rows_of_targets(self) -> Tensor:
         """[a] row of each target, also where every query has one."""
-        if self.target_rows is not None:
-            return self.target_rows
-        return torch.arange(len(self.query), device=self.query.device)
+        return rows_of_targets(self.target_rows, len(self.query), self.query.device)
 
     @property
     def rows_of_hard(self) -> Tensor:

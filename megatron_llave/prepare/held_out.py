@@ -6,8 +6,8 @@ out depends on the contents alone, not on the names of files, their order or any
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 
@@ -128,45 +128,79 @@ def _hash(kind: bytes, contents: bytes) -> bytes:
     return hashlib.blake2b(contents, digest_size=16, person=kind).digest()
 
 
-def build_sets(pairs: dict[str, list[Pair]], meta_task: str) -> tuple[dict[str, Side], list[EvaluationSet]]:
-    """Make evaluation sets of each subset's held-out pairs, of which there is one for each group.
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """The held-out pairs of a subset."""
 
-    Each query is ranked against the first targets of all of them, of which one is right. So a pair is left out if one
-    of its further targets is the first target of another. In retrieval each first target also is a query, that is
-    ranked against all queries. A subset with fewer than FEWEST_CANDIDATES different targets has no set.
+    chosen: list[Pair]
+    """One of each group."""
+    right: set[tuple[str, str]]
+    """Keys of the query and of each target of all pairs, also of those that are not chosen."""
+    num_left: int
+    """Number of pairs that are not chosen."""
+
+
+def one_of_each_group(pairs: Iterable[Pair], groups: dict[str, bytes]) -> HeldOutPairs:
+    """Choose the first pair of each group; `groups` has the group of each pair by its key."""
+    first: dict[bytes, Pair] = {}
+    right: set[tuple[str, str]] = set()
+    count = 0
+    for count, pair in enumerate(pairs, start=1):
+        first.setdefault(groups[pair.key], pair)
+        query = input_key(pair.query)
+        right |= {(query, input_key(target)) for target in pair.targets}
+    return HeldOutPairs(list(first.values()), right, count - len(first))
+
+
+def build_sets(
+    pairs: dict[str, HeldOutPairs], meta_task: str
+) -> tuple[dict[str, Side], list[EvaluationSet], list[str]]:
+    """Make evaluation sets of each subset's held-out pairs, of which one of each group is chosen.
+
+    Each query is ranked against the first targets of all chosen pairs. Those that are targets of a pair with the same
+    query are right, and the others are wrong. In retrieval each first target also is a query, that is ranked against
+    all queries. A subset with fewer than FEWEST_CANDIDATES different targets has no set.
 
     Returns:
-        The inputs by key, and the sets.
+        The inputs by key, the sets, and a line for each subset with held-out pairs that are in no set.
     """
     inputs: dict[str, Side] = {}
-    sets = []
+    sets: list[EvaluationSet] = []
+    unused = []
     for subset, held_out in pairs.items():
-        firsts = {input_key(pair.target) for pair in held_out}
-        held_out = [pair for pair in held_out if firsts.isdisjoint(_further_keys(pair))]
-        keys = [[input_key(side) for side in (pair.query, pair.target)] for pair in held_out]
-        ways = [(f"{subset}_query_to_target", meta_task, 0, 1), (f"{subset}_target_to_query", meta_task, 1, 0)]
+        keys = [(input_key(pair.query), input_key(pair.target)) for pair in held_out.chosen]
+        if len({target for _, target in keys}) < FEWEST_CANDIDATES:
+            what = "different targets" if len(keys) >= FEWEST_CANDIDATES else "pairs that share no image or text"
+            count, reason = len(keys) + held_out.num_left, f"a set needs at least {FEWEST_CANDIDATES} {what}"
+            unused += [_unused(subset, count, reason)] if count else []
+            continue
+        if held_out.num_left:
+            reason = "they share an image or a text with another one, and a set has one of such pairs"
+            unused.append(_unused(subset, held_out.num_left, reason))
+        ways = [(f"{subset}_query_to_target", keys, held_out.right)]
+        if meta_task == "retrieval":
+            turned = [(target, query) for query, target in keys], {(target, query) for query, target in held_out.right}
+            ways.append((f"{subset}_target_to_query", *turned))
         if subset == CAPTIONS:
-            ways = [("caption_to_image", *ways[0][1:]), ("image_to_caption", *ways[1][1:])]
-        for name, task, source, target in ways[: 2 if meta_task == "retrieval" else 1]:
-            candidates = list(dict.fromkeys(key[target] for key in keys))
-            if len(candidates) < FEWEST_CANDIDATES:
-                continue
-            place = {key: number for number, key in enumerate(candidates)}
-            queries, right = [key[source] for key in keys], [place[key[target]] for key in keys]
-            sets.append(EvaluationSet(name, task, "ind", queries, candidates, right))
-            for pair, key in zip(held_out, keys):
-                inputs |= dict(zip(key, (pair.query, pair.target)))
-    return inputs, sets
+            ways = [(name, *way[1:]) for name, way in zip(("caption_to_image", "image_to_caption"), ways)]
+        sets += [_build_set(name, meta_task, pairs_of_keys, right) for name, pairs_of_keys, right in ways]
+        for pair, key in zip(held_out.chosen, keys):
+            inputs |= dict(zip(key, (pair.query, pair.target)))
+    return inputs, sets, unused
 
 
-def _further_keys(pair: Pair) -> set[str]:
-    """Return the keys of a pair's further targets that are not like the first one."""
-    return {input_key(side) for side in pair.further_targets} - {input_key(pair.target)}
+def _unused(subset: str, count: int, reason: str) -> str:
+    return f"subset {subset}: number of held-out pairs that are in neither training nor a set: {count}; {reason}"
 
 
-def one_of_each_group(pairs: Iterator[Pair], groups: dict[str, bytes]) -> list[Pair]:
-    """Return the first pair of each group; `groups` has the group of each pair by its key."""
-    first: dict[bytes, Pair] = {}
-    for pair in pairs:
-        first.setdefault(groups[pair.key], pair)
-    return list(first.values())
+def _build_set(name: str, meta_task: str, keys: list[tuple[str, str]], right: set[tuple[str, str]]) -> EvaluationSet:
+    """Rank the first of each pair of keys against the second ones of all; `right` has what is right beside its own."""
+    place = {candidate: number for number, candidate in enumerate(dict.fromkeys(candidate for _, candidate in keys))}
+    all_right: dict[str, set[int]] = {}
+    for query, candidate in right:
+        if candidate in place:
+            all_right.setdefault(query, set()).add(place[candidate])
+    positives = [place[candidate] for _, candidate in keys]
+    further = [sorted(all_right[query] - {positive}) for (query, _), positive in zip(keys, positives)]
+    queries = [query for query, _ in keys]
+    return EvaluationSet(name, meta_task, "ind", queries, list(place), positives, further if any(further) else [])

@@ -71,11 +71,13 @@ def write_own_pairs(
     if not sizes:
         raise DataError("the source has no pair for training")
     evaluated: list[EvaluationSet] = []
+    unused: list[str] = []
 
     def write_rest() -> list[dict[str, Any]]:
         """Write evaluation sets and tokenizer; return lines for the report."""
-        skipped, sets = _write_evaluation(rows, held_out, directory, meta_task, options)
+        skipped, sets, lines = _write_evaluation(rows, held_out, directory, meta_task, options)
         evaluated.extend(sets)
+        unused.extend(lines)
         if other is not None:
             copy_tokenizer(other, directory)
         elif options.tokenizer == TRAIN and (
@@ -92,7 +94,7 @@ def write_own_pairs(
     jobs = _make_jobs(rows, held_out, str(directory), options.max_pixels)
     workers = min(options.workers, num_jobs)  # a process more would start for nothing
     made = write_shards(jobs, num_jobs, directory, meta_tasks, workers, options.overwrite, progress, write_rest)
-    return replace(made, evaluation=tuple(evaluated))
+    return replace(made, evaluation=tuple(evaluated), unused=tuple(unused))
 
 
 def _make_jobs(rows: Rows, held_out: HeldOut, directory: str, max_pixels: int) -> Iterator[ShardJob]:
@@ -116,8 +118,8 @@ def _make_jobs(rows: Rows, held_out: HeldOut, directory: str, max_pixels: int) -
 
 def _write_evaluation(
     rows: Rows, held_out: HeldOut, directory: Path, meta_task: str, options: Options
-) -> tuple[list[dict[str, Any]], list[EvaluationSet]]:
-    """Write the evaluation sets and remove older ones; return lines for the report, and the sets."""
+) -> tuple[list[dict[str, Any]], list[EvaluationSet], list[str]]:
+    """Write the evaluation sets and remove older ones; return lines for the report, the sets, and what is unused."""
     remove_evaluation(directory)
     chosen: dict[str, list[SourceRow]] = {}
     groups: dict[str, dict[str, bytes]] = {}
@@ -131,11 +133,11 @@ def _write_evaluation(
     for subset in sorted(chosen):
         job = ShardJob(str(directory), subset, 0, tuple(chosen[subset]), False, options.max_pixels)
         pairs[subset] = one_of_each_group(read_pairs(job, skipped), groups[subset])
-    inputs, sets = build_sets(pairs, meta_task)
+    inputs, sets, unused = build_sets(pairs, meta_task)
     if sets:
         write_evaluation(directory, inputs, sets)
     elif options.held_out:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(line["reason"] for line in skipped).items())
         hint = f"mend them, or choose another --held-out than {options.held_out}"
         raise DataError(f"no subset has enough held-out pairs that can be read ({reasons or 'too few'}); {hint}")
-    return skipped, sets
+    return skipped, sets, unused

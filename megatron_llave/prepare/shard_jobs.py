@@ -107,6 +107,8 @@ class Prepared:
     """For each subset, how many of its images had transparency, more than 8 bits per channel, or one colour."""
     evaluation: tuple[EvaluationSet, ...] = ()
     """The evaluation sets of held-out pairs."""
+    unused: tuple[str, ...] = ()
+    """A line for each subset with held-out pairs that are in no evaluation set."""
 
 
 def check_arguments(workers: int, max_pixels: int) -> None:

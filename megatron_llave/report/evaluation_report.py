@@ -29,7 +29,7 @@ from megatron_llave.report.provenance import about_section, head_line
 
 COLUMNS = ("data set", "Precision@1", "before training", "chance", "meta-task", "split", "queries", "candidates")
 """The scores come first, so that a narrow screen shows them."""
-LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "queries", "candidates")
+LONG_LISTS = ("positive", "hardest_negative", "top", "positives", "further", "queries", "candidates")
 DIAGNOSTICS = (
     *("data set", "positive", "hardest negative", "margin", "AUC", "overlap"),
     *("alignment", "uniformity", "hub (%)", "ties"),
@@ -243,7 +243,8 @@ def _panel(
     for query in queries:
         right = result.positives[query]
         best = (result.top[query] + [-1] * shown)[:shown] + [right] * with_right
-        candidates = [(inputs[result.candidates[index]], index == right) if index >= 0 else None for index in best]
+        all_right = {right, *(result.further[query] if result.further else ())}
+        candidates = [(inputs[result.candidates[index]], index in all_right) if index >= 0 else None for index in best]
         rows.append(Row(inputs[result.queries[query]], candidates))
     headings = (*map(str, range(1, shown + 1)), *["right"] * with_right)
     return Panel(result.name, f"{result.meta_task}, {result.split}, {score}", rows, headings)

@@ -27,7 +27,7 @@ class Row:
 
     query: Side
     candidates: list[tuple[Side, bool] | None]
-    """One per heading of the panel: (candidate, whether it is the right one), or None for an empty place."""
+    """One per heading of the panel: (candidate, whether it is right), or None for an empty place."""
 
 
 @dataclass(frozen=True)

@@ -78,21 +78,27 @@ def test_every_input_of_the_shards_is_read_once(shards: Path, names: list[str]) 
     assert sides["trees/target/3"].text == "trees 3" and sides["birds/query/2"].text == "qqq"
 
 
-def test_a_pair_that_cannot_be_read_is_not_counted(shards: Path, names: list[str], tmp_path: Path, caplog) -> None:
-    """One whose checksum is wrong, and one without a query, which has no checksum, as in older shards."""
+def test_a_pair_that_cannot_be_read_is_not_counted(
+    shards: Path, names: list[str], tmp_path: Path, caplog, monkeypatch
+) -> None:
+    """One with a wrong checksum; one without a query and one whose id is a number, neither of which has a checksum."""
     folder = shutil.copytree(shards, tmp_path / "shards")
     path = folder / "birds-000000.tar"
     damaged = path.read_bytes().replace(b'"text":"qqq"', b'"text":"qqr"')
     path.write_bytes(re.sub(rb'"query":({"id":"3".*?)"json_crc32"', rb'"quary":\1"json_crc99"', damaged))
-    gone = {"birds/query/2", "birds/query/3", "birds/target/3"}
+    path.write_bytes(re.sub(rb'("query":{"id":)"5",(.*?)"json_crc32"', rb'\1  5,\2"json_crc99"', path.read_bytes()))
+    gone = {"birds/query/2", "birds/query/3", "birds/target/3", "birds/query/5"}
     assert {name for name, _ in read_shard_inputs(folder)} == {*names} - gone
+    checksum, malformed, number = caplog.messages
+    assert number.endswith("subset, query.id and target.id must be strings, not ('birds', 5, '5')")
     caplog.clear()
-    assert count_shard_inputs(folder) == (61, 0)
-    checksum, malformed = caplog.messages
+    assert count_shard_inputs(folder) == (60, 0)
+    monkeypatch.setenv("RANK", "1")
+    assert len(list(read_shard_inputs(folder))) == 60 and not caplog.messages, "only the first rank says it, once"
     assert re.fullmatch(
         f"left out {path}: sample p2: its .json member is not what its checksum was made of.*", checksum
     )
-    assert re.fullmatch(f"left out {path}: sample p3: its .json member is malformed; prepare_data.py.*", malformed)
+    assert malformed == f"left out {path}: sample p3, query: a side must be an object with text and images"
 
 
 def config(shards: Path, stored: Path, **loss: object) -> RunConfig:

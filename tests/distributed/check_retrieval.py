@@ -46,15 +46,15 @@ def main() -> None:
     for make in (ordinary_case, tied_case):
         generator = torch.Generator().manual_seed(1)
         queries, candidates = make(generator)
-        positives = torch.randint(CANDIDATES, (QUERIES,), generator=generator)
+        positives = torch.randint(CANDIDATES, (QUERIES, 3), generator=generator)
         for edges in boundaries(world):
-            for k, chunk in ((1, 1024), (5, 7), (100, 16), (300, 1)):
+            for k, chunk, right in ((1, 1024, 0), (5, 7, 0), (100, 16, 0), (300, 1, 0), (5, 7, slice(None))):
                 mine = candidates[edges[rank] : edges[rank + 1]]
                 offset = edges[rank]
-                ranking = rank_candidates(queries, mine, positives, k, offset, dist.group.WORLD, chunk)
-                expected = rank_candidates(queries, candidates, positives, k)
+                ranking = rank_candidates(queries, mine, positives[:, right], k, offset, dist.group.WORLD, chunk)
+                expected = rank_candidates(queries, candidates, positives[:, right], k)
                 assert_equal(ranking, expected, f"{make.__name__}, shards {edges}, k {k}, chunk {chunk}")
-    no_queries = rank_candidates(queries[:0], candidates[:rank], positives[:0], 3, 0, dist.group.WORLD)
+    no_queries = rank_candidates(queries[:0], candidates[:rank], positives[:0, 0], 3, 0, dist.group.WORLD)
     assert no_queries.top.shape == (0, 3)
     dist.destroy_process_group()
     print(f"rank {rank} of {world}: all rankings equal", flush=True)

@@ -10,6 +10,7 @@ from run_ranks import run_ranks
 
 from megatron_llave.evaluation import ranking
 from megatron_llave.evaluation.ranking import rank_candidates
+from megatron_llave.evaluation.ranking import similarities as ranking_similarities
 from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
 
 CHECK = Path(__file__).parents[1] / "distributed" / "check_retrieval.py"
@@ -38,6 +39,18 @@ def test_ranks_like_a_stable_sort_in_numpy(distinct):
     np.testing.assert_allclose(ranking.positive.numpy(), exact[rows, positives.numpy()], atol=6e-8)
     exact[rows, positives.numpy()] = -np.inf
     np.testing.assert_allclose(ranking.hardest_negative.numpy(), exact.max(axis=1), atol=6e-8)
+
+
+def test_of_several_right_candidates_the_most_similar_one_counts():
+    queries, candidates, first = random_case(40, 400, 24, 90)
+    positives = torch.stack([first, (first + 7) % 400, first], dim=1)  # one is given twice
+    ranking = rank_candidates(queries, candidates, positives, 5, chunk=17)
+    exact = ranking_similarities(queries, candidates).numpy()
+    rows = np.arange(40)[:, None]
+    np.testing.assert_array_equal(ranking.positive.numpy(), exact[rows, positives.numpy()].max(axis=1))
+    exact[rows, positives.numpy()] = -np.inf
+    np.testing.assert_array_equal(ranking.hardest_negative.numpy(), exact.max(axis=1))
+    assert torch.equal(ranking.top, rank_candidates(queries, candidates, first, 5).top)
 
 
 def test_all_candidates_equal_gives_the_indices_in_order():

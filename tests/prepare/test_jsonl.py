@@ -14,9 +14,10 @@ from megatron_llave.batch import Pair, Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.evaluation.benchmarks.prepared import read_evaluation
 from megatron_llave.planning.pair_lengths import read_kinds
 from megatron_llave.prepare import audit, jsonl, own_pairs, shard_jobs, source_sides
-from megatron_llave.prepare.held_out import build_sets
+from megatron_llave.prepare.held_out import build_sets, one_of_each_group
 from megatron_llave.prepare.own_pairs import Options
 from megatron_llave.prepare.shard_jobs import make_id
 
@@ -98,15 +99,55 @@ def test_several_targets_and_scores_come_back(tmp_path):
     assert not [problem for _, check in audit.verify(tmp_path / "out") for problem in check.problems]
 
 
+def check_right_answers(inputs, made, answers):
+    """Each query has each of its answers that is a candidate as a right one, its first answer first, and no other."""
+    candidates = [inputs[key].text for key in made.candidates]
+    for key, first, more in zip(made.queries, made.positives, made.further, strict=True):
+        texts = answers[inputs[key].text]
+        assert candidates[first] == texts[0] and first not in more
+        assert {candidates[number] for number in [first, *more]} == {*texts} & {*candidates}
+
+
 def test_no_right_answer_is_a_wrong_candidate_of_a_held_out_query():
-    """A class may be the further target of one pair and the first of another; the first query has two right answers."""
-    answers = [["cat", "dog"], ["dog", "dog"], ["bird", "fish"], ["cow"]]
+    """A class may be the further target of one pair and the first of another, or the target of a pair left out."""
+    answers = [["cat", "dog"], ["dog", "dog"], ["bird", "fish"], ["cow"], ["cow"]]
     sides = [[Side(text, []) for text in texts] for texts in answers]
-    pairs = [Pair(f"p{i}", "vqa", Side(f"q{i}", []), *side[:1], "q", "t") for i, side in enumerate(sides)]
+    pairs = [Pair(f"p{i}", "vqa", Side(f"q{i % 4}", []), *side[:1], "q", "t") for i, side in enumerate(sides)]
     pairs = [replace(pair, further_targets=side[1:]) for pair, side in zip(pairs, sides)]
-    inputs, (made,) = build_sets({"vqa": pairs}, "vqa")
-    assert [inputs[key].text for key in made.queries] == ["q1", "q2", "q3"] and made.positives == [0, 1, 2]
-    assert [inputs[key].text for key in made.candidates] == ["dog", "bird", "cow"]
+    held_out = one_of_each_group(pairs, {pair.key: pair.query.text.encode() for pair in pairs})
+    inputs, (made,), (unused,) = build_sets({"vqa": held_out}, "vqa")
+    assert [inputs[key].text for key in made.candidates] == ["cat", "dog", "bird", "cow"]
+    assert len(made.queries) == 4
+    check_right_answers(inputs, made, {"q0": ["cat", "dog", "cow"], "q1": ["dog"], "q2": ["bird"], "q3": ["cow"]})
+    assert unused.startswith("subset vqa: number of held-out pairs that are in neither training nor a set: 1; they")
+
+
+@pytest.mark.parametrize("num_single", [0, 30])
+def test_classes_of_pairs_with_several_labels_all_stay_candidates(tmp_path, num_single):
+    """200 pairs of eight classes, most or all of which have two labels."""
+    answers = {f"photo {i}": [f"class {i % 8}", f"class {(i + 3) % 8}"][: 2 - (i < num_single)] for i in range(200)}
+    lines = [{"query": {"text": q}, "target": [{"text": label} for label in labels]} for q, labels in answers.items()]
+    source = write_lines(tmp_path / "labels.jsonl", *lines)
+    made = prepare([source], tmp_path / "out", meta_task="classification", held_out=0.2)
+    assert len(pairs_of(tmp_path / "out")["labels"]) == 160 and not made.unused
+    inputs, (described,) = read_evaluation(tmp_path / "out")
+    assert len(described.queries) == 40 and len(described.candidates) == 8
+    check_right_answers(inputs, described, answers)
+    assert described.chance == 25 if not num_single else 12.5 < described.chance < 25
+
+
+def test_pairs_that_are_in_neither_training_nor_a_set_are_told(tmp_path):
+    """Subset tiny is a ring of pairs with common targets, and of each two neighbours in the other one is left out."""
+    lines = [text_pair(i, target=[{"text": f"t{i // 2}"}, {"text": f"u{i}"}], subset="even") for i in range(60)]
+    ring = [[{"text": f"r{i}"}, {"text": f"r{(i + 1) % 6}"}] for i in range(6)]
+    lines += [text_pair(60 + i, target=targets, subset="tiny") for i, targets in enumerate(ring)]
+    made = prepare([write_lines(tmp_path / "x.jsonl", *lines)], tmp_path / "out", held_out=0.9)
+    told = dict(re.fullmatch(r"subset (\w+): number .* nor a set: (\d+); .*", line).groups() for line in made.unused)
+    trained = {name: len(pairs) for name, pairs in pairs_of(tmp_path / "out").items()}
+    assert {held_out.name for held_out in made.evaluation} == {"even_query_to_target", "even_target_to_query"}
+    assert trained["even"] + len(made.evaluation[0].queries) + int(told["even"]) == 60
+    assert trained.get("tiny", 0) == 0 and told["tiny"] == "6"
+    assert made.unused[1].endswith("6; a set needs at least 2 pairs that share no image or text")
 
 
 def test_frames_of_a_video_are_one_input(tmp_path):

@@ -301,6 +301,14 @@ def test_worst_mistakes_come_first_and_right_queries_never():
         [(INPUTS["c2"], False), (INPUTS["c0"], True)],
         [(INPUTS["c1"], False), (INPUTS["c0"], True)],
     ]
+    several = replace(result, further=[[], [2], [1, 2], []])
+    [panel] = evaluation_report.example_panels([several], INPUTS, per_set=4, k=2)
+    assert [[is_right for _, is_right in row.candidates] for row in panel.rows] == [
+        [False, True],
+        [True, True],
+        [True, True],
+        [True, False],
+    ]
     padded = evaluation_report.mistake_panels([result], INPUTS, per_set=9)[0].rows
     assert len(padded) == 3 and padded[0].candidates[2:] == [None, None, (INPUTS["c0"], True)]
     assert evaluation_report.mistake_panels([set_result(hardest_negative=[0.1, -math.inf])], INPUTS) == []

@@ -95,6 +95,8 @@ def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, t
     (tmp_path / "bad.png").write_bytes(image[: len(image) // 2])
     texts = [f"{i}" for i in range(1, 599)] + ["x" * 599]  # more than a part
     lines = [{"id": f"t{i}", "text": text} for i, text in enumerate(texts, 1)] + [{"id": "bad", "image": "bad.png"}]
+    Image.new("RGB", (8, 8)).save(tmp_path / "dull.png")
+    lines.append({"id": "dull", "image": "dull.png"})
     inputs, npy = tmp_path / "in.jsonl", tmp_path / "out.npy"
     inputs.write_text("\ufeff\n" + "\n\n".join(map(json.dumps, lines)))
     command = [TOOL, "--checkpoint", model, "--jsonl", inputs, "--out", npy]
@@ -104,17 +106,19 @@ def test_a_bad_image_costs_itself_alone_and_the_command_continues(model: Path, t
     assert (
         f"what is embedded stays in {npy}.parts for the same command; --skip-bad leaves such inputs out" in done.stderr
     )
-    parts = {path: path.stat().st_mtime_ns for path in Path(f"{npy}.parts").rglob("part-*.npy")}
-    assert parts and not npy.exists()
+    before = {path: np.load(path) for path in Path(f"{npy}.parts").rglob("part-*.npy")}
+    assert before and not npy.exists()
     done = run_script(*command, "--skip-bad")
     assert done.returncode == 0, done.stderr
-    assert f"1 of 600 inputs were left out: {npy}.skipped.jsonl" in done.stdout
+    assert f"1 of 601 inputs were left out: {npy}.skipped.jsonl" in done.stdout
+    left = 601 - sum(map(len, before.values()))
+    assert 0 < left < 601 and f"noticed in the {left} inputs embedded now: 1 x image of one colour" in done.stderr
     (skipped,) = [json.loads(line) for line in Path(f"{npy}.skipped.jsonl").read_text().splitlines()]
     assert skipped["id"] == "bad" and "not a readable image" in skipped["problem"]
-    assert (tmp_path / "out.ids").read_text().split() == [line["id"] for line in lines[:-1]]
+    assert (tmp_path / "out.ids").read_text().split() == [line["id"] for line in lines if line["id"] != "bad"]
     rows = np.load(npy)
-    assert rows.shape == (599, 64) and not Path(f"{npy}.parts").exists()
-    np.testing.assert_allclose(rows[[0, -1]], load_model(model).embed([texts[0], texts[-1]]), atol=1e-5)
+    assert rows.shape == (600, 64) and not Path(f"{npy}.parts").exists()
+    np.testing.assert_allclose(rows[[0, -2]], load_model(model).embed([texts[0], texts[-1]]), atol=1e-5)
 
 
 def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -77,6 +77,11 @@ def test_jsonl_holds_out_makes_a_tokenizer_and_says_what_comes_next(tmp_path, ca
     assert status == 0 and ["a_query_to_target", "retrieval", "3", "3", "33.3"] in cells(printed)
     assert ["a", "retrieval", "27", "1", "0.0"] in cells(printed)
     assert printed.splitlines()[-1] == f"next: {prepare_data.NEXT.format(out)}"
+    assert "nor a set" not in printed
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("\n".join([line for line in lines for _ in range(2)]))
+    status, printed, _ = run(capsys, "jsonl", "--source", twice, "--out", tmp_path / "more", "--held-out", 0.1)
+    assert "subset twice: number of held-out pairs that are in neither training nor a set: 3; they share" in printed
     trained = (out / "tokenizer.model").read_bytes()
     status, printed, err = run(capsys, "tokenizer", "--source", out)
     assert (status, printed) == (2, "") and "tokenizer.model exists already" in err

@@ -7,7 +7,7 @@ The folder's `eval/` holds each different input once in WebDataset tars, `inputs
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ INPUTS_PER_SHARD = 5000
 
 @dataclass
 class EvaluationSet:
-    """A set as sets.json describes it: queries, the candidates that all of them share, and which candidate is right."""
+    """A set as sets.json describes it: queries, the candidates that all of them share, and which ones are right."""
 
     name: str
     """Unique among the sets of one folder."""
@@ -46,6 +46,14 @@ class EvaluationSet:
     """Keys of inputs."""
     positives: list[int]
     """Each query's right candidate, as an index into `candidates`."""
+    further: list[list[int]] = field(default_factory=list)
+    """Each query's further right candidates, likewise; an empty list: every query has one right candidate."""
+
+    @property
+    def chance(self) -> float:
+        """Expected Precision@1 of guessing, in percent."""
+        num_right = len(self.queries) + sum(map(len, self.further))
+        return 100.0 * num_right / len(self.queries) / len(self.candidates)
 
 
 def input_key(side: Side) -> str:
@@ -82,7 +90,7 @@ def write_evaluation(directory: str | Path, inputs: dict[str, Side], sets: list[
         "format": FORMAT,
         "version": VERSION,
         "inputs": [asdict(shard) for shard in shards],
-        "sets": [asdict(described) for described in sets],
+        "sets": [{k: v for k, v in asdict(described).items() if v or k != "further"} for described in sets],
     }
     write_json(path, value)
 
@@ -141,8 +149,12 @@ def build_tasks(inputs: dict[str, Side], sets: Sequence[EvaluationSet], folder: 
         queries, candidates = (
             np.array([number_of[key] for key in names], np.int64) for names in (chosen.queries, chosen.candidates)
         )
-        right = candidates[chosen.positives]
-        tasks.append(Task(chosen.name, chosen.meta_task, chosen.split, shared, queries, candidates, right))
+        most = max(map(len, chosen.further), default=0)
+        rows = [[first, *more] + [first] * (most - len(more)) for first, more in zip(chosen.positives, chosen.further)]
+        right, further = candidates[chosen.positives], candidates[np.array(rows)[:, 1:]] if most else None
+        tasks.append(
+            Task(chosen.name, chosen.meta_task, chosen.split, shared, queries, candidates, right, further=further)
+        )
     return tasks
 
 
@@ -163,8 +175,9 @@ def read_tasks(directory: str | Path, names: Sequence[str] = ()) -> list[Task]:
 
 def _parse_set(value: dict[str, Any]) -> EvaluationSet:
     lists = {field: list(value[field]) for field in ("queries", "candidates", "positives")}
-    if not all(type(positive) is int for positive in lists["positives"]):
-        raise TypeError(f"positives of {value['name']!r} must be integers")
+    lists["further"] = [list(numbers) for numbers in value.get("further", [])]
+    if not all(type(positive) is int for positive in chain(lists["positives"], *lists["further"])):
+        raise TypeError(f"further right candidates and positives of {value['name']!r} must be integers")
     if not all(isinstance(key, str) for key in (*lists["queries"], *lists["candidates"])):
         raise TypeError(f"queries and candidates of {value['name']!r} must be strings")
     return EvaluationSet(str(value["name"]), str(value["meta_task"]), str(value["split"]), **lists)
@@ -188,10 +201,15 @@ def _check_sets(path: Path, inputs: dict[str, Side], sets: list[EvaluationSet]) 
             raise DataError(f"{where} has {counts}; none may be 0")
         if len(described.positives) != len(described.queries):
             raise DataError(f"{where} has {len(described.queries)} queries but {len(described.positives)} positives")
+        if described.further and len(described.further) != len(described.queries):
+            counts = f"{len(described.queries)} queries but {len(described.further)} lists of further right candidates"
+            raise DataError(f"{where} has {counts}")
         for key in chain(described.queries, described.candidates):
             if key not in inputs:
                 raise DataError(f"{where} names input {key!r}, which is in no inputs tar; make the folder again")
-        for number, positive in enumerate(described.positives):
+        for number, positive in chain(
+            enumerate(described.positives), ((n, right) for n, more in enumerate(described.further) for right in more)
+        ):
             if not 0 <= positive < len(described.candidates):
                 limit = f"candidates go from 0 to {len(described.candidates) - 1}"
                 raise DataError(f"{where}: positive {positive} of query {number} is out of range; {limit}")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,11 +13,13 @@ from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import (
     EvaluationSet,
+    build_tasks,
     input_key,
     read_evaluation,
     read_tasks,
     write_evaluation,
 )
+from megatron_llave.evaluation.scoring import score_task
 from megatron_llave.evaluation.task import build_task
 
 
@@ -53,11 +56,41 @@ def test_round_trip(tmp_path):
     assert [task.name for task in read_tasks(tmp_path, ["again"])] == ["again"]
     assert len(read_tasks(tmp_path, ["again"])[0].inputs) == 3
     assert [task.num_meeting_themselves for task in tasks] == [0, 0], "a query that is its own right candidate"
+    assert "further" not in json.loads((tmp_path / "eval/sets.json").read_text())["sets"][0]
     edit(tmp_path, lambda value: value["sets"][1].update(positives=[1]))
     assert [task.num_meeting_themselves for task in read_tasks(tmp_path)] == [0, 1]
     a, b, c = map(Input, "abc")
     rows = [(a, [b, c]), (a, [b, a]), (a, [a, b]), (c, [c])]
     assert build_task("lists", "retrieval", "ind", rows, ".").num_meeting_themselves == 1
+
+
+def test_queries_may_have_several_right_candidates(tmp_path, groups):
+    sides = {text: Side(text, []) for text in ("p", "q", "r", "a", "b", "c", "d")}
+    inputs = {input_key(side): side for side in sides.values()}
+    keys = list(inputs)
+    described = EvaluationSet("labels", "classification", "ind", keys[:3], keys[3:], [0, 0, 1], [[1, 2], [], [3]])
+    write_evaluation(tmp_path, inputs, [described])
+    assert read_evaluation(tmp_path) == (inputs, [described])
+    [task] = read_tasks(tmp_path)
+    assert task.chance == described.chance == 50.0 and task.num_meeting_themselves == 0
+    single = build_tasks(inputs, [dataclasses.replace(described, further=[])])[0]
+    assert single.digest != task.digest and single.chance == 25.0
+    # Similarities to a, b, c, d: the most similar candidates are c, which is right; b, which is wrong; and d.
+    candidates = np.eye(4, dtype=np.float32)
+    queries = np.array([[0.1, 0.5, 0.8, 0.3], [0.5, 0.8, 0.1, 0.3], [0.5, 0.1, 0.3, 0.8]], np.float32)
+    rows = np.concatenate([queries, candidates])
+    result = score_task(task, rows.__getitem__, "strict", groups.dp)
+    assert result.precision_at_1 == pytest.approx(200 / 3)
+    assert result.positive == pytest.approx([0.8, 0.5, 0.8]) and result.hardest_negative == pytest.approx(
+        [0.3, 0.8, 0.5]
+    )
+    named = [[result.candidates[place].split()[-1] for place in places] for places in result.further]
+    assert [sorted({*more, result.candidates[first].split()[-1]}) for more, first in zip(named, result.positives)] == [
+        ["a", "b", "c"],
+        ["a"],
+        ["b", "d"],
+    ]
+    assert score_task(single, rows.__getitem__, "strict", groups.dp).precision_at_1 == 0
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path):
@@ -82,6 +115,8 @@ def test_key_tells_inputs_apart():
         ({"positives": [0, 2]}, "set 'colour': positive 2 of query 1 is out of range.*0 to 1"),
         ({"positives": [0, -1]}, "positive -1"),
         ({"positives": [0]}, "2 queries but 1 positives"),
+        ({"further": [[1]]}, "2 queries but 1 lists of further right candidates"),
+        ({"further": [[], [2]]}, "set 'colour': positive 2 of query 1 is out of range"),
         ({"queries": [], "positives": []}, "set 'colour' has 0 queries and 2 candidates"),
         ({"candidates": []}, "2 queries and 0 candidates"),
         ({"split": "test"}, "split 'test'"),
@@ -126,6 +161,8 @@ def test_missing_or_damaged_files(tmp_path):
     [
         (lambda value: value["sets"].clear(), "holds no evaluation set"),
         (lambda value: value["sets"][0].pop("split"), "malformed.*split"),
+        (lambda value: value["sets"][0].update(further=[["0"], []]), "malformed.*further .* of 'colour'"),
+        (lambda value: value["sets"][0].update(further=[1, 0]), "malformed"),
         (lambda value: value["sets"][0].update(positives=["0", 1]), "malformed.*positives of 'colour'"),
         (
             lambda value: value["sets"][0].update(queries=[{"a": 1}, []]),
