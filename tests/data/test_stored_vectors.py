@@ -12,6 +12,7 @@ import torch
 from letters import Letters
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.checks import require_effects
 from megatron_llave.config.data import DataConfig, SubsetConfig
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.loss import LossConfig
@@ -206,7 +207,7 @@ def test_their_cosines_are_the_scores_of_soft_labels(shards: Path, names: list[s
 def test_the_keys_go_together() -> None:
     def refused(loss: dict, match: str) -> None:
         with pytest.raises(ConfigError, match=match):
-            config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}, "loss": loss})
+            require_effects(config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}, "loss": loss}))
 
     refused({"reward": "stored"}, "^loss.reward=stored need loss.stored_embeddings, a file or folder made by")
     refused({"reward": "ema", "stored_embeddings": "x.npy"}, "^loss.stored_embeddings=x.npy is used by loss.reward or")
