@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"adapters for PEFT: {args.out}")
     else:
         size = 5.0 if args.shard_size is None else args.shard_size
-        require(size > 0, f"--shard-size {size} must be a positive number of gigabytes")
+        require(0 < size < 1e6, f"--shard-size {size:g} must be a number of gigabytes above 0 and below a million")
         options = (args.format, args.dtype, args.average, int(size * 1e9), args.base)
         notes = hf.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))

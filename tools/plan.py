@@ -33,6 +33,8 @@ from megatron_llave.planning.plan import (
 from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
+MOST = 1_000_000
+"""The largest number of GPUs, and of tiles of a side, that is planned for."""
 DOUBLINGS = 5
 """How often the number of GPUs is doubled in the search for one that fits."""
 
@@ -53,7 +55,7 @@ def main() -> None:
     with exit_with_one_line():
         args = parser.parse_args()
         quiet_dependencies()
-        require(args.gpus >= 1, f"--gpus {args.gpus} must be at least 1")
+        require(1 <= args.gpus <= MOST, f"--gpus {args.gpus} must be at least 1 and at most {MOST}")
         require(0 < args.gpu_memory < 1e6, f"--gpu-memory {args.gpu_memory:g} must be gigabytes of one GPU, such as 80")
         data = [f"data.path={args.data}"] if args.data else []
         cfg = load_config(args.config, [*args.overrides, *data])
@@ -78,8 +80,12 @@ def pairs_of(args: argparse.Namespace, cfg: RunConfig) -> tuple[list[Kind], str]
         require(args.pair_tiles is None, "--pair-tiles needs --pair-tokens")
         return mmeb_like(cfg), "pairs like MMEB's"
     tiles = args.pair_tiles or [0, 0]
-    ok = min(args.pair_tokens) >= 1 and min(tiles) >= 0 and max(args.pair_tokens) <= cfg.data.max_length
-    require(ok, f"--pair-tokens must be 1 to data.max_length={cfg.data.max_length}, --pair-tiles 0 or more")
+    ok = (
+        min(args.pair_tokens) >= 1
+        and 0 <= min(tiles) <= max(tiles) <= MOST
+        and max(args.pair_tokens) <= cfg.data.max_length
+    )
+    require(ok, f"--pair-tokens must be 1 to data.max_length={cfg.data.max_length}, --pair-tiles 0 to {MOST}")
     of_tiles = [family_of(cfg.model).cost.of_tiles(cfg.model, number) for number in tiles]
     sides = [SideShape(t, min(t, v), k, n) for t, k, (v, n) in zip(args.pair_tokens, tiles, of_tiles)]
     return [Kind(1, [(sides[0], sides[1])])], "--pair-tokens"

@@ -25,6 +25,8 @@ from megatron_llave.planning.preflight import Needs, Node, describe_nodes, find_
 from megatron_llave.training.logger import quiet_dependencies
 
 GIB = 2**30
+MOST_MEGABYTES = 100_000
+"""More than any GPU holds; the disk would only be filled."""
 WIDTH = 140
 """Characters of the table: output that goes to a file must not be cut."""
 
@@ -37,7 +39,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, overrides of the file")
     with exit_with_one_line():
         args = parser.parse_args()
-        require(args.megabytes >= 1, f"--megabytes {args.megabytes} must be at least 1")
+        require(
+            1 <= args.megabytes <= MOST_MEGABYTES,
+            f"--megabytes {args.megabytes} must be at least 1 and at most {MOST_MEGABYTES}",
+        )
         cfg = load_config(args.config, args.overrides)
         quiet_dependencies()
         cpu_emulation.enable()

@@ -21,6 +21,9 @@ from megatron_llave.study.run_folder import Plan, is_finished
 from megatron_llave.study.variants import STUDIES, Run, Study, plan
 from megatron_llave.study.write_up import write_up
 
+MOST_PROCESSES = 10_000
+"""The largest number of processes at a time."""
+
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
@@ -67,6 +70,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Check the arguments and run the study; returns the exit status."""
     require(args.out != "" and "${" not in args.out, f"--out {args.out!r} is no name for a folder of runs")
+    require(args.processes <= MOST_PROCESSES, f"--processes {args.processes} must be at most {MOST_PROCESSES}")
     wrong = f"--per-run {args.per_run} is no number from 1 to --processes {args.processes}"
     require(args.processes >= args.per_run >= 1, wrong)
     cfg, out = load_config(args.config, args.overrides), Path(args.out).absolute()

@@ -5,15 +5,17 @@ by convert/peft_folders.py and merge.py.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.merged_parts import describe_parts
 from megatron_llave.checkpoint.pretrained import BASE, Base, read_base
 from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.schema import RunConfig
@@ -49,6 +51,7 @@ def write_adapters(
     adapters: Sequence[HfAdapter],
     base: Base,
     write_assets: Callable[[Path], object],
+    more: Mapping[str, Any] = {},
 ) -> None:
     """Write a checkpoint of adapters alone, which a run can start from.
 
@@ -59,6 +62,7 @@ def write_adapters(
         adapters: all that cfg.lora.targets names.
         base: the weights that they are for.
         write_assets: is called with the folder of the assets, which it makes and fills, but for BASE.
+        more: further keys of the manifest.
 
     Raises:
         CheckpointError: `out` exists or cannot be written. No partial folder is left.
@@ -76,7 +80,7 @@ def write_adapters(
         write_assets(folder / folders.ASSETS)
         (folder / folders.ASSETS / BASE).unlink(missing_ok=True)  # it may be a link
         write_json(folder / folders.ASSETS / BASE, asdict(base))
-        folders.write_manifest(folder, 0, None)
+        folders.write_manifest(folder, 0, None, more)
 
 
 def merge_adapter_checkpoints(
@@ -112,6 +116,7 @@ def merge_adapter_checkpoints(
     other = [folder for folder, base in zip(sources, bases) if base.sha256 != bases[0].sha256]
     if other:
         raise CheckpointError(f"{other[0]} and {sources[0]} hold adapters for different weights")
+    described = describe_parts(sources, shares, cfgs)
     rank = sum(cfg.lora.rank for cfg in cfgs)
     parts = [
         {adapter.module: adapter for adapter in read_adapters(folder, cfg, groups)}
@@ -124,4 +129,4 @@ def merge_adapter_checkpoints(
         adapters.append(HfAdapter(module, torch.cat([a.down.float() for a in every]), up, 1.0))
     cfg = replace(cfgs[0], lora=replace(first, rank=rank, alpha=float(rank)))
     copy = partial(shutil.copytree, sources[0] / folders.ASSETS, copy_function=folders.link)
-    write_adapters(out, cfg, groups, adapters, bases[0], copy)
+    write_adapters(out, cfg, groups, adapters, bases[0], copy, described)

@@ -11,7 +11,7 @@ replacing `latest` atomically. A save that is killed leaves the previous checkpo
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -91,7 +91,7 @@ def finish(partial: Path, final: Path, step: int, layout: dict[str, int]) -> Non
     _point_to(final)
 
 
-def write_manifest(folder: Path, step: int, layout: dict[str, int] | None) -> None:
+def write_manifest(folder: Path, step: int, layout: dict[str, int] | None, more: Mapping[str, Any] = {}) -> None:
     """Write what `require_complete` compares: size of every file, and SHA-256 of the small ones.
 
     Large files are only those with tensors, each of which has a checksum of its own (safe_reads.py).
@@ -100,12 +100,13 @@ def write_manifest(folder: Path, step: int, layout: dict[str, int] | None) -> No
         folder: a checkpoint, complete but for its manifest.
         step: steps that were done.
         layout: the parallel layout that a run can resume at; None: a checkpoint of weights alone.
+        more: further keys, such as that of merged_parts.py.
     """
     files = {str(path.relative_to(folder)): path for path in _files(folder) if path != folder / MANIFEST}
     sizes = {name: _size(path) for name, path in files.items()}
     hashes = {name: sha256_of(files[name]) for name, size in sizes.items() if size <= SMALL}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "layout": layout, "programs": program_versions()}
-    write_json(folder / MANIFEST, manifest | {"files": sizes, "sha256": hashes})
+    write_json(folder / MANIFEST, {**manifest, **more, "files": sizes, "sha256": hashes})
 
 
 def _point_to(final: Path) -> None:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.adapters import merge_adapter_checkpoints
+from megatron_llave.checkpoint.merged_parts import describe_parts
 from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.checks import require_same_model
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
 from megatron_llave.models import model_without_memory
+
+MOST = 1000
+"""The largest absolute share of a checkpoint."""
 
 
 def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: ProcessGroupCollection) -> Path:
@@ -43,6 +47,11 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     require(len(parts) >= 2, "a merge needs at least two checkpoints")
     ok = all(map(math.isfinite, shares)) and abs(sum(shares) - 1) < 1e-6
     require(ok, f"shares {', '.join(f'{share:g}' for share in shares)} must add up to 1, not {sum(shares):g}")
+    largest = max(shares, key=abs)
+    require(
+        abs(largest) <= MOST,
+        f"share {largest:g} is too large: the mean would be of rounding errors; at most {MOST} is possible",
+    )
     sources = [folders.find(path) for path, _ in parts]
     cfgs = [folders.saved_config(folder) for folder in sources]
     for folder, cfg in zip(sources[1:], cfgs[1:]):
@@ -54,6 +63,7 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
     if any(cfg.lora.rank for cfg in cfgs):
         merge_adapter_checkpoints(sources, shares, [cfg, *cfgs[1:]], Path(out), groups)
         return Path(out)
+    described = describe_parts(sources, shares, cfgs)
     embedder = model_without_memory(cfg.model, groups)
     streams = [
         read_weights(folder, model_without_memory(part_cfg.model, groups), groups)
@@ -74,7 +84,7 @@ def merge(parts: Sequence[tuple[str | Path, float]], out: str | Path, groups: Pr
         write_weights(folder, cfg, embedder, groups, read)
         if (sources[0] / folders.ASSETS).is_dir():
             shutil.copytree(sources[0] / folders.ASSETS, folder / folders.ASSETS, copy_function=folders.link)
-        folders.write_manifest(folder, 0, None)
+        folders.write_manifest(folder, 0, None, described)
     return Path(out)
 
 

@@ -18,7 +18,7 @@ from megatron_llave.checkpoint.pretrained import find_pretrained, read_base
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.convert.hf import check_preset, export_layout, precision_of
-from megatron_llave.convert.training_record import shared_config, training_record
+from megatron_llave.convert.training_record import training_record
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
 from megatron_llave.models import family_of, open_hf, read_hf_config
@@ -32,7 +32,10 @@ CARD_TEXT = """LoRA adapters of a multimodal embedding model, rank {rank}, alpha
 CARD_LOAD = """`peft.PeftModel.from_pretrained(base, folder)` adds them to the base that they were trained for. The
 embedding is the last token's hidden state after the decoder's final norm, divided by its length. The prompt is that of
 `data.prompt: {prompt}`."""
-CARD_BASE = "A base of another SHA-256 gives other embeddings: `{sha256}` over its files."
+CARD_BASE = """
+The files of megatron_llave or Hugging Face from which the training read that base have, over their names and contents,
+the SHA-256 `{sha256}`. It identifies these files alone:
+the same weights have another one after a conversion, so that another one does not mean other embeddings."""
 
 
 def export_adapter(
@@ -77,8 +80,7 @@ def _card(folder: Path, cfg: RunConfig, layout: str, base: str | None) -> str:
     embed = [CARD_LOAD.format(prompt=cfg.data.prompt)]
     if lora.leaves_out_base:
         embed += [CARD_BASE.format(sha256=read_base(folder).sha256)]
-    config = shared_config(folder, cfg)
-    card = model_card(["library_name: peft"], base, ["lora", "llave", layout], what, embed, config)
+    card = model_card(["library_name: peft"], base, ["lora", "llave", layout], what, embed)
     return card + training_record(folder, cfg)
 
 

@@ -1,47 +1,33 @@
 """What the card of an exported model says about its training: recipe, data, scores, program versions, configuration.
 
-All of it comes from the files of the checkpoint and of the output directory that it lies in. Paths of the machine are
-left out: of a folder or file only its own name is told. Weights that no run has trained have no such sections.
+All of it comes from the files of the checkpoint and of the output directory that it lies in. Paths of the machine and
+secrets are left out (config/redact.py). Of weights that no run has written, it says whether they are converted or
+merged.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from megatron_llave.checkpoint import folders
+from megatron_llave.checkpoint.merged_parts import is_merged, read_parts
 from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.redact import A_COMMAND, config_without_paths, own_name
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.training.logger import EVALUATIONS_FILE
 
 MERGED = "Merged from several checkpoints; what follows is the configuration of the first"
-PATHS = ("path", "images", "cache", "tokenizer", "output", "init", "resume", "base", "stored_embeddings")
-"""Keys of the configuration whose values are folders, files or URLs."""
-
-
-def without_paths(value: Any, key: str = "") -> Any:
-    """Return a configuration, or the value of a key in it, with the own names of folders and files instead of paths.
-
-    Values of PATHS are shortened, and absolute paths wherever they are.
-    """
-    if isinstance(value, Mapping):
-        return {inner: without_paths(of_inner, inner) for inner, of_inner in value.items()}
-    if isinstance(value, list):
-        return [without_paths(inner) for inner in value]
-    is_path = isinstance(value, str) and (key in PATHS or PurePath(value).is_absolute())
-    return own_name(value) if is_path else value
-
-
-def own_name(path: str) -> str:
-    """Return the name of a folder, file or URL; of a command in data.path, that of the place which it reads from."""
-    place = path.partition("{file}")[0].split()[-1] if path.startswith("pipe:") else path
-    name = PurePath(place).name
-    return name.rpartition("@")[2] if "://" in place else name  # without user and password
+CONVERTED = "Converted, not trained: the weights are those the conversion started from."
+TRAINED = "Trained by megatron_llave; the configuration:"
+WEIGHTED_MEAN = "Merged: the weights are the weighted mean of those of several checkpoints"
+FIRST = "The configuration of the first of them:"
+NO_RECIPE = "No run has trained the first of them, whose configuration a merged checkpoint has; so no recipe is told."
 
 
 def shared_config(folder: Path, cfg: RunConfig) -> str | None:
@@ -54,12 +40,12 @@ def shared_config(folder: Path, cfg: RunConfig) -> str | None:
     """
     if not cfg.train.steps:
         return None
-    head = f"# {MERGED}.\n" if _is_merged(folders.require_intact(folder)) else ""
-    return head + OmegaConf.to_yaml(OmegaConf.create(without_paths(asdict(cfg))))
+    head = f"# {MERGED}.\n" if is_merged(folders.require_intact(folder), cfg) else ""
+    return head + OmegaConf.to_yaml(OmegaConf.create(config_without_paths(asdict(cfg))))
 
 
 def training_record(folder: Path, cfg: RunConfig) -> str:
-    """Return sections of the card, in Markdown: recipe, data and scores; nothing if no run has trained the weights.
+    """Return the last sections of the card, in Markdown: training and, of a run's weights, recipe, data and scores.
 
     Args:
         folder: the checkpoint. The scores are those of the last evaluation up to it, if it lies in its output
@@ -69,15 +55,36 @@ def training_record(folder: Path, cfg: RunConfig) -> str:
     Raises:
         CheckpointError: a file of the checkpoint is damaged.
     """
-    if not cfg.train.steps:
-        return ""
     manifest = folders.require_intact(folder)
+    lines = ["## Training", "", *_origin(folder, cfg, manifest)]
+    config = shared_config(folder, cfg)
+    if config is not None:
+        lines += ["", "```yaml", config.strip(), "```", "", *_run_sections(folder, cfg, manifest)]
+    return "\n".join(["", *lines, ""])
+
+
+def _origin(folder: Path, cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say where the weights came from, and what follows."""
+    if not is_merged(manifest, cfg):
+        yield TRAINED if cfg.train.steps else CONVERTED
+        return
+    parts = [(part.name, f"{part.share:g}", part.weights) for part in read_parts(manifest, folder)]
+    yield from [f"{WEIGHTED_MEAN}{':' if parts else '.'}", ""]
+    if parts:
+        yield from [*_table(("checkpoint", "share", "its weights"), parts), ""]
+    yield FIRST if cfg.train.steps else NO_RECIPE
+
+
+def _run_sections(folder: Path, cfg: RunConfig, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the sections about the run whose configuration the checkpoint has."""
     lines = ["## Recipe", "", *_table(("what", "value"), _recipe(cfg, manifest))]
     position = folder / folders.POSITION
     if position.is_file():
         subsets = read_json(position, error=CheckpointError).get("subsets") or {}
         rows = [(name, s.get("pairs"), s.get("weight"), s.get("taken")) for name, s in subsets.items()]
-        lines += ["", "## Data", "", f"Shards in `{own_name(cfg.data.path)}`:", ""]
+        place = own_name(cfg.data.path)
+        told = "that a command fetches" if place == A_COMMAND else f"in `{place}`"
+        lines += ["", "## Data", "", f"Shards {told}:", ""]
         lines += _table(("subset", "pairs", "weight", "pairs drawn so far"), rows)
     evaluation = last_evaluation(folder, manifest["step"])
     if evaluation is not None:
@@ -85,12 +92,12 @@ def training_record(folder: Path, cfg: RunConfig) -> str:
         rows = [(name, _number(score), candidates.get(name)) for name, score in scores.items()]
         lines += ["", "## Scores", "", f"Precision@1 in percent after {evaluation['step']} steps:", ""]
         lines += _table(("set", "Precision@1", "candidates"), rows)
-    return "\n".join(["", *lines, ""])
+    return lines
 
 
 def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     optimizer, train = cfg.optimizer, cfg.train
-    if _is_merged(manifest):
+    if is_merged(manifest, cfg):
         yield "weights", MERGED
     else:
         yield "steps", f"{manifest['step']} of {train.steps}, {train.global_batch_size} pairs each"
@@ -118,11 +125,6 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "seed", str(train.seed)
     if "programs" in manifest:
         yield "programs", manifest["programs"]
-
-
-def _is_merged(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint that has the configuration of a run is none of its own: tools/merge.py wrote it."""
-    return manifest["layout"] is None
 
 
 def _loss(loss: LossConfig, hard_negatives: int) -> str:

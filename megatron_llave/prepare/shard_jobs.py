@@ -24,7 +24,7 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
 from megatron_llave.files import atomic_write, read_json, write_json
 from megatron_llave.prepare.source_sides import AGAIN, EQUAL, LeftOutError, SourceSide, locate, read_side
-from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
+from megatron_llave.prepare.worker_pool import MOST_WORKERS, run_in_order, worker_pool
 
 PAIRS_PER_SHARD = 1000
 """Number of rows that make one shard. The shard holds fewer pairs if some rows were skipped."""
@@ -112,9 +112,11 @@ class Prepared:
 
 
 def check_arguments(workers: int, max_pixels: int) -> None:
-    """Raise a ConfigError unless both arguments are at least 1."""
+    """Raise a ConfigError unless both arguments are at least 1, and the workers no more than MOST_WORKERS."""
     if workers < 1 or max_pixels < 1:
         raise ConfigError(f"--workers {workers} and --max-pixels {max_pixels} must both be at least 1")
+    if workers > MOST_WORKERS:
+        raise ConfigError(f"--workers {workers} must be at most {MOST_WORKERS}")
 
 
 def make_id(text: str, images: Iterable[str]) -> str:

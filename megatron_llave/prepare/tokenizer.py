@@ -25,7 +25,7 @@ TRAINED_FILE = TOKENIZERS[1]
 """Name of the file that holds a trained tokenizer."""
 VOCABULARY = 1200
 """Number of pieces of a tokenizer; that of the preset `tiny`."""
-SMALLEST_VOCABULARY = 400
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 400, 1_000_000
 MOST_TEXTS = 20_000
 """Number of texts that a tokenizer is trained on; of more different ones, as many are drawn."""
 MOST_CHARACTERS = 0.75
@@ -65,6 +65,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> bytes
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(f"--vocabulary {vocab_size} must be at least {SMALLEST_VOCABULARY}, which includes 256 bytes")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ConfigError(f"--vocabulary {vocab_size} must be at most {LARGEST_VOCABULARY}")
     given = list(dict.fromkeys(texts))
     drawn = Random(0).sample(given, MOST_TEXTS) if len(given) > MOST_TEXTS else given
     # The trainer needs one usable text at least; this one belongs to every image that is a target.

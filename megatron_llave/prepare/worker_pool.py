@@ -14,6 +14,9 @@ from typing import TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+MOST_WORKERS = 1024
+"""The largest number of processes that a source may be given."""
+
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_llave.checkpoint.folders import require_intact
+from megatron_llave.config.redact import without_secrets
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
 from megatron_llave.models import family_of
@@ -42,9 +43,9 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
         "step": step,
         "averaged weights": model.average,
         "model": f"{cfg.model.family}, preset {cfg.model.preset or 'none'}, {parameters / 1e6:,.4g} M parameters",
-        "data": data,
+        "data": without_secrets(data),
         **({"fingerprint of the sets": digest} if tasks else {}),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(map(without_secrets, sys.argv)),
         "processes": dist.get_world_size(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": program_versions(),
@@ -52,11 +53,11 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
         **family_of(cfg.model).input_settings(cfg.data, cfg.model),
     }
     if step:
-        loss = cfg.loss
+        loss, init = cfg.loss, without_secrets(cfg.checkpoint.init or "random weights")
         about["training"] = (
             f"seed {cfg.train.seed}, {cfg.train.global_batch_size} pairs per step, negatives {loss.negatives}, "
             f"hard negatives {cfg.data.hard_negatives}, temperature {loss.temperature:g}, alpha {loss.alpha:g}, "
-            f"learning rate {cfg.optimizer.learning_rate:g}, started from {cfg.checkpoint.init or 'random weights'}"
+            f"learning rate {cfg.optimizer.learning_rate:g}, started from {init}"
         )
     return about
 

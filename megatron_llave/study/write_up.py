@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from megatron_llave.config.redact import without_secrets
 from megatron_llave.files import write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.report.evaluation_report import markdown_rows
@@ -130,7 +131,7 @@ def _runs(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in findings:
         values = [_number(name, run.values.get(name, math.nan)) for name in names]
-        rows.append([run.variant, str(run.seed), *values, run.problem or "finished"])
+        rows.append([run.variant, str(run.seed), *values, without_secrets(run.problem) or "finished"])
     return ["variant", "seed", *names, "state"], rows
 
 
@@ -140,7 +141,14 @@ def _run_table(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]
     rows = []
     for run in findings:
         values = [run.values.get(name, math.nan) for name in names] + [run.sets.get(name, math.nan) for name in sets]
-        rows.append([run.variant, str(run.seed), run.problem, *("" if math.isnan(x) else f"{x:.6g}" for x in values)])
+        rows.append(
+            [
+                run.variant,
+                str(run.seed),
+                without_secrets(run.problem),
+                *("" if math.isnan(x) else f"{x:.6g}" for x in values),
+            ]
+        )
     return ["arm", "seed", "problem", *names, *sets], rows
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
+from megatron_llave.config.redact import config_without_secrets
 from megatron_llave.config.schema import LogConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.training.metrics import GRADIENT_NORMS
@@ -121,12 +122,13 @@ def open_trackers(cfg: LogConfig, output: Path, first_step: int, config: Mapping
         cfg: the section `log`.
         output: output directory of the run.
         first_step: number of the next step that is logged, from 1.
-        config: the whole configuration, which is stored with the metrics.
+        config: the whole configuration, which is stored with the metrics, but for secrets (config/redact.py).
 
     Raises:
         ConfigError: a package is missing.
     """
     trackers: list[Tracker] = []
+    config = config_without_secrets(config)
     if cfg.tensorboard:
         trackers.append(TensorBoard(output / TENSORBOARD_FOLDER, first_step, config))
     if cfg.wandb_project:

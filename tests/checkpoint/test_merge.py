@@ -1,5 +1,6 @@
 """Merged weights against the mean computed from full tensors, and what cannot be merged."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from megatron_llave.checkpoint.stream import read_weights, write_weights
 from megatron_llave.config.load import config_from_dict, load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.convert.hf import import_hf
+from megatron_llave.convert.training_record import training_record
 from megatron_llave.errors import CheckpointError, UserError
 from megatron_llave.models import model_without_memory
 
@@ -96,6 +98,7 @@ def test_assets_come_along_and_the_tool_says_where(groups, tmp_path: Path) -> No
         ((1.0,), "at least two checkpoints"),
         ((0.5, 0.6), "shares 0.5, 0.6 must add up to 1, not 1.1"),
         ((0.5, float("nan")), "must add up to 1"),
+        ((1e300, -1e300, 1.0), "share 1e\\+300 is too large"),
     ],
 )
 def test_shares_that_make_no_mean(groups, cfg, tmp_path: Path, shares, message: str) -> None:
@@ -103,6 +106,33 @@ def test_shares_that_make_no_mean(groups, cfg, tmp_path: Path, shares, message: 
     with pytest.raises(UserError, match=message):
         merge([(part, share) for share in shares], tmp_path / "merged", groups)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_the_card_says_that_it_is_merged_and_of_what(groups, cfg, tmp_path: Path, order: tuple[int, ...]) -> None:
+    """Whatever the order: the configuration is that of the first part, which may be no run's."""
+    run = config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 8}})
+    trained = tmp_path / "trained" / folders.FOLDER / "step-0000006"
+    trained.parent.mkdir(parents=True)
+    folders.write_manifest(write_random(trained, run, groups, 0), 6, {"tensor": 2})
+    merged, imported = tmp_path / "merged before", write_random(tmp_path / "imported", cfg, groups, 0)
+    merge([(imported, 0.5), (trained, 0.5)], merged, groups)
+    parts = [(trained, 0.25), (merged, 1.25), (imported, -0.5)]
+    out = merge([parts[number] for number in order], tmp_path / "merged", groups)
+    rows = [
+        "| trained | 0.25 | trained, 6 of 8 steps |",
+        "| merged before | 1.25 | merged from several checkpoints |",
+        "| imported | -0.5 | converted, not trained |",
+    ]
+    record = training_record(out, folders.saved_config(out))
+    assert "Merged: the weights are the weighted mean" in record and "Converted" not in record
+    assert "\n".join(rows[number] for number in order) in record and str(tmp_path) not in record
+    assert ("| weights | Merged from several" in record) == ("## Recipe" in record) == (order[0] == 0)
+    assert "Trained by" not in record and ("No run has trained the first" in record) == (order[0] == 2)
+    manifest = json.loads((out / folders.MANIFEST).read_text())
+    (out / folders.MANIFEST).write_text(json.dumps(manifest | {"merged": [{"name": "a"}]}))
+    with pytest.raises(CheckpointError, match="manifest.json is damaged: merged: "):
+        training_record(out, folders.saved_config(out))
 
 
 def test_other_models_tokenizers_and_damage_are_named(groups, cfg, tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_peft_loads_ours_and_we_load_its(groups, tmp_path: Path, family: str, ta
     assert (ours - without).abs().max() > 1e-2
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft" and "lora" in card.data.tags and str(tmp_path) not in card.content
-    assert read_base(source).sha256 in card.content
+    assert f"the SHA-256 `{read_base(source).sha256}`. It identifies these files alone" in card.content
+    assert "gives other embeddings" not in card.content
     adapted.float().save_pretrained(tmp_path / "peft")
     again = import_adapter(tmp_path / "peft", tmp_path / "again", groups, base=base)
     expected, found = adapters_of(source, groups), adapters_of(again, groups)
@@ -185,6 +186,9 @@ def test_options_that_would_have_no_effect_are_refused(groups, tmp_path: Path) -
     for option, value in (("--base", base), ("--shard-size", 1)):
         done = run_script(TOOL, "export", "--from", source, "--to", out, "--adapter", option, value)
         assert done.returncode == 2 and f"{option} is for complete weights" in done.stderr, done.stderr
+    for size in ("inf", "nan", "-1", "0", "1e300"):
+        done = run_script(TOOL, "export", "--from", source, "--to", out, "--shard-size", size)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: --shard-size {float(size):g} must"), done.stderr
     export_adapter(source, out, groups)
     with pytest.raises(UserError, match="contradicts config.json"):
         import_adapter(out, tmp_path / "again", groups, preset="2b", base=base)

@@ -52,7 +52,11 @@ def saved(folder: Path, layout: dict[str, int] | None, **sections: dict) -> tupl
     ],
 )
 def test_the_loss_is_the_one_of_the_run(tmp_path: Path, sections: dict, said: list[str]) -> None:
-    record = training_record(*saved(tmp_path, {"tensor": 2}, **sections))
+    checkpoint = saved(tmp_path, {"tensor": 2}, **sections)
+    record, config = training_record(*checkpoint), shared_config(*checkpoint)
+    trained = "Trained by megatron_llave; the configuration:"
+    assert record.startswith(f"\n## Training\n\n{trained}\n\n```yaml\n{config}```\n\n## Recipe\n")
+    assert not config.startswith("#") and "not trained" not in record and "Merged" not in record
     assert all(text in record for text in said), record
     assert "| steps | 6 of 8, 4 pairs each |" in record and "tensor 2" in record
     assert record.count("| loss of ") == ("subsets" in sections.get("data", {}))
@@ -62,9 +66,11 @@ def test_merged_and_imported_weights_claim_no_training_of_their_own(tmp_path: Pa
     merged = saved(tmp_path / "merged", None)
     first = "Merged from several checkpoints; what follows is the configuration of the first"
     record, config = training_record(*merged), shared_config(*merged)
+    assert "\nMerged: the weights are the weighted mean of those of several checkpoints.\n" in record
     assert f"| weights | {first} |" in record and "| steps |" not in record and config.startswith(f"# {first}.\n")
     imported = saved(tmp_path / "imported", None, train={"steps": 0})
-    assert training_record(*imported) == "" and shared_config(*imported) is None
+    converted = "Converted, not trained: the weights are those the conversion started from."
+    assert training_record(*imported) == f"\n## Training\n\n{converted}\n" and shared_config(*imported) is None
 
 
 def test_paths_are_shortened_and_other_values_are_not(tmp_path: Path) -> None:
@@ -74,10 +80,13 @@ def test_paths_are_shortened_and_other_values_are_not(tmp_path: Path) -> None:
         "log": {"wandb_project": "team/llave"},
         "evaluate": {"path": "pipe:aws s3 cp s3://company/sets/{file} -", "sets": ["images/of a", "/data/own"]},
     }
+    write_json(tmp_path / folders.POSITION, {"subsets": {"a/b": {"pairs": 30}}})
     folder, cfg = saved(tmp_path, {"tensor": 1}, **sections)
     config = shared_config(folder, cfg)
-    assert "path: host\n" in config and "init: start\n" in config
+    assert "path: a command\n" in config and "init: start\n" in config
     assert "wandb_project: team/llave\n" in config and "  a/b:\n" in config
-    assert "  path: sets\n" in config and "- images/of a\n" in config and "- own\n" in config
-    assert "| started from | start |" in training_record(folder, cfg)
+    assert config.count("path: a command\n") == 2 and "- images/of a\n" in config and "- own\n" in config
+    record = training_record(folder, cfg)
+    assert "| started from | start |" in record and "\nShards that a command fetches:\n" in record
+    assert not any(secret in record for secret in ("word", "Key", "curl", "company"))
     assert last_evaluation(Path("/checkpoint"), 1) is None

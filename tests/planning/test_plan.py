@@ -226,6 +226,12 @@ def test_tool_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["--config", "nowhere.yaml", "--gpus", "8", "--gpu-memory", "80"], "nowhere.yaml"),
         (["--config", "examples/7b.yaml", "--gpus", "3", "--gpu-memory", "80"], "3 processes cannot be split"),
         (["--config", "examples/7b.yaml", "--gpus", "0", "--gpu-memory", "80"], "--gpus 0 must be at least 1"),
+        (["--config", "examples/7b.yaml", "--gpus", "9" * 20, "--gpu-memory", "80"], "at most 1000000"),
+        (
+            ["--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "80", "--pair-tokens", "9", "9"]
+            + ["--pair-tiles", "9" * 20, "0"],
+            "--pair-tiles 0 to 1000000",
+        ),
         (["--config", "examples/7b.yaml", "--gpus", "8", "--gpu-memory", "-1"], "--gpu-memory -1 must be"),
         (["--config", "examples/7b.yaml", "--gpus", "8"], "--gpu-memory"),
     ],

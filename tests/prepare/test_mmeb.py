@@ -283,6 +283,7 @@ def test_wrong_source_is_one_line(source, tmp_path, edit, kind, message):
     [
         ({"limit": 0}, "--limit 0"),
         ({"workers": 0}, "--workers 0"),
+        ({"workers": 10**20}, "must be at most 1024"),
         ({"max_pixels": 0}, "--max-pixels 0"),
         ({"split": "test"}, "'test' is not one of original, diverse_instruction"),
         ({"subsets": ["Mine"]}, "'Mine' is no training subset"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import signal
 import subprocess
@@ -384,7 +385,13 @@ def test_tool_prints_a_table_and_refuses_a_finished_folder(rendered, shards_only
     assert json.loads((tmp_path / "index.json").read_text()) == index
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 8}, {"workers": 0}, {"pairs_scale": 0.0}, {"hard_negatives": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"image_size": 8}, {"image_size": 10**20}, {"workers": 0}, {"workers": 10**20}, {"hard_negatives": -1}),
+        *({"pairs_scale": scale} for scale in (0.0, math.nan, math.inf, 1e9)),
+    ],
+)
 def test_argument_out_of_range(tmp_path, wrong):
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
         prepare.prepare(tmp_path / "new", **wrong)

@@ -55,7 +55,8 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
         write_run(tmp_path, "alpha 0", seed, plain, 20.0)
         write_run(tmp_path, "alpha 9", seed, weighted, 20.0 - seed)
     write_run(tmp_path, "alpha 5", 0, 1.0, 1.0)  # of an earlier call
-    findings = read(tmp_path, study, seeds=(0, 1, 2, 3), failed={"alpha-9-seed3": "the loss was not finite"})
+    failed = {"alpha-9-seed3": "the loss was not finite", "alpha-0-seed3": "error: pipe:get --key SECRET a.tar"}
+    findings = read(tmp_path, study, seeds=(0, 1, 2, 3), failed=failed)
     assert [(one.variant, one.seed) for one in findings if one.problem] == [
         *(("before training", 0), ("alpha 0", 3), ("alpha 9", 3))
     ]
@@ -73,6 +74,7 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
     assert f"{line} higher, but 3 seeds are too few for a test |" in text
     assert "the loss was not finite |" in text and "not finished |" in text
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert "error: a command |" in text and "error: a command" in [row["problem"] for row in rows]
     assert len(rows) == 3 + 3 + 1 + 3
     nine = next(row for row in rows if (row["arm"], row["seed"]) == ("alpha 9", "1"))
     assert (float(nine["a"]), float(nine[IND]), float(nine["steps not finite"]), nine["problem"]) == (

@@ -63,6 +63,7 @@ def again(command: list[str]) -> str:
     ("given", "message"),
     [
         (["hardness", "--variant", "alpha 3"], "--variant 'alpha 3' is none of study hardness's"),
+        (["hardness", "--processes", "9" * 20], "must be at most 10000"),
         (["hardness", "--per-run", "4"], "--per-run 4 is no number from 1 to --processes 2"),
         (["hardness", "--task", "99"], "--task 99: the study has the runs 0 to 24"),
         (["hardness", "train.stepz=3"], "unknown key train.stepz"),

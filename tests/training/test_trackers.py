@@ -44,7 +44,9 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members) -> None:
 
 def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path: Path, monkeypatch) -> None:
     fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=FakeWriter)
-    trackers = open_trackers(LogConfig(tensorboard=True), tmp_path, 3, {"loss": {"alpha": 9.0}})
+    trackers = open_trackers(
+        LogConfig(tensorboard=True), tmp_path, 3, {"loss": {"alpha": 9.0}, "data": {"path": "https://me:SECRET@h/x"}}
+    )
     values = {"loss": 0.5, "subset": "birds", "seconds": 2.0, "pairs": 4, "tokens": 9, "skipped": 0, "histogram": [1]}
     log = RunLog(tmp_path, 0, 9, True, trackers)
     log.step({"step": 3, **values, "gradient_norm": float("nan")})
@@ -57,7 +59,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_steps_that_come_again(tmp_path
     assert set(writer.scalars) == {(name, value, 3) for name, value in expected.items()} | {
         ("precision_at_1/names", 40.0, 3)
     }
-    assert writer.texts == [("configuration", "    loss:\n      alpha: 9.0\n", 3)]
+    assert writer.texts == [("configuration", "    loss:\n      alpha: 9.0\n    data:\n      path: https://h/x\n", 3)]
 
 
 def test_every_number_of_a_step_has_a_group(groups) -> None:
@@ -81,12 +83,14 @@ def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch)
         return SimpleNamespace(id=options["id"] or "new-id", log=lambda *_, **__: None, finish=lambda: None)
 
     fake_module(monkeypatch, "wandb", init=init)
+    config = {"seed": 1, "data": {"path": "pipe:get --token SECRET {file}", "cache": "/copies"}}
     for _ in range(2):
-        for tracker in open_trackers(LogConfig(wandb_project="mine"), tmp_path, 1, {"seed": 1}):
+        for tracker in open_trackers(LogConfig(wandb_project="mine"), tmp_path, 1, config):
             tracker.step(1, {"loss": 0.5})
             tracker.close()
     assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("new-id", "allow")]
-    assert calls[0]["project"] == "mine" and calls[0]["config"] == {"seed": 1} and calls[0]["name"] == tmp_path.name
+    assert calls[0]["config"] == {"seed": 1, "data": {"path": "a command", "cache": "/copies"}}
+    assert calls[0]["project"] == "mine" and calls[0]["name"] == tmp_path.name
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def evaluate_retrieval(
     bounds = [len(data.corpus.ids) * rank // world.size() for rank in range(world.size() + 1)]
     first, last = bounds[world.rank()], bounds[world.rank() + 1]
     left_out = queries_in_corpus(data) if same_id == "leave_out" else set()
-    k = max(depths) + bool(left_out)
+    k = min(max(depths) + bool(left_out), len(data.corpus.ids))
     places, similarities = search(queries, StoredRows(corpus_cache, first, last), k, first, world)
     ranking: dict[str, list[tuple[str, float]]] = {}
     for query, row, values in zip(data.queries.ids, places.tolist(), similarities.tolist()):

@@ -1,4 +1,7 @@
-"""README.md of an exported folder: its header for the hub, what the model is, and how it embeds and was trained."""
+"""README.md of an exported folder: its header for the hub, what the model is, and how it embeds.
+
+convert/training_record.py appends how it was trained.
+"""
 
 import re
 from collections.abc import Sequence
@@ -16,9 +19,8 @@ def model_card(
     tags: Sequence[str],
     what: Sequence[str],
     embed: Sequence[str],
-    training_config: str | None,
 ) -> str:
-    """Return the card.
+    """Return the card, but for its last sections about the training.
 
     Args:
         header: lines of the header before its tags.
@@ -26,7 +28,6 @@ def model_card(
         tags: further tags of the hub.
         what: lines about the model.
         embed: lines about how to embed with it.
-        training_config: the run's configuration in YAML; None: the weights were not trained by a run.
     """
     top = [
         *header,
@@ -35,11 +36,6 @@ def model_card(
         *(f"- {tag}" for tag in ("embedding", "multimodal", *tags)),
     ]
     lines = ["---", *top, "---", "", "# Multimodal embedding model", "", *what, "", "## How to embed", "", *embed]
-    lines += ["", "## Training", ""]
-    if training_config is None:
-        lines += ["Converted, not trained: the weights are those the conversion started from."]
-    else:
-        lines += ["Trained by megatron_llave; the configuration:", "", "```yaml", training_config.strip(), "```"]
     return "\n".join(lines) + "\n"
 
 

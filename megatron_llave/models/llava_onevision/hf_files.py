@@ -87,7 +87,7 @@ def write_side_files(
         layout: llava_onevision or llava_qwen.
         config: content of config.json.
         source: folder with the tokenizer and maybe others of SIDE_FILES; None: there is no such folder.
-        training_config: the run's configuration in YAML, for the card; None: the weights were not trained by a run.
+        training_config: the run's configuration in YAML, for the prompt; None: the weights were not trained by a run.
 
     Returns:
         A sentence for each thing that the folder lacks; the card says the same.
@@ -168,4 +168,4 @@ def _model_card(layout: str, config: dict, training_config: str | None, notes: l
         embed = [*reason, CARD_STEPS.format(head=QWEN_HEAD, tail=QWEN_TAIL)]
     else:
         embed = [CARD_EMBED, "", "```python", CARD_CODE.format(head=QWEN_HEAD, tail=QWEN_TAIL), "```"]
-    return model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed, training_config)
+    return model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed)

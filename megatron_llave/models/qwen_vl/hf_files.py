@@ -216,7 +216,7 @@ def write_files(
         layout: that of the family.
         config: content of config.json.
         source: folder with the tokenizer and maybe others of KEPT_FILES; None: there is no such folder.
-        training_config: the run's configuration in YAML, for the card; None: the weights were not trained by a run.
+        training_config: the run's configuration in YAML, for prompt and pixels; None: no run has trained the weights.
         keys: the family's keys of config.json.
         files: what its processor has of its own.
 
@@ -254,7 +254,7 @@ def write_files(
     sizes = {"size": text["hidden_size"], "layers": text["num_hidden_layers"]}
     what = [CARD_TEXT.format(name=files.name, **sizes), *notes]
     embed = _how_to_embed(prompt, has_tokenizer, keys, files.prompts[prompt])
-    card = model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed, training_config)
+    card = model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed)
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
 

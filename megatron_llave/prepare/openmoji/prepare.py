@@ -31,7 +31,7 @@ from megatron_llave.prepare.openmoji.tasks import (
     training_answers,
 )
 from megatron_llave.prepare.tokenizer import VOCABULARY, train_sentencepiece
-from megatron_llave.prepare.worker_pool import worker_pool
+from megatron_llave.prepare.worker_pool import MOST_WORKERS, worker_pool
 
 SUBSETS = {
     "group": ("classification", 3000),
@@ -45,7 +45,10 @@ SUBSETS = {
 """Meta-task and number of pairs of each subset. name_to_image has no augmentation, so at most one pair per name."""
 
 PAIRS_PER_SHARD = 1000
-SMALLEST_IMAGE = 16
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 4096
+"""Bounds of the side of an image in pixels."""
+LARGEST_SCALE = 1000
+"""Millions of pairs of a subset; with more, the same few emoji would only come again."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the number of steps done, and the number of all steps."""
@@ -99,12 +102,7 @@ def prepare(
         ConfigError: an argument is out of range.
         DataError: the folder is finished already, a package is missing, or a worker was killed.
     """
-    if image_size < SMALLEST_IMAGE or workers < 1 or not 0 < pairs_scale or hard_negatives < 0:
-        given = (
-            f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}, hard negatives {hard_negatives}"
-        )
-        needed = f"at least {SMALLEST_IMAGE} pixels, 1 worker, a scale above 0 and 0 hard negatives"
-        raise ConfigError(f"{given}: needed are {needed}")
+    _require_in_range(image_size, workers, pairs_scale, hard_negatives)
     directory = Path(directory)
     try:
         with (
@@ -128,6 +126,19 @@ def prepare(
         again = "run again, with fewer --workers if memory is short"
         raise DataError(f"a worker making {directory} was killed; {again}") from error
     return index
+
+
+def _require_in_range(image_size: int, workers: int, pairs_scale: float, hard_negatives: int) -> None:
+    in_range = SMALLEST_IMAGE <= image_size <= LARGEST_IMAGE and 1 <= workers <= MOST_WORKERS
+    if not (in_range and 0 < pairs_scale <= LARGEST_SCALE and hard_negatives >= 0):
+        given = (
+            f"image size {image_size}, workers {workers}, pairs scale {pairs_scale}, hard negatives {hard_negatives}"
+        )
+        needed = (
+            f"{SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels, 1 to {MOST_WORKERS} workers, a scale above 0 and at most "
+            f"{LARGEST_SCALE}, and 0 hard negatives or more"
+        )
+        raise ConfigError(f"{given}: needed are {needed}")
 
 
 def _plan(

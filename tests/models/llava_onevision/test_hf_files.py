@@ -381,13 +381,12 @@ def test_without_tokenizer_there_is_no_processor(with_model: bool, config: dict,
     assert note in card and "```python" not in card and repr(QWEN_HEAD) in card
 
 
-def test_card_says_how_it_was_trained(config: dict, tmp_path: Path) -> None:
-    write_side_files(tmp_path, "llava_onevision", config, None, None)
-    assert "Converted, not trained" in (tmp_path / "README.md").read_text()
-    training = "data:\n  prompt: qwen\nloss:\n  alpha: 9.0\n"
-    write_side_files(tmp_path, "llava_onevision", config, None, training)
-    card = (tmp_path / "README.md").read_text()
-    assert f"```yaml\n{training}```" in card and "not trained" not in card
+def test_card_has_the_prompt_of_the_run(config: dict, tmp_path: Path) -> None:
+    """How it was trained follows in convert/training_record.py, whose tests compare it."""
+    for training in (None, "data:\n  prompt: qwen\nloss:\n  alpha: 9.0\n"):
+        write_side_files(tmp_path, "llava_onevision", config, None, training)
+        card = (tmp_path / "README.md").read_text()
+        assert "end-of-sequence" not in card and "im_start" in card and "## Training" not in card
     write_side_files(tmp_path, "llava_onevision", config, None, training.replace("qwen", "plain"))
     card = (tmp_path / "README.md").read_text()
     assert "end-of-sequence" in card and "im_start" not in card
