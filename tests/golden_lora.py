@@ -3,20 +3,23 @@
 Nothing here is stored: PEFT runs on transformers' models of the golden folders. `write_reference` needs both packages.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import golden_model
 import golden_qwen_vl
 import numpy as np
 import torch
+import torch.distributed as dist
 from reference import dense_contrastive_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.data.packing import EncodedSequence, TileShape
 from megatron_llave.models import family_of, open_hf
+from megatron_llave.models.blocks.initialization import named_global_parameters, tensor_parallel_part
 from megatron_llave.models.hf.weights import HfWeights
 from megatron_llave.models.lora import HfAdapter, hf_adapters, is_adapter
 
@@ -191,3 +194,12 @@ def gradients_of(tensors: dict[str, Tensor], weights: HfWeights) -> dict[str, Te
 def load_reference(file: Path) -> dict[str, Tensor]:
     """What `write_reference` has written."""
     return load_file(file)
+
+
+@torch.no_grad()
+def set_adapters(chunks: list[Module], tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Copy whole parameters (`our_adapters`) into the adapters of this rank's chunks, at any parallel layout."""
+    for chunk in chunks:
+        for name, parameter in named_global_parameters(chunk):
+            if is_adapter(name):
+                parameter.copy_(tensor_parallel_part(tensors[name], parameter, group.rank(), group.size()))

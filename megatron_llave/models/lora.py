@@ -334,19 +334,6 @@ def our_adapters(adapters: Iterable[HfAdapter], rules: Mapping[str, Rule]) -> di
     return tensors
 
 
-@torch.no_grad()
-def set_adapters(chunks: list[Module], tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Copy whole parameters (`our_adapters`) into the adapters of this rank's chunks, at any parallel layout.
-
-    Raises:
-        KeyError: an adapter is missing.
-    """
-    for chunk in chunks:
-        for name, parameter in named_global_parameters(chunk):
-            if is_adapter(name):
-                parameter.copy_(tensor_parallel_part(tensors[name], parameter, group.rank(), group.size()))
-
-
 @contextmanager
 def merging(
     chunks: list[Module], lora: LoraConfig, rules: Mapping[str, Rule], group: dist.ProcessGroup

@@ -26,6 +26,7 @@ from golden_lora import (
     load_reference,
     lora_of,
     pairs_of,
+    set_adapters,
     shrink,
     stored_adapters,
     tile_shape,
@@ -49,7 +50,7 @@ from megatron_llave.loss import build_loss
 from megatron_llave.models import build_model, family_of, lora, open_hf
 from megatron_llave.models.blocks.kernels import row_multiple
 from megatron_llave.models.hf.weights import fill_from_hf
-from megatron_llave.models.lora import initialize_adapters, is_adapter, merge_adapters, our_adapters, set_adapters
+from megatron_llave.models.lora import initialize_adapters, is_adapter, merge_adapters, our_adapters
 from megatron_llave.planning.memory import BUFFER_ALIGNMENT, PARAMETER_ALIGNMENT
 from megatron_llave.training.gradient_cache import forward_backward
 from megatron_llave.training.optimizer import Trainable, build_trainable, inner_optimizers

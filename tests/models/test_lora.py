@@ -5,7 +5,7 @@ tests/distributed/test_lora.py has their gradients, at every layout.
 
 import pytest
 import torch
-from golden_lora import FAMILIES, folder_of, targeted
+from golden_lora import FAMILIES, folder_of, set_adapters, targeted
 
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import PARTS
@@ -13,7 +13,7 @@ from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.errors import ConfigError
 from megatron_llave.models import build_model, family_of, open_hf
 from megatron_llave.models.blocks.initialization import named_global_parameters
-from megatron_llave.models.lora import HfAdapter, hf_adapters, is_adapter, our_adapters, set_adapters
+from megatron_llave.models.lora import HfAdapter, hf_adapters, is_adapter, our_adapters
 
 RANK = 6
 
