@@ -58,15 +58,16 @@ def main() -> int:
     asked: set[int] = set()
 
     def ask(number: int, frame: object) -> None:
+        is_again = number in asked
+        asked.add(number)  # first of all, since the same signal may interrupt what follows
         if number == signal.SIGINT:
-            if number in asked:
+            if is_again:
                 for rank in psutil.Process(process.pid).children(recursive=True):
                     with suppress(psutil.Error):  # it has ended
                         rank.kill()  # torchrun has put each into a session of its own
                 process.kill()
                 os._exit(128 + number)
             print("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once", file=sys.stderr, flush=True)
-        asked.add(number)
         with suppress(OSError):  # the run has not made its directory yet
             (run_folder(file, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)

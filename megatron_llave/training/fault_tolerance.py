@@ -81,15 +81,18 @@ class StopRequests:
 
     def _note(self, number: int, frame: object) -> None:
         """Note a request. A second Ctrl-C ends at once; torchrun repeats the first one within a moment."""
-        is_again = number == signal.SIGINT and self._signal is StopReason.SIGINT
-        if is_again and time.monotonic() - self._since > SECONDS_BETWEEN_CTRL_C:
-            _kill_child_processes()
-            os._exit(128 + number)
-        if number == signal.SIGINT and not is_again:
-            self._since = time.monotonic()
+        asked, now = StopReason[signal.Signals(number).name], time.monotonic()
+        # Without a call in between, since a further signal may interrupt this function at each.
+        before, self._signal = self._signal, asked
+        if asked is not StopReason.SIGINT:
+            return
+        if before is not StopReason.SIGINT:
+            self._since = now
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 os.write(2, b"Ctrl-C: the run saves after this step and stops; a second Ctrl-C ends it at once\n")
-        self._signal = StopReason[signal.Signals(number).name]
+        elif now - self._since > SECONDS_BETWEEN_CTRL_C:
+            _kill_child_processes()
+            os._exit(128 + number)
 
     def reason(self) -> str:
         """Why the run is to stop now, the same on all ranks; "" if it is to go on."""

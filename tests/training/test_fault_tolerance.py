@@ -33,6 +33,21 @@ def test_signal_is_a_request(groups, tmp_path: Path, number: signal.Signals) -> 
     assert signal.getsignal(number) == before
 
 
+def test_ctrl_c_during_the_handling_of_ctrl_c_is_the_same_one(groups, tmp_path: Path, monkeypatch) -> None:
+    requests, said = StopRequests(tmp_path, None), []
+
+    def write(_: int, text: bytes) -> None:
+        said.append(text)
+        if len(said) < 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        signal.raise_signal(signal.SIGINT)
+    assert len(said) == 1 and requests.reason() == "Ctrl-C"
+    requests.close()
+
+
 def test_stop_file_is_a_request_of_this_run_alone(groups, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()  # of the run before
     requests = StopRequests(tmp_path, None)
