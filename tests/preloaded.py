@@ -4,13 +4,13 @@ import gc
 
 import torch._dynamo  # noqa: F401  (torch loads it with the first optimizer)
 
+import megatron_llave.commands.convert
+import megatron_llave.commands.embed
+import megatron_llave.commands.evaluate
+import megatron_llave.commands.merge
+import megatron_llave.commands.plot
+import megatron_llave.commands.study  # noqa: F401
 import megatron_llave.train  # noqa: F401
-import tools.convert_hf
-import tools.embed
-import tools.evaluate
-import tools.merge
-import tools.plot
-import tools.study  # noqa: F401
 
 # The loaded objects are never released, so the garbage collector of a fork need not examine them.
 gc.collect()

@@ -24,7 +24,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 GUIDES = [page for page in PAGES if "results/2" not in page.as_posix()]
 FOLDERS = ("megatron_llave", "tools", "examples", "benchmarks", "docs", "tests")
 SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
-# Modules of the package that hold names of commands and options of a tool.
+# The command of a tool with another name, and modules that hold further names of commands and options.
+COMMANDS = {"convert_hf": "convert", "prepare_data": "prepare"}
 FURTHER_SOURCES = {"study": "study/variants.py", "evaluate": "evaluation/benchmarks/*.py"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -95,7 +96,9 @@ def has_key(key: str) -> bool:
 @cache
 def strings_of(tool: str) -> tuple[set[str], bool]:
     """All strings in the source of a tool, and whether its first argument is the name of a command."""
-    sources = [ROOT / "tools" / f"{tool}.py", *(ROOT / "megatron_llave").glob(FURTHER_SOURCES.get(tool, "-"))]
+    command = ROOT / "megatron_llave" / "commands" / f"{COMMANDS.get(tool, tool)}.py"
+    own = command if command.is_file() else ROOT / "tools" / f"{tool}.py"
+    sources = [own, *(ROOT / "megatron_llave").glob(FURTHER_SOURCES.get(tool, "-"))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return strings, len(sources) > 1 or "add_subparsers" in sources[0].read_text()

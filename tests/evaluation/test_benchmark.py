@@ -11,13 +11,13 @@ import pytest
 from golden_model import ONEVISION, byte_tokenizer
 
 from megatron_llave.batch import Side
+from megatron_llave.commands import evaluate
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.evaluation import benchmark
 from megatron_llave.evaluation.benchmark import Benchmark, register_benchmark
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
 from megatron_llave.evaluation.scoring import TIES, score_task
 from megatron_llave.evaluation.task import Task, build_task
-from tools import evaluate
 
 TRAINING_IMPORTS = """
 import sys

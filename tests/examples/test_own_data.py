@@ -10,8 +10,8 @@ import pytest
 from forking import run_script
 from PIL import Image
 
+from megatron_llave.commands.prepare import NEXT
 from megatron_llave.evaluation.benchmarks.prepared import read_tasks
-from tools.prepare_data import NEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "own_data.md"

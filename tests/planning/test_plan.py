@@ -8,6 +8,7 @@ import check_parameters
 import pytest
 from forking import run_script
 
+from megatron_llave.commands import plan
 from megatron_llave.config.load import config_from_dict, load_config, override_config
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.model import PARTS
@@ -21,7 +22,6 @@ from megatron_llave.planning.memory import Chunk, MicroBatch, temporary_bytes
 from megatron_llave.planning.pair_lengths import Kind, SideShape, longest_batch, mmeb_like, read_kinds, targets_per_pair
 from megatron_llave.planning.plan import count_parameters, find_fit, longest_pair, make_plan, mean_work
 from megatron_llave.planning.token_budget import token_budget
-from tools import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

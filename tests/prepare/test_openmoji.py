@@ -19,6 +19,7 @@ from PIL import Image
 from shard_pairs import read_shard
 
 from megatron_llave.batch import Side
+from megatron_llave.commands import prepare as prepare_data
 from megatron_llave.data.index import read_index
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import input_key, read_evaluation
@@ -34,7 +35,6 @@ from megatron_llave.prepare.openmoji.tasks import (
     spread_over_classes,
     training_answers,
 )
-from tools import prepare_data
 
 pytestmark = [
     pytest.mark.long,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_llave.commands import prepare as prepare_data
 from megatron_llave.planning import pair_lengths
-from tools import prepare_data
 
 MMEB = Path(__file__).parents[1] / "golden" / "mmeb" / "train"
 QWEN_SUBSET = Path(__file__).parents[1] / "golden" / "prompts" / "qwen_subset_tokenizer.json"

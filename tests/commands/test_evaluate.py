@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from golden_model import ONEVISION
 
+from megatron_llave.commands import evaluate
 from megatron_llave.errors import ConfigError
 from megatron_llave.locks import lock_folder
-from tools import evaluate
 
 
 @pytest.fixture

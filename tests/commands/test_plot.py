@@ -11,11 +11,11 @@ from forking import run_script
 from matplotlib.figure import Figure
 from PIL import Image
 
+from megatron_llave.commands import plot
 from megatron_llave.errors import DataError
 from megatron_llave.report import plots
-from tools import plot
 
-TOOL = Path(plot.__file__)
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot.py"
 
 
 def write_run(folder: Path, steps: int = 30, **other: float) -> Path:

@@ -20,6 +20,7 @@ from run_ranks import run_ranks
 from safetensors.numpy import load_file, save_file
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.commands import embed as embed_tool
 from megatron_llave.data.index import Index, write_index
 from megatron_llave.data.packing import IMAGE
 from megatron_llave.data.shards import write_subset
@@ -29,7 +30,6 @@ from megatron_llave.embedding import cache
 from megatron_llave.embedding.embeddable import to_side
 from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import DataError, NotFiniteError
-from tools import embed as embed_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL, CHECK = ROOT / "tools" / "embed.py", ROOT / "examples" / "first_check.py"
