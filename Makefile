@@ -30,13 +30,14 @@ endif
 # Some images forbid it; then each of the hundred interpreters that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint docs docs-serve clean
 
 help:
 	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, and evaluate it"
 	@echo "make test    run the tests but the longest ones (TESTS=tests/loss: all of those)"
 	@echo "make test-slow    run the longest tests"
 	@echo "make lint    check the style of the code"
+	@echo "make docs    build the documentation as a site in build/site; make docs-serve shows it while you write"
 	@echo "make clean   remove .venv and caches, but not runs/"
 	@echo
 	@echo "PYTHON=$(PYTHON)  interpreter for .venv, 3.11 or later"
@@ -82,6 +83,13 @@ lint: $(STAMP)
 	@echo "Checking the style with ruff."
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
+
+docs: $(STAMP)
+	@echo "Building the documentation in build/site; a warning, such as a broken link, is an error."
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
 
 clean:
 	rm -rf $(VENV) build megatron_llave.egg-info .pytest_cache .ruff_cache .hypothesis
