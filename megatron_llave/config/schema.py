@@ -112,7 +112,8 @@ class LogConfig:
     """Logging."""
 
     interval: int = 10
-    """Number of steps between progress lines; 0: no lines. log.jsonl always has every step."""
+    """Number of steps between progress lines, on the terminal and in progress.log; 0: no lines. log.jsonl always has
+    every step."""
     histogram_interval: int = 100
     """Number of steps between histograms of the similarities in log.jsonl; 0: none."""
     tensorboard: bool = False

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object per step in `log.jsonl`, and a progress line every few steps.
+"""The log of a run: one JSON object per step in `log.jsonl`, and every few steps a progress line (progress.py).
 
 `train` calls `RunLog.step` at the end of each step; the plots and studies read the log with `read_log`.
 """
@@ -11,24 +11,33 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from megatron_llave.errors import DataError
 from megatron_llave.files import parse_json
+from megatron_llave.training.progress import (
+    Interval,
+    Total,
+    columns,
+    duration,
+    long_line,
+    short_line,
+    show,
+    time_of_day,
+)
 from megatron_llave.training.trackers import Tracker, scalars_of
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
-LINE_WIDTH = 80
-"""Largest number of columns of a progress line."""
-NOTABLE_WAIT = 0.05
-"""Share of an interval that was spent waiting for data, from which the progress line says so."""
+PROGRESS_FILE = "progress.log"
+"""File in the output directory with the long form of the progress lines."""
 
 
 def quiet_dependencies() -> None:
@@ -40,26 +49,6 @@ def quiet_dependencies() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\b")
     warnings.filterwarnings("ignore", "Relying on pointer-based detection of packed q/k/v layouts")
-
-
-@dataclass
-class _Interval:
-    """Sums over the steps since the last progress line."""
-
-    steps: int = 0
-    loss: float = 0.0
-    pairs: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-
-
-@dataclass
-class _Total:
-    """Sums over the steps since the start of this process."""
-
-    steps: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
 
 
 class RunLog:
@@ -80,8 +69,9 @@ class RunLog:
         self._output, self._trackers = Path(output), trackers
         self._interval, self._total_steps = interval, total_steps
         self._file = None
-        self._has_warned = False
-        self._interval_sums, self._total = _Interval(), _Total()
+        self._warned: set[str] = set()
+        self._interval_sums, self._total = Interval(), Total()
+        self._console = Console(highlight=False)
         if enabled:
             Path(output).mkdir(parents=True, exist_ok=True)
             path = Path(output) / LOG_FILE
@@ -105,19 +95,13 @@ class RunLog:
         with self._survived():
             for tracker in self._trackers:
                 tracker.step(record["step"], scalars)
-        total, interval = self._total, self._interval_sums
-        total.steps += 1
-        total.skipped += record["skipped"]
-        total.seconds += record["seconds"]
-        interval.steps += 1
-        interval.loss += record["loss"]
-        interval.pairs += record["pairs"]
-        interval.seconds += record["seconds"]
-        interval.data_seconds += record.get("data_seconds", 0.0)
-        is_end = total.steps == 1 or record["step"] == self._total_steps
+        self._total.add(record)
+        self._interval_sums.add(record)
+        is_end = self._total.steps == 1 or record["step"] == self._total_steps
         if self._interval > 0 and (record["step"] % self._interval == 0 or is_end):
-            print(self._progress(record), flush=True)
-            self._interval_sums = _Interval()
+            how = record, self._total_steps, self._interval_sums, self._total
+            self._tell(short_line(*how, columns(self._console)), long_line(*how))
+            self._interval_sums = Interval()
 
     def evaluation(self, step: int, scores: Mapping[str, float], seconds: float, candidates: Mapping[str, int]) -> None:
         """Append the scores of an evaluation to evaluations.jsonl, and print their mean.
@@ -140,7 +124,16 @@ class RunLog:
                 tracker.step(step, finite)
         if len(finite) == len(scores):
             mean = sum(scores.values()) / len(scores)
-            print(f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets", flush=True)
+            line = f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets"
+            each = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
+            self._tell(Text(line), f"{time_of_day()} {line} in {duration(seconds)}: {each}")
+
+    def _tell(self, short: Text, long: str) -> None:
+        """Write a line to standard output, and its long form into the text log."""
+        with self._survived(), (self._output / PROGRESS_FILE).open("ab", buffering=0) as file:
+            _append(file, f"{long}\n".encode())
+        with self._survived("standard output"):
+            show(self._console, short)
 
     def _begin_again(self) -> None:
         """Write into a new file after somebody has removed the old one, or the whole output directory."""
@@ -151,38 +144,15 @@ class RunLog:
         self._file = file.open("ab", buffering=0)
 
     @contextmanager
-    def _survived(self) -> Iterator[None]:
-        """Let a full disk cost lines of the log instead of the run."""
+    def _survived(self, what: str = "") -> Iterator[None]:
+        """Let a full disk or a closed pipe cost lines of the log, or of what is named, instead of the run."""
+        what = what or f"log in {self._output}"
         try:
             yield
         except OSError as error:
-            if not self._has_warned:
-                reason = error.strerror or error
-                logger.warning("log in %s cannot be written: %s; the run continues without it", self._output, reason)
-            self._has_warned = True
-
-    def _progress(self, record: dict[str, float | int | str]) -> str:
-        """Progress line of at most LINE_WIDTH columns: remaining time at the mean pace, then means of the interval.
-
-        Where it would be wider, the learning rate, then the throughput, and then the wait for data are left out.
-        """
-        interval, total = self._interval_sums, self._total
-        seconds = max(interval.seconds, 1e-9)
-        waiting = interval.data_seconds / seconds
-        remaining = (self._total_steps - record["step"]) * total.seconds / total.steps
-        fields = [
-            f"step {record['step']:{len(str(self._total_steps))}d}/{self._total_steps}",
-            f"ETA {_duration(remaining)}",
-            f"loss {interval.loss / interval.steps:.4g}",
-            f"{interval.pairs / seconds:.1f} pairs/s",
-            f"lr {record['learning_rate']:.2g}",
-            *([f"skipped {total.skipped}"] if total.skipped else []),
-            *([f"data wait {waiting:.0%}"] if waiting >= NOTABLE_WAIT else []),
-        ]
-        for optional in (4, 3, -1):
-            if len(" | ".join(fields)) > LINE_WIDTH:
-                del fields[optional]
-        return " | ".join(fields)
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.warning("%s cannot be written: %s; the run continues without it", what, error.strerror or error)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -227,7 +197,11 @@ def _append_line(file: FileIO, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: the line cannot be written.
     """
-    line, end = (json.dumps(record, allow_nan=False) + "\n").encode(), file.seek(0, os.SEEK_END)
+    _append(file, (json.dumps(record, allow_nan=False) + "\n").encode())
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    end = file.seek(0, os.SEEK_END)
     if file.write(line) < len(line):
         file.truncate(end)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -241,12 +215,6 @@ def _remove_partial_line(path: Path) -> None:
         if end < len(content):
             with path.open("r+b") as file:
                 file.truncate(end)
-
-
-def _duration(seconds: float) -> str:
-    """H:MM:SS, or from a day on the days and hours as `3d 04h`."""
-    hours = int(seconds // 3600)
-    return str(timedelta(seconds=round(seconds))) if hours < 24 else f"{hours // 24}d {hours % 24:02d}h"
 
 
 def _is_broken(value: float | int | str) -> bool:
