@@ -1,43 +1,14 @@
 """What the launch files share: `launch.py pretrain_NAME.sh [argument ...]` trains as NAME.yaml says.
 
-A launch file is bash and Python at once. Started with bash, it runs this program, which starts torchrun with the launch
-file. Every rank that torchrun starts runs the launch file with Python, which calls `train`; with torchrun --no-python
-bash runs it again, and this program then trains.
-
-The number of processes is PROCS, or else the number of GPUs, or two without a GPU. On several nodes run the launch file
-on each one with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, as a scheduler does. Other options of torchrun
-are taken from its own variables: PET_MAX_RESTARTS=3 is --max-restarts 3, and with PET_LOG_DIR=DIR the output of each
-rank also goes to files of its own (quiet_torchrun.py).
-
-SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop, through the file `stop` in its output directory. So a save may
-take longer than torchrun waits for processes that it has passed a signal on to. The exit status is then 75. A second
-Ctrl-C ends the run at once. A finished run has the status 0, any other one that of the rank that failed
-(quiet_torchrun.py), whose line or traceback comes last.
+A launch file is bash and Python at once. Started with bash, it runs this program, which starts torchrun with the
+launch file; megatron_llave/launch/start.py says how. Every rank that torchrun starts runs the launch file with Python,
+which calls `train`; with torchrun --no-python bash runs it again, and this program then trains.
 """
 
-import argparse
-import ctypes
 import importlib
-import json
 import os
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
-import yaml
-
-EXIT_STOPPED = 75
-DEFAULT_OUTPUT = "runs/default"
-"""train.output where neither the file nor the command line gives one."""
-ASK_AGAIN = 2
-"""Seconds between requests: a run deletes the stop file when it starts, since it may be that of an earlier run."""
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
-"""Signals at which the run is asked to save and stop; SIGALRM asks again."""
-SECONDS_TO_MEET = 600
-"""How long to wait for nodes that start late (an image to pull, a host name that does not resolve yet)."""
 
 
 def main() -> int:
@@ -45,52 +16,8 @@ def main() -> int:
     file, arguments = sys.argv[1], sys.argv[2:]
     if "LOCAL_RANK" in os.environ:
         return train(file, arguments)
-    tasks, num_nodes = whole_number("SLURM_STEP_NUM_TASKS", 1), whole_number("NNODES", 1)
-    if tasks > num_nodes:
-        hint = "use srun --ntasks-per-node=1 with NNODES, NODE_RANK and MASTER_ADDR set, or examples/slurm/train.sbatch"
-        sys.exit(f"error: srun has started this launch file {tasks} times, but NNODES is {num_nodes}; {hint}")
-    # Otherwise restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # A rank that ends while it talks to another one would print a warning with a stack of twenty lines after our one.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    torchrun = Path(__file__).with_name("quiet_torchrun.py")
-    launcher = [sys.executable, str(torchrun), "--nproc-per-node", num_processes(), *nodes()]
-    asked: set[int] = set()
-
-    def ask(number: int, frame: object) -> None:
-        is_again = number in asked
-        asked.add(number)  # first of all, since the same signal may interrupt what follows
-        if number == signal.SIGINT:
-            if is_again:
-                for rank in psutil.Process(process.pid).children(recursive=True):
-                    with suppress(psutil.Error):  # it has ended
-                        rank.kill()  # torchrun has put each into a session of its own
-                process.kill()
-                os._exit(128 + number)
-            print("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once", file=sys.stderr, flush=True)
-        with suppress(OSError):  # the run has not made its directory yet
-            (run_folder(file, arguments) / "stop").touch()
-        signal.alarm(ASK_AGAIN)
-
-    for number in ASKING:
-        signal.signal(number, ask)
-    # In a session of its own: a signal to the whole process group must reach torchrun through this process alone.
-    options = {"start_new_session": True, "preexec_fn": end_with_parent}
-    process = subprocess.Popen([*launcher, file, *arguments], **options)
-    for number in (signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, lambda number, frame: process.send_signal(number))
-    status = process.wait()
-    for number in (*ASKING, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # Python takes its handlers away before it ends; SIGALRM may still come
-    if status == 0 and is_stopped(run_folder(file, arguments)):
-        return EXIT_STOPPED
-    return status if status >= 0 else 128 - status
-
-
-def end_with_parent() -> None:
-    """Let the kernel send this process a SIGTERM when its parent ends, however it ends."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    start = import_of_this_clone("megatron_llave.launch.start")
+    return start.start_training([file, *arguments], config_file(file), arguments)
 
 
 def config_file(file: str) -> Path:
@@ -107,65 +34,15 @@ def train(file: str, arguments: list[str] | None = None) -> int:
         arguments: overrides of its configuration; None: those of the command line.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    training = importlib.import_module("megatron_llave.train")  # takes seconds, which only a rank should spend
+    training = import_of_this_clone("megatron_llave.train")
     training.main(["--config", str(config_file(file)), *(sys.argv[1:] if arguments is None else arguments)])
     return 0
 
 
-def whole_number(name: str, default: int) -> int:
-    """Value of an environment variable; ends the program with one line unless it is a whole number."""
-    value = os.environ.get(name) or str(default)
-    if not value.isdecimal():
-        sys.exit(f"error: {name}={value} must be a whole number")
-    return int(value)
-
-
-def num_processes() -> str:
-    """Number of processes of this node, for torchrun."""
-    if "PROCS" in os.environ:
-        return str(whole_number("PROCS", 2))
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:  # no such program
-        listed = ""
-    return str(sum(line.startswith("GPU ") for line in listed.splitlines()) or 2)
-
-
-def nodes() -> list[str]:
-    """Options of torchrun for the rendezvous of the nodes."""
-    if whole_number("NNODES", 1) == 1:
-        return ["--standalone"]
-    for name in ("NODE_RANK", "MASTER_ADDR"):
-        if name not in os.environ:
-            sys.exit(f"error: {name} must be set when NNODES is")
-    endpoint = f"{os.environ['MASTER_ADDR']}:{whole_number('MASTER_PORT', 29500)}"
-    is_host = int(whole_number("NODE_RANK", 0) == 0)
-    meeting = f"is_host={is_host},read_timeout={SECONDS_TO_MEET}"
-    # With c10d, unlike the default, the nodes find each other again after a failure (--max-restarts).
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", meeting]
-    return ["--nnodes", os.environ["NNODES"], *rendezvous]
-
-
-def run_folder(file: str, arguments: list[str]) -> Path:
-    """train.output of the run, read without the package, whose import takes seconds."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", default=config_file(file))
-    known, rest = parser.parse_known_args(arguments)
-    given = [word.removeprefix("train.output=").strip() for word in rest if word.startswith("train.output=")]
-    if given:  # a text arrives as it stands, unless it is in quotes
-        return Path(yaml.safe_load(given[-1]) if given[-1][:1] in ("'", '"') else given[-1])
-    written = yaml.load(Path(known.config).read_text(), yaml.BaseLoader)
-    return Path((written.get("train") or {}).get("output") or DEFAULT_OUTPUT)
-
-
-def is_stopped(output: Path) -> bool:
-    """Whether the run was stopped and saved before its last step."""
-    try:
-        state = json.loads((output / "state.json").read_text())
-    except FileNotFoundError:  # the command was --help
-        return False
-    return state["state"] == "stopped"
+def import_of_this_clone(name: str) -> object:
+    """Import a module of the package beside this folder, whether or not the package is installed."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    return importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def state(run: Path) -> dict:
 def stub_clone(folder: Path) -> Path:
     """Make a clone with the launch files and with a package that only records how it was called."""
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "megatron_llave").mkdir()
+    shutil.copytree(ROOT / "megatron_llave" / "launch", folder / "megatron_llave" / "launch")
     (folder / "megatron_llave" / "__init__.py").touch()
     (folder / "megatron_llave" / "train.py").write_text(STUB)
     return folder

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_llave"
 
 ORDER = """
-errors files < locks processes versions < config < batch < distributed < data < models < loss < planning < training
-< checkpoint < embedding < evaluation < convert report train < prepare < study < commands
+errors files < launch locks processes versions < config < batch < distributed < data < models < loss < planning
+< training < checkpoint < embedding < evaluation < convert report train < prepare < study < commands
 """
 """The rule: a room (a folder, or a file beside them) imports from the rooms before it and from itself alone; rooms
 between the same two signs do not see each other, but for errors and files, of which files is the second."""
@@ -26,7 +26,7 @@ FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__i
 MAY_NAME_FAMILIES = {"megatron_llave.models", "megatron_llave.config.model", "megatron_llave.config.presets"}
 """The registry, the default of model.family, and the presets."""
 
-BEFORE_ALL = {f"{PACKAGE}.distributed.cpu_emulation", f"{PACKAGE}.distributed.cuda_environment"}
+BEFORE_ALL = {f"{PACKAGE}.distributed.compiler", f"{PACKAGE}.distributed.cuda_environment"}
 """What the package itself imports: the one is to come before megatron-core, the other before CUDA starts."""
 MAY_NAME_PARALLEL_STATE = {"megatron_llave.distributed.process_groups"}
 MAY_UNPICKLE = {

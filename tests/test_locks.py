@@ -24,10 +24,6 @@ with lock_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(100)
 """
-LIGHT = "import sys, types; sys.modules['megatron_llave.distributed'] = types.ModuleType('x'); "
-LIGHT += "sys.modules['megatron_llave.distributed'].cpu_emulation = types.SimpleNamespace(keep_compiler_unloaded=int)\n"
-LIGHT += "sys.modules['megatron_llave.distributed'].cuda_environment = types.SimpleNamespace(set_defaults=len)\n"
-"""Keeps the package from loading torch, which takes seconds."""
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def held(tmp_path: Path):
     started: list[subprocess.Popen] = []
 
     def hold(how: str = "alone", seconds: float = 0) -> tuple[subprocess.Popen, Path]:
-        command = [sys.executable, "-c", LIGHT + HOLDER, str(tmp_path / "run"), how, str(seconds)]
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), how, str(seconds)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "SLURM_JOB_ID": "77"}))
         assert started[-1].stdout.readline() == b"held\n"
         return started[-1], tmp_path / "run"

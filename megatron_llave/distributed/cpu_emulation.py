@@ -1,13 +1,11 @@
 """Lets megatron-core run on a CPU over gloo by replacing the few functions of torch that it calls for a GPU.
 
-Entry points and tests call `enable()` before they build anything; the import of the package calls only
-`keep_compiler_unloaded()`. Both do nothing where CUDA is available, so that a GPU is never hidden. Replacing the
-attributes once is enough, because megatron-core looks them up at every call. A torch function mode would slow down
-every operation (measured: +24 % of the step of a tiny model).
+Entry points and tests call `enable()` before they build anything. It does nothing where CUDA is available, so that a
+GPU is never hidden. Replacing the attributes once is enough, because megatron-core looks them up at every call. A torch
+function mode would slow down every operation (measured: +24 % of the step of a tiny model).
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,26 +19,6 @@ FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "linspace", "ones", "ones_like",
     "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
-
-
-def keep_compiler_unloaded() -> None:
-    """Replace torch.compile for megatron-core by a function that compiles nothing; other callers get torch's own.
-
-    At its import megatron-core compiles fused functions, which are not called on a CPU. That would load the whole
-    compiler, which takes 4 of the 9 seconds of a process's start.
-    """
-    if torch.cuda.is_available() or hasattr(torch.compile, "original"):
-        return
-    original = torch.compile
-
-    @functools.wraps(original)
-    def compile(model: Callable | None = None, **options: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
-            return model if model is not None else lambda function: function
-        return original(model, **options)
-
-    compile.original = original
-    torch.compile = compile
 
 
 def enable() -> bool:

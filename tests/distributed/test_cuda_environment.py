@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_llave
-from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.distributed import compiler, process_groups
 from megatron_llave.distributed.cuda_environment import ALLOCATOR, set_defaults
 
 DEFAULTS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **dict.fromkeys(ALLOCATOR, "expandable_segments:True")}
@@ -25,11 +25,11 @@ def test_what_the_user_has_set_stays() -> None:
         assert not set(given) & set(ALLOCATOR) or set(ALLOCATOR) & set(env) == set(given), "the names would contradict"
 
 
-def test_import_sets_them_before_it_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_sets_them_before_anything_can_ask_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in DEFAULTS:
         monkeypatch.delenv(name, raising=False)
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(cpu_emulation, "keep_compiler_unloaded", lambda: seen.append(dict(os.environ)))
+    monkeypatch.setattr(compiler, "keep_compiler_unloaded_by_megatron_core", lambda: seen.append(dict(os.environ)))
     importlib.reload(megatron_llave)
     assert DEFAULTS.items() <= seen[0].items()
 

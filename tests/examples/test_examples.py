@@ -10,7 +10,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +19,11 @@ from forking import run_script
 from launching import BATCH_FILE, EXAMPLES, LIMIT, environment, free_port, losses, started, state, stub_clone, wait_for
 from run_ranks import run_command
 
-from examples import launch as launcher
+from examples.launch import config_file
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.layout import validate_batch, validate_layout
+from megatron_llave.launch import start as launcher
 from megatron_llave.training import fault_tolerance, run_state
 
 pytestmark = pytest.mark.long
@@ -124,7 +124,7 @@ def test_adapters_of_the_demo_start_from_other_tasks(openmoji_data: Path, tmp_pa
     assert str(tmp_path / start.stem) in str(base)
 
 
-# ---- launch.py ----
+# ---- what starts them ----
 
 
 def test_names_and_numbers_are_those_of_the_package() -> None:
@@ -135,7 +135,7 @@ def test_names_and_numbers_are_those_of_the_package() -> None:
 
 def test_folder_of_the_run_is_found_as_training_finds_it(tmp_path: Path) -> None:
     def folder(*arguments: str) -> str:
-        return str(launcher.run_folder(str(LARGE), list(arguments)))
+        return str(launcher.run_folder(config_file(str(LARGE)), list(arguments)))
 
     other = tmp_path / "other.yaml"
     other.write_text("model: {preset: tiny}\n")
@@ -170,11 +170,11 @@ def test_a_late_request_does_not_end_it_by_its_signal(tmp_path: Path, monkeypatc
     (tmp_path / "state.json").write_text('{"state": "stopped"}')
     for name in ("PROCS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(sys, "argv", ["launch.py", str(TINY), f"train.output={tmp_path}"])
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=wait))
     held = {number: signal.getsignal(number) for number in (*launcher.ASKING, signal.SIGHUP, signal.SIGQUIT)}
     try:
-        assert launcher.main() == launcher.EXIT_STOPPED
+        status = launcher.start_training(["file"], EXAMPLES / "tiny.yaml", [f"train.output={tmp_path}"])
+        assert status == launcher.EXIT_STOPPED
         assert signal.alarm(0) > 0 and (tmp_path / "stop").exists()
         assert {signal.getsignal(number) for number in held} == {signal.SIG_IGN}
     finally:
