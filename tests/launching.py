@@ -101,7 +101,7 @@ def stub_clone(folder: Path) -> Path:
 def code_blocks(page: str) -> list[str]:
     """The code blocks of a page in docs/, with continued lines joined."""
     text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
-    return re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def data_with_few_sets(openmoji_data: Path, folder: Path, *names: str) -> Path:

@@ -1,6 +1,7 @@
 """Links, anchors, paths, configuration keys and commands in README.md, CONTRIBUTING.md and docs/ exist.
 
-The tools are not run: their subcommands and options are looked up among the strings in their source.
+The tools are not run here: their subcommands and options are looked up among the strings in their source.
+test_doc_commands.py runs the commands that need no more than a CPU.
 """
 
 import ast
