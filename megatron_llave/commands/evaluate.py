@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 tools/evaluate.py retrieval --checkpoint CKPT --quer
     --judgements QRELS --out runs/mine
 torchrun --nproc-per-node 8 tools/evaluate.py video --checkpoint CKPT --manifest MSRVTT_JSFUSION_test.csv \\
     --videos VIDEOS --out runs/msrvtt
+torchrun --nproc-per-node 8 tools/evaluate.py mteb --checkpoint CKPT --benchmark "MIEB(lite)" --out runs/mieb
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each command has its own --help.
 """
@@ -29,7 +30,7 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.launcher import require_one_run
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
-from megatron_llave.errors import OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
 from megatron_llave.evaluation.before_training import INITIAL, initial_model, read_scores, with_scores
 from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
@@ -39,6 +40,7 @@ from megatron_llave.locks import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.report.provenance import describe_evaluation
 from megatron_llave.report.retrieval_report import write_retrieval_report
+from megatron_llave.report.table_report import write_table_report
 from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
 
 BEFORE = (
@@ -120,17 +122,23 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
             embedder = CachedEmbedder(partial(embed_parts, initial), None, {}, model.groups.dp, progress)
             scored = evaluate_tasks(embedder, data, args.ties).results
             before = {result.name: result.precision_at_1 for result in scored}
-        embedder = CachedEmbedder(partial(embed_parts, model), folder, identity, model.groups.dp, progress)
+        embedder = CachedEmbedder(
+            partial(embed_parts, model), folder, identity, model.groups.dp, progress, cfg=model.cfg
+        )
         done = evaluate_tasks(embedder, data, args.ties) if is_ranked else data(embedder)
     model.print_image_notes()
     lines = [] if is_ranked else done.lines
     if not is_ranked and done.examples:
         write_retrieval_report(done, about, args.out)
+    if not is_ranked and done.tables:
+        write_table_report(benchmark.name, done, about, args.out)
     if is_ranked:
         done = replace(done, results=with_scores(done.results, before))
         lines = report(done, data, args, benchmark.published(model.cfg), about) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:
         print("\n".join(lines))
+    if not is_ranked and done.failure:
+        raise DataError(done.failure)
 
 
 def scores_before(benchmark: Benchmark, args: argparse.Namespace, tasks: list[Task]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from megatron_llave.errors import at_least, one_of, require
 IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
 VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
 PROMPTS = ("qwen", "plain", "vlm2vec_v2", "gme", "qwen3_vl_embedding")
+INSTRUCTION_PROMPTS = ("gme", "qwen3_vl_embedding")
+"""Prompts with a place of their own for an instruction, which a first line that begins with `Instruct:` gives."""
 
 
 @dataclass

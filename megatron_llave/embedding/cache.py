@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llave.batch import Side
+from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import from_all_ranks, from_first_rank
 from megatron_llave.embedding.embedder import require_finite
 from megatron_llave.embedding.inputs import Inputs
@@ -292,6 +293,8 @@ class CachedEmbedder:
     """Called after each part of this rank."""
     requires_files: bool = True
     """Whether a missing image or video is an error before any work is done, and not when it is read."""
+    cfg: RunConfig | None = None
+    """Configuration of the model, for benchmarks that depend on it."""
 
     def cache(self, inputs: Inputs) -> EmbeddingCache:
         """The embeddings of `inputs`, as far as they exist."""

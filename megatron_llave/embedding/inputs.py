@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from megatron_llave.batch import Side
@@ -134,7 +135,7 @@ class Inputs(Mapping[str, Side]):
         numbers = None if self.numbers is None else self.numbers[chosen]
         return Inputs(self.name, self.entries[chosen], self.image_folder, indices.start, self.hint, numbers)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of texts and file names in their order; embeddings belong to inputs with this digest."""
         digest = hashlib.sha256()

@@ -7,11 +7,25 @@ scores brings a function of its own.
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_llave.batch import Side
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.evaluation.task import Task
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A table of a report."""
+
+    title: str
+    note: str
+    """What it shows."""
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    means: list[tuple[str, ...]] = field(default_factory=list)
+    """Rows below the others, in bold."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,15 @@ class Evaluation:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     """Rows of the report's table: the name of a score, its value, and its value by chance, in percent."""
     examples: list[tuple[Side, list[tuple[Side, bool]]]] = field(default_factory=list)
-    """Some queries with their best candidates and whether each is right; without any there is no report."""
+    """Some queries with their best candidates and whether each is right; without any there is no such report."""
+    tables: list[ScoreTable] = field(default_factory=list)
+    """Tables of a report without examples; without any there is no such report."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """What report.json has of these tables."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the report says about the evaluation beside what all of them say, by name."""
+    failure: str = ""
+    """The error that the command ends with after the report; "" where all went well."""
 
 
 Evaluate = Callable[[CachedEmbedder], Evaluation]

@@ -78,7 +78,7 @@ def test_a_call_without_a_command_is_one_line(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
-    expected = "error: the first argument must be a command: prepared, mmeb, retrieval, video\n"
+    expected = "error: the first argument must be a command: prepared, mmeb, retrieval, video, mteb\n"
     assert (ended.value.code, capsys.readouterr().err) == (2, expected)
 
 

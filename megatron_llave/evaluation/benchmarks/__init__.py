@@ -1,7 +1,7 @@
 """The benchmarks of tools/evaluate.py, one file each; importing this package registers them."""
 
 from megatron_llave.evaluation.benchmark import register_benchmark
-from megatron_llave.evaluation.benchmarks import corpus, mmeb, prepared, video
+from megatron_llave.evaluation.benchmarks import corpus, mmeb, mteb, prepared, video
 
-for _module in (prepared, mmeb, corpus, video):
+for _module in (prepared, mmeb, corpus, video, mteb):
     register_benchmark(_module.BENCHMARK)
