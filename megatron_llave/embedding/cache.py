@@ -254,8 +254,8 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def require_same_model(path: Path, recorded: object, identity: Identity) -> None:
-    """Compare the model recorded in a file with this one.
+def require_same_model(path: Path, recorded: object, identity: Identity, hint: str = "") -> None:
+    """Compare the model recorded in a file with this one; `hint` ends the message, unless it is that of an --out.
 
     Raises:
         DataError: they differ; the message names the keys in which they do.
@@ -265,7 +265,7 @@ def require_same_model(path: Path, recorded: object, identity: Identity) -> None
     recorded = recorded if isinstance(recorded, dict) else {}
     keys = [key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key)]
     apart = [f"{key} {recorded.get(key)!r} there, {identity.get(key)!r} here" for key in keys]
-    hint = f"choose another --out, or delete {path.parent} to begin again"
+    hint = hint or f"choose another --out, or delete {path.parent} to begin again"
     raise DataError(f"{path} is of another model ({'; '.join(apart)}); {hint}")
 
 

@@ -136,6 +136,19 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     return LoadedModel(cfg, chunks, encoder, groups, source=pretrained, average=average)
 
 
+def read_identity(
+    path: str | Path, overrides: Sequence[str] = (), average: bool = False
+) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration of the model that load_model would load, and its identity, without building it.
+
+    Raises:
+        UserError: as load_model does.
+    """
+    pretrained = find_pretrained(path)
+    cfg = _configure(pretrained, overrides)
+    return cfg, pretrained.identity(cfg, average)
+
+
 def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:
     """The configuration of these weights with the caller's changes; the arguments are those of load_model."""
     cfg = pretrained.cfg

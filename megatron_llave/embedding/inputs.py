@@ -133,7 +133,7 @@ class Inputs(Mapping[str, Side]):
         """The inputs whose numbers lie in `indices`."""
         chosen = slice(indices.start - self.first, indices.stop - self.first)
         numbers = None if self.numbers is None else self.numbers[chosen]
-        return Inputs(self.name, self.entries[chosen], self.image_folder, indices.start, self.hint, numbers)
+        return type(self)(self.name, self.entries[chosen], self.image_folder, indices.start, self.hint, numbers)
 
     @cached_property
     def digest(self) -> str:

@@ -201,10 +201,15 @@ def _hash(text: str, modulus: int) -> int:
 def _render_all(files: list[str], size: int, parallel_map: Map) -> np.ndarray:
     """Return the images of all files, [len(files), size, size, 4] uint8."""
     chunks = [files[i : i + 100] for i in range(0, len(files), 100)]
-    return np.concatenate(list(parallel_map(partial(_render, size=size), chunks)))
+    return np.concatenate(list(parallel_map(partial(render, size=size), chunks)))
 
 
-def _render(files: list[str], size: int) -> np.ndarray:
+def render(files: list[str], size: int) -> np.ndarray:
+    """Return the images of SVG files, [len(files), size, size, 4] uint8 RGBA.
+
+    Raises:
+        DataError: a package of the `demo` extra is missing.
+    """
     resvg = demo_package("resvg_py")
 
     def images() -> Iterator[np.ndarray]:

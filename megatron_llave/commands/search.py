@@ -1,0 +1,266 @@
+"""Search in your own images by text, by image, or by both.
+
+llave search build --checkpoint CKPT --pictures DIR --out INDEX      (the same command brings INDEX up to date)
+llave search query INDEX "red bicycle" [--image F] [--top 10] [--json]
+llave search serve INDEX [--port 8765]                               (a local web page)
+llave search recall INDEX                                            (what int8 and shorter vectors would find)
+
+CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each command has its own --help. docs/search.md
+has the details.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_llave.distributed import cpu_emulation, process_groups
+from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require, to_one_line
+from megatron_llave.prepare.openmoji.images import write_images
+from megatron_llave.search.build import UNREADABLE, BuildOptions, Built, build_index
+from megatron_llave.search.index import about, open_index
+from megatron_llave.search.prompts import require_place
+from megatron_llave.search.query import load_query_model, read_image
+from megatron_llave.search.vectors import KINDS, recall, shorten
+from megatron_llave.training.logger import quiet_dependencies
+
+SERVER = "megatron_llave.search.server"
+PORT = 8765
+LISTED = 20
+"""Unreadable files that are printed one by one."""
+PROMPTS = {
+    "--image-prompt": "text that goes with each image of the index; another one needs --rebuild",
+    "--text-prompt": "text of a query by text, {} stands for the words",
+    "--like-prompt": "text of a query by an image alone",
+    "--both-prompt": "text of a query by an image and words, {} stands for the words",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run the command."""
+    parser = OneLineParser(
+        prog="llave search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
+    for add in (add_build, add_query, add_serve, add_recall, add_demo_images):
+        add(commands)
+    args = parser.parse_args(argv)
+    with exit_with_one_line():
+        quiet_dependencies()
+        cpu_emulation.enable()
+        args.run(args)
+        process_groups.destroy_distributed()
+
+
+def add_build(commands: argparse._SubParsersAction) -> None:
+    """Add the command that builds an index."""
+    about_it = "Embed the images of a folder, or those that are new or changed since the last build."
+    parser = commands.add_parser("build", help=about_it, description=about_it)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, run's output directory, Hugging Face folder")
+    parser.add_argument("--pictures", required=True, help="folder of the images; folders in it are read too")
+    parser.add_argument("--out", required=True, metavar="INDEX", help="folder of the index; the same command resumes")
+    parser.add_argument("--vectors", choices=KINDS, help="what is searched: float32, exact; or int8, with its recall")
+    parser.add_argument("--dims", type=int, help="search the first numbers of each vector alone, with their recall")
+    parser.add_argument("--rebuild", action="store_true", help="embed all images again, as for another checkpoint")
+    parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
+    add_prompts(parser, PROMPTS)
+    parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.precision=bf16")
+    parser.set_defaults(run=run_build)
+
+
+def add_query(commands: argparse._SubParsersAction) -> None:
+    """Add the command that asks an index once."""
+    about_it = "Print the images that are most similar to a text, an image, or both."
+    parser = commands.add_parser("query", help=about_it, description=about_it)
+    parser.add_argument("index", metavar="INDEX", help="folder of the index")
+    parser.add_argument("text", nargs="?", default="", help="the words that are looked for")
+    parser.add_argument("--image", help="file of an image that is looked for; with words, both are one query")
+    parser.add_argument("--top", type=int, default=10, help="how many images are printed; default: 10")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model(parser)
+    parser.set_defaults(run=run_query)
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """Add the command that serves the web page."""
+    about_it = "Serve a web page for searches, on this machine alone unless --host says otherwise."
+    parser = commands.add_parser("serve", help=about_it, description=about_it)
+    parser.add_argument("index", metavar="INDEX", help="folder of the index")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
+    parser.add_argument("--pictures", help="where the folder of the images is now, if it has moved")
+    add_model(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def add_recall(commands: argparse._SubParsersAction) -> None:
+    """Add the command that compares the forms of vectors."""
+    about_it = (
+        "Measure which share of the exact nearest images int8 and shorter vectors find. The index stays as it is."
+    )
+    parser = commands.add_parser("recall", help=about_it, description=about_it)
+    parser.add_argument("index", metavar="INDEX", help="folder of the index")
+    parser.add_argument("--dims", type=int, action="append", help="numbers of each vector; may be repeated")
+    parser.set_defaults(run=run_recall)
+
+
+def add_demo_images(commands: argparse._SubParsersAction) -> None:
+    """Add the command that writes the images of `make search`."""
+    about_it = "Write the OpenMoji images that the demo's model knows by name as files, to search in them."
+    parser = commands.add_parser("demo-images", help=about_it, description=about_it)
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.set_defaults(run=lambda args: print(f"{args.out}: {write_images(args.out):,} images"))
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that load the model of an index."""
+    parser.add_argument("--checkpoint", help="where the model of the index is now, if it has moved")
+    add_prompts(parser, {option: text for option, text in PROMPTS.items() if option != "--image-prompt"})
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override")
+
+
+def add_prompts(parser: argparse.ArgumentParser, prompts: dict[str, str]) -> None:
+    """Add an option for each prompt."""
+    for option, text in prompts.items():
+        parser.add_argument(option, help=f"{text}; default: as in the index, or that of the model's family")
+
+
+def prompts_of(args: argparse.Namespace) -> dict[str, str]:
+    """The prompts that the command line gives, by name.
+
+    Raises:
+        ConfigError: one that takes the user's words has no place for them.
+    """
+    given = {option: getattr(args, option[2:].replace("-", "_"), None) for option in PROMPTS}
+    given = {option: text.replace("\\n", "\n") for option, text in given.items() if text is not None}
+    for option in given.keys() & {"--text-prompt", "--both-prompt"}:
+        require_place(option, given[option])
+    return {option[2:].removesuffix("-prompt"): text for option, text in given.items()}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr of the first rank; on the others the yielded function does nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda what, done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task("", visible=False)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
+
+
+def run_build(args: argparse.Namespace) -> None:
+    """Build the index; the first rank prints what was done."""
+    options = BuildOptions(
+        Path(args.pictures),
+        Path(args.out),
+        args.checkpoint,
+        tuple(args.overrides),
+        args.average,
+        prompts_of(args),
+        args.vectors,
+        args.dims,
+        args.rebuild,
+    )
+    with progress_bar() as progress:
+        built = build_index(options, progress)
+    if built is not None:
+        print("\n".join(lines_of(built, args.out)))
+
+
+def lines_of(built: Built, index: str) -> Iterator[str]:
+    """What a build has done, for people."""
+    manifest = built.manifest
+    copies = manifest.files - manifest.images
+    further = f" and {count(copies, 'copy', 'copies')} of them" if copies else ""
+    yield f"{index}: {count(manifest.images, 'image')}{further}"
+    if built.is_written:
+        kept = f", {built.kept} taken over from an interrupted build" if built.kept else ""
+        changes = f"{built.new} new, {built.changed} changed, {built.removed} removed"
+        yield f"files: {changes}; images embedded: {built.embedded}{kept}"
+    else:
+        yield "it is up to date"
+    yield f"search: {manifest.kind}"
+    for name in ("text", "like", "both"):
+        yield f"prompt of a query ({name}): {getattr(manifest.prompts, name)!r}"
+    yield from (f"note: {note}" for note in built.notes)
+    if built.problems:
+        yield f"{count(len(built.problems), 'file')} cannot be used:"
+        yield from (f"  {to_one_line(name)}: {to_one_line(problem)}" for name, problem in built.problems[:LISTED])
+    if len(built.problems) > LISTED:
+        yield f"  and {len(built.problems) - LISTED:,} more: {index}/{UNREADABLE}"
+    if built.others:
+        endings = sorted(built.others.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{number} {to_one_line(ending)}" for ending, number in endings[:5])
+        yield f"{count(sum(built.others.values()), 'other file')} left out by the ending of the name: {named}"
+
+
+def count(number: int, one: str, several: str = "") -> str:
+    """A number with its noun."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def run_query(args: argparse.Namespace) -> None:
+    """Ask the index once and print what it finds."""
+    require(args.top >= 1, f"--top {args.top} must be at least 1")
+    require(bool(args.text.strip() or args.image), "give words to look for, or --image FILE, or both")
+    image = read_image(args.image) if args.image else None
+    index = open_index(args.index)
+    model = load_query_model(index, args.checkpoint, args.overrides, prompts_of(args))
+    query = model(args.text, image)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    hits = [(hit.similarity, [file.name for file in index.files_of(hit.row)]) for hit in index.search(query, args.top)]
+    if args.json:
+        found = [{"similarity": similarity, "files": files} for similarity, files in hits]
+        print(json.dumps({**about(index.manifest), "found": found}))  # in ASCII, with \udcXX for odd bytes of names
+        return
+    if not hits:
+        print(f"{args.index} holds no image")
+    for similarity, files in hits:
+        copies = f"  (and {count(len(files) - 1, 'copy', 'copies')})" if len(files) > 1 else ""
+        print(f"{similarity:.3f}  {to_one_line(files[0])}{copies}")
+    if not index.manifest.is_exact:
+        print(f"the search is {index.manifest.kind}")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "the page is served by one process; start it without torchrun")
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"the page needs {package}, which is not installed; pip install -e '.[search]'")
+    server = importlib.import_module(SERVER)
+    prompts = prompts_of(args)
+
+    def load(index):  # noqa: ANN001, ANN202
+        return load_query_model(index, args.checkpoint, args.overrides, prompts)
+
+    server.serve(args.index, load, args.host, args.port, args.pictures)
+
+
+def run_recall(args: argparse.Namespace) -> None:
+    """Print the recall of each form of vectors, and what it takes."""
+    index = open_index(args.index)
+    width = index.manifest.width
+    lengths: Sequence[int] = args.dims or [dims for dims in (width, width // 2, width // 4) if dims]
+    for dims in lengths:
+        require(1 <= dims <= width, f"--dims {dims} must be between 1 and {width}")
+    print(f"{count(len(index), 'image')}; the share of the exact 1 and 10 nearest images that is found")
+    print(f"{'vectors':<10}{'numbers':>8}{'MB':>10}{'recall@1':>10}{'recall@10':>11}")
+    for dims in lengths:
+        for kind in KINDS:
+            small = shorten(np.asarray(index.vectors), dims, kind)
+            size = (small.rows.nbytes + (0 if small.scales is None else small.scales.nbytes)) / 1e6
+            is_exact = kind == "float32" and dims == width
+            found = recall(index.vectors, None if is_exact else small)
+            print(f"{kind:<10}{dims:>8}{size:>10.1f}{found['recall@1']:>10.3f}{found['recall@10']:>11.3f}")
