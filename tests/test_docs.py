@@ -132,6 +132,25 @@ def test_paths_keys_and_commands(page: Path) -> None:
     assert bad_paths(text) + bad_keys(text) + bad_commands(text) == []
 
 
+def missing_messages(text: str) -> list[str]:
+    """Messages in the column `message` of tables that the package does not have; `...` stands for any text."""
+    files = (ROOT / "megatron_llave").rglob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    said = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    tables = re.findall(r"^\| message \|.*\n\|-.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    messages = [row[1] for table in tables for row in re.finditer(r"^\| `([^`]+)`", table, re.MULTILINE)]
+    parts = [part.strip(" ;") for message in messages for part in re.split(r"\.\.\.|: --", message)]
+    return [part for part in parts if len(part) >= 8 and not any(part in constant for constant in said)]
+
+
+def test_messages_that_are_explained_exist() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert missing_messages(text) == []
+    assert missing_messages(text.replace("cannot be split into", "can be split into")) == [
+        "processes can be split into"
+    ]
+
+
 def test_what_does_not_exist_is_noticed() -> None:
     text = "[a](nowhere.md) [b](README.md#nowhere) `tools/none.py` `loss.none` `data.subsets.A.none: 1`\n"
     text += "```\npython tools/merge.py --none runs/a=1\npython tools/prepare_data.py none \\\n  --o\nmake none\n"
