@@ -115,11 +115,17 @@ class LogConfig:
     """Number of steps between progress lines, on the terminal and in progress.log; 0: no lines. log.jsonl always has
     every step."""
     histogram_interval: int = 100
-    """Number of steps between histograms of the similarities in log.jsonl; 0: none."""
+    """Number of steps between histograms of the similarities and of the negatives' weights, in log.jsonl and in the
+    trackers that have some; 0: none."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into train.output/tensorboard."""
     wandb_project: str | None = None
     """Weights & Biases project to which the metrics are logged; null: none."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to which the metrics are logged; null: none."""
+    mlflow_uri: str | None = None
+    """Address of MLflow's server, or of its store; null: where MLflow itself writes, which the variable
+    MLFLOW_TRACKING_URI of the environment says."""
     peak_tflops: float | None = None
     """Peak dense TFLOP/s of one device at the run's precision, for the model FLOPs utilisation; null: looked up for
     known GPUs."""
@@ -127,6 +133,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         """Check the range."""
         at_least(self, "log", 0, ("interval", "histogram_interval"))
+        ok = self.mlflow_uri is None or self.mlflow_experiment is not None
+        require(ok, "log.mlflow_uri is used by nothing without log.mlflow_experiment; set that too, or this to null")
         peak = self.peak_tflops
         require(peak is None or peak > 0, f"log.peak_tflops={peak} must be above 0, or null")
 

@@ -30,7 +30,8 @@ from megatron_llave.training.progress import (
     show,
     time_of_day,
 )
-from megatron_llave.training.trackers import Tracker, scalars_of
+from megatron_llave.training.tracked_values import histograms_of, scalars_of
+from megatron_llave.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,9 @@ class RunLog:
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 self._begin_again()
             _append_line(self._file, finite)
-        scalars = scalars_of(finite)
-        with self._survived():
-            for tracker in self._trackers:
-                tracker.step(record["step"], scalars)
+        values = scalars_of(finite), histograms_of(finite)
+        for tracker in self._trackers:
+            tracker.step(record["step"], *values)
         self._total.add(record)
         self._interval_sums.add(record)
         is_end = self._total.steps == 1 or record["step"] == self._total_steps
@@ -119,9 +119,8 @@ class RunLog:
         with self._survived(), (self._output / EVALUATIONS_FILE).open("ab", buffering=0) as file:
             _append_line(file, record)
         finite = {f"precision_at_1/{name}": value for name, value in written.items() if value is not None}
-        with self._survived():
-            for tracker in self._trackers:
-                tracker.step(step, finite)
+        for tracker in self._trackers:
+            tracker.step(step, finite, {})
         if len(finite) == len(scores):
             mean = sum(scores.values()) / len(scores)
             line = f"step {step}: Precision@1 {mean:.1f} %, mean of {len(scores)} sets"

@@ -17,7 +17,7 @@ from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import all_gather_rows, row_counts
 from megatron_llave.loss.contrastive import LossShare
-from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
+from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts, mean_margin, order_auc, overlap_coefficient
 from megatron_llave.models import family_of
 from megatron_llave.planning.flops import Work, achieved
 
@@ -32,6 +32,13 @@ MEANS = {
 
 GRADIENT_NORMS = ("gradient_norm", *(f"gradient_norm_{part}" for part in PARTS))
 """Names in the record of the norm of the whole gradient and of those of the parts of the model."""
+
+HISTOGRAM_RANGES = {
+    "positive_histogram": (-1, 1),
+    "hardest_negative_histogram": (-1, 1),
+    "hardest_share_histogram": (0, 1),
+}
+"""Name of a histogram in the record -> lower edge of its first bin, upper edge of its last one; bins are equal."""
 
 COMPARISONS = {"overlap": overlap_coefficient, "margin": mean_margin, "auc": order_auc}
 """Name in the record, after `similarity_` -> comparison of the cosines of positives and hardest negatives."""
@@ -127,9 +134,18 @@ def step_metrics(
 
 
 def histograms(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> dict[str, list[int]]:
-    """Number of queries per bin (see `cosine_counts`) of the cosine of the positive and of the hardest negative."""
-    counted = map(cosine_counts, similarities(shares, batches, group).cpu().unbind(1))
-    return dict(zip(("positive_histogram", "hardest_negative_histogram"), counted))
+    """Number of queries per bin, see HISTOGRAM_RANGES, of the cosine of the positive and of the hardest negative.
+
+    The third has the shares whose mean is hardest_share. A query without a negative counts in the first one alone.
+    """
+    cosines = similarities(shares, batches, group)  # [B, 2]
+    weights = _values(shares, "hardest_share", cosines.device).double().nan_to_num(nan=-1.0)
+    of_shares = torch.histc(weights, HISTOGRAM_BINS, 0, 1)
+    dist.all_reduce(of_shares, group=group)
+    read = torch.cat([of_shares, cosines.double().flatten()]).cpu()  # both at once, since the host waits for each copy
+    of_shares, cosines = read[:HISTOGRAM_BINS], read[HISTOGRAM_BINS:].view(-1, 2)
+    counts = *map(cosine_counts, cosines.unbind(1)), of_shares.int().tolist()
+    return dict(zip(HISTOGRAM_RANGES, counts))
 
 
 def similarities(shares: list[LossShare], batches: list[PairBatch], group: dist.ProcessGroup) -> Tensor:

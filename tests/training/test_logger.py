@@ -253,7 +253,7 @@ def test_evaluations_have_a_file_of_their_own(tmp_path, capsys):
 
 def test_an_evaluation_without_scores_is_written_as_null(tmp_path, capsys):
     told = []
-    tracker = SimpleNamespace(step=lambda step, values: told.append(values), close=lambda: None)
+    tracker = SimpleNamespace(step=lambda step, values, drawn: told.append(values), close=lambda: None)
     log = RunLog(tmp_path, 1, 2, enabled=True, trackers=[tracker])
     log.evaluation(1, {"a": math.nan, "b": math.nan}, seconds=2.5, candidates={})
     log.close()

@@ -53,9 +53,12 @@ def test_nothing_seen_before_the_last_stage(groups) -> None:
 
 def test_histograms_hold_every_query(groups) -> None:
     counted = histograms([seen(1.0, [1.0, 0.99], [-1.0, 0.01])], [batch(2, 40, 0)], groups.dp)
-    assert [len(x) for x in counted.values()] == [HISTOGRAM_BINS] * 2
+    assert [len(x) for x in counted.values()] == [HISTOGRAM_BINS] * 3
     assert counted["positive_histogram"][-1] == 2 and sum(counted["positive_histogram"]) == 2
     assert counted["hardest_negative_histogram"][0] == 1 and counted["hardest_negative_histogram"][25] == 1
+    # 0.5 and 0.25 of 1.
+    of_shares = counted["hardest_share_histogram"]
+    assert of_shares[25] == 1 and of_shares[12] == 1 and sum(of_shares) == 2
 
 
 def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
@@ -64,4 +67,6 @@ def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
     assert record["positive_similarity"] == pytest.approx(0.6)
     assert record["hardest_negative_similarity"] == pytest.approx(0.25)
     counted = histograms(lonely, [batch(2, 40, 0)], groups.dp)
-    assert [sum(x) for x in counted.values()] == [2, 1]
+    assert [sum(x) for x in counted.values()] == [2, 1, 2]
+    lonely[0][1].hardest_share = torch.tensor([torch.nan, 1.0])
+    assert histograms(lonely, [batch(2, 40, 0)], groups.dp)["hardest_share_histogram"] == [0] * 49 + [1]
