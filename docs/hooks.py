@@ -53,6 +53,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Put figures into the page itself, so that their colours follow its scheme."""
 
     def figure(match: re.Match[str]) -> str:
-        return (ROOT / "docs" / "figures" / f"{match[2]}.svg").read_text(encoding="utf-8")
+        svg = (ROOT / "docs" / "figures" / f"{match[2]}.svg").read_text(encoding="utf-8")
+        return f'<div class="figure-frame">{svg}</div>'
 
     return FIGURE.sub(figure, html)

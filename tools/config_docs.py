@@ -24,7 +24,7 @@ HEAD = """# Configuration
 
 This page lists every key of the YAML file that `--config` names and of the `section.key=value` overrides after it.
 `python tools/config_docs.py` generates it from the docstrings in `megatron_llave/config/`; do not edit it by hand.
-[glossary.md](glossary.md) explains the terms.
+[The glossary](glossary.md) explains the terms.
 """
 MAPS = {"subsets": SubsetConfig}
 """Fields that map names to sections: field name -> dataclass of such a section."""
