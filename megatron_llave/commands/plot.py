@@ -1,6 +1,8 @@
 """Draw the curves of one or several runs: loss, also by subset, learning rate, similarities, throughput, scores.
 
-python tools/plot.py runs/a runs/b [--out runs.png] [--along step|pairs|hours]
+python tools/plot.py runs/a runs/b [--out runs.png | --out runs.html | --html] [--along step|pairs|hours]
+
+An HTML page has the values under the pointer, zoom and a table of final values, and needs no network.
 
 The tool only reads log.jsonl and evaluations.jsonl in the output directories, so it works while a run is training too.
 """
@@ -11,7 +13,8 @@ from pathlib import Path
 
 from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
 from megatron_llave.files import parse_json
-from megatron_llave.report.plots import plot_runs
+from megatron_llave.report.curves_page import write_curves_page
+from megatron_llave.report.plots import ALONG, plot_runs
 from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
 
@@ -19,20 +22,26 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, read the logs, and draw."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run (train.output)")
-    parser.add_argument("--out", help="PNG file; default: curves.png in the run, or here if there are several")
-    parser.add_argument("--along", choices=("step", "pairs", "hours"), default="step", help="horizontal axis")
+    parser.add_argument(
+        "--out", help=".png or .html file; default: curves.png in the run, or here if there are several"
+    )
+    parser.add_argument("--html", action="store_true", help="write a page: curves.html, unless --out names it")
+    parser.add_argument("--along", choices=ALONG, default="step", help="horizontal axis")
     args = parser.parse_args(argv)
     with exit_with_one_line():
         folders = {name: Path(run) for name, run in zip(short_names(args.runs), args.runs)}
-        out = Path(args.out) if args.out else Path(args.runs[0] if len(args.runs) == 1 else ".") / "curves.png"
-        require(out.suffix == ".png", f"--out {out} must end in .png")
+        default = Path(args.runs[0] if len(args.runs) == 1 else ".") / ("curves.html" if args.html else "curves.png")
+        out = Path(args.out) if args.out else default
+        require(out.suffix == ".html" or not args.html, f"--out {out} must end in .html with --html")
+        require(out.suffix in (".png", ".html"), f"--out {out} must end in .png or .html")
         logs = {name: read_log(folder / LOG_FILE) for name, folder in folders.items()}
         for name, records in logs.items():
             require(len(records) > 0, f"{folders[name] / LOG_FILE} has no step yet")
         scores = {name: read_evaluations(folder / EVALUATIONS_FILE) for name, folder in folders.items()}
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            plot_runs(logs, scores, out, args.along)
+            write = write_curves_page if out.suffix == ".html" else plot_runs
+            write(logs, scores, out, args.along)
         except OSError as error:
             raise DataError(f"{out} cannot be written: {error.strerror}") from error
         print(f"{out}: {', '.join(f'{name} ({len(records)} steps)' for name, records in logs.items())}")

@@ -1,9 +1,10 @@
-"""One self-contained HTML page of tables and figures, which fetches nothing; for evaluation_report.py.
+"""One self-contained HTML page of tables and figures, which fetches nothing; for evaluation_report.py and others.
 
 Sections fold, and wide tables scroll sideways on a small screen.
 """
 
 import base64
+import hashlib
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,20 +37,34 @@ class Section:
     """Rows below the others, in bold."""
     figures: Sequence[Path] = ()
     """PNG files, embedded into the page."""
+    inner: str = ""
+    """HTML that is put into the page as it is."""
 
 
-def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
-    """The HTML text of a page with these sections."""
+def html_page(title: str, about: str, sections: Sequence[Section], style: str = "", script: str = "") -> str:
+    """The HTML text of a page with these sections.
+
+    Args:
+        title: of the page.
+        about: a paragraph below it; "": none.
+        sections: in their order.
+        style: further CSS.
+        script: JavaScript that runs at the end. A browser runs nothing else in the page, and fetches nothing for it.
+    """
     body = "".join(map(_section, sections))
     name = html.escape(title)
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else "'none'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    head += f"<style>{STYLE}</style>"
-    opening = f"<h1>{name}</h1><p>{html.escape(about)}</p>"
+    head += f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}{style}</style>'
+    opening = f"<h1>{name}</h1>" + (f"<p>{html.escape(about)}</p>" if about else "")
+    body += f"<script>{script}</script>" if script else ""
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{opening}{body}</body></html>\n'
 
 
 def _section(section: Section) -> str:
     parts = [f"<p>{html.escape(section.about)}</p>"] if section.about else []
+    parts.append(section.inner)
     if section.rows:
         parts.append(f'<div class="wide"><table><tr>{_cells("th", section.columns)}</tr>')
         parts += [f"<tr>{_cells('td', row)}</tr>\n" for row in section.rows]

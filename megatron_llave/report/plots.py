@@ -1,6 +1,7 @@
 """Draws curves of runs from the records of their logs as PNG files.
 
-evaluation_report.py draws one run beside its evaluation, tools/plot.py several runs together.
+evaluation_report.py draws one run beside its evaluation, tools/plot.py several runs together; curves_page.py draws the
+panels of the latter as a page.
 """
 
 import itertools
@@ -38,6 +39,8 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
 """Title, vertical axis, and value of a step's record, for each panel of plot_runs; evaluations and subsets follow."""
 ACROSS = 3
 """Panels side by side."""
+ALONG = ("step", "pairs", "hours")
+"""Quantities of the horizontal axis."""
 
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
@@ -107,9 +110,9 @@ def plot_runs(
     for index, (name, records) in enumerate(runs.items()):
         colour = SUBSET_COLOURS[index % len(SUBSET_COLOURS)]
         style = LINE_STYLES[index // len(SUBSET_COLOURS) % len(LINE_STYLES)]
-        places = _places(records, along)
+        places = place_of(records, along)
         for panel, (title, _, value) in zip(axes, PANELS):
-            values = np.array([_number(value, record) for record in records], dtype=float)
+            values = values_of(value, records)
             if title == "learning rate":  # has no noise
                 panel.plot(places, values, color=colour, linestyle=style, linewidth=2)
             else:
@@ -133,8 +136,8 @@ def plot_runs(
     save_png(figure, path)
 
 
-def _places(records: list[dict[str, Any]], along: str) -> np.ndarray:
-    """Position of each record on the horizontal axis, [steps] float."""
+def place_of(records: list[dict[str, Any]], along: str) -> np.ndarray:
+    """Position of each record on the horizontal axis, one of ALONG, [steps] float."""
     if along == "step":
         return _column(records, "step")
     if along == "pairs":
@@ -143,8 +146,12 @@ def _places(records: list[dict[str, Any]], along: str) -> np.ndarray:
     return np.cumsum(np.array(seconds, dtype=float)) / 3600
 
 
+def values_of(value: Callable[[dict[str, Any]], float], records: list[dict[str, Any]]) -> np.ndarray:
+    """The values of records, [steps] float; NaN where a record lacks one, or it was not finite."""
+    return np.array([_number(value, record) for record in records], dtype=float)
+
+
 def _number(value: Callable[[dict[str, Any]], float], record: dict[str, Any]) -> float:
-    """The value of a record; NaN where the record lacks it, or it was not finite."""
     try:
         return value(record)
     except (KeyError, TypeError):
@@ -157,15 +164,20 @@ def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _dots_and_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, style: str) -> None:
-    """Draw faint dots, and over them the mean of each value and its neighbours, about a twentieth of all values."""
+    """Draw faint dots, and over them their running mean."""
     valid = np.isfinite(values)
     steps, values = steps[valid], values[valid]
     axes.scatter(steps, values, s=7, color=colour, alpha=0.3, linewidths=0)
+    axes.plot(steps, running_mean(values), color=colour, linestyle=style, linewidth=2, label=label)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and its neighbours, about a twentieth of all values, [n] float."""
     reach = max(4, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     start, end = np.maximum(0, index - reach), np.minimum(len(values), index + reach + 1)
-    axes.plot(steps, (sums[end] - sums[start]) / (end - start), color=colour, linestyle=style, linewidth=2, label=label)
+    return (sums[end] - sums[start]) / (end - start)
 
 
 def label_axes(axes: Axes, title: str, quantity: str, along: str = "step") -> None:

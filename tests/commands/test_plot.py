@@ -78,15 +78,18 @@ def test_each_subset_has_a_panel_with_its_loss(tmp_path: Path, monkeypatch: pyte
 
 def test_horizontal_axis_counts_what_is_asked_for() -> None:
     records = [{"step": step, "pairs": 8, "seconds": 1.0, "save_seconds": 0.5} for step in (1, 2, 3)]
-    found = {along: plots._places(records, along).tolist() for along in ("step", "pairs", "hours")}
+    found = {along: plots.place_of(records, along).tolist() for along in ("step", "pairs", "hours")}
     assert found["step"] == [1, 2, 3] and found["pairs"] == [8, 16, 24]
     assert found["hours"] == pytest.approx([1.5 / 3600, 3 / 3600, 4.5 / 3600])
 
 
-def test_one_run_is_drawn_into_its_folder(tmp_path: Path) -> None:
+def test_one_run_is_drawn_into_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_run(tmp_path / "run")
     assert run_script(TOOL, folder).returncode == 0
     assert (folder / "curves.png").stat().st_size > 10_000
+    plot.main([str(folder), "--html"])
+    assert capsys.readouterr().out == f"{folder}/curves.html: run (30 steps)\n"
+    assert "<h1>Curves of run</h1>" in (folder / "curves.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,9 @@ def test_one_run_is_drawn_into_its_folder(tmp_path: Path) -> None:
     [
         (["nowhere"], "log nowhere/log.jsonl does not exist"),
         (["run", "run"], "run is given twice"),
-        (["run", "--out", "run.pdf"], "--out run.pdf must end in .png"),
+        (["run", "--out", "run.pdf"], "--out run.pdf must end in .png or .html"),
+        (["run", "--html", "--out", "run.png"], "--out run.png must end in .html with --html"),
+        (["run", "--out", "run/log.jsonl/x.html"], "cannot be written"),
         (["run", "--out", "run/log.jsonl/x.png"], "cannot be written"),
         (["empty"], "empty/log.jsonl has no step yet"),
         (["damaged"], "damaged/log.jsonl line 2 is not a step's record"),
