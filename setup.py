@@ -17,6 +17,7 @@ REQUIRES = [
     'megatron-core>=0.19,<0.20; python_version >= "3.12"',
     "psutil",  # megatron-core's checkpoint writer imports it without declaring it, and hangs where it is missing
     "webdataset",
+    "braceexpand",  # of WebDataset too
     "sentencepiece",
     "tokenizers",
     "safetensors",

@@ -43,6 +43,7 @@ ELSEWHERE = {
     ),
 }
 PAGES_ELSEWHERE = {
+    "docs/formats.md": "tests/examples/test_formats.py::test_the_example_trains_ten_steps",
     "docs/own_data.md": "tests/examples/test_own_data.py::test_from_a_folder_of_images_to_search",
 }
 """Pages all of whose blocks one other test runs; its file names the page."""

@@ -6,6 +6,7 @@ was written. tests/test_mutants.py runs a few of each.
 """
 
 import argparse
+import io
 import json
 import operator
 import random
@@ -13,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import traceback
 from collections import Counter
@@ -56,8 +58,11 @@ from megatron_llave.evaluation.benchmarks.prepared import (  # noqa: E402
     read_evaluation,
     write_evaluation,
 )
+from megatron_llave.prepare import columns, swift, tables, vlm2vec, webdataset  # noqa: E402
 from megatron_llave.prepare.captions import read_captions  # noqa: E402
 from megatron_llave.prepare.jsonl import check_lines  # noqa: E402
+from megatron_llave.prepare.own_pairs import check_some  # noqa: E402
+from megatron_llave.prepare.shard_jobs import SourceRow  # noqa: E402
 
 SECONDS = 20
 MEGABYTES = 600
@@ -361,6 +366,79 @@ def read_caption_files(folder: Path) -> list:
     return [caption[:2] for file in sorted(folder.iterdir()) for caption in read_captions(file)]
 
 
+def make_tables(folder: Path) -> None:
+    rows = [{"anchor": f"q {i}", "positive": {"bytes": image(i), "path": "a.png"}} for i in range(40)]
+    table = pa.Table.from_pylist([row | {"negatives": ["x", "y"], "label": [1, 0.5, 0]} for row in rows])
+    pq.write_table(table, folder / "a.parquet", row_group_size=15)
+    with pa.ipc.new_stream(folder / "b.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=15)
+    with pa.ipc.new_file(folder / "c.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=15)
+    texts = [{"query": f"q {i}", "positive": {"path": "a.png"}, "negative_1": "x", "score": None} for i in range(5)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (folder / "e.json").write_text(json.dumps(texts))
+    (folder / "f.csv").write_text("sentence1,sentence2,score\n" + "".join(f'a {i},"b, c",0.{i}\n' for i in range(5)))
+
+
+def read_tables(folder: Path) -> list:
+    return [shown(row) for file in sorted(folder.iterdir()) for row in rows_of_table(file)]
+
+
+def rows_of_table(file: Path) -> Iterator[SourceRow]:
+    table = tables.open_table(file)
+    return columns.read_pairs(table, columns.check_roles(table, columns.known_roles(table)), "s", 0)
+
+
+def shown(row: SourceRow) -> list:
+    """A row with the bytes of its images."""
+    images = [image for side in (row.query, *row.targets) for image in side.images]
+    read = [image if isinstance(image, str) else image.read() for image in images]
+    return [row.fault, row.query.text, [side.text for side in row.hard_negatives], row.scores, read]
+
+
+def make_swift(folder: Path) -> None:
+    text = [{"role": "user", "content": "<image>a"}]
+    line = {"messages": text, "images": ["a.png"], "positive_messages": [text], "positive_images": [["b.png"]]}
+    old = {"query": "<image>a", "response": "b", "rejected_response": ["c"], "images": ["a.png"], "label": None}
+    lines = [line, line | {"negative_messages": [text], "negative_images": [["c.png"]]}, old]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_swift(folder: Path) -> list:
+    return [row.fault or row for _, row in swift.read_rows([folder / "a.jsonl"])]
+
+
+def make_tars(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for number in range(6):
+            values = json.dumps({"caption": f"text {number}"}).encode()
+            members = {"png": image(number), "json": values, "txt": b"a caption"}
+            for suffix, data in list(members.items())[: 3 - number % 2]:
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_tars(folder: Path) -> list:
+    check_some(lambda: (("captions", row) for row in webdataset.read_pairs(folder / "a.tar")))
+    return [shown(row) for row in webdataset.read_pairs(folder / "a.tar")]
+
+
+def make_list(folder: Path) -> None:
+    row = {"qry": "q", "qry_image_path": "a.png", "pos_text": "p", "pos_image_path": "", "neg_text": ["n", "m"]}
+    pq.write_table(pa.Table.from_pylist([row] * 3), folder / "rows.parquet")
+    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    sets = {name: {"dataset_parser": "mmeb_neg", "dataset_name": name} for name in ("rows.parquet", "rows.jsonl")}
+    (folder / "list.yaml").write_text(json.dumps({name[5:]: entry | {"weight": 0.5} for name, entry in sets.items()}))
+
+
+def read_listed(folder: Path) -> list:
+    listed = vlm2vec.read_list(folder / "list.yaml", folder)
+    return [row.fault or row for entry in listed for row in vlm2vec.read_rows(entry)] + [
+        vlm2vec.mixture_of(listed, "out")
+    ]
+
+
 def make_images(folder: Path) -> None:
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
     for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "avif", "jpeg2000"):
@@ -383,6 +461,10 @@ READERS = {
     "parquet": Reader(make_parquet, "*.parquet", lambda f: read_mmeb(f, f, "VOC2007").digest),
     "qrels": Reader(make_qrels, "*", read_qrels),
     "captions": Reader(make_captions, "*", read_caption_files),
+    "tables": Reader(make_tables, "*", read_tables),
+    "swift": Reader(make_swift, "*", read_swift),
+    "webdataset": Reader(make_tars, "*", read_tars),
+    "vlm2vec": Reader(make_list, "*", read_listed),
     "images": Reader(make_images, "*", read_images),
     "store": Reader(make_store, "*", read_store, all_in),
     "sets": Reader(make_sets, "*", lambda f: sorted(read_evaluation(f)[0].items(), key=str), all_in),

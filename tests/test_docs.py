@@ -27,7 +27,11 @@ FOLDERS = ("megatron_llave", "tools", "examples", "benchmarks", "docs", "tests")
 SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
 # The command of a tool with another name, and modules that hold further names of commands and options.
 COMMANDS = {"convert_hf": "convert", "prepare_data": "prepare"}
-FURTHER_SOURCES = {"study": "study/variants.py", "evaluate": "evaluation/benchmarks/*.py"}
+FURTHER_SOURCES = {
+    "study": "study/variants.py",
+    "prepare_data": "commands/prepare_*.py",
+    "evaluate": "evaluation/benchmarks/*.py",
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 each_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))

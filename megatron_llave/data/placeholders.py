@@ -13,6 +13,7 @@ from megatron_llave.errors import DataError
 _PLACEHOLDER = r"<image>|<\|image_\d+\|>"
 _SPECIAL = r"<video>|<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk)>"
 PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_PLACEHOLDER})")
+LEADING_PLACEHOLDERS = re.compile(rf"(?:\s*(?:{_PLACEHOLDER})\s*)*")
 MARK = re.compile(rf"{_PLACEHOLDER}|{_SPECIAL}")
 _BARE_MARK = re.compile(rf"(?<!\\)(?:{_PLACEHOLDER}|{_SPECIAL})")
 _BARE_SPECIAL = re.compile(rf"(?<!\\)(?!{_PLACEHOLDER})(?:{_SPECIAL})")

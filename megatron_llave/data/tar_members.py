@@ -16,8 +16,8 @@ from megatron_llave.files import AGAIN
 
 # WebDataset cuts a member's name at the first dot of its last part; tar's own limit for a name is 100 characters.
 KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,80}")
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-_NOTE = re.compile(r"__[^/]*__($|/)")
+NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+NOTE = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(1024)
 BLOCK = 2**20
 MAX_MEMBER_BYTES = 2**28
@@ -47,8 +47,8 @@ def find_samples(file: BinaryIO, path: Path) -> list[TarSample]:
         _check_end(file, path)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                parts = _NAME.fullmatch(member.name)
-                if not member.isreg() or parts is None or _NOTE.match(member.name):
+                parts = NAME.fullmatch(member.name)
+                if not member.isreg() or parts is None or NOTE.match(member.name):
                     continue  # WebDataset skips folders, links, files without a suffix and its own notes too
                 _add_member(samples, keys, parts[1], parts[2], (member.offset_data, member.size))
             end = tar.offset

@@ -1,12 +1,13 @@
 """Makes a data folder of images with captions: in a folder of images, or in CSV or TSV files; see docs/own_data.md.
 
-tools/prepare_data.py runs this once. The query of a pair is the caption, and the target is the image.
+tools/prepare_data.py runs this once. The query of a pair is the caption, and the target is the image; where folders are
+classes it is the other way round.
 """
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, make_id
 from megatron_llave.prepare.source_sides import SourceSide
+from megatron_llave.prepare.tables import read_csv, text_lines
 
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv")
 """Files that can hold the captions of a folder; the first one that is there is read."""
 COLUMNS = (("filepath", "title"), ("file_name", "text"), ("image", "caption"))
 """Names of the columns of image paths and captions: those of open_clip, of Hugging Face's imagefolder, and plain."""
-SOURCES = ("auto", "names")
-"""Where the captions of a folder are: in files, or in the names of the images."""
+SOURCES = ("auto", "names", "classes")
+"""Where the captions of a folder are: in files, in the names of the images, or in those of the folders they are in."""
+CLASSES = "classes"
+"""Name of the subset of images and their classes; the query is the image."""
 
 Caption = tuple[str, str, str]
 """Path of an image relative to its folder, its caption or "", and where it is written, for messages."""
@@ -38,15 +42,20 @@ def prepare_folder(
     captions: str = "auto",
     options: Options = Options(),
     progress: Progress = lambda what, done, total: None,
+    caption_column: str | None = None,
 ) -> Prepared:
     """Make a data folder of a folder of images. An image without a caption is skipped and counted.
 
     Args:
-        folder: images, also in subfolders, with one of CAPTION_FILES, or with `photo.txt` beside `photo.jpg`.
+        folder: images, also in subfolders, with one of CAPTION_FILES, or with `photo.txt` beside `photo.jpg`. Where the
+            folder has no file of captions, those of its subfolders are read, as those of the splits of an imagefolder.
         directory: output directory; it is made when missing.
-        captions: `auto`: as above; `names`: `red_car-01.jpg` is "red car".
+        captions: `auto`: as above; `names`: `red_car-01.jpg` is "red car"; `classes`: `red_car/01.jpg` is of the class
+            "red car", which is the target of a classification.
         options: what else the user chooses.
         progress: called after each step.
+        caption_column: the key or column of the captions in metadata.jsonl, metadata.csv, captions.csv or captions.tsv;
+            None: text or caption.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -54,27 +63,40 @@ def prepare_folder(
     """
     folder = Path(folder)
     if captions not in SOURCES:
-        raise ConfigError(f"--captions {captions} must be {' or '.join(SOURCES)}")
+        raise ConfigError(f"--captions {captions} must be {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
     if not folder.is_dir():
         raise DataError(f"--source {folder} is not a folder")
     if Path(directory).resolve() == folder.resolve():
         raise ConfigError(f"--out {directory} is the folder of the images; choose another")
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
     images = find_images(folder, Path(directory))
-    if captions == "names" or file is None:
-        if not images:
-            raise DataError(f"{folder} has no images: no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
-        beside = {image: image.with_suffix(".txt") for image in images}
-        if captions == "auto" and not any(text.is_file() for text in beside.values()):
-            raise DataError(
-                f"{folder} has {len(images)} images but no captions: neither {', '.join(CAPTION_FILES)} nor photo.txt "
-                "beside photo.jpg; --captions names takes them from the names of the images"
-            )
+    beside = {image: image.with_suffix(".txt") for image in images}
+    has_texts = captions == "auto" and any(text.is_file() for text in beside.values())
+    files = find_caption_files(folder, [] if has_texts else images) if captions == "auto" else []
+    if caption_column is not None and not any(file.suffix != ".txt" for file in files):
+        raise ConfigError(f"--captions column={caption_column} needs metadata.jsonl or a table of captions in {folder}")
+    if not files and not images:
+        raise DataError(f"{folder} has no images: no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    if captions == "classes":
+        return _write([partial(_from_folders, folder, images)], [folder], directory, options, progress, CLASSES)
+    if not files and not has_texts and captions == "auto":
+        raise DataError(
+            f"{folder} has {len(images)} images but no captions: neither {', '.join(CAPTION_FILES)} nor photo.txt "
+            "beside photo.jpg; --captions names takes them from the names of the images, and --captions classes "
+            "takes the names of their folders as classes"
+        )
+    read = partial(_from_texts, folder, beside)
     if captions == "names":
         read = partial(_from_names, folder, images)
-    else:
-        read = partial(_of_folder, folder, file, images) if file else partial(_from_texts, folder, beside)
+    elif files:
+        read = partial(_of_folder, folder, files, images, caption_column)
     return _write([read], [folder], directory, options, progress)
+
+
+def find_caption_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Return the file of captions of a folder, or else those of the subfolders that these images are in."""
+    inside = sorted({parent for image in images for parent in image.parents if folder in parent.parents})
+    found = [[place / name for name in CAPTION_FILES if (place / name).is_file()][:1] for place in [folder, *inside]]
+    return found[0] or [file for files in found for file in files]
 
 
 def prepare_csv(
@@ -112,19 +134,26 @@ def _write(
     directory: str | Path,
     options: Options,
     progress: Progress,
+    subset: str = CAPTIONS,
 ) -> Prepared:
+    is_class = subset == CLASSES
+    if options.target_prompt is None and not is_class:
+        options = replace(options, target_prompt=REPRESENT_IMAGE)
+    elif is_class:
+        options = replace(options, query_prompt=options.query_prompt or REPRESENT_IMAGE)
     common = os.path.commonpath([folder.absolute() for folder in folders])
 
     def rows() -> Iterator[tuple[str, SourceRow]]:
         number = 0
         for read, folder in zip(parts, folders):
             for image, caption, where in read():
-                query = SourceSide(mark_user_text(caption, 0), (), make_id(caption, []))
-                target = SourceSide(REPRESENT_IMAGE, (image,), make_id("", [os.path.relpath(folder / image, common)]))
-                yield CAPTIONS, SourceRow(default_key(CAPTIONS, number), where, str(folder), query, target)
+                text = SourceSide(mark_user_text(caption, 0), (), make_id(caption, []))
+                picture = SourceSide("", (image,), make_id("", [os.path.relpath(folder / image, common)]))
+                sides = (picture, text) if is_class else (text, picture)
+                yield subset, SourceRow(default_key(subset, number), where, str(folder), *sides)
                 number += 1
 
-    return write_own_pairs(rows, directory, "retrieval", options, progress)
+    return write_own_pairs(rows, directory, "classification" if is_class else "retrieval", options, progress)
 
 
 def find_images(folder: Path, directory: Path) -> list[Path]:
@@ -145,6 +174,13 @@ def _from_names(folder: Path, images: list[Path]) -> Iterator[Caption]:
         yield str(path.relative_to(folder)), re.sub(r"( \d+)+$", "", words).strip(), str(path)
 
 
+def _from_folders(folder: Path, images: list[Path]) -> Iterator[Caption]:
+    """Yield as caption of each image the name of its folder; one that lies in none has no caption."""
+    for path in images:
+        name = path.parent.name if path.parent != folder else ""
+        yield str(path.relative_to(folder)), re.sub(r"[\W_]+", " ", name).strip(), str(path)
+
+
 def _from_texts(folder: Path, beside: dict[Path, Path]) -> Iterator[Caption]:
     for image, text in beside.items():
         caption = ""
@@ -158,43 +194,51 @@ def _from_texts(folder: Path, beside: dict[Path, Path]) -> Iterator[Caption]:
         yield str(image.relative_to(folder)), caption, str(image)
 
 
-def _of_folder(folder: Path, file: Path, images: list[Path]) -> Iterator[Caption]:
-    """Yield the captions of a file, and an empty one for each image of its folder that it does not name."""
+def _of_folder(folder: Path, files: list[Path], images: list[Path], column: str | None) -> Iterator[Caption]:
+    """Yield the captions of files, and an empty one for each image of the folder that they do not name."""
     named = set()
-    for image, caption, where in read_captions(file):
-        named.add(os.path.normpath(folder / image))
-        yield image, caption, where
+    for file in files:
+        start = os.path.relpath(file.parent, folder)
+        for image, caption, where in read_captions(file, column):
+            named.add(os.path.normpath(file.parent / image))
+            yield image if start == "." else os.path.join(start, image), caption, where
     for path in images:
         if named and os.path.normpath(path) not in named:
             yield str(path.relative_to(folder)), "", str(path)
 
 
-def read_captions(file: Path) -> Iterator[Caption]:
-    """Yield the captions of one of CAPTION_FILES.
+def read_captions(file: Path, column: str | None = None) -> Iterator[Caption]:
+    """Yield the captions of one of CAPTION_FILES; `column` is as in `prepare_folder`.
 
     Raises:
         DataError: a line is malformed; the message has FILE:LINE.
     """
     if file.suffix == ".jsonl":
-        yield from _read_metadata(file)
+        yield from _read_metadata(file, column)
     elif file.suffix == ".txt":
         yield from _read_lines(file)
     else:
-        yield from read_table(file)
+        yield from read_table(file, () if column is None else (_image_column(file), column))
 
 
-def _read_metadata(file: Path) -> Iterator[Caption]:
+def _image_column(file: Path) -> str:
+    """Return the column of image paths of a table whose column of captions has another name than those of COLUMNS."""
+    names = read_csv(file)[0]
+    return next((image for image, _ in COLUMNS if image in names), COLUMNS[1][0])
+
+
+def _read_metadata(file: Path, column: str | None) -> Iterator[Caption]:
     for _, where, values in read_jsonl(file):
         values = values if isinstance(values, dict) else {}
-        image, caption = values.get("file_name"), values.get("text", values.get("caption"))
+        image, caption = values.get("file_name"), values.get(column or "text", values.get(column or "caption"))
         if not (isinstance(image, str) and image and isinstance(caption, str)):
-            raise DataError(f"{where}: needs file_name and text, both strings")
+            raise DataError(f"{where}: needs file_name and {column or 'text'}, both strings")
         yield image, caption, where
 
 
 def _read_lines(file: Path) -> Iterator[Caption]:
     """Read lines of a file name, a tab or a comma, and a caption; a first line of names (image,caption) is left out."""
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(text_lines(file), start=1):
         if not line.strip():
             continue
         image, separator, caption = line.strip("\r\n").partition("\t" if "\t" in line else ",")
@@ -206,49 +250,24 @@ def _read_lines(file: Path) -> Iterator[Caption]:
 
 
 def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Caption]:
-    """Yield the captions of a CSV or TSV file, whose first line has the names of its columns.
+    """Yield the captions of a CSV or TSV file, whose first line has the names of its columns (tables.read_csv).
 
     Args:
-        file: values are separated by tabs if the first line has one, else by commas, else by semicolons.
+        file: the file.
         columns: names of the column of image paths and of that of captions; empty: one of COLUMNS.
 
     Raises:
         DataError: a column is missing, or a line is malformed; the message has FILE:LINE.
     """
-    lines = _lines(file)
-    first = next(lines, "")
-    separator = next((mark for mark in "\t,;" if mark in first), ",")
-    names = next(csv.reader([first], delimiter=separator), [])
-    names = [name.strip() for name in names]
+    names, rows = read_csv(file)
     chosen = [columns] if columns else [pair for pair in COLUMNS if set(pair) <= set(names)]
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None or len(chosen) > 1:
-        wrong = "image and caption are in several" if twice is None else f"{twice!r} is the name of two"
-        hint = "name one pair by --columns IMAGE CAPTION" if twice is None else "rename one"
-        raise DataError(f"{file}:1: {wrong} columns of {', '.join(names)[:200]!r}; {hint}")
+    shown = ", ".join(names)[:200]
+    if len(chosen) > 1:
+        hint = "name one pair by --columns IMAGE CAPTION"
+        raise DataError(f"{file}:1: image and caption are in several columns of {shown!r}; {hint}")
     if not chosen or not set(chosen[0]) <= set(names):
         needed = " and ".join(columns) or " or ".join(" and ".join(pair) for pair in COLUMNS)
         hint = "" if columns else "; --columns IMAGE CAPTION names others"
-        raise DataError(f"{file}:1: the columns are {', '.join(names)[:200]!r}, but it needs {needed}{hint}")
+        raise DataError(f"{file}:1: the columns are {shown!r}, but it needs {needed}{hint}")
     place, caption_place = (names.index(name) for name in chosen[0])
-    reader = csv.reader(lines, delimiter=separator, strict=True)
-    try:
-        for values in reader:
-            where = f"{file}:{reader.line_num + 1}"
-            if len(values) == len(names):
-                yield values[place].strip(), values[caption_place].strip(), where
-            elif values:
-                hint = f"put quotation marks around a value that has {separator!r} in it"
-                raise DataError(f"{where}: has {len(values)} values, but the first line has {len(names)} names; {hint}")
-    except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num + 1}: {error}") from error
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            yield from stream
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text") from error
+    yield from ((values[place], values[caption_place], where) for where, values in rows)

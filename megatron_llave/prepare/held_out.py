@@ -16,7 +16,8 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, input_key
 from megatron_llave.files import read_bytes
 from megatron_llave.prepare.shard_jobs import SourceRow
-from megatron_llave.prepare.source_sides import SourceSide
+from megatron_llave.prepare.source_sides import SourceSide, read_image
+from megatron_llave.prepare.stored_images import StoredImage
 
 MOST_HELD_OUT = 5000
 """The largest number of pairs that are held out; more of them cost time in every evaluation and tell little more."""
@@ -47,7 +48,7 @@ class HeldOut:
             raise ConfigError(f"--held-out {share} must be a fraction of the pairs: at least 0 and below 1")
         self.same_targets = same_targets
         self._parents: dict[bytes, bytes] = {}
-        self._digests: dict[Path, bytes] = {}
+        self._digests: dict[Path | StoredImage, bytes] = {}
         self._chosen: set[bytes] = set()
         if share:
             self._choose(rows, share)
@@ -92,18 +93,21 @@ class HeldOut:
     def _keys_of(self, side: SourceSide, folder: str) -> list[bytes]:
         """Return a key for each image, or one for the text of a side without images."""
         if side.images:
-            return [self._digest(Path(folder, image)) for image in side.images]
+            return [self._digest(Path(folder, image) if isinstance(image, str) else image) for image in side.images]
         words = " ".join(side.text.casefold().split())
         return [_hash(b"text", words.encode(errors="backslashreplace"))] if words else []
 
-    def _digest(self, path: Path) -> bytes:
-        if path not in self._digests:
+    def _digest(self, image: Path | StoredImage) -> bytes:
+        if image not in self._digests:
             try:
-                contents = read_bytes(path, MAX_IMAGE_BYTES)
+                if isinstance(image, Path):
+                    contents = read_bytes(image, MAX_IMAGE_BYTES)
+                else:
+                    contents = read_image(image, str(Path(image.file).parent), is_confined=False)[0]
             except DataError:  # it is skipped and counted when the pairs are made
-                contents = str(path).encode(errors="backslashreplace")
-            self._digests[path] = _hash(b"image", contents)
-        return self._digests[path]
+                contents = str(image).encode(errors="backslashreplace")
+            self._digests[image] = _hash(b"image", contents)
+        return self._digests[image]
 
     def group(self, row: SourceRow) -> bytes | None:
         """Return what names the group of a row that is held out; None: the row is for training."""

@@ -51,7 +51,7 @@ class PairLine:
             SourceSide(
                 item.text,
                 item.images,
-                item.id or make_id(item.text, [_path_for_id(start, image) for image in item.images]),
+                item.id or make_id(item.text, [path_for_id(start, image) for image in item.images]),
                 item.is_video,
                 item.seconds,
             )
@@ -63,7 +63,8 @@ class PairLine:
         return SourceRow(key, self.where, folder, query, target, tuple(negatives), tuple(further), self.scores)
 
 
-def _path_for_id(start: str, image: str) -> str:
+def path_for_id(start: str, image: str) -> str:
+    """Return an image path as ids have it: from folder `start` on, and without detours."""
     return os.path.normpath(os.path.join(start, image))
 
 
@@ -190,7 +191,7 @@ def _check_different(sides: dict[str, Item], folder: Path, where: str) -> None:
     """Raise a DataError if a target or hard negative equals another one, by its id or by its text and files."""
     seen: dict[Any, str] = {}
     for key, item in list(sides.items())[1:]:
-        contents = item.text, *(_path_for_id(str(folder), image) for image in item.images)
+        contents = item.text, *(path_for_id(str(folder), image) for image in item.images)
         for name in (contents, item.id or contents):
             other = seen.setdefault(name, key)
             if other != key:

@@ -24,6 +24,7 @@ from megatron_llave.prepare.shard_jobs import (
     Progress,
     SourceRow,
     check_arguments,
+    check_limit,
     cut_into_jobs,
     make_id,
     write_shards,
@@ -88,8 +89,7 @@ def prepare(
     check_arguments(workers, max_pixels)
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} must be at least 1")
+    check_limit(limit)
     source = Path(source)
     tables = [find_table(source, subset, split, limit) for subset in _chosen(source, subsets)]
     jobs = (
@@ -158,9 +158,17 @@ def read_rows(table: Table, source: Path) -> Iterator[SourceRow]:
     """
     values = chain.from_iterable(map(_read_values, table.files))
     for number, row in enumerate(islice(values, table.num_rows)):
-        where = f"subset {table.subset} of {source}, row {number}"
-        query, target = _side(row, *COLUMNS[:2], where), _side(row, *COLUMNS[2:], where)
-        yield SourceRow(f"{table.subset}-{number:08d}", number, str(source), query, target, _negatives(row, where))
+        yield to_row(row, table.subset, number, f"subset {table.subset} of {source}, row {number}", str(source))
+
+
+def to_row(row: dict[str, Any], subset: str, number: int, where: str, folder: str) -> SourceRow:
+    """Return the pair of a row with COLUMNS and perhaps NEGATIVE_COLUMNS; `where` begins messages.
+
+    Raises:
+        DataError: a value is not a string, or the lists of hard negatives differ in length.
+    """
+    query, target = _side(row, *COLUMNS[:2], where), _side(row, *COLUMNS[2:], where)
+    return SourceRow(f"{subset}-{number:08d}", number, folder, query, target, _negatives(row, where))
 
 
 def _negatives(row: dict[str, Any], where: str) -> tuple[SourceSide, ...]:

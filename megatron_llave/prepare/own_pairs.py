@@ -4,12 +4,13 @@ The sources jsonl.py and captions.py yield rows; the rest is done here, by shard
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_llave.data.image_files import MAX_PIXELS
+from megatron_llave.data.placeholders import LEADING_PLACEHOLDERS, mark_user_text
 from megatron_llave.data.tokenizer import tokenizer_in
 from megatron_llave.errors import DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, remove_evaluation, write_evaluation
@@ -24,6 +25,7 @@ from megatron_llave.prepare.shard_jobs import (
     read_pairs,
     write_shards,
 )
+from megatron_llave.prepare.source_sides import SourceSide
 from megatron_llave.prepare.tokenizer import TRAINED_FILE, copy_tokenizer, find_other, write_trained
 
 TRAIN = "train"
@@ -44,6 +46,11 @@ class Options:
     """Images with more pixels are skipped."""
     overwrite: bool = False
     """Replace a finished folder."""
+    query_prompt: str = ""
+    """Instruction that is put before the text of each query, behind the images that come first."""
+    target_prompt: str | None = None
+    """The same for each target and hard negative; None: "Represent the given image." for images that have captions, and
+    nothing for others."""
 
 
 def write_own_pairs(
@@ -64,6 +71,8 @@ def write_own_pairs(
     """
     check_arguments(options.workers, options.max_pixels)
     directory = Path(directory)
+    rows = _with_prompts(rows, options.query_prompt, options.target_prompt or "")
+    check_some(rows)
     other = find_other(options.tokenizer) if options.tokenizer not in (None, TRAIN) else None
     progress("reading the source", 0, 1)
     held_out = HeldOut(rows, options.held_out, same_targets=meta_task == "retrieval")
@@ -95,6 +104,38 @@ def write_own_pairs(
     workers = min(options.workers, num_jobs)  # a process more would start for nothing
     made = write_shards(jobs, num_jobs, directory, meta_tasks, workers, options.overwrite, progress, write_rest)
     return replace(made, evaluation=tuple(evaluated), unused=tuple(unused))
+
+
+def _with_prompts(rows: Rows, of_query: str, of_target: str) -> Rows:
+    """Return the source with an instruction before the text of each query, and one before the others' texts."""
+    if not of_query and not of_target:
+        return rows
+    prompts = mark_user_text(of_query, 0), mark_user_text(of_target, 0)
+
+    def put(sides: Sequence[SourceSide], prompt: str) -> list[SourceSide]:
+        ends = [LEADING_PLACEHOLDERS.match(side.text).end() for side in sides]
+        texts = [side.text[:end] + prompt + side.text[end:] for side, end in zip(sides, ends)]
+        is_empty = [not side.text.strip() and not side.images for side in sides]  # it stays so, and is counted
+        return [side if empty else replace(side, text=text) for side, text, empty in zip(sides, texts, is_empty)]
+
+    def prompted() -> Iterator[tuple[str, SourceRow]]:
+        for subset, row in rows():
+            (query,), (target, *further) = put([row.query], prompts[0]), put(row.targets, prompts[1])
+            negatives = tuple(put(row.hard_negatives, prompts[1]))
+            row = replace(row, query=query, target=target, further_targets=tuple(further), hard_negatives=negatives)
+            yield subset, row
+
+    return prompted
+
+
+def check_some(rows: Rows) -> None:
+    """Raise a DataError with the first fault if no row of the source is a pair."""
+    fault = ""
+    for _, row in rows():
+        if not row.fault:
+            return
+        fault = fault or f"{row.row}: {row.fault}; no row of the source is a pair"
+    raise DataError(fault or "the source has no pair for training")
 
 
 def _make_jobs(rows: Rows, held_out: HeldOut, directory: str, max_pixels: int) -> Iterator[ShardJob]:

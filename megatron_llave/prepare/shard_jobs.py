@@ -1,4 +1,4 @@
-"""Makes shards of pairs whose images are files, for the sources mmeb, jsonl, folder and csv of tools/prepare_data.py.
+"""Makes shards of the pairs of a source, for all sources of tools/prepare_data.py but openmoji.
 
 A source yields rows. They are cut into jobs here, each of which reads the images of PAIRS_PER_SHARD rows and writes one
 shard. Each finished shard has a sidecar file `SHARD.tar.done`, so that the same command can resume after it was killed.
@@ -7,7 +7,6 @@ When all shards are finished, the report of what was dropped and `index.json` ar
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain, compress, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_llave.batch import Pair, Side
 from megatron_llave.data.index import Index, Shard, Subset, check_size, fill_folder, parse_shard, write_index
@@ -23,7 +22,16 @@ from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet
 from megatron_llave.files import atomic_write, read_json, write_json
-from megatron_llave.prepare.source_sides import AGAIN, EQUAL, LeftOutError, SourceSide, locate, read_side
+from megatron_llave.prepare.source_sides import (
+    AGAIN,
+    EQUAL,
+    NO_PAIR,
+    LeftOutError,
+    SourceSide,
+    content_id,
+    read_side,
+    state_of,
+)
 from megatron_llave.prepare.worker_pool import MOST_WORKERS, run_in_order, worker_pool
 
 PAIRS_PER_SHARD = 1000
@@ -62,11 +70,18 @@ class SourceRow:
     """The targets after the first one, of a query with several right answers."""
     scores: tuple[float, ...] = ()
     """A score for each target and then each hard negative (batch.Pair.scores); empty: there are none."""
+    fault: str = ""
+    """Why the row is no pair; it is counted and listed, and the rest of it has no meaning. Empty: it is one."""
 
     @property
     def targets(self) -> tuple[SourceSide, ...]:
         """Return all targets."""
         return (self.target, *self.further_targets)
+
+
+def faulty_row(key: str, row: int | str, folder: str, fault: str) -> SourceRow:
+    """Return a row of the source that is no pair."""
+    return SourceRow(key, row, folder, SourceSide("", ()), SourceSide("", ()), fault=fault)
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,12 @@ def check_arguments(workers: int, max_pixels: int) -> None:
         raise ConfigError(f"--workers {workers} and --max-pixels {max_pixels} must both be at least 1")
     if workers > MOST_WORKERS:
         raise ConfigError(f"--workers {workers} must be at most {MOST_WORKERS}")
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise a ConfigError unless a number of rows is at least 1, or None."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} must be at least 1")
 
 
 def make_id(text: str, images: Iterable[str]) -> str:
@@ -265,12 +286,7 @@ def _fingerprint(job: ShardJob) -> str:
     for row in job.rows:
         for side in (row.query, *row.targets, *row.hard_negatives):
             for image in side.images:
-                try:
-                    status = os.stat(locate(image, row.folder, job.is_confined))
-                    state = f"{status.st_size} {status.st_mtime_ns}"
-                except (OSError, ValueError):
-                    state = "unusable"
-                digest.update(state.encode() + b"\n")
+                digest.update(state_of(image, row.folder, job.is_confined).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -298,36 +314,46 @@ def read_pairs(job: ShardJob, skipped: list[dict[str, Any]]) -> Iterator[Pair]:
         def read(side: SourceSide, name: str) -> tuple[Side, list[tuple[str, str]]]:
             return read_side(side, name, row.folder, job.is_confined, job.max_pixels)
 
+        if row.fault:
+            report(NO_PAIR, row.fault)
+            continue
         try:
             query, notes = read(row.query, "query")
             targets, more = _read_some(row.targets, "target", read)
-            if not any(isinstance(target, Side) for target in targets):
+            if not any(isinstance(target, Read) for target in targets):
                 raise targets[0]
         except LeftOutError as error:
             report(error.reason, error.detail)
             continue
-        negatives, others = _read_some(row.hard_negatives, "hard negative", read, {side.id for side in row.targets})
+        known = {side.id for side in row.targets} | {target.id for target in targets if isinstance(target, Read)}
+        negatives, others = _read_some(row.hard_negatives, "hard negative", read, known - {""})
         for error, prefix in [(x, ONE_TARGET) for x in targets] + [(x, HARD_NEGATIVE) for x in negatives]:
             if isinstance(error, LeftOutError):
                 report(prefix + error.reason, error.detail)
         for note, detail in notes + more + others:
             report(NOTICED + note, detail)
-        sides = [row.target, *row.further_targets, *row.hard_negatives]
-        kept = [isinstance(x, Side) for x in targets + negatives]
+        kept = [isinstance(x, Read) for x in targets + negatives]
         first, *further = compress(targets, kept)
-        names = [side.id for side in compress(sides, kept)]
-        used, of_targets = list(compress(negatives, kept[len(targets) :])), 1 + len(further)
+        used = list(compress(negatives, kept[len(targets) :]))
         yield Pair(
-            *(row.key, job.subset, query, first, row.query.id, names[0], used, names[of_targets:]),
-            further_targets=further,
-            further_target_ids=names[1:of_targets],
+            *(row.key, job.subset, query, first.side, row.query.id or content_id(query), first.id),
+            *([x.side for x in used], [x.id for x in used]),
+            further_targets=[x.side for x in further],
+            further_target_ids=[x.id for x in further],
             scores=list(compress(row.scores, kept)),
         )
 
 
+class Read(NamedTuple):
+    """A target or hard negative that can be used, and its id."""
+
+    side: Side
+    id: str
+
+
 def _read_some(
     sides: Sequence[SourceSide], name: str, read: Callable, known: Iterable[str] = ()
-) -> tuple[list[Side | LeftOutError], list[tuple[str, str]]]:
+) -> tuple[list[Read | LeftOutError], list[tuple[str, str]]]:
     """Read targets or hard negatives; in the place of one that cannot be used is the reason.
 
     `known` has ids that they must not have.
@@ -336,15 +362,23 @@ def _read_some(
     for number, side in enumerate(sides):
         where = f"{name} {number}" if name == "hard negative" or len(sides) > 1 else name
         try:
-            if side.id in ids:
-                raise LeftOutError(EQUAL, f"{where} has the id {side.id!r}")
-            ids.add(side.id)
+            _add_new(side.id, ids, where)
             result, more = read(side, where)
+            if not side.id:
+                _add_new(content_id(result), ids, where)
+            result = Read(result, side.id or content_id(result))
             notes += more
         except LeftOutError as error:
             result = error
         results.append(result)
     return results, notes
+
+
+def _add_new(side_id: str, ids: set[str], where: str) -> None:
+    """Add an id to those of a pair; a LeftOutError if it is there. An empty one is not known yet."""
+    if side_id in ids:
+        raise LeftOutError(EQUAL, f"{where} has the id {side_id!r}")
+    ids |= {side_id} - {""}
 
 
 def _unwritable(path: str | Path, error: OSError) -> DataError:

@@ -4,6 +4,7 @@ An input that cannot be used is left out for one of the reasons here, which shar
 """
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from megatron_llave.batch import Side, check_text
 from megatron_llave.data.image_files import BadImageError, ImageSettings, TooLargeError, decode_image, open_image
 from megatron_llave.errors import DataError
+from megatron_llave.prepare.stored_images import StoredImage
 
 AGAIN = "the same command resumes after the shards that are finished"
 
@@ -23,6 +25,7 @@ OUTSIDE = "image path outside the source"
 IS_URL = "image is a URL"
 EMPTY = "empty side"
 BAD_TEXT = "text is not Unicode"
+NO_PAIR = "row is no pair"
 EQUAL = "equal to a target or to an earlier hard negative"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
@@ -34,10 +37,10 @@ class SourceSide:
     """A query, target or hard negative as the source describes it; `is_video` and `seconds` are those of a Side."""
 
     text: str
-    images: tuple[str, ...]
-    """Image paths as they are written in the source."""
-    id: str
-    """Equal ids mean equal queries or equal targets."""
+    images: tuple[str | StoredImage, ...]
+    """Image paths as they are written in the source, and images that lie inside of a file of it."""
+    id: str = ""
+    """Equal ids mean equal queries or equal targets; "": the contents decide (content_id)."""
     is_video: bool = False
     seconds: tuple[float, ...] = ()
 
@@ -76,8 +79,9 @@ def read_side(
         images, noticed = [], []
         for written in side.images:
             notes: list[str] = []
-            images.append(_read_image(locate(written, folder, is_confined), max_pixels, notes))
-            noticed += [(note, f"{name}: {written!r}") for note in notes]
+            images.append(_checked(*read_image(written, folder, is_confined), max_pixels, notes))
+            shown = repr(written) if isinstance(written, str) else str(written)
+            noticed += [(note, f"{name}: {shown}") for note in notes]
         if side.is_video and len({open_image(image).size for image in images}) > 1:
             raise LeftOutError(CORRUPT, f"{side.images[0]!r} and the other frames of a video differ in size")
         return Side(side.text, images, is_video=side.is_video, seconds=side.seconds), noticed
@@ -101,24 +105,56 @@ def locate(image: str, folder: str, is_confined: bool) -> Path:
     return Path(folder, path)
 
 
-def _read_image(path: Path, max_pixels: int, notes: list[str]) -> bytes:
-    """Return the bytes of an image file after decoding them as training will; `notes` are those of decode_image.
+def read_image(image: str | StoredImage, folder: str, is_confined: bool) -> tuple[bytes, str]:
+    """Return the bytes of an image of the source, and where they are from, for messages.
 
-    A truncated JPEG passes a look at its header and Pillow's verify().
+    Raises:
+        LeftOutError: there is no such image, or it may not be read.
+        DataError: the storage has failed.
     """
+    if not isinstance(image, str):
+        contents = image.read()
+        if contents is None:
+            raise LeftOutError(MISSING, f"{image} has neither bytes nor path")
+        if isinstance(contents, bytes):
+            return contents, str(image)
+        image = contents
+    path = locate(image, folder, is_confined)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise LeftOutError(MISSING, f"{str(path)!r} is not a file")
-        data = path.read_bytes()
+        return path.read_bytes(), repr(str(path))
     except OSError as error:
         if error.errno in _NO_FILE:
             raise LeftOutError(MISSING, f"{str(path)!r}: {error.strerror}") from error
         # The storage has failed, not the image: skipping it would lose pairs that are intact.
         raise DataError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
+
+
+def state_of(image: str | StoredImage, folder: str, is_confined: bool) -> str:
+    """Return size and modification time of the file that an image of the source is in."""
+    try:
+        status = os.stat(locate(image, folder, is_confined) if isinstance(image, str) else image.file)
+        return f"{status.st_size} {status.st_mtime_ns}"
+    except (OSError, ValueError):
+        return "unusable"
+
+
+def content_id(side: Side) -> str:
+    """Return an id that depends on the text and on the bytes of the images alone."""
+    parts = [side.text.encode(), *(bytes(image) for image in side.images)]
+    return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
+
+
+def _checked(data: bytes, where: str, max_pixels: int, notes: list[str]) -> bytes:
+    """Return the bytes of an image file after decoding them as training will; `notes` are those of decode_image.
+
+    A truncated JPEG passes a look at its header and Pillow's verify().
+    """
     try:
         decode_image(data, ImageSettings(max_pixels), notes)
     except TooLargeError as error:
-        raise LeftOutError(TOO_LARGE, f"{str(path)!r}: {error}") from error
+        raise LeftOutError(TOO_LARGE, f"{where}: {error}") from error
     except BadImageError as error:
-        raise LeftOutError(CORRUPT, f"{str(path)!r}: {error}") from error
+        raise LeftOutError(CORRUPT, f"{where}: {error}") from error
     return data

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_llave.commands import prepare as prepare_data
+from megatron_llave.commands.prepare_tables import NEXT
 from megatron_llave.planning import pair_lengths
 
 MMEB = Path(__file__).parents[1] / "golden" / "mmeb" / "train"
@@ -76,7 +77,7 @@ def test_jsonl_holds_out_makes_a_tokenizer_and_says_what_comes_next(tmp_path, ca
     status, printed, _ = run(capsys, "jsonl", "--source", tmp_path / "a.jsonl", "--out", out, "--held-out", 0.1)
     assert status == 0 and ["a_query_to_target", "retrieval", "3", "3", "33.3"] in cells(printed)
     assert ["a", "retrieval", "27", "1", "0.0"] in cells(printed)
-    assert printed.splitlines()[-1] == f"next: {prepare_data.NEXT.format(out)}"
+    assert printed.splitlines()[-1] == f"next: {NEXT.format(out)}"
     assert "nor a set" not in printed
     twice = tmp_path / "twice.jsonl"
     twice.write_text("\n".join([line for line in lines for _ in range(2)]))
@@ -155,7 +156,23 @@ def test_images_that_lose_something_are_told_by_every_command(tmp_path, capsys):
     assert "a-00000000 query.0.png" in out
 
 
-@pytest.mark.parametrize("command", ["openmoji", "mmeb", "folder", "csv", "jsonl", "tokenizer", "inspect", "verify"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "openmoji",
+        "mmeb",
+        "folder",
+        "csv",
+        "jsonl",
+        "columns",
+        "swift",
+        "vlm2vec",
+        "webdataset",
+        "tokenizer",
+        "inspect",
+        "verify",
+    ],
+)
 def test_no_command_has_more_than_eight_flags(command, capsys):
     _, out, _ = run(capsys, command, "--help")
     flags = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))

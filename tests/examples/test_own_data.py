@@ -10,7 +10,7 @@ import pytest
 from forking import run_script
 from PIL import Image
 
-from megatron_llave.commands.prepare import NEXT
+from megatron_llave.commands.prepare_tables import NEXT
 from megatron_llave.evaluation.benchmarks.prepared import read_tasks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -238,3 +238,51 @@ def test_jsonl_with_classes_holds_out_images_and_not_classes(photos: Path, tmp_p
         image for pair in pairs for side in (pair.query, *pair.hard_negatives) for image in side.images
     }
     assert 0 < sum(len(pair.hard_negatives) for pair in pairs) < 15  # without those that are held out
+
+
+@pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv"])
+def test_imagefolder_with_a_column_of_its_own_and_files_in_the_folders_of_the_splits(photos: Path, form: str) -> None:
+    for split in ("one", "two"):
+        (photos / split).mkdir()
+    for number, path in enumerate(images(photos)):
+        path.rename(photos / "one two".split()[number % 2] / path.name)
+    for split in ("one", "two"):
+        rows = [(path.name, caption(int(path.stem[-2:]))) for path in images(photos / split)]
+        if form.endswith("csv"):
+            lines = ["file_name,alt,words", *(f"{image},x,{text}" for image, text in rows)]
+        else:
+            lines = [json.dumps({"file_name": image, "words": text, "text": "x"}) for image, text in rows]
+        (photos / split / form).write_text("\n".join(lines))
+    made = prepare_folder(photos, "out", options=OPTIONS, caption_column="words")
+    assert not made.skipped["captions"] and held_out_texts(Path("out")) == HELD_OUT
+    with pytest.raises(ConfigError, match="--captions column=words needs metadata.jsonl or a table"):
+        prepare_folder(photos, "out", "names", OPTIONS, caption_column="words")
+    with pytest.raises(DataError, match=f"{form}:1: .*none"):
+        prepare_folder(photos, "new", options=OPTIONS, caption_column="none")
+
+
+def test_folders_are_classes_when_asked(photos: Path) -> None:
+    with pytest.raises(DataError, match="--captions classes takes the names of their folders as classes"):
+        prepare_folder(photos, "out", options=OPTIONS)
+    for number, path in enumerate(images(photos)):
+        folder = photos / "red_panda snow-leopard".split()[number % 2] if number < 18 else photos
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    made = prepare_folder(photos, "out", "classes", replace(OPTIONS, target_prompt="Class: "))
+    assert made.index.subsets["classes"].meta_task == "classification"
+    assert made.skipped["classes"] == {"empty side": 2}, "the two images that lie in no folder of a class"
+    pairs = pairs_of(Path("out"))
+    assert {(pair.query.text, pair.target.text) for pair in pairs} == {
+        ("Represent the given image.", f"Class: {name}") for name in ("red panda", "snow leopard")
+    }
+    assert all(len(pair.query.images) == 1 and not pair.target.images for pair in pairs)
+    assert len({pair.target_id for pair in pairs}) == 2, "images of a class have equal targets"
+    [task] = read_tasks("out")
+    assert task.name == "classes_query_to_target"
+
+
+def test_prompts_of_captions(photos: Path) -> None:
+    write_captions(photos, "photo.txt")
+    options = replace(OPTIONS, held_out=0, tokenizer=None, query_prompt="Find: ", target_prompt="A photo.")
+    prepare_folder(photos, "out", options=options)
+    assert {(pair.query.text[:6], pair.target.text) for pair in pairs_of(Path("out"))} == {("Find: ", "A photo.")}
