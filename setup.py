@@ -30,6 +30,7 @@ REQUIRES = [
     "pyarrow",
 ]
 EXTRAS = {
+    "completion": ["argcomplete"],
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
     "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
@@ -42,14 +43,47 @@ EXTRAS = {
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "transformers", "peft", "hypothesis", "ruff"],
 }
 
+CLASSIFIERS = """
+Development Status :: 4 - Beta
+Environment :: Console
+Environment :: GPU :: NVIDIA CUDA
+Intended Audience :: Developers
+Intended Audience :: Science/Research
+Operating System :: POSIX :: Linux
+Programming Language :: Python :: 3
+Programming Language :: Python :: 3 :: Only
+Programming Language :: Python :: 3.10
+Programming Language :: Python :: 3.11
+Programming Language :: Python :: 3.12
+Programming Language :: Python :: 3.13
+Topic :: Scientific/Engineering :: Artificial Intelligence
+Topic :: Scientific/Engineering :: Image Recognition
+Typing :: Typed
+"""
+KEYWORDS = "multimodal embedding contrastive-learning retrieval megatron-core LLaVE LLaVA Qwen2-VL Qwen3-VL MMEB"
+
 setup(
     name="megatron_llave",
     version=VERSION,
     description="LLaVE on megatron-core: large multimodal models trained into embedding models",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=KEYWORDS.split(),
+    classifiers=CLASSIFIERS.strip().splitlines(),
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2503.04812",
+        "Code of the authors of LLaVE": "https://github.com/DeepLearnXMU/LLaVE",
+    },
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_llave", "megatron_llave.*"]),
-    package_data={"megatron_llave.search": ["page/*"]},
+    # megatron_llave/examples is a link to examples/, whose YAML files come with the package.
+    package_data={
+        "megatron_llave": ["py.typed", "examples/*.yaml", "examples/studies/*.yaml"],
+        "megatron_llave.search": ["page/*"],
+    },
+    entry_points={"console_scripts": ["llave = megatron_llave.__main__:main"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

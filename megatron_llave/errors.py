@@ -76,6 +76,11 @@ class NotFiniteError(DataError):
 class OneLineParser(argparse.ArgumentParser):
     """A command-line parser that reports a wrong argument in one line, as all other errors for users are."""
 
+    def __init__(self, **options: Any) -> None:
+        if sys.argv[0] == "llave" and len(sys.argv) > 1:
+            options.setdefault("prog", f"llave {sys.argv[1]}")
+        super().__init__(**options)
+
     def error(self, message: str) -> NoReturn:
         """Print the message and end with status 2."""
         self.exit(2, f"error: {message}; --help explains all arguments\n")

@@ -33,13 +33,14 @@ from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
-from megatron_llave.errors import CheckpointError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import CheckpointError, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
 from megatron_llave.models.lora import initialize_adapters
+from megatron_llave.options import train as options
 from megatron_llave.planning.token_budget import token_budget
 from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher, return_freed_tensors
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
@@ -59,12 +60,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: `--config FILE.yaml [--resume auto] section.key=value ...`."""
-    about = "Train a LLaVE embedder. docs/configuration.md lists every section.key, docs/running.md explains runs."
-    parser = OneLineParser(prog="megatron_llave.train", description=about)
-    parser.add_argument("--config", required=True, help="YAML file with the run's configuration")
-    parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
-    args = parser.parse_intermixed_args(argv)
+    args = options.parse(argv)
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
     with exit_with_one_line():
         end_forks_with_parent()

@@ -101,20 +101,20 @@ def has_key(key: str) -> bool:
 @cache
 def strings_of(tool: str) -> tuple[set[str], bool]:
     """All strings in the source of a tool, and whether its first argument is the name of a command."""
-    command = ROOT / "megatron_llave" / "commands" / f"{COMMANDS.get(tool, tool)}.py"
-    own = command if command.is_file() else ROOT / "tools" / f"{tool}.py"
-    sources = [own, *(ROOT / "megatron_llave").glob(FURTHER_SOURCES.get(tool, "-"))]
+    name, package = COMMANDS.get(tool, tool), ROOT / "megatron_llave"
+    own = [file for folder in ("commands", "options") if (file := package / folder / f"{name}.py").is_file()]
+    sources = [*(own or [ROOT / "tools" / f"{tool}.py"]), *package.glob(FURTHER_SOURCES.get(tool, "-"))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return strings, len(sources) > 1 or "add_subparsers" in sources[0].read_text()
+    return strings, tool in FURTHER_SOURCES or any("add_subparsers" in file.read_text() for file in own)
 
 
 def bad_commands(text: str) -> list[str]:
-    """Subcommands and options after `tools/TOOL.py` in code blocks and backticks that the tool does not have."""
+    """Subcommands and options after `tools/TOOL.py` or `llave NAME`, in code and backticks, that do not exist."""
     prose, blocks = split(text)
     lines = re.findall(r"`([^`]+)`", prose) + [line for block in blocks for line in block.splitlines()]
     bad = []
-    for tool, rest in (match for line in lines for match in re.findall(r"tools/(\w+)\.py(.*)", line)):
+    for tool, rest in (match for line in lines for match in re.findall(r"(?:tools/|^llave )(\w+)(?:\.py)?(.*)", line)):
         words = re.split(r"\s#|`", rest)[0].replace("[", " ").replace("]", " ").split()
         strings, has_commands = strings_of(tool)
         used = [word for word in words if word.startswith("--")]

@@ -1,12 +1,12 @@
 """Convert between Hugging Face folders and checkpoints (import, export), inspect one, or compare two (verify).
 
-python tools/convert_hf.py import --from HF_DIR --to CKPT [--preset 7b]
-python tools/convert_hf.py import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
-python tools/convert_hf.py import --from ADAPTER_DIR --to CKPT --keep-adapter [--base HF_DIR]
-python tools/convert_hf.py export --from CKPT --to HF_DIR [--format llava_onevision]
-python tools/convert_hf.py export --from CKPT --to ADAPTER_DIR --adapter
-python tools/convert_hf.py inspect DIR
-python tools/convert_hf.py verify --hf HF_DIR --checkpoint CKPT
+llave convert import --from HF_DIR --to CKPT [--preset 7b]
+llave convert import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
+llave convert import --from ADAPTER_DIR --to CKPT --keep-adapter [--base HF_DIR]
+llave convert export --from CKPT --to HF_DIR [--format llava_onevision]
+llave convert export --from CKPT --to ADAPTER_DIR --adapter
+llave convert inspect DIR
+llave convert verify --hf HF_DIR --checkpoint CKPT
 
 docs/conversion.md has the details.
 """
@@ -26,8 +26,8 @@ from megatron_llave.training.logger import quiet_dependencies
 TIMEOUT_SECONDS = 600
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     formats = [family.hf for family in FAMILIES.values()]
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--checkpoint", required=True, help="a checkpoint, or an output directory")
     command.add_argument("--text", default="A cat and a dog", help="text to embed")
     command.add_argument("--image", help="image to embed; default: a generated one")
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command, in this process alone."""
-    args = parse(argv)
+    args = build_parser().parse_args(argv)
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()
         if process_groups.initialize_distributed(TIMEOUT_SECONDS) > 1:
-            raise ConfigError("tools/convert_hf.py runs in one process; start it with python, not torchrun")
+            raise ConfigError("`llave convert` runs in one process; do not start it with torchrun")
         status = run(args)
         process_groups.destroy_distributed()
     sys.exit(status)

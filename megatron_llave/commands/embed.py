@@ -1,12 +1,6 @@
 """Embed texts and images with a checkpoint, or all inputs of a JSONL file or of a folder of training shards.
 
-python tools/embed.py --checkpoint CKPT --text "A cat and a dog" --image cat.jpg      (a JSON line for each)
-torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --jsonl IN.jsonl --out OUT.npy    (or OUT.parquet)
-torchrun --nproc-per-node 8 tools/embed.py --checkpoint CKPT --shards DATA --out OUT.npy    (for loss.reward=stored)
-
-CKPT is a checkpoint, a run's output directory or a Hugging Face folder. A line of the JSONL is
-{"text": ..., "image": FILE or [FILES], "id": ...}, with files relative to its folder; see docs/data.md. A command that
-was interrupted continues when it is given again.
+`llave embed --help` explains the command; megatron_llave/options/embed.py has its options.
 """
 
 import argparse
@@ -39,14 +33,14 @@ from megatron_llave.errors import (
     ConfigError,
     DataError,
     NotFiniteError,
-    OneLineParser,
     exit_with_one_line,
 )
 from megatron_llave.files import write_json, write_text
+from megatron_llave.launch import procs
 from megatron_llave.locks import lock_folder
+from megatron_llave.options import embed as options
 from megatron_llave.training.logger import quiet_dependencies
 
-INSTRUCTION = "<image>\nRepresent the given image."
 BLOCK = 65536
 """Number of inputs of a JSONL file that are in memory at a time."""
 SHARD_BLOCK = 2048
@@ -59,21 +53,9 @@ ROWS = 4096
 
 def main(argv: list[str] | None = None) -> None:
     """Load the model at the parallel layout asked for and embed; the first rank prints or writes."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
-    )
-    parser.add_argument("--text", action="append", default=[], help="a text to embed; may be repeated")
-    parser.add_argument("--image", action="append", default=[], help="an image to embed; may be repeated")
-    parser.add_argument("--instruction", default=INSTRUCTION, help="text that goes with each --image")
-    parser.add_argument("--jsonl", help="file of inputs, instead of --text and --image; needs --out")
-    parser.add_argument("--shards", help="folder of training shards, all inputs of which are embedded; needs --out")
-    parser.add_argument("--out", help="file to write, .npy or .parquet")
-    parser.add_argument("--skip-bad", action="store_true", help="leave inputs out that cannot be read, and list them")
-    parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
-    args = parser.parse_args(argv)
+    args = options.parse(argv)
     with exit_with_one_line():
+        procs.require_as_started(args.procs)
         quiet_dependencies()
         source = args.jsonl or args.shards
         if [bool(args.jsonl), bool(args.shards), bool(args.text or args.image)].count(True) != 1:

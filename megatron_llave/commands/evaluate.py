@@ -1,12 +1,12 @@
 """Evaluate a checkpoint on a benchmark: tables, figures, and one HTML report.
 
-torchrun --nproc-per-node 2 tools/evaluate.py prepared --checkpoint runs/tiny --data DIR [parallel.tensor=2 ...]
-torchrun --nproc-per-node 8 tools/evaluate.py mmeb --checkpoint CKPT --data MMEB-eval --images IMAGES --out runs/mmeb
-torchrun --nproc-per-node 8 tools/evaluate.py retrieval --checkpoint CKPT --queries Q.jsonl --corpus C.jsonl \\
+llave evaluate prepared --checkpoint runs/tiny --data DIR [parallel.tensor=2 ...]
+llave evaluate mmeb --checkpoint CKPT --data MMEB-eval --images IMAGES --out runs/mmeb
+llave evaluate retrieval --checkpoint CKPT --queries Q.jsonl --corpus C.jsonl \\
     --judgements QRELS --out runs/mine
-torchrun --nproc-per-node 8 tools/evaluate.py video --checkpoint CKPT --manifest MSRVTT_JSFUSION_test.csv \\
+llave evaluate video --checkpoint CKPT --manifest MSRVTT_JSFUSION_test.csv \\
     --videos VIDEOS --out runs/msrvtt
-torchrun --nproc-per-node 8 tools/evaluate.py mteb --checkpoint CKPT --benchmark "MIEB(lite)" --out runs/mieb
+llave evaluate mteb --checkpoint CKPT --benchmark "MIEB(lite)" --out runs/mieb
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each command has its own --help.
 """
@@ -36,6 +36,7 @@ from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
 from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import Task
+from megatron_llave.launch import procs
 from megatron_llave.locks import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.report.provenance import describe_evaluation
@@ -58,16 +59,22 @@ class Commands(OneLineParser):
         self.exit(2, f"error: the first argument must be a command: {', '.join(BENCHMARKS)}\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = Commands(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
     for benchmark in BENCHMARKS.values():
         add_command(commands, benchmark)
-    args, unknown = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run the command."""
+    args, unknown = build_parser().parse_known_args(argv)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with exit_with_one_line():
+        procs.require_as_started(args.procs)
         quiet_dependencies()
         cpu_emulation.enable()
         with held_output(args):
@@ -90,6 +97,7 @@ def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> N
         rules = " ".join(f"{name}: {rule}" for name, rule in TIES.items())
         parser.add_argument("--before", metavar="REPORT|initial", help=BEFORE)
         parser.add_argument("--ties", choices=TIES, default=benchmark.ties, help=f"{rules} Default: {benchmark.ties}")
+    procs.add_option(parser)
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
     parser.set_defaults(benchmark=benchmark, parser=parser)

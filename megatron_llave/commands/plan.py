@@ -1,10 +1,6 @@
 """Plan a run before it is started: parameters, FLOPs, memory of each rank by part, communication, and whether it fits.
 
-python tools/plan.py --config RUN.yaml --gpus 8 --gpu-memory 80 [section.key=value ...]
-
-The plan is computed; it needs no GPU, data or weights. Without --data or --pair-tokens, pairs are assumed to be like
-those of MMEB. If the run does not fit, the tool tries other parallel layouts, micro batches and recomputation, and
-prints the first combination that fits. docs/planner.md says what is counted and how well it was checked.
+`llave plan --help` explains the command; megatron_llave/options/plan.py has its options.
 """
 
 import argparse
@@ -16,8 +12,9 @@ from rich.table import Table
 
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, exit_with_one_line, require
 from megatron_llave.models import family_of
+from megatron_llave.options import plan as options
 from megatron_llave.planning.adapters import as_frozen
 from megatron_llave.planning.context import shortest_pairs
 from megatron_llave.planning.pair_lengths import Kind, SideShape, mmeb_like, read_kinds
@@ -41,19 +38,8 @@ DOUBLINGS = 5
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, plan, and print."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs of all nodes together")
-    parser.add_argument("--gpu-memory", type=float, required=True, help="GB (2^30 bytes) of one GPU, such as 80")
-    pairs = parser.add_mutually_exclusive_group()
-    pairs.add_argument("--data", help="folder of shards whose pairs are measured; no image is decoded")
-    pairs.add_argument(
-        "--pair-tokens", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="tokens, visual ones included"
-    )
-    parser.add_argument("--pair-tiles", type=int, nargs=2, metavar=("QUERY", "TARGET"), help="with --pair-tokens (0 0)")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, overrides of the file")
     with exit_with_one_line():
-        args = parser.parse_args(argv)
+        args = options.parse(argv)
         quiet_dependencies()
         require(1 <= args.gpus <= MOST, f"--gpus {args.gpus} must be at least 1 and at most {MOST}")
         require(0 < args.gpu_memory < 1e6, f"--gpu-memory {args.gpu_memory:g} must be gigabytes of one GPU, such as 80")

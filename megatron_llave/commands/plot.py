@@ -1,6 +1,6 @@
 """Draw the curves of one or several runs: loss, also by subset, learning rate, similarities, throughput, scores.
 
-python tools/plot.py runs/a runs/b [--out runs.png | --out runs.html | --html] [--along step|pairs|hours]
+llave plot runs/a runs/b [--out runs.png | --out runs.html | --html] [--along step|pairs|hours]
 
 An HTML page has the values under the pointer, zoom and a table of final values, and needs no network.
 
@@ -18,8 +18,8 @@ from megatron_llave.report.plots import ALONG, plot_runs
 from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the arguments, read the logs, and draw."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run (train.output)")
     parser.add_argument(
@@ -27,7 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--html", action="store_true", help="write a page: curves.html, unless --out names it")
     parser.add_argument("--along", choices=ALONG, default="step", help="horizontal axis")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the arguments, read the logs, and draw."""
+    args = build_parser().parse_args(argv)
     with exit_with_one_line():
         folders = {name: Path(run) for name, run in zip(short_names(args.runs), args.runs)}
         default = Path(args.runs[0] if len(args.runs) == 1 else ".") / ("curves.html" if args.html else "curves.png")

@@ -1,13 +1,8 @@
 """Check the nodes before a run: their speed, clocks, disks, memory and versions, in one table and one line per fault.
 
-torchrun --nnodes 2 ... tools/preflight.py --config RUN.yaml [--megabytes 256] [section.key=value ...]
-
-Start it as the run itself is started, with the same processes, environment and overrides; it takes some seconds. It
-writes to `train.output` and leaves it as it was. The exit status is 1 if there is a fault. docs/clusters.md explains
-the columns.
+`llave preflight --help` explains the command; megatron_llave/options/preflight.py has its options.
 """
 
-import argparse
 import os
 import sys
 
@@ -18,7 +13,9 @@ from rich.table import Table
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.launch import procs
+from megatron_llave.options import preflight as options
 from megatron_llave.planning.pair_lengths import mmeb_like
 from megatron_llave.planning.plan import make_plan
 from megatron_llave.planning.preflight import Needs, Node, describe_nodes, find_faults
@@ -33,12 +30,9 @@ WIDTH = 140
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure, and print on the first rank."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
-    parser.add_argument("--megabytes", type=int, default=256, help="written per node, and reduced between GPUs (256)")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, overrides of the file")
     with exit_with_one_line():
-        args = parser.parse_args(argv)
+        args = options.parse(argv)
+        procs.require_as_started(args.procs)
         require(
             1 <= args.megabytes <= MOST_MEGABYTES,
             f"--megabytes {args.megabytes} must be at least 1 and at most {MOST_MEGABYTES}",

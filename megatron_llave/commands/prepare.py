@@ -24,8 +24,8 @@ from megatron_llave.prepare.shard_jobs import check_arguments
 from megatron_llave.prepare.tokenizer import TRAINED_FILE, VOCABULARY, texts_of, write_trained
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `run` of the result is the function of the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; `run` of what it parses is the function of the command."""
     parser = OneLineParser(description="Make training shards, inspect them, and verify them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sources(commands)
@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     check.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check.set_defaults(run=run_verify)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
@@ -119,7 +119,7 @@ def run_verify(given: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. `verify` ends the process with status 1 if it finds a problem."""
     with exit_with_one_line():
-        given = parse_arguments(argv)
+        given = build_parser().parse_args(argv)
         status = given.run(given)
     if status:
         sys.exit(status)

@@ -44,15 +44,20 @@ PROMPTS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = OneLineParser(
         prog="llave search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
     for add in (add_build, add_query, add_serve, add_recall, add_demo_images):
         add(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run the command."""
+    args = build_parser().parse_args(argv)
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()

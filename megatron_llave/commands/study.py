@@ -1,6 +1,6 @@
 """Run one of the paper's experiments: its variants, each with several seeds, then tables and figures.
 
-python tools/study.py hardness --config examples/studies/tiny.yaml --seeds 0,1,2 --out DIR [section.key=value ...]
+llave study hardness --config studies/tiny --seeds 0,1,2 --out DIR [section.key=value ...]
 
 If the command is repeated, it runs only what is missing and writes the report again. See docs/studies.md.
 """
@@ -25,8 +25,8 @@ MOST_PROCESSES = 10_000
 """The largest number of processes at a time."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--config", required=True, help="configuration that all runs share")
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--task", metavar="N|list", help="run only number N of the list, for a job array; or print the list"
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ def seeds(text: str) -> tuple[int, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, report; returns the exit status."""
-    args = parse(argv)
+    args = build_parser().parse_intermixed_args(argv)
     # Turn SIGTERM into an exception, so that the queue asks its runs to save and stop.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with exit_with_one_line():

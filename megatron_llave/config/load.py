@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_llave.config.checks import require_effects, validate
 from megatron_llave.config.model import ModelConfig
+from megatron_llave.config.packaged import find_config
 from megatron_llave.config.parse import TypedReader, read_overrides, read_yaml
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import EARLIER, RunConfig
@@ -24,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
     """Read a YAML file, apply `section.key=value` overrides, fill in the model preset, and check the result.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of an example that comes with the package.
         overrides: they take precedence over the file.
         leave_out: given for the configuration of a checkpoint: its sections that are ignored, such as the parallel
             layout. Keys that an earlier version did not save then have the value that it worked with (schema.EARLIER),
@@ -34,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), leave_out: Sequ
         ConfigError: the file is missing or is not a mapping, a key is unknown, or a value has the wrong type or is
             impossible.
     """
-    path = Path(path)
+    path = find_config(path)
     from_file = TypedReader(str(path)).read(RunConfig, read_yaml(path))
     from_file = {name: section for name, section in from_file.items() if name not in leave_out}
     if leave_out:

@@ -10,6 +10,7 @@ stderr.log, and each line of the terminal begins with the rank. PET_TEE and PET_
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 EXIT_USER_ERROR = 2
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         try:
             run.run(options)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            rank, failure = cause(error.failures)
             if failure.exitcode < 0:
                 print(f"error: rank {rank}: {failure.message}", file=sys.stderr, flush=True)
                 return 128 - failure.exitcode
@@ -51,6 +52,15 @@ def main(arguments: list[str]) -> int:
             texts = [error["message"]["message"] for error in errors if isinstance(error["message"], dict)]
             return EXIT_USER_ERROR if any(text.startswith("error: ") for text in texts) else 128 + error.sigval
     return 0
+
+
+def cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The failed rank that the others have ended with.
+
+    It is the first one. But a rank that torchrun has ended with SIGTERM comes last, although it may have noted the same
+    error in the same second, and may have waited for another one to print it.
+    """
+    return min(failures.items(), key=lambda one: (one[1].exitcode == -signal.SIGTERM, one[1].timestamp))
 
 
 @contextmanager

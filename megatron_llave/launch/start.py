@@ -34,7 +34,8 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
 """Signals at which a run is asked to save and stop; SIGALRM asks again."""
 SECONDS_TO_MEET = 600
 """How long to wait for nodes that start late (an image to pull, a host name that does not resolve yet)."""
-TORCHRUN = Path(__file__).with_name("quiet_torchrun.py")
+TORCHRUN, RANK = (Path(__file__).with_name(name) for name in ("quiet_torchrun.py", "rank.py"))
+"""Files that torchrun and a rank of a command are started with."""
 
 
 def start_training(command: list[str], config: Path, arguments: list[str]) -> int:
@@ -54,32 +55,38 @@ def start_training(command: list[str], config: Path, arguments: list[str]) -> in
             (run_folder(config, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)
 
-    status = start_ranks(command, ask, "the run saves and stops")
+    status = start_ranks(command, ask=ask, ending="the run saves and stops")
     if status == 0 and is_stopped(run_folder(config, arguments)):
         return EXIT_STOPPED
     return status
 
 
-def start_ranks(command: list[str], ask: Callable[[], None] | None = None, ending: str = "the command ends") -> int:
+def start_ranks(
+    command: list[str],
+    number: int | None = None,
+    ask: Callable[[], None] | None = None,
+    ending: str = "the command ends",
+) -> int:
     """Start the ranks of a command and wait for their end.
 
     Args:
         command: what every rank runs: a file of Python with its arguments.
+        number: number of ranks of this node; None: `num_processes()`.
         ask: asks the ranks to end at one of the signals of ASKING; None: they are ended by a signal.
         ending: what follows the first Ctrl-C, for its message.
 
     Returns:
         The exit status.
     """
-    tasks, num_nodes = whole_number("SLURM_STEP_NUM_TASKS", 1), whole_number("NNODES", 1)
-    if tasks > num_nodes:
+    tasks = whole_number("SLURM_STEP_NUM_TASKS", 1)
+    if tasks > num_nodes():
         hint = "use srun --ntasks-per-node=1 with NNODES, NODE_RANK and MASTER_ADDR set, or examples/slurm/train.sbatch"
-        sys.exit(f"error: srun has started this command {tasks} times, but NNODES is {num_nodes}; {hint}")
+        sys.exit(f"error: srun has started this command {tasks} times, but NNODES is {num_nodes()}; {hint}")
     # Otherwise restarted nodes are told the addresses of the processes before them (pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # A rank that ends while it talks to another one would print a warning with a stack of twenty lines after our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    launcher = [sys.executable, str(TORCHRUN), "--nproc-per-node", num_processes(), *nodes()]
+    launcher = [sys.executable, str(TORCHRUN), "--nproc-per-node", str(number or num_processes()), *nodes()]
     asked: set[int] = set()
 
     def pass_on(number: int, frame: object) -> None:
@@ -134,20 +141,30 @@ def whole_number(name: str, default: int) -> int:
     return int(value)
 
 
-def num_processes() -> str:
-    """Number of processes of this node, for torchrun."""
+def is_rank() -> bool:
+    """Whether torchrun has started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def num_nodes() -> int:
+    """Number of nodes on which the command is started."""
+    return whole_number("NNODES", 1)
+
+
+def num_processes(without_gpu: int = 2) -> int:
+    """Number of processes of this node: PROCS, or the number of GPUs, or `without_gpu`."""
     if "PROCS" in os.environ:
-        return str(whole_number("PROCS", 2))
+        return whole_number("PROCS", without_gpu)
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except OSError:  # no such program
         listed = ""
-    return str(sum(line.startswith("GPU ") for line in listed.splitlines()) or 2)
+    return sum(line.startswith("GPU ") for line in listed.splitlines()) or without_gpu
 
 
 def nodes() -> list[str]:
     """Options of torchrun for the rendezvous of the nodes."""
-    if whole_number("NNODES", 1) == 1:
+    if num_nodes() == 1:
         return ["--standalone"]
     for name in ("NODE_RANK", "MASTER_ADDR"):
         if name not in os.environ:

@@ -18,10 +18,10 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.evaluation.benchmarks.prepared import is_prepared
 from megatron_llave.files import read_json
+from megatron_llave.launch.start import RANK
 from megatron_llave.study.variants import START, Run
 from megatron_llave.training.run_state import STATE_FILE
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PLANNED = "planned.yaml"
 OUTPUT = "output.log"
 EVALUATION = "evaluation"
@@ -86,7 +86,7 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
         checkpoint = folder / MERGED
         parts = [f"{plan.out / name}={share:g}" for name, (_, share) in zip(run.needs, run.variant.merge)]
         if not checkpoint.exists():
-            yield [sys.executable, str(TOOLS / "merge.py"), *parts, "--to", str(checkpoint)]
+            yield [sys.executable, str(RANK), "merge", *parts, "--to", str(checkpoint)]
     else:
         settings = ["--config", str(plan.config_of(run)), *plan.overrides_of(run), "--resume", "auto"]
         yield [*torchrun, "-m", "megatron_llave.train", *settings]
@@ -98,7 +98,7 @@ def commands(plan: Plan, run: Run, cfg: RunConfig) -> Iterator[list[str]]:
         given += ["--images", cfg.evaluate.images or data]
         given += ["--subsets", ",".join(cfg.evaluate.sets)] if cfg.evaluate.sets else []
     layout = [f"parallel.{key}={getattr(cfg.parallel, key)}" for key in ("tensor", "pipeline", "sequence")]
-    yield [*torchrun, str(TOOLS / "evaluate.py"), command, *given, *layout]
+    yield [*torchrun, str(RANK), "evaluate", command, *given, *layout]
 
 
 def require_trained(folder: Path) -> None:

@@ -270,8 +270,9 @@ def test_mmeb_is_evaluated_by_its_own_command(tmp_path: Path) -> None:
     write_finished(shared.folder(run))
     train, evaluate = commands(shared, run, shared.load(run))
     assert train[-2:] == ["--resume", "auto"]
-    tool = next(place for place, word in enumerate(evaluate) if word.endswith("evaluate.py"))
-    assert evaluate[tool + 1] == "mmeb" and evaluate[evaluate.index("--images") + 1] == "pictures"
+    tool = next(place for place, word in enumerate(evaluate) if word.endswith("rank.py")) + 1
+    assert evaluate[tool : tool + 2] == ["evaluate", "mmeb"]
+    assert evaluate[evaluate.index("--images") + 1] == "pictures"
     named = evaluate[evaluate.index("--subsets") + 1 :]
     assert named[0] == "CIRR,WebQA" and all("=" in word for word in named[1:])
 
