@@ -5,7 +5,7 @@ use but an export gives back: config.json and tokenizer, unused.safetensors (the
 of the vision encoder), and tensors.json with the original dtypes of the tensors.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +157,7 @@ def export_hf(
     else:
         parameters = read_weights(folder, embedder, groups, average)
     values = _export_values(parameters, model, assets, plan)
+    plan, values = _with_rows(plan, values, hf.embedding, hf.embedding_rows(config))
     named = {hf.layout_name(name, layout): shape for name, shape in plan.items()}
     with whole_folder(out, "exported model") as partial:
         write_tensor_files(partial, named, ((hf.layout_name(n, layout), v) for n, v in values), shard_bytes)
@@ -169,12 +170,16 @@ def export_hf(
 def export_layout(model: ModelConfig, assets: Assets, layout: str | None) -> str:
     """Return the layout of an export: the given one, else that which the weights came in, else the family's first.
 
+    The last two must be able to describe the model.
+
     Raises:
         ConfigError: the family has no such layout.
     """
-    known = family_of(model).hf.layouts
-    layout = layout or (assets.config.layout if assets.config else known[0])
-    one_of("format", layout, known)
+    hf = family_of(model).hf
+    if layout is None:
+        preferred = [*([assets.config.layout] if assets.config else []), *hf.layouts]
+        return next((known for known in preferred if hf.can_hold(model, known)), preferred[0])
+    one_of("format", layout, hf.layouts)
     return layout
 
 
@@ -237,6 +242,29 @@ def _export_values(
             yield name, _cast(name, pad_rows(assets.read(name), shape[0]), dtype)
         elif name not in written:
             yield name, torch.full(shape, float(name.endswith("weight")), dtype=dtype)
+
+
+def _with_rows(
+    plan: Shapes, values: Iterator[tuple[str, Tensor]], embedding: str, rows: Mapping[str, int]
+) -> tuple[Shapes, Iterator[tuple[str, Tensor]]]:
+    """Return plan and values of a folder in which some tensors are rows of the embedding, which then comes last."""
+    if not rows:
+        return plan, values
+
+    def others_first() -> Iterator[tuple[str, Tensor]]:
+        kept = {}
+        for name, value in values:
+            if name in rows or name == embedding:
+                kept[name] = value
+            else:
+                yield name, value
+        table = kept[embedding].clone()
+        for name, row in rows.items():
+            table[row] = kept[name]
+        yield embedding, table
+
+    others = {name: shape for name, shape in plan.items() if name not in rows and name != embedding}
+    return others | {embedding: plan[embedding]}, others_first()
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

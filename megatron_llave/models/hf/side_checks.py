@@ -14,7 +14,7 @@ from typing import Any
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
 from megatron_llave.models.hf.config_json import Section
-from megatron_llave.models.hf.side_files import listed_tokens, without_appended
+from megatron_llave.models.hf.side_files import CONTENT_IN_PARTS, listed_tokens, vocabulary, without_appended
 
 IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE = (
     "preprocessor_config.json",
@@ -41,12 +41,12 @@ def processor_sections(folder: Path) -> tuple[Section | None, list[Section], lis
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """The chat templates of a folder by the names of their files."""
+    """The chat templates of a folder by the names of their files, without what is written for vLLM."""
     sections = {name: read_section(folder / name) for name in TEMPLATE_FILES}
     found = {name: section.values.get("chat_template") for name, section in sections.items() if section is not None}
     if (folder / TEMPLATE_TEXT).is_file():
         found[TEMPLATE_TEXT] = (folder / TEMPLATE_TEXT).read_text("utf-8", errors="replace")
-    return {name: str(template) for name, template in found.items() if template is not None}
+    return {n: str(template).removeprefix(CONTENT_IN_PARTS) for n, template in found.items() if template is not None}
 
 
 def used_template(templates: Mapping[str, str]) -> str | None:
@@ -96,6 +96,8 @@ def check_pooling(folder: Path) -> None:
     for mode in [] if pooling is None else pooling.values:
         if mode.startswith("pooling_mode_") and pooling.values[mode] and mode != "pooling_mode_lasttoken":
             raise pooling.refuse(mode, "false: an embedding is that of the last token (pooling_mode_lasttoken)")
+        if mode == "pooling_mode" and pooling.values[mode] not in ("lasttoken", ["lasttoken"]):
+            raise pooling.refuse(mode, "lasttoken")
 
 
 def check_tokenizer(folder: Path, special: Mapping[str, int], end: str = "") -> list[str]:
@@ -150,10 +152,8 @@ def _adds_tokens(processor: Any) -> bool:
 
 def _ids(spec: dict, file: Path) -> dict[str, int]:
     try:
-        vocabulary = spec["model"]["vocab"]
-        vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
-        return vocabulary | {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-    except (KeyError, TypeError) as error:
+        return vocabulary(spec) | {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} has a vocabulary or added tokens that cannot be read: {error!r}") from error
 
 

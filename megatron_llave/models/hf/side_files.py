@@ -15,10 +15,12 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_llave.config.model import ModelConfig
-from megatron_llave.data.tokenizer import END_TOKENS, TOKENIZERS, load_tokenizer
+from megatron_llave.data.tokenizer import END_TOKENS, TOKENIZERS, load_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
+from megatron_llave.models.hf.sentencepiece_json import tokenizer_json
 
+SENTENCEPIECE = TOKENIZERS[1]
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -36,6 +38,9 @@ always agree with config.json."""
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CONTENT_IN_PARTS = "{% for message in messages %}{% for part in message['content'] %}{% endfor %}{% endfor %}"
+"""At the beginning of each template that is written, without effect on what it makes: by such a loop vLLM sees that a
+template takes messages whose content is in parts. Into others it writes images as text, in its own way."""
 SPECIAL_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -51,6 +56,18 @@ def keep_side_files(source: str | Path, out: str | Path, names: Sequence[str] = 
             shutil.copyfile(source / name, out / name)
     if not (out / "tokenizer.json").is_file() and all((out / name).is_file() for name in ("vocab.json", "merges.txt")):
         (out / "tokenizer.json").write_text(make_tokenizer_json(out), encoding="utf-8")
+
+
+def replace_sentencepiece(out: Path) -> None:
+    """Replace a SentencePiece model that is the only tokenizer of a folder by a tokenizer.json with the same ids.
+
+    A model that a tokenizer.json cannot express stays.
+    """
+    file = out / SENTENCEPIECE
+    text = None if (out / "tokenizer.json").is_file() or not file.is_file() else tokenizer_json(file)
+    if text is not None:
+        (out / "tokenizer.json").write_text(text, encoding="utf-8")
+        file.unlink()
 
 
 def write_generation_config(out: Path, language: Mapping[str, Any]) -> None:
@@ -69,17 +86,18 @@ def room_for_tokens(model: ModelConfig, folder: Path | None, tokens: Collection[
 
     Args:
         model: sizes of the weights.
-        folder: has the tokenizer.json, if there is one.
+        folder: has the tokenizer, if there is one.
         tokens: the special tokens.
 
     Raises:
         CheckpointError: the tokenizer is damaged.
     """
-    file = None if folder is None else folder / "tokenizer.json"
-    if file is None or not file.is_file():
+    file = None if folder is None else tokenizer_in(folder)
+    text = tokenizer_json(file) if file is not None and file.name == SENTENCEPIECE else None
+    if file is None or file.name == SENTENCEPIECE and text is None:
         return model
     try:
-        ids = Tokenizer.from_file(str(file)).get_vocab()
+        ids = (Tokenizer.from_file(str(file)) if text is None else Tokenizer.from_str(text)).get_vocab()
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise CheckpointError(f"{file} is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
     new = sum(token not in ids for token in tokens)
@@ -141,13 +159,25 @@ def _require_tokens(tokens: Any) -> None:
             raise TypeError(f"the token {token} has no content or no id")
 
 
+def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the pieces of a tokenizer.json, but for added tokens.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it has none.
+    """
+    pieces = spec["model"]["vocab"]
+    if isinstance(pieces, list):  # unigram: pieces and scores
+        return {piece: i for i, (piece, _) in enumerate(pieces)}
+    return dict(pieces.items())
+
+
 def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
     """Add special tokens to the content of a tokenizer.json; return False if all of them were there already.
 
     `file` has the other tokens and `says` is the file that lists these, for the message if an id is taken.
     """
     present = {token["content"] for token in spec["added_tokens"]}
-    ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    ids = vocabulary(spec) | {token["content"]: token["id"] for token in spec["added_tokens"]}
     owners = {token_id: content for content, token_id in ids.items()}
     new = sorted((token for token in tokens if token["content"] not in present), key=lambda token: token["id"])
     for token in tokens:
@@ -161,6 +191,10 @@ def _add_tokens(spec: dict, tokens: list[dict], file: Path, says: str) -> bool:
         # The library numbers added tokens from the vocabulary's size on, so that after a gap the id can only be given
         # in the vocabulary.
         if token["id"] != len(ids) or max(ids.values(), default=-1) + 1 != len(ids):
+            if isinstance(spec["model"]["vocab"], list):
+                what = f"its vocabulary of {len(ids)} ids is a list, which can have no gap"
+                names = ", ".join(token["content"] for token in tokens)
+                raise CheckpointError(f"{file} cannot take {names} as tokens: {what}")
             spec["model"]["vocab"][token["content"]] = token["id"]
         ids[token["content"]] = token["id"]
     spec["added_tokens"] = sorted(spec["added_tokens"] + new, key=lambda token: token["id"])
@@ -181,11 +215,11 @@ def add_special_tokens(out: Path, ids: Mapping[str, int], processor: str) -> Non
     spec = read_json(out / "tokenizer.json", error=CheckpointError)
     try:
         _require_tokens(spec["added_tokens"])
-        _require_tokens({"content": content, "id": token_id} for content, token_id in spec["model"]["vocab"].items())
-    except (AttributeError, KeyError, TypeError) as error:
+        _require_tokens({"content": content, "id": token_id} for content, token_id in vocabulary(spec).items())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         kind = "it has no added_tokens or no vocabulary with ids"
         raise CheckpointError(
-            f"{out / 'tokenizer.json'} cannot take {next(iter(ids))} as a token: {kind}; BPE has them"
+            f"{out / 'tokenizer.json'} cannot take {next(iter(ids))} as a token: {kind}; BPE and unigram have them"
         ) from error
     tokens = [{"id": token_id, "content": content, **SPECIAL_TOKEN} for content, token_id in ids.items()]
     if _add_tokens(spec, tokens, out / "tokenizer.json", "config.json"):
@@ -248,6 +282,7 @@ def write_chat_template(out: Path, template: str, has_processor: bool, is_traine
         is_trained: whether a run trained the weights, so that no other template may be kept in the tokenizer's file.
     """
     settings_file = out / "tokenizer_config.json"
+    template = CONTENT_IN_PARTS + template
     has_file = any((out / name).is_file() for name in CHAT_TEMPLATES)
     if has_processor and not has_file:
         write_json(out / "chat_template.json", {"chat_template": template})  # the name that all versions read

@@ -6,7 +6,7 @@ initialization.named_global_parameters: layers are counted over all pipeline sta
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +68,10 @@ class HfFormat:
     """transformers' model, an input and (width, height) of its image -> keyword arguments of the model's forward."""
     module_name: Callable[[str, str], str] = in_transformers
     """Canonical name of a module and a layout -> its name in the model that such a folder is loaded into by PEFT."""
+    can_hold: Callable[[ModelConfig, str], bool] = lambda model, layout: True
+    """Model and layout -> whether its folders can describe the model."""
+    embedding_rows: Callable[[Mapping], Mapping[str, int]] = lambda config: {}
+    """config.json -> canonical names of tensors that are rows of the embedding, and which ones."""
     check_files: Callable[[HfConfig, Path], list[str]] = lambda config, folder: []
     """What config.json says, and a folder -> HfConfig.notes about its other files; CheckpointError if one says
     something else than what is run."""
@@ -84,15 +88,18 @@ class HfWeights:
     """Canonical name -> the folder's own."""
     adapter: Adapter | None = None
     """What is added to the weights when they are read."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Canonical names of tensors that are rows of the embedding, under whose name `names` has them."""
 
     def read(self, name: str) -> Tensor:
         """Read a tensor by canonical name, with what an adapter adds to it."""
         value = self.files.read(self.names[name])
+        value = value[self.rows[name]] if name in self.rows else value
         return value if self.adapter is None else self.adapter.merged(name, value)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor from the header of its file."""
-        return self.files.tensors[self.names[name]].shape
+        return self.files.tensors[self.names[name]].shape[name in self.rows :]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -146,7 +153,9 @@ def open_weights(
         if name in names:
             raise CheckpointError(f"{folder}: {spelling} and {names[name]} are the same tensor in two spellings")
         names[name] = spelling
-    weights = HfWeights(format, config, files, names)
+    rows = format.embedding_rows(config.raw) if format.embedding in names else {}
+    names |= {name: names[format.embedding] for name in rows}
+    weights = HfWeights(format, config, files, names, rows=rows)
     if adapter is None:
         return weights
     canonical = partial(format.canonical_name, layout=config.layout)

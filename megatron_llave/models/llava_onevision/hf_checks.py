@@ -8,7 +8,6 @@ Sources: transformers' image_processing_llava_onevision.py, processing_llava_one
 video_processing_llava_onevision.py (4.45 to 5.x).
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from megatron_llave.models.hf.side_checks import (
     check_tokenizer,
     processor_sections,
 )
-from megatron_llave.models.llava_onevision.prompt import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
+from megatron_llave.models.llava_onevision.hf_config import NEWLINE_TOKEN
+from megatron_llave.models.llava_onevision.prompt import NEWLINE_TEXT, prompt_of_template
 
-PLAIN = re.compile(re.escape(PLAIN_CHAT_TEMPLATE).replace("END", "'[^']*'"))
 MEAN, STD = (0.5,), (0.5,)
+IMAGE_TYPES = {"llava_onevision": "LlavaOnevisionImageProcessor", "llava": "SiglipImageProcessor"}
+"""transformers' class of the image processor of a layout."""
 MISSING = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -47,27 +48,29 @@ def check_files(config: HfConfig, folder: Path) -> list[str]:
     processor, image_sections, video_sections = processor_sections(folder)
     is_onevision = config.layout == "llava_onevision"
     for images in image_sections:
-        if is_onevision:
-            _check_type(images)
+        if config.layout in IMAGE_TYPES:
+            _check_type(images, IMAGE_TYPES[config.layout])
         _check_images(images, config, MISSING if is_onevision else {})
     for videos in video_sections:
         _check_images(videos, config, {})
     if processor is not None:
         _check_processor(processor, config)
     check_pooling(folder)
-    image = config.raw.get("image_token_index") if is_onevision else None
-    check_tokenizer(folder, {} if image is None else {"<image>": image})
+    tokens = {"<image>": config.raw.get("image_token_index"), NEWLINE_TEXT: config.raw.get(NEWLINE_TOKEN)}
+    known = {} if config.layout == "llava_qwen" else {text: i for text, i in tokens.items() if i is not None}
+    check_tokenizer(folder, known)
     templates = chat_templates(folder)
-    if any(map(PLAIN.fullmatch, templates.values())):
+    prompts = {name: prompt_of_template(text) for name, text in templates.items()}
+    if "plain" in prompts.values():
         config.run.data.prompt = "plain"
-    others = [name for name, text in templates.items() if text != CHAT_TEMPLATE and not PLAIN.fullmatch(text)]
+    others = [name for name, prompt in prompts.items() if prompt is None]
     return [f"chat template in {name}: not used, since data.prompt is the prompt of embeddings" for name in others]
 
 
-def _check_type(images: Section) -> None:
+def _check_type(images: Section, right: str) -> None:
     kind = images.values.get("image_processor_type")
-    if kind is not None and not str(kind).startswith("LlavaOnevisionImageProcessor"):
-        raise images.refuse("image_processor_type", "LlavaOnevisionImageProcessor")
+    if kind is not None and not str(kind).startswith(right):
+        raise images.refuse("image_processor_type", right)
 
 
 def _check_images(images: Section, config: HfConfig, missing: dict[str, Any]) -> None:
@@ -93,6 +96,7 @@ def _check_processor(processor: Section, config: HfConfig) -> None:
             "image_token": ("<image>", "<image>"),
             "num_image_tokens": (patches, patches),
             "vision_feature_select_strategy": ("full", "full"),
+            "num_additional_image_tokens": (0, 0),
             **({"vision_aspect_ratio": (ratio, ratio)} if config.layout == "llava_onevision" else {}),
         }
     )

@@ -1,12 +1,14 @@
-"""config.json of Hugging Face folders <-> ModelConfig, in two layouts.
+"""config.json of Hugging Face folders <-> ModelConfig, in three layouts.
 
 transformers reads and writes llava_onevision; llava_qwen is the layout of LLaVA-NeXT and of the released LLaVE
-checkpoints. A missing key has the value that the code of the layout gives it, and values that we cannot run are
-refused. hf_weights.py has the names of the weights, hf_files.py the other files of the folder.
+checkpoints. A model without grids has one tile for an image and image_newline after it, which llava_onevision cannot
+express; transformers' llava can, with image_newline as the embedding of a token of its own. A missing key has the value
+that the code of the layout gives it, and values that we cannot run are refused. hf_weights.py has the names of the
+weights, hf_files.py the other files of the folder.
 
-Sources: transformers' configuration_llava_onevision.py, configuration_qwen2.py and configuration_siglip.py (4.4x to
-5.x); llava_arch.py, mm_utils.py, siglip_encoder.py and multimodal_projector/builder.py of the
-official LLaVE repository.
+Sources: transformers' configuration_llava_onevision.py, configuration_llava.py, configuration_qwen2.py and
+configuration_siglip.py (4.4x to 5.x); llava_arch.py, mm_utils.py, siglip_encoder.py and
+multimodal_projector/builder.py of the official LLaVE repository.
 """
 
 import ast
@@ -28,6 +30,7 @@ from megatron_llave.models.hf.decoder_config import language_section, read_langu
 from megatron_llave.models.llava_onevision.hf_keys import (
     DECODER,
     IMAGE_TOKENS,
+    LLAVA_FIXED,
     ONEVISION_FIXED,
     QWEN_FIXED,
     QWEN_REFUSED,
@@ -38,7 +41,9 @@ from megatron_llave.models.llava_onevision.hf_keys import (
     VISION_KEYS,
 )
 
-LAYOUTS = ("llava_onevision", "llava_qwen")
+LAYOUTS = ("llava_onevision", "llava", "llava_qwen")
+NEWLINE_TOKEN = "image_newline_token_id"
+"""The key of a llava file that says which row of the embedding is image_newline."""
 MOST_GRIDS = 1024
 """Number of grids that a file may list; the released models have at most 36."""
 LONGEST_LIST = 4000
@@ -50,7 +55,9 @@ def layout_of(values: Mapping[str, Any]) -> str | None:
     """The layout of a folder with this config.json; None: it is of another family."""
     kind = values.get("model_type")
     if kind == "llava":  # as lmms-lab's LLaVA-OneVision checkpoints spell it, and transformers LLaVA 1.5
-        return "llava_qwen" if "LlavaQwenForCausalLM" in (values.get("architectures") or []) else None
+        if "LlavaQwenForCausalLM" in (values.get("architectures") or []):
+            return "llava_qwen"
+        return "llava" if NEWLINE_TOKEN in values else None
     return kind if kind in LAYOUTS else None
 
 
@@ -60,7 +67,17 @@ def read_config(top: Section) -> HfConfig:
     Raises:
         CheckpointError: it describes a model that we cannot run.
     """
-    return _read_onevision(top) if layout_of(top.values) == "llava_onevision" else _read_qwen(top)
+    return {"llava_onevision": _read_onevision, "llava": _read_llava}.get(layout_of(top.values), _read_qwen)(top)
+
+
+def can_hold(model: ModelConfig, layout: str) -> bool:
+    """Whether folders of this layout can describe a model with its grids, or with none."""
+    return layout == "llava_qwen" or (layout == "llava_onevision") == bool(model.image_grids)
+
+
+def embedding_rows(values: Mapping[str, Any]) -> dict[str, int]:
+    """Return which tensor, by canonical name, is which row of the embedding in a folder with this config.json."""
+    return {"image_newline": values[NEWLINE_TOKEN]} if layout_of(values) == "llava" else {}
 
 
 def _says(
@@ -98,6 +115,21 @@ def _read_onevision(top: Section) -> HfConfig:
     # transformers 4.x ties weights by the key of the decoder and writes false above it; 5.x ties if either key is true.
     tied = bool(top.values.get("tie_word_embeddings")) or bool(text.values.get("tie_word_embeddings"))
     return _says("llava_onevision", model, top, tied, layers)
+
+
+def _read_llava(top: Section) -> HfConfig:
+    top.check(LLAVA_FIXED | TOP_FIXED)
+    sections = [top.inner(key) or Section(top.file, f"{key}.", {}) for key in ("text_config", "vision_config")]
+    for section, missing, right in zip(sections, ("llama", "clip_vision_model"), ("qwen2", "siglip_vision_model")):
+        section.check({"model_type": (missing, right)})
+    text, vision = sections
+    model = ModelConfig(vision=_read_vision(vision), language=read_language(text, DECODER))
+    for key in ("image_token_index", NEWLINE_TOKEN):
+        token = top.values.get(key)
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < model.language.vocab_size:
+            raise top.refuse(key, f"a token id below vocab_size={model.language.vocab_size}")
+    tied = bool(top.values.get("tie_word_embeddings")) or bool(text.values.get("tie_word_embeddings"))
+    return _says("llava", model, top, tied, model.vision.num_layers)
 
 
 def _read_qwen(top: Section) -> HfConfig:
@@ -182,8 +214,8 @@ def build_config_json(
 
     Args:
         model: sizes and grids. llava_onevision needs grids, and anyres_max_tiles=None becomes a number so high that it
-            has no effect.
-        layout: llava_onevision or llava_qwen.
+            has no effect; llava takes none.
+        layout: one of LAYOUTS.
         tied: whether the embedding is the vocabulary projection too, so that the weights hold it once.
         dtype: type of the weights, float32, bfloat16 or float16; None: that of the source, if it has one.
         source: the config.json that the weights were imported with.
@@ -193,8 +225,9 @@ def build_config_json(
     """
     one_of("layout", layout, LAYOUTS)
     require(dtype in (None, *DTYPES), f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    ok = model.image_grids or layout == "llava_qwen"
-    require(ok, "model.image_grids=[] has no place in format llava_onevision; give --format llava_qwen, or grids")
+    grids = list(map(list, model.image_grids))
+    others = " or ".join(other for other in LAYOUTS if can_hold(model, other))
+    require(can_hold(model, layout), f"model.image_grids={grids} has no place in format {layout}; give {others}")
     if source is not None:
         require_same_model(model, source.model, "the folder the weights came from")
         if source.layout == layout:
@@ -204,7 +237,13 @@ def build_config_json(
     if layout == "llava_qwen":
         made = _qwen_config(model, raw, language)
     else:
-        made = _onevision_config(model, tied, raw, language)
+        own = _onevision_keys(model, raw) if layout == "llava_onevision" else _llava_keys(model, raw)
+        made = own | {
+            "text_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **language},
+            "tie_word_embeddings": tied,
+            "vision_config": _vision_section(model.vision),
+            "vision_feature_layer": -1,
+        }
     dtype = dtype or (source and source.dtype)
     return made | ({} if dtype is None else dict.fromkeys(DTYPE_KEYS, dtype))
 
@@ -215,7 +254,7 @@ def _updated(model: ModelConfig, tied: bool, dtype: str | None, source: HfConfig
     is_onevision = source.layout == "llava_onevision"
     if is_onevision and made.get("text_config") is None:
         made["text_config"] = {"model_type": "qwen2"}
-    text = made["text_config"] if is_onevision else made
+    text = made if source.layout == "llava_qwen" else made["text_config"]
     if "rope_parameters" in text:
         text.setdefault("rope_theta", model.language.rope_theta)
     if model.language.vocab_size != was.language.vocab_size:
@@ -228,7 +267,8 @@ def _updated(model: ModelConfig, tied: bool, dtype: str | None, source: HfConfig
         for section in (text, made.get("vision_config") or {}):
             section |= {key: dtype for key in DTYPE_KEYS if key in section}
         made |= dict.fromkeys(DTYPE_KEYS, dtype)
-    if (model.image_grids, model.anyres_max_tiles) != (was.image_grids, was.anyres_max_tiles):
+    grids = (model.image_grids, model.anyres_max_tiles)
+    if source.layout != "llava" and grids != (was.image_grids, was.anyres_max_tiles):
         made |= _image_keys(model, source.layout)
     return made
 
@@ -268,20 +308,29 @@ def _vision_section(vision: VisionConfig) -> dict:
     return {key: values[name] for name, (key, _) in VISION_KEYS.items()} | fixed | {"vision_use_head": False}
 
 
-def _onevision_config(model: ModelConfig, tied: bool, raw: dict, language: dict) -> dict:
+def _onevision_keys(model: ModelConfig, raw: dict) -> dict:
     image, video = _image_tokens(raw, model)
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "image_token_index": image,
         "model_type": "llava_onevision",
         **{key: right for key, (_, right) in ONEVISION_FIXED.items()},
-        "text_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **language},
-        "tie_word_embeddings": tied,
         "use_image_newline_parameter": True,
         "video_token_index": video,
-        "vision_config": _vision_section(model.vision),
-        "vision_feature_layer": -1,
         **_image_keys(model, "llava_onevision"),
+    }
+
+
+def _llava_keys(model: ModelConfig, raw: dict) -> dict:
+    image, _ = _image_tokens(raw, model)
+    rows = model.language.vocab_size
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_seq_length": model.vision.patches_per_side**2,
+        "image_token_index": image,
+        NEWLINE_TOKEN: rows - 2 if image == rows - 1 else rows - 1,
+        "model_type": "llava",
+        **{key: right for key, (_, right) in LLAVA_FIXED.items()},
     }
 
 

@@ -50,6 +50,10 @@ ONEVISION_FIXED = {
     "projector_hidden_act": ("gelu", "gelu"),
     "multimodal_projector_bias": (True, True),
 }
+LLAVA_FIXED = ONEVISION_FIXED | {
+    "vision_feature_select_strategy": ("default", "full"),
+    "vision_feature_layer": (-2, -1),
+}
 TOP_FIXED = {"quantization_config": (None, None), "use_image_newline_parameter": (True, True)}
 QWEN_FIXED = {
     "mm_projector_type": ("linear", "mlp2x_gelu"),

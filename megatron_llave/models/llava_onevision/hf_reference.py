@@ -1,4 +1,4 @@
-"""transformers' own LLaVA-OneVision model of a folder, and its inputs, to compare our embeddings with."""
+"""transformers' own model of a folder of LLaVA-OneVision, and its inputs, to compare our embeddings with."""
 
 from types import ModuleType
 
@@ -9,14 +9,16 @@ from torch.nn import Module
 from megatron_llave.data.packing import IMAGE, EncodedSequence
 from megatron_llave.models.blocks.siglip import normalise
 from megatron_llave.models.hf.weights import HfWeights
-from megatron_llave.models.llava_onevision.hf_config import build_config_json
+from megatron_llave.models.llava_onevision.hf_config import NEWLINE_TOKEN, build_config_json
 from megatron_llave.models.llava_onevision.hf_weights import HF_EMBEDDING, LM_HEAD, POST_NORM
 
 
 def reference_model(transformers: ModuleType, weights: HfWeights) -> Module:
-    """Return LlavaOnevisionForConditionalGeneration in float32; tensors of llava_qwen are renamed for it."""
+    """Return the layout's model in float32; tensors of llava_qwen are renamed for that of llava_onevision."""
     model_class, config = transformers.LlavaOnevisionForConditionalGeneration, weights.config
-    if config.layout == "llava_onevision":
+    if config.layout == "llava":
+        model_class = transformers.LlavaForConditionalGeneration
+    if config.layout != "llava_qwen":
         return model_class.from_pretrained(weights.files.folder, use_safetensors=True).float().eval()
     wanted = [n for n in weights.names if not weights.is_unused(n) or n == LM_HEAD or n.startswith(POST_NORM)]
     tensors = {name: weights.read(name).float() for name in wanted}
@@ -32,11 +34,15 @@ def reference_inputs(model: Module, sequence: EncodedSequence, size: tuple[int, 
     """Return keyword arguments of the model's forward for an input whose image, if any, is (width, height)."""
     image_token = getattr(model.config, "image_token_id", None)
     image_token = model.config.image_token_index if image_token is None else image_token
-    layouts = iter(sequence.layouts)
+    layouts, newline = iter(sequence.layouts), getattr(model.config, NEWLINE_TOKEN, None)
     ids = [[image_token] * len(next(layouts)) if token == IMAGE else [token] for token in sequence.tokens]
+    if newline is not None:
+        ids = [[*part[:-1], newline] if token == IMAGE else part for token, part in zip(sequence.tokens, ids)]
     tokens = torch.tensor([[token for part in ids for token in part]])
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if sequence.tiles:
-        inputs["pixel_values"] = normalise(torch.from_numpy(sequence.tiles[0]))[None]  # [1, k, 3, size, size]
-        inputs["image_sizes"] = torch.tensor([size[::-1]])
+        pixels = normalise(torch.from_numpy(sequence.tiles[0]))  # [k, 3, size, size]
+        if newline is not None:
+            return inputs | {"pixel_values": pixels}
+        inputs |= {"pixel_values": pixels[None], "image_sizes": torch.tensor([size[::-1]])}
     return inputs

@@ -78,6 +78,8 @@ PREFIXES = {
     ],
 }
 
+PREFIXES["llava"] = PREFIXES["llava_onevision"]
+
 # What the files may hold beside the embedder: the vocabulary projection, the vision encoder's norm and head, buffers.
 UNUSED = re.compile(
     rf"{re.escape(LM_HEAD)}|{re.escape(POST_NORM)}(weight|bias)|{re.escape(VISION)}(head\..*|embeddings\.position_ids)"
@@ -94,8 +96,8 @@ def canonical_name(name: str, layout: str) -> str:
 
 
 def layout_name(name: str, layout: str) -> str:
-    """How a tensor is called in a folder that we write; llava_onevision gets names which transformers 4 and 5 load."""
-    if layout == "llava_onevision":
+    """How a tensor is called in a folder that we write; those of transformers get names which 4 and 5 load."""
+    if layout != "llava_qwen":
         return name
     for spelling, canonical in PREFIXES[layout]:
         if name.startswith(canonical):
@@ -106,7 +108,7 @@ def layout_name(name: str, layout: str) -> str:
 def module_name(module: str, layout: str) -> str:
     """How a module of canonical name is called in memory: by transformers 5 (4.57 differs in the vision encoder), or by
     the code of LLaVA for llava_qwen."""
-    if layout == "llava_onevision":
+    if layout != "llava_qwen":
         return in_transformers(module.replace("vision_tower.vision_model.", "vision_tower."), layout)
     return layout_name(module, layout)
 

@@ -4,18 +4,27 @@ There are two templates: `qwen` of the released models, in which the pooled last
 <|im_end|>, and `plain` for small models that are trained from scratch. packing.py expands IMAGE.
 """
 
+import re
+
 from megatron_llave.data.packing import IMAGE
 from megatron_llave.data.placeholders import PLACEHOLDER, count_placeholders
 from megatron_llave.data.prompt import fit_to_length, join_at_images, split_at_images
 from megatron_llave.data.tokenizer import Tokenizer
 from megatron_llave.errors import DataError
+from megatron_llave.models.hf.sentence_transformers_files import PARTS, refuse_images
 
 IMAGE_TEXT = "<image>"
+NEWLINE_TEXT = "<image_newline>"
+IMAGE_AND_NEWLINE = IMAGE_TEXT + NEWLINE_TEXT
+"""What stands for an image in a folder of the layout llava, whose token <image> is one tile."""
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 QWEN_USER = "user\n"
 QWEN_HEAD = f"{QWEN_SYSTEM}<|im_start|>{QWEN_USER}"
 QWEN_ASSISTANT = "<|im_start|>assistant\n\n<|im_end|>\n"
 QWEN_TAIL = f"<|im_end|>\n{QWEN_ASSISTANT}"
+TOO_MANY_IMAGES = (
+    "transformers does not cut several images of one input into tiles as in training; give one image in each input"
+)
 
 # The same prompts as Jinja templates, for apply_chat_template of transformers. A user's message alone is the whole
 # input of an embedding, so the assistant's turn is always closed after it: the last token is the one that is pooled,
@@ -28,34 +37,82 @@ _IMAGES_AND_TEXT = (
     "{% set text = content if content is string else"
     " parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
 )
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    f"{{{{ {QWEN_SYSTEM!r} }}}}"
-    "{% endif %}"
-    f"{_IMAGES_AND_TEXT}"
+_QWEN_CONTENT = "'<image>\n' * (num_images - written) + '<video>\n' * num_videos + text"
+_PLACE_FIRST = (
     "{% set written = text.count('<image>') %}"
     "{% if written == 1 and not text.startswith('<image>') %}"
     "{% set text = ('<image>\n' + text.replace('<image>', '').strip()).strip() %}"
     "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{{ '<image>\n' * (num_images - written) + '<video>\n' * num_videos + text }}"
-    "{{ '<|im_end|>\n' }}"
-    "{% if loop.last and message['role'] == 'user' %}"
-    f"{{{{ {QWEN_ASSISTANT!r} }}}}"
-    "{% endif %}"
-    "{% endfor %}"
 )
-"""The template of data.prompt=qwen."""
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    f"{_IMAGES_AND_TEXT}"
-    "{% set images = [num_images, text.count('<image>')] | max %}"
-    "{{ '<image>' * images + '<video>' * num_videos + text.replace('<image>', '').strip() }}"
-    "{% endfor %}"
-    "{{ END }}"
-)
-"""The template of data.prompt=plain; END is the tokenizer's end-of-sequence token as a quoted text."""
+_PLAIN_CONTENT = "'<image>' * images + '<video>' * num_videos + text.replace('<image>', '').strip()"
+_PLAIN_IMAGES = "{% set images = [num_images, text.count('<image>')] | max %}"
+
+
+def chat_template(prompt: str, end: str, image: str = IMAGE_TEXT) -> str:
+    """Return a prompt as a Jinja template.
+
+    Args:
+        prompt: qwen or plain.
+        end: the tokenizer's end-of-sequence token.
+        image: what stands for an image in what the tokenizer reads.
+    """
+    if prompt == "plain":
+        rendered = f"{_PLAIN_IMAGES}{{{{ {_with_image(_PLAIN_CONTENT, image)} }}}}"
+        return f"{{% for message in messages %}}{_IMAGES_AND_TEXT}{rendered}{{% endfor %}}{{{{ {end!r} }}}}"
+    return (
+        "{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}"
+        f"{{{{ {QWEN_SYSTEM!r} }}}}"
+        "{% endif %}"
+        f"{_IMAGES_AND_TEXT}"
+        f"{_PLACE_FIRST}"
+        "{{ '<|im_start|>' + message['role'] + '\n' }}"
+        f"{{{{ {_with_image(_QWEN_CONTENT, image)} }}}}"
+        "{{ '<|im_end|>\n' }}"
+        "{% if loop.last and message['role'] == 'user' %}"
+        f"{{{{ {QWEN_ASSISTANT!r} }}}}"
+        "{% endif %}"
+        "{% endfor %}"
+    )
+
+
+def sentence_transformers_template(
+    prompt: str, end: str, image: str = IMAGE_TEXT, most_images: int | None = None
+) -> str:
+    """Return a prompt as the template of sentence-transformers: of its prompt, the images and the text of an input.
+
+    Args:
+        prompt: qwen or plain.
+        end: the tokenizer's end-of-sequence token.
+        image: what stands for an image in what the tokenizer reads.
+        most_images: number of images that transformers makes the tokens of training of; None: of any.
+    """
+    counts = (
+        "{% set text = ns.instruction + ns.text %}"
+        "{% set num_images = ns.images | select('equalto', 'image') | list | length %}"
+        "{% set num_videos = ns.images | select('equalto', 'video') | list | length %}"
+    )
+    if most_images is not None:
+        counts += refuse_images(most_images, TOO_MANY_IMAGES)
+    if prompt == "plain":
+        return f"{PARTS}{counts}{_PLAIN_IMAGES}{{{{ {_with_image(_PLAIN_CONTENT, image)} + {end!r} }}}}"
+    rendered = f"{QWEN_HEAD!r} + {_with_image(_QWEN_CONTENT, image)} + {QWEN_TAIL!r}"
+    return f"{PARTS}{counts}{_PLACE_FIRST}{{{{ {rendered} }}}}"
+
+
+def _with_image(expression: str, image: str) -> str:
+    return expression if image == IMAGE_TEXT else f"({expression}).replace({IMAGE_TEXT!r}, {image!r})"
+
+
+def prompt_of_template(template: str) -> str | None:
+    """Return the prompt that a chat template is that of, with any end-of-sequence token; None: of none."""
+    unknown = "<|end|>"
+    for prompt in ("qwen", "plain"):
+        for image in (IMAGE_TEXT, IMAGE_AND_NEWLINE):
+            pattern = re.escape(chat_template(prompt, unknown, image)).replace(re.escape(repr(unknown)), "'[^']*'")
+            if re.fullmatch(pattern, template):
+                return prompt
+    return None
 
 
 def user_content(text: str, num_images: int) -> str:

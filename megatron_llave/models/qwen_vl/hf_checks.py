@@ -21,7 +21,8 @@ from megatron_llave.models.hf.side_checks import (
     processor_sections,
     used_template,
 )
-from megatron_llave.models.qwen_vl.hf_files import HfProcessor, chat_template, embedder_prompt, read_pixels
+from megatron_llave.models.qwen_vl.chat_templates import prompt_of_template
+from megatron_llave.models.qwen_vl.hf_files import HfProcessor, embedder_prompt, read_pixels
 from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, TOKEN_BUDGET
 from megatron_llave.models.qwen_vl.resize import FRAMES, MERGED
 from megatron_llave.models.qwen_vl.vision import CLIP_MEAN, CLIP_STD
@@ -29,7 +30,6 @@ from megatron_llave.models.qwen_vl.vision import CLIP_MEAN, CLIP_STD
 IMAGE_TYPE = r"Qwen(2|2_5_|3)VLImageProcessor(Fast|Pil)?"
 MISSING = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "patch_size": 14}
 """What transformers' Qwen2VLImageProcessor, which all three families use, takes for a missing key."""
-END = "<|end|>"
 
 
 def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]:
@@ -81,19 +81,13 @@ def check_files(config: HfConfig, folder: Path, files: HfProcessor) -> list[str]
 
 def _set_prompt(config: HfConfig, folder: Path, files: HfProcessor, notes: list[str]) -> str | None:
     """Set data.prompt to that of an export's chat template, or else of a known embedding model, which is returned."""
-    known = {chat_template(template, END): prompt for prompt, template in files.prompts.items()}
     templates = chat_templates(folder)
-    fitting = {
-        text: prompt
-        for text in templates.values()
-        for ours, prompt in known.items()
-        if re.fullmatch(_pattern(ours), text)
-    }
     for name, text in templates.items():
-        if text not in fitting:
+        if prompt_of_template(text, files.prompts) is None:
             notes.append(f"chat template in {name}: not used, since data.prompt is the prompt of embeddings")
-    if used_template(templates) in fitting:
-        config.run.data.prompt = fitting[used_template(templates)]
+    known = prompt_of_template(used_template(templates) or "", files.prompts)
+    if known is not None:
+        config.run.data.prompt = known
         return None
     prompt = embedder_prompt(config.raw, folder, files)
     if prompt is None:
@@ -114,11 +108,6 @@ def _set_token_budget(config: HfConfig, folder: Path, notes: list[str]) -> None:
         raise top.refuse("min_image_tokens", "at most max_image_tokens")
     budget = f"data.min_pixels={data.min_pixels}, data.max_pixels={data.max_pixels}"
     notes.append(f"{budget}: as GME's code has it ({', '.join(TOKEN_BUDGET)}), whatever other files say")
-
-
-def _pattern(template: str) -> str:
-    """Return a pattern of a template with any end-of-sequence token."""
-    return re.escape(template).replace(re.escape(repr(END)), "'[^']*'")
 
 
 def _check_patches(section: Section, patch: int, missing: int) -> None:

@@ -19,7 +19,15 @@ from megatron_llave.config.data import DataConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
 from megatron_llave.models.hf.config_json import Section
-from megatron_llave.models.hf.model_card import base_model, model_card, prompt_of
+from megatron_llave.models.hf.model_card import (
+    PromptText,
+    base_model,
+    how_to_embed,
+    model_card,
+    prompt_of,
+    steps_to_embed,
+)
+from megatron_llave.models.hf.sentence_transformers_files import write_sentence_transformers
 from megatron_llave.models.hf.side_checks import (
     IMAGE_FILE,
     PROCESSOR_FILE,
@@ -34,9 +42,16 @@ from megatron_llave.models.hf.side_files import (
     add_special_tokens,
     end_of_sequence,
     keep_side_files,
+    replace_sentencepiece,
     without_appended,
     write_chat_template,
     write_generation_config,
+)
+from megatron_llave.models.qwen_vl.chat_templates import (
+    VISION_MARKS,
+    chat_template,
+    prompt_of_template,
+    sentence_transformers_template,
 )
 from megatron_llave.models.qwen_vl.hf_keys import END_OF_TEXT, SPECIAL_TOKENS, TOKEN_BUDGET, HfKeys
 from megatron_llave.models.qwen_vl.prompt import Template
@@ -76,78 +91,9 @@ class HfProcessor:
 CARD_TEXT = """A {name} embedding model: its vision encoder, and its decoder of {layers} layers. It maps a text, an
 image, or both to one L2-normalised embedding of {size} numbers. Compare embeddings by their dot product, which is the
 cosine similarity; matching items have a high one."""
-CARD_EMBED = """Needs torch, torchvision, pillow, and transformers, 4.57 or newer (tested with 4.57 and 5.23)."""
-CARD_CODE = """import torch
-from PIL import Image
-from transformers import AutoProcessor, {architecture}
-
-folder = "."  # this folder, or its name on the hub
-processor = AutoProcessor.from_pretrained(folder)
-model = {architecture}.from_pretrained(folder).eval()
-
-HEAD = {head!r}
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-TAIL = {tail!r}
-
-
-@torch.no_grad()
-def embed(text, image=None{argument}):
-    # 1. The prompt: an image comes first in the user's turn; the last token is the one that is pooled.
-    prompt = {start} + ("" if image is None else IMAGE) + text + TAIL
-    images = None if image is None else [image]
-    inputs = processor(text=[prompt], images=images, return_tensors="pt").to(model.device, model.dtype)
-    # 2. The last token of the last hidden state, which is after the final norm.
-    state = model.model(**inputs).last_hidden_state[0, -1]
-    # 3. Length 1.
-    return torch.nn.functional.normalize(state.float(), dim=0)
-
-
-query = embed("Find an image that matches the caption: a red square on white.")
-target = embed("Represent the given image.", Image.new("RGB", (64, 48), "red"))
-print(float(query @ target))"""
-CARD_STEPS = """1. The prompt is {head!r}, the text, {tail!r}. Images come before the text.
-2. The embedding is the last token's hidden state after the decoder's final norm,
-3. divided by its L2 norm."""
-CARD_NO_CHAT = """Load it with megatron_llave: it was trained with data.prompt={prompt}, which has no chat turns.
-The embedding is the last token's hidden state after the decoder's final norm, divided by its L2 norm."""
+VERSIONS = "4.57 or newer (tested with 4.57 and 5.23)"
 
 BASE_OWNERS = "Qwen|Alibaba-NLP|TIGER-Lab|VLM2Vec|OpenSearch-AI"
-
-
-def chat_template(template: Template, end: str) -> str:
-    """Return a prompt as a Jinja template for apply_chat_template of transformers.
-
-    A user's message alone is the whole input of an embedding, so what closes the prompt always follows it, with or
-    without add_generation_prompt. Images come where the message has them; a system message takes the place of the
-    template's own.
-
-    Args:
-        template: of the prompt.
-        end: text of the tokenizer's end-of-sequence token.
-    """
-    marks = "<|vision_start|>{}<|vision_end|>" if template.is_chat else "{}"
-    after = repr(template.after_images)
-    pieces = (
-        "{% set content = message['content'] %}"
-        "{% set parts = [{'type': 'text', 'text': content}] if content is string else content %}"
-        "{% for part in parts %}"
-        f"{{% if part['type'] == 'image' %}}{{{{ {marks.format('<|image_pad|>')!r} }}}}"
-        f"{{% elif part['type'] == 'video' %}}{{{{ {marks.format('<|video_pad|>')!r} }}}}"
-        f"{{% else %}}{{{{ part['text']{'' if template.tail is not None else ' | trim'} }}}}{{% endif %}}"
-        f"{{% if not loop.last and loop.nextitem.get('text', ' ') %}}{{{{ {after} }}}}{{% endif %}}"
-        "{% endfor %}"
-    )
-    tail = repr(end if template.tail is None else template.tail)
-    if not template.is_chat:
-        return f"{{% for message in messages %}}{pieces}{{% endfor %}}{{{{ {tail} }}}}"
-    turn = f"<|im_start|>system\n{template.system}<|im_end|>\n"
-    system = f"{{% if loop.first and message['role'] != 'system' %}}{{{{ {turn!r} }}}}{{% endif %}}"
-    return (
-        f"{{% for message in messages %}}{'' if template.system is None else system}"
-        f"{{{{ '<|im_start|>' + message['role'] + '\n' }}}}{pieces}"
-        f"{{{{ {tail} if loop.last and message['role'] == 'user' else '<|im_end|>\n' }}}}"
-        "{% endfor %}"
-    )
 
 
 def keep_files(source: str | Path, out: str | Path) -> None:
@@ -229,12 +175,15 @@ def write_files(
     out, notes = Path(out), []
     if source is not None:
         keep_files(source, out)
+    replace_sentencepiece(out)
     is_new, has_tokenizer = not (out / "config.json").is_file(), (out / "tokenizer.json").is_file()
     text = config.get("text_config") or config
     if is_new and has_tokenizer:
         config = config | _token_ids(out / "tokenizer.json", text["vocab_size"])
     is_trained = training_config is not None
-    prompt = prompt_of(training_config) or embedder_prompt(config, out, files) or "qwen"
+    written = used_template(chat_templates(out)) or ""
+    known = prompt_of_template(written, files.prompts) or embedder_prompt(config, out, files)
+    prompt = prompt_of(training_config) or known or "qwen"
     config = {key: value for key, value in config.items() if not is_trained or key not in TOKEN_BUDGET}
     write_json(out / "config.json", config)
     write_generation_config(out, text)
@@ -244,19 +193,50 @@ def write_files(
         ids = {token: config.get(key, default) for key, (token, default) in SPECIAL_TOKENS.items()}
         add_special_tokens(out, ids, files.processor)
         _write_processor(out, config["vision_config"], training_config, files)
-        template = chat_template(files.prompts[prompt], end_of_sequence(out))
-        write_chat_template(out, template, True, is_trained)
-        _end_once(out, template)
+        _write_templates(out, text["hidden_size"], files.prompts[prompt], is_trained)
     else:
         notes.append("There is no tokenizer.json, so transformers cannot make a processor of this folder.")
     (out / PROCESSOR_FILE).unlink(missing_ok=True)  # it would be read instead of the two that are written
-    header = ["library_name: transformers", "pipeline_tag: feature-extraction"]
-    sizes = {"size": text["hidden_size"], "layers": text["num_hidden_layers"]}
-    what = [CARD_TEXT.format(name=files.name, **sizes), *notes]
-    embed = _how_to_embed(prompt, has_tokenizer, keys, files.prompts[prompt])
-    card = model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, embed)
+    card = _model_card(out, layout, text, prompt, training_config, notes, source, keys, files)
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def _write_templates(out: Path, width: int, template: Template, is_trained: bool) -> None:
+    """Write the chat template and the files of sentence-transformers."""
+    end = end_of_sequence(out)
+    written = chat_template(template, end)
+    write_chat_template(out, written, True, is_trained)
+    _end_once(out, written)
+    instruction = template.system if template.takes_instruction else None
+    prompts = {} if instruction is None else dict.fromkeys(("query", "document"), instruction)
+    kinds = ("text", "image") if template.has_image_positions else ("text",)
+    write_sentence_transformers(out, width, sentence_transformers_template(template, end), prompts, kinds)
+
+
+def _model_card(
+    out: Path,
+    layout: str,
+    language: Mapping,
+    prompt: str,
+    training_config: str | None,
+    notes: list[str],
+    source: str | Path | None,
+    keys: HfKeys,
+    files: HfProcessor,
+) -> str:
+    """Return README.md."""
+    header = ["library_name: transformers", "pipeline_tag: feature-extraction"]
+    sizes = {"size": language["hidden_size"], "layers": language["num_hidden_layers"]}
+    what = [CARD_TEXT.format(name=files.name, **sizes), *notes]
+    text = _prompt_text(files.prompts[prompt], "the end-of-sequence token" if notes else end_of_sequence(out))
+    if notes:
+        return model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, steps_to_embed(text))
+    template = used_template(chat_templates(out)) or ""
+    is_own = prompt_of_template(template, files.prompts) == prompt
+    embed = how_to_embed(text, keys.architecture, VERSIONS, is_own, training_config)
+    tags = ["llave", layout, "sentence-transformers"]
+    return model_card(header, base_model(source, BASE_OWNERS), tags, what, embed)
 
 
 def _end_once(out: Path, template: str) -> None:
@@ -312,16 +292,14 @@ def _write_processor(out: Path, vision: Mapping, training_config: str | None, fi
         write_json(out / name, others | common | kind)
 
 
-def _how_to_embed(prompt: str, has_processor: bool, keys: HfKeys, template: Template) -> list[str]:
-    """Return lines of the card."""
+def _prompt_text(template: Template, end: str) -> PromptText:
+    """Return the prompt for the code of a card."""
     if not template.is_chat:
-        return [CARD_NO_CHAT.format(prompt=prompt)]
+        tail = end if template.tail is None else template.tail
+        image = f"<|image_pad|>{template.after_images}"
+        return PromptText("", image, tail, has_image_positions=template.has_image_positions)
     system = "{}" if template.takes_instruction else template.system
     turn = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    words = {"head": f"{turn}<|im_start|>user\n", "tail": template.tail}
-    if not has_processor:
-        return [CARD_STEPS.format(**words)]
-    argument = f", instruction={template.system!r}" if template.takes_instruction else ""
-    start = "HEAD.format(instruction)" if template.takes_instruction else "HEAD"
-    code = CARD_CODE.format(architecture=keys.architecture, argument=argument, start=start, **words)
-    return [CARD_EMBED, "", "```python", code, "```"]
+    instruction = template.system if template.takes_instruction else None
+    image = VISION_MARKS.format("<|image_pad|>")
+    return PromptText(f"{turn}<|im_start|>user\n", image, template.tail, instruction)

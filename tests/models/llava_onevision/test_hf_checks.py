@@ -184,15 +184,15 @@ def test_an_export_writes_what_was_imported(groups, tmp_path: Path) -> None:
 def test_inspect_names_a_chat_template_that_is_not_used(groups, capsys, tmp_path: Path) -> None:
     path = folder(tmp_path / "hf", **{"tokenizer_config.json": {"chat_template": "{{ messages }}"}})
     shutil.copyfile(GOLDEN / "hf_tiny" / "model.safetensors", path / "model.safetensors")
-    (path / "chat_template.json").write_text(json.dumps({"chat_template": prompt.CHAT_TEMPLATE}))
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": prompt.chat_template("qwen", "")}))
     assert inspect(path, groups) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if "chat template" in line]
     assert notes == ["chat template in tokenizer_config.json: not used, since data.prompt is the prompt of embeddings"]
 
 
 def test_the_prompt_of_an_export_is_followed(tmp_path: Path) -> None:
-    template = prompt.PLAIN_CHAT_TEMPLATE.replace("END", repr("<|endoftext|>"))
-    for name, written, expected in (("a", template, "plain"), ("b", prompt.CHAT_TEMPLATE, "qwen")):
+    template = prompt.chat_template("plain", "<|endoftext|>")
+    for name, written, expected in (("a", template, "plain"), ("b", prompt.chat_template("qwen", ""), "qwen")):
         path = folder(tmp_path / name, **{"tokenizer_config.json": {"chat_template": written}})
         assert read_hf_config(path).run.data.prompt == expected
 

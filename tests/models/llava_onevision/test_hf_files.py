@@ -12,18 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_processors import load_processor, use_processors
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (
-    AutoProcessor,
     AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
     Qwen2Tokenizer,
 )
-from transformers.utils import is_torchvision_available
 
 from megatron_llave.batch import Side
 from megatron_llave.data.packing import IMAGE
@@ -92,31 +89,12 @@ def exported(parts: Path, config: dict, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("exported")
     assert write_side_files(out, "llava_onevision", config, parts, None) == []
     torch.manual_seed(0)
-    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_pretrained(out))
     model.save_pretrained(out)
     for name, content in written.items():  # what we wrote, not what transformers makes of it
         (out / name).write_bytes(content)
     return out
-
-
-class ProcessorWithoutVideo(LlavaOnevisionProcessor):
-    """Takes no video processor, which there is none of without torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
-        return type(argument)
-
-
-def load_processor(folder: Path) -> LlavaOnevisionProcessor:
-    """AutoProcessor, or without torchvision the same of its other parts."""
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(folder)
-    settings = json.loads((folder / "processor_config.json").read_text())
-    assert settings.pop("processor_class") == "LlavaOnevisionProcessor"
-    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    images = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return ProcessorWithoutVideo(images, tokenizer, None, chat_template=template, **settings)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -266,9 +244,10 @@ def test_embedding_as_the_guide_says(trained: tuple[Path, LoadedModel], monkeypa
     monkeypatch.chdir(folder.parent)
     Image.linear_gradient("L").convert("RGB").resize((100, 60)).save("photo.png")
     guide = (Path(__file__).parents[3] / "docs/conversion.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    if not is_torchvision_available():
-        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: load_processor(folder))
+    code, *others = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    card = (folder / "README.md").read_text()
+    assert len(others) == 2 and all(other.replace('"OUT"', '"."') in card for other in others)
+    use_processors(monkeypatch)
     names: dict = {}
     exec(compile(code.replace('"OUT"', repr(str(folder))), "conversion.md", "exec"), names)
     expected = ours.embed({"text": "Represent the given image.", "image": Path("photo.png")})
@@ -277,10 +256,9 @@ def test_embedding_as_the_guide_says(trained: tuple[Path, LoadedModel], monkeypa
 
 def test_model_card_runs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = (exported / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)  # test_sentence_transformers.py runs the others
     monkeypatch.chdir(exported)
-    if not is_torchvision_available():
-        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda folder: load_processor(exported))
+    use_processors(monkeypatch)
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
@@ -307,7 +285,8 @@ def test_files_of_each_layout(parts: Path, config: dict, exported: Path, tmp_pat
         path.name for path in parts.iterdir()
     }
     processor = {"preprocessor_config.json", "processor_config.json", "chat_template.json"}
-    assert {path.name for path in exported.iterdir()} == common | processor | {"model.safetensors"}
+    sentence = {"modules.json", "1_Pooling", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    assert {path.name for path in exported.iterdir()} == common | processor | sentence | {"model.safetensors"}
     assert json.loads((exported / "config.json").read_text()) == config
     found = read_hf_config(GOLDEN / "hf_tiny_llava_qwen")
     assert write_side_files(tmp_path, "llava_qwen", found.raw, parts, None) == []

@@ -14,8 +14,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from hf_processors import load_processor, use_processors
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_llave.batch import Side
 from megatron_llave.config.data import DataConfig
@@ -25,9 +26,10 @@ from megatron_llave.errors import CheckpointError
 from megatron_llave.models.hf.config_json import HfConfig, read_config_json
 from megatron_llave.models.hf.side_files import SPECIAL_TOKEN
 from megatron_llave.models.qwen_vl import hf_files
+from megatron_llave.models.qwen_vl.chat_templates import chat_template, sentence_transformers_template
 from megatron_llave.models.qwen_vl.hf_checks import check_files
 from megatron_llave.models.qwen_vl.hf_config import build_config_json, read_config
-from megatron_llave.models.qwen_vl.hf_files import HfProcessor, chat_template
+from megatron_llave.models.qwen_vl.hf_files import HfProcessor
 from megatron_llave.models.qwen_vl.hf_keys import SPECIAL_TOKENS, HfKeys
 from megatron_llave.models.qwen_vl.prompt import encode_prompt
 from megatron_llave.models.qwen_vl.resize import normalise
@@ -79,19 +81,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return request.param, out
 
 
-def load_processor(folder: Path) -> transformers.ProcessorMixin:
-    """AutoProcessor; without torchvision, which its video processor needs, the same of its other parts."""
-    if transformers.utils.is_torchvision_available():
-        return AutoProcessor.from_pretrained(folder)
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    their_class = getattr(transformers, settings["processor_class"])
-    no_check = {"check_argument_for_proper_class": lambda self, name, argument: type(argument)}
-    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return type("WithoutVideo", (their_class,), no_check)(images, tokenizer, None, chat_template=template)
-
-
 PICTURE = {"type": "image"}
 MESSAGES = {
     "a text": ("It's a text.", 0),
@@ -107,6 +96,7 @@ def test_chat_template_is_the_prompt_of_the_run(family: str, prompt: str, tmp_pa
     tokenizer, template = load_tokenizer(write_tokenizer(tmp_path)), files_of(family).prompts[prompt]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     theirs.chat_template = chat_template(template, "<|im_end|>")
+    of_inputs = sentence_transformers_template(template, "<|im_end|>")
     for content, num_images in MESSAGES.values():
         text = content if num_images == 0 else "".join(part.get("text", "") for part in content)
         system = [{"role": "system", "content": "Find it."}] if template.takes_instruction else []
@@ -117,6 +107,9 @@ def test_chat_template_is_the_prompt_of_the_run(family: str, prompt: str, tmp_pa
                 messages = [*before, {"role": "user", "content": content}]
                 written = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=begun)
                 assert theirs.encode(written) == ours, written
+                if num_images == 0 or template.has_image_positions:
+                    written = theirs.apply_chat_template(messages, chat_template=of_inputs, tokenize=False)
+                    assert theirs.encode(written) == ours, written
 
 
 def test_processor_makes_our_inputs(exported: tuple[str, Path]) -> None:
@@ -147,10 +140,9 @@ def test_processor_makes_our_inputs(exported: tuple[str, Path]) -> None:
 
 def test_model_card_runs(exported: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     family, folder = exported
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(folder)
-    if not transformers.utils.is_torchvision_available():
-        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: load_processor(folder))
+    code, *_ = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)  # tests/convert/test_sentence_transformers.py runs the card's other code
+    use_processors(monkeypatch)
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
@@ -191,9 +183,10 @@ def test_files_of_a_trained_model(prompt: str, tmp_path: Path) -> None:
     check_files(config, out, files_of("qwen2_vl"))
     assert (config.run.data.prompt, config.run.data.min_pixels) == (prompt, 4000)
     card = (out / "README.md").read_text()
-    assert ("```python" in card) == (prompt in ("qwen", "gme", "qwen3_vl_embedding"))
-    if "```python" in card:
-        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "README.md", "exec")
+    codes = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(codes) == 4
+    for code in codes:
+        compile(code, "README.md", "exec")
 
 
 def test_a_converted_folder_keeps_its_template_and_budget(tmp_path: Path) -> None:
