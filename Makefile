@@ -11,6 +11,8 @@ DATA ?= runs/openmoji
 CONFIG ?= examples/tiny.yaml
 OUT ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
+SEARCH ?= runs/search
+PORT ?= 8765
 TESTS ?=
 # All tests but the longest ones; all of those that are named in TESTS.
 MARK ?= $(if $(TESTS),,not slow)
@@ -30,10 +32,11 @@ endif
 # Some images forbid it; then each of the hundred interpreters that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-slow lint docs docs-serve clean
+.PHONY: help demo search test test-slow lint docs docs-serve clean
 
 help:
 	@echo "make demo    prepare the OpenMoji pairs, train a tiny LLaVE on them, and evaluate it"
+	@echo "make search  search in the demo's images with its model: a local web page, after make demo"
 	@echo "make test    run the tests but the longest ones (TESTS=tests/loss: all of those)"
 	@echo "make test-slow    run the longest tests"
 	@echo "make lint    check the style of the code"
@@ -44,6 +47,7 @@ help:
 	@echo "PROCS=$(PROCS)  processes of the demo: one per GPU, or 2 without a GPU"
 	@echo "CONFIG=$(CONFIG)  what the demo trains; examples/tiny_*.yaml are small models of other families"
 	@echo "DATA=$(DATA)  OUT=$(OUT)  folder of the demo's data, output directory of its run"
+	@echo "SEARCH=$(SEARCH)  PORT=$(PORT)  folder of the images and the index of make search, port of its page"
 	@echo "WORKERS=$(WORKERS)  processes that share the tests; each may start four ranks"
 	@echo "TORCH_INDEX=$(TORCH_INDEX)  index of torch's wheels; empty: pip's own"
 	@echo "ARGS='parallel.tensor=2 train.steps=500'  overrides of CONFIG for the demo"
@@ -71,6 +75,13 @@ demo: $(STAMP) $(DATA)/index.json
 	@$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCS) tools/evaluate.py prepared --checkpoint $(OUT) --data $(DATA) --out $(OUT)/report --before initial $(filter parallel.%,$(ARGS))
 	@echo "The results table and the figures are in $(OUT)/report:"
 	@ls -1 $(OUT)/report
+
+search: $(STAMP)
+	@test -f $(OUT)/state.json || { echo "there is no trained model in $(OUT): make demo trains it, in some minutes" >&2; exit 1; }
+	@test -d $(SEARCH)/images || $(VENV)/bin/python tools/search.py demo-images --out $(SEARCH)/images
+	@$(VENV)/bin/python tools/search.py build --checkpoint $(OUT) --pictures $(SEARCH)/images --out $(SEARCH)/index \
+		--text-prompt "Find the emoji: {}" --like-prompt "<image>\nFind the same emoji." --both-prompt "<image>\nFind the same emoji with {}."
+	@$(VENV)/bin/python tools/search.py serve $(SEARCH)/index --port $(PORT)
 
 test: $(STAMP)
 	@echo "Running the tests; they are stopped after 25 minutes if they hang."

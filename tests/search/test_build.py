@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import ROOT, fork
+from run_ranks import run_ranks
 from searching import png
 
 from megatron_llave.embedding import cache as embedding_cache
@@ -22,6 +25,7 @@ from megatron_llave.search.index import MANIFEST, ImageIndex, open_index
 from megatron_llave.search.prompts import MMEB
 from megatron_llave.search.query import load_query_model
 
+TOOL = ROOT / "tools" / "search.py"
 OLD = 1_600_000_000
 Build = Callable[..., Built]
 
@@ -260,3 +264,48 @@ def test_wrong_folders_and_damage_are_one_line(build: Build, pictures: Path, tmp
         (tmp_path / "index" / MANIFEST).write_text(text.replace('"folder": "', f'{wrong}, "gone": "'))
         with pytest.raises(DataError, match="manifest.json is damaged .*; llave search build --rebuild makes it again"):
             open_index(tmp_path / "index")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work(build: Build, pictures: Path, tmp_path: Path, model_folder: Path) -> None:
+    """On two ranks, and with the model split over two; float32 sums in another order differ by 1e-6 at most here."""
+    (pictures / "broken.png").write_bytes(b"x")
+    build()
+    expected = vectors_by_name(open_index(tmp_path / "index"))
+    for layout in ("parallel.tensor=1", "parallel.tensor=2"):
+        out = tmp_path / layout
+        arguments = ["build", "--checkpoint", str(model_folder), "--pictures", str(pictures), "--out", str(out)]
+        printed = run_ranks(2, TOOL, *arguments, layout)
+        assert printed.count("12 images") == 1 and printed.count("  broken.png: not a readable image") == 1
+        found = vectors_by_name(open_index(out))
+        assert list(found) == list(expected)
+        np.testing.assert_allclose(np.stack(list(found.values())), np.stack(list(expected.values())), atol=1e-6)
+    printed = run_ranks(
+        2, TOOL, "query", str(tmp_path / "parallel.tensor=2"), "a", "--set", "parallel.tensor=2", "--json"
+    )
+    assert printed.count('"found"') == 1
+
+
+@pytest.mark.slow
+def test_a_killed_build_loses_the_part_it_was_in(
+    build: Build, pictures: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    for number in range(400):
+        (pictures / f"further {number}.png").write_bytes(png(1000 + number))
+    arguments = [
+        "build",
+        "--checkpoint",
+        str(model_folder),
+        "--pictures",
+        str(pictures),
+        "--out",
+        str(tmp_path / "index"),
+    ]
+    process = fork([str(TOOL), *arguments], ("/dev/null", "/dev/null"), {})
+    while len(parts := list((tmp_path / "index").rglob("part-*.npy"))) < 3:
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    built = build()
+    assert built.kept >= 3 * 56 and built.kept + built.embedded == 412 == len(open_index(tmp_path / "index")), parts

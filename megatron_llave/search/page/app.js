@@ -54,6 +54,7 @@ async function search(next, { remember = true } = {}) {
   searching?.abort();
   const controller = (searching = new AbortController());
   query = next;
+  if (remember) push();
   find("progress").hidden = false;
   grid.setAttribute("aria-busy", "true");
   showError("");
@@ -73,13 +74,17 @@ async function search(next, { remember = true } = {}) {
     window.scrollTo(0, 0);
   } catch (error) {
     if (error.name === "AbortError") return;
-    showError(error.message);
+    token = null;
+    total = 0;
+    results = [];
+    grid.replaceChildren();
+    find("more").hidden = true;
     find("status").textContent = "";
+    showError(error.message);
   }
   if (searching === controller) {
     find("progress").hidden = true;
     grid.removeAttribute("aria-busy");
-    if (remember) push();
   }
 }
 
@@ -335,10 +340,10 @@ function push() {
   const key = Math.random().toString(36).slice(2), address = new URLSearchParams();
   if (query.text) address.set("q", query.text);
   if (query.like) address.set("like", query.like);
+  const before = remembered.get(history.state?.key);
+  const isSame = before && ["text", "like", "image"].every((name) => before[name] === query[name]);
   remembered.set(key, query);
-  const place = address.size ? `/?${address}` : "/";
-  if (place !== location.pathname + location.search || query.image) history.pushState({ key }, "", place);
-  else history.replaceState({ key }, "", place);
+  history[isSame ? "replaceState" : "pushState"]({ key }, "", address.size ? `/?${address}` : "/");
 }
 
 function fromAddress() {
@@ -354,6 +359,8 @@ function restore() {
 }
 
 addEventListener("popstate", restore);
+history.replaceState({ key: "first" }, "");
+remembered.set("first", fromAddress());
 restore();
 ask("/api/about").then((answer) => {
   about = answer;
