@@ -22,6 +22,8 @@ from megatron_llave.errors import DataError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+SHARD_BLOCK = 2048
+"""Number of inputs of shards that are in memory at a time, with their images."""
 
 
 def read_shard_inputs(folder: str | Path) -> Iterator[tuple[str, Side]]:

@@ -99,10 +99,15 @@ def search(
     offset: int = 0,
     group: dist.ProcessGroup | None = None,
     chunk: int = 1024,
+    left_out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Search exactly for each query's k best candidates; the arguments are those of rank_candidates.
+    """Search exactly for each query's k best candidates; the arguments are those of rank_candidates, and `left_out`.
 
     `candidates` may lie on disk: CANDIDATES_PER_BLOCK rows are read at a time. The result is the same on all ranks.
+
+    Args:
+        left_out: candidates that a query does not have, as [m] int64 numbers of queries, not falling, and [m] int64
+            global indices of candidates; the same on all ranks. The others move up in its ranking.
 
     Returns:
         Global indices [q, k] int64, best first, and similarities [q, k] float32; -1 and -inf where there are fewer.
@@ -110,11 +115,24 @@ def search(
     Raises:
         ValueError: k is below 1.
     """
-    best = _best_keys(queries, candidates, k, offset, group, chunk)
+    of_query, of_candidate = left_out or (queries.new_zeros(0, dtype=torch.int64),) * 2
+
+    def hide(rows: slice, similarity: Tensor, index: Tensor) -> None:
+        bounds = torch.tensor([rows.start, rows.stop], device=of_query.device)
+        chosen = slice(*torch.searchsorted(of_query, bounds).tolist())
+        row, column = of_query[chosen] - rows.start, of_candidate[chosen] - index[0]
+        inside = (column >= 0) & (column < len(index))
+        similarity[row[inside], column[inside]] = -math.inf  # which no other similarity is (_product)
+
+    best = _best_keys(queries, candidates, k, offset, group, chunk, hide if len(of_query) else _see_nothing)
     ordered = best >> 32  # the upper half of ABSENT is below that of every similarity
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    similarity = bits.to(torch.int32).view(torch.float32)
-    return _indices(best), similarity.masked_fill(best == ABSENT, -math.inf)
+    similarity = bits.to(torch.int32).view(torch.float32).masked_fill(best == ABSENT, -math.inf)
+    return _indices(best).masked_fill(similarity == -math.inf, -1), similarity
+
+
+def _see_nothing(rows: slice, similarity: Tensor, index: Tensor) -> None:
+    """Leave the similarities of a block as they are."""
 
 
 def _best_keys(
@@ -124,9 +142,12 @@ def _best_keys(
     offset: int,
     group: dist.ProcessGroup | None,
     chunk: int,
-    compare: Callable[[slice, Tensor, Tensor], None] = lambda rows, similarity, index: None,
+    compare: Callable[[slice, Tensor, Tensor], None],
 ) -> Tensor:
-    """Sort keys [q, k] of the best candidates of all ranks; `compare` sees every block's similarities [chunk, n]."""
+    """Sort keys [q, k] of the best candidates of all ranks; `compare` sees every block's similarities [chunk, n].
+
+    It may set some of them to -inf, which is below every other similarity.
+    """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     best = torch.full((len(queries), k), ABSENT, dtype=torch.int64, device=queries.device)  # [q, k]
@@ -173,6 +194,12 @@ def _product(queries: Tensor, candidates: Tensor) -> Tensor:
 def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
     """Similarities [q, n] float32 of queries [q, d] and candidates [n, d], with the bits that the rankings compare."""
     return _product(_fixed_point(queries), _fixed_point(candidates))
+
+
+def paired_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Similarities [n] float32 of each row of queries [n, d] with that row of candidates [n, d], with the same bits."""
+    similarity = (_fixed_point(queries) * _fixed_point(candidates)).sum(1).float()
+    return similarity.nan_to_num(nan=torch.finfo(torch.float32).min) + 0.0
 
 
 def _sort_key(similarity: Tensor, index: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from megatron_llave.data.packing import IMAGE
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.distributed import process_groups
-from megatron_llave.embedding import cache
+from megatron_llave.embedding import cache, whole_files
 from megatron_llave.embedding.embeddable import to_side
 from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import DataError, NotFiniteError
@@ -130,7 +130,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     kept = [line["id"] for line in lines if "image" not in line]
     monkeypatch.setattr(embed_tool, "BLOCK", 4)
-    monkeypatch.setattr(embed_tool, "ROWS", 3)
+    monkeypatch.setattr(whole_files, "ROWS", 3)
     monkeypatch.setattr(cache, "PART_COST", 2)
     monkeypatch.setattr(process_groups, "destroy_distributed", lambda: None)
     monkeypatch.setattr(embed_tool, "read_blocks", reads := Mock(wraps=embed_tool.read_blocks))
@@ -156,7 +156,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     texts = [line["text"] for line in lines if "image" not in line]
     rows = np.array(table["embedding"].to_pylist())
     np.testing.assert_allclose(rows, load_model(model).embed(texts), atol=1e-5)
-    monkeypatch.setattr(embed_tool, "write_text", Mock(side_effect=OSError(28, "No space left on device", "the list")))
+    monkeypatch.setattr(whole_files, "write_text", Mock(side_effect=OSError(28, "No space left on device", "the list")))
     assert last_line_of_error(*command, "--skip-bad") == "error: the list cannot be written: No space left on device"
     (tmp_path / "in.jsonl").write_text('{"image": "bad.png"}')
     (tmp_path / "out.parquet.parts").rename(tmp_path / "old")

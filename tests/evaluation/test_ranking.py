@@ -9,7 +9,7 @@ import torch
 from run_ranks import run_ranks
 
 from megatron_llave.evaluation import ranking
-from megatron_llave.evaluation.ranking import rank_candidates
+from megatron_llave.evaluation.ranking import paired_similarities, rank_candidates, search
 from megatron_llave.evaluation.ranking import similarities as ranking_similarities
 from megatron_llave.loss.similarities import cosine_counts, mean_margin, order_auc, overlap_coefficient
 
@@ -51,6 +51,32 @@ def test_of_several_right_candidates_the_most_similar_one_counts():
     exact[rows, positives.numpy()] = -np.inf
     np.testing.assert_array_equal(ranking.hardest_negative.numpy(), exact.max(axis=1))
     assert torch.equal(ranking.top, rank_candidates(queries, candidates, first, 5).top)
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1024, 16384), (7, 64)])
+def test_search_leaves_out_what_a_query_does_not_have(chunk, block, monkeypatch):
+    monkeypatch.setattr(ranking, "CANDIDATES_PER_BLOCK", block)
+    queries, candidates, _ = random_case(20, 300, 24, 90)
+    hidden = torch.rand(20, 300, generator=torch.Generator().manual_seed(1)) < 0.3
+    hidden[3] = True
+    hidden[4, :298] = True
+    hidden[5] = False
+    index, similarity = search(queries, candidates, 40, chunk=chunk, left_out=tuple(hidden.nonzero().T))
+    exact = ranking_similarities(queries, candidates).masked_fill(hidden, -math.inf).numpy()
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :40]
+    expected = np.take_along_axis(exact, order, 1)
+    np.testing.assert_array_equal(similarity.numpy(), expected)
+    np.testing.assert_array_equal(index.numpy(), np.where(expected == -math.inf, -1, order))
+    assert (
+        (index[3] == -1).all()
+        and (index[4] >= 0).sum() == 2
+        and torch.equal(index[5], search(queries[5:6], candidates, 40)[0][0])
+    )
+
+
+def test_paired_similarities_have_the_bits_of_the_ranking():
+    queries, candidates, _ = random_case(20, 20, 24, 20)
+    assert torch.equal(paired_similarities(queries, candidates), ranking_similarities(queries, candidates).diagonal())
 
 
 def test_all_candidates_equal_gives_the_indices_in_order():
