@@ -14,8 +14,8 @@ PACKAGE = "megatron_llave"
 
 ORDER = """
 errors files < launch locks processes versions < config < batch options < distributed < data < models < loss < planning
-< training < checkpoint < embedding < evaluation < convert report search train < prepare < study < commands
-< __main__
+< training < checkpoint < embedding < evaluation < mining < convert report search train < prepare < study
+< commands < __main__
 """
 """The rule: a room (a folder, or a file beside them) imports from the rooms before it and from itself alone; rooms
 between the same two signs do not see each other, but for errors and files, of which files is the second."""

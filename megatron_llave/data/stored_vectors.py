@@ -90,12 +90,28 @@ class StoredVectors:
         Raises:
             DataError: a name has no embedding, or one that is not finite or zero.
         """
+        return self.rows_at(self.find(names), names)
+
+    def find(self, names: Sequence[str]) -> np.ndarray:
+        """Return the numbers [len(names)] int64 of the rows of these names, for `rows_at`.
+
+        Raises:
+            DataError: a name has no embedding.
+        """
         wanted = np.array([stable_hash(name) for name in names], np.int64)
         found = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
         for missing in np.flatnonzero(self.hashes[found] != wanted)[:1].tolist():
             hint = "embed the shards of data.path with tools/embed.py --shards"
             raise DataError(f"{self.path} has no embedding of {names[missing]!r} among its {len(self.hashes)}; {hint}")
-        rows = torch.from_numpy(self._read(self.places[found]))
+        return self.places[found]
+
+    def rows_at(self, places: np.ndarray, names: Sequence[str]) -> Tensor:
+        """Return the rows that `find` has found, [n, d] float32 of unit length; their names are for messages.
+
+        Raises:
+            DataError: an embedding is not finite or zero.
+        """
+        rows = torch.from_numpy(self._read(places))
         lengths = rows.double().norm(dim=1, keepdim=True)
         for wrong in (~(lengths.isfinite() & (lengths > 0))).flatten().nonzero()[:1].flatten().tolist():
             raise DataError(f"{self.path}: the embedding of {names[wrong]!r} is not finite or zero")
