@@ -33,6 +33,7 @@ EXTRAS = {
     "completion": ["argcomplete"],
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
+    "hub": ["huggingface_hub"],
     "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
     "mteb": [f'{name}; python_version >= "3.11"' for name in ("mteb>=2.26", "sentence-transformers")],
     "search": ["starlette", "uvicorn"],

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.batch import PairBatch, StepBatches
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
-from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, of_first_rank
 from megatron_llave.checkpoint.resume import (
     base_of,
     find_checkpoint,
@@ -23,6 +23,7 @@ from megatron_llave.checkpoint.resume import (
     needs_weights,
     resume,
     starting_from,
+    with_former_init,
     with_steps,
 )
 from megatron_llave.checkpoint.state import TrainingState
@@ -84,12 +85,16 @@ def train(cfg: RunConfig) -> str:
     Raises:
         UserError: the configuration, the parallel layout or the data cannot work; the message names the culprit.
     """
+    cfg = given = with_former_init(cfg)
     pretrained = find_pretrained(cfg.checkpoint.init) if cfg.checkpoint.init else None
     if pretrained is not None:
         pretrained.require_plausible()
         cfg = starting_from(pretrained, cfg)
     require_runnable(cfg.optimizer)
     world_size = process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
+    if pretrained is not None:
+        pretrained = of_first_rank(pretrained)
+        cfg = starting_from(pretrained, given)
     validate_batch(cfg, validate_layout(cfg.model, cfg.parallel, world_size))
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     with held_output(cfg.train.output) as run:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_llave"
 
 ORDER = """
-errors files < launch locks processes versions < config < batch options < distributed < data < models < loss < planning
-< training < checkpoint < embedding < evaluation < mining < convert report search train < prepare < study
+errors files < hub launch locks processes versions < config < batch options < distributed < data < models < loss
+< planning < training < checkpoint < embedding < evaluation < mining < convert report search train < prepare < study
 < commands < __main__
 """
 """The rule: a room (a folder, or a file beside them) imports from the rooms before it and from itself alone; rooms

@@ -17,8 +17,10 @@ from megatron_llave.config.checks import has_sizes, require_same_model
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.tokenizer import find_tokenizer, tokenizer_in
+from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import read_json, sha256_of
+from megatron_llave.hub import local_folder, name_of
 from megatron_llave.models import family_of, open_hf, read_hf_config
 from megatron_llave.models.hf.peft_files import ADAPTER_CONFIG
 from megatron_llave.models.hf.weights import fill_from_hf, require_plausible
@@ -37,7 +39,7 @@ class Base:
     """Which weights the adapters of a checkpoint are for."""
 
     source: str
-    """Folder that they were in, an absolute path."""
+    """Folder that they were in, an absolute path, or the model of the hub with its commit."""
     sha256: str
     """Pretrained.fingerprint of them."""
 
@@ -57,6 +59,11 @@ class Pretrained:
     def assets(self) -> Path:
         """Return the folder that may hold a tokenizer."""
         return self.folder if self.is_hf else self.folder / folders.ASSETS
+
+    @property
+    def place(self) -> str:
+        """Return org/name@commit of a model of the hub, which every machine finds; else the folder's absolute path."""
+        return name_of(self.folder) or os.path.abspath(self.folder)
 
     def require_plausible(self) -> None:
         """Refuse a Hugging Face folder whose config.json is of another model, before a model is built for it.
@@ -119,8 +126,8 @@ class Pretrained:
         """
         if self.cfg.lora.leaves_out_base:
             base = self.find_base(folder)
-            return Base(os.path.abspath(base.folder), read_base(self.folder).sha256)
-        return Base(os.path.abspath(self.folder), self.fingerprint())
+            return Base(base.place, read_base(self.folder).sha256)
+        return Base(self.place, self.fingerprint())
 
     def find_base(self, folder: str | None) -> "Pretrained":
         """Find the weights that the adapters of this checkpoint are for; the first rank compares their hash, once.
@@ -216,12 +223,13 @@ def read_base(folder: Path) -> Base:
 
 
 def find_pretrained(path: str | Path) -> Pretrained:
-    """Find the weights at `path`.
+    """Find the weights at `path`: a checkpoint, an output directory, an HF folder, or a model of the hub (hub.py).
 
     Raises:
-        CheckpointError: `path` is neither a checkpoint, nor an output directory, nor an HF folder of a known model.
+        CheckpointError: `path` is neither a checkpoint, nor an output directory, nor an HF folder of a known model, nor
+            the name of such a model on the hub.
     """
-    path = Path(path)
+    path = local_folder(path)
     if not os.path.exists(path):  # unlike those of Path, false for a name that no file can have
         raise CheckpointError(f"{path} does not exist; name a checkpoint, an output directory or a Hugging Face folder")
     if os.path.isfile(path / HF_CONFIG):
@@ -233,3 +241,11 @@ def find_pretrained(path: str | Path) -> Pretrained:
     except folders.NoCheckpointError as error:
         raise CheckpointError(f"{error}; a Hugging Face folder would hold {HF_CONFIG}") from error
     return Pretrained(folder, folders.saved_config(folder), is_hf=False)
+
+
+def of_first_rank(pretrained: Pretrained) -> Pretrained:
+    """Return the weights that the first rank has found, on all ranks; a collective over all of them.
+
+    While the ranks look, a running training may save another checkpoint, and a model of the hub may change.
+    """
+    return find_pretrained(from_first_rank(lambda: name_of(pretrained.folder) or pretrained.folder))

@@ -23,6 +23,7 @@ from megatron_llave.data.pipeline import steps_of_epochs
 from megatron_llave.data.tokenizer import find_tokenizer
 from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.errors import CheckpointError, ConfigError, require
+from megatron_llave.hub import is_name, is_pinned, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +33,40 @@ AUTO = "auto"
 def starting_from(pretrained: Pretrained, cfg: RunConfig) -> RunConfig:
     """Return `cfg` with the vocabulary and, unless it names one, the tokenizer of the weights that the run starts from.
 
+    A model of the hub gets the commit that it has now, so that the run's files say which weights these are.
+
     Raises:
         ConfigError: cfg.model gives other sizes than the weights have, or cfg.lora has other adapters than they have.
     """
     tokenizer = cfg.data.tokenizer or pretrained.find_tokenizer()
-    cfg = replace(cfg, model=pretrained.adopt(cfg.model), data=replace(cfg.data, tokenizer=tokenizer))
+    init = name_of(pretrained.folder) or cfg.checkpoint.init
+    cfg = replace(
+        cfg,
+        model=pretrained.adopt(cfg.model),
+        data=replace(cfg.data, tokenizer=tokenizer),
+        checkpoint=replace(cfg.checkpoint, init=init),
+    )
     validate(cfg)
     if pretrained.cfg.lora.rank:
         remedy = "lora.rank=0 merges them and trains all weights"
         require_same_adapters(cfg.lora, pretrained.cfg.lora, str(pretrained.folder), remedy)
     return cfg
+
+
+def with_former_init(cfg: RunConfig) -> RunConfig:
+    """Return `cfg` with the commit that the run began from, where it is resumed and names a model of the hub again.
+
+    Raises:
+        CheckpointError: checkpoint.resume names no checkpoint.
+    """
+    init, resume = cfg.checkpoint.init or "", cfg.checkpoint.resume
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if is_pinned(init) or not is_name(init) or resume is None and not is_restart:
+        return cfg
+    folder = Path(cfg.train.output) if resume in (None, AUTO) else folders.find(resume)
+    before = folders.saved_config(folder).checkpoint.init if (folder / folders.CONFIG).is_file() else None
+    is_same = before is not None and is_pinned(before) and before.split("@")[0] == init.split("@")[0]
+    return replace(cfg, checkpoint=replace(cfg.checkpoint, init=before)) if is_same else cfg
 
 
 def base_of(cfg: RunConfig, pretrained: Pretrained | None, resumed: Path | None) -> Base | None:

@@ -5,8 +5,11 @@ llave convert import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
 llave convert import --from ADAPTER_DIR --to CKPT --keep-adapter [--base HF_DIR]
 llave convert export --from CKPT --to HF_DIR [--format llava_onevision]
 llave convert export --from CKPT --to ADAPTER_DIR --adapter
+llave convert export --from CKPT --to HF_DIR --push ORG/NAME
 llave convert inspect DIR
 llave convert verify --hf HF_DIR --checkpoint CKPT
+
+A folder that is read may be the name of a model on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION.
 
 docs/conversion.md has the details.
 """
@@ -14,16 +17,20 @@ docs/conversion.md has the details.
 import argparse
 import sys
 
+from megatron_llave import __version__
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.convert import hf, peft_folders
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.hub import Destination
 from megatron_llave.models import FAMILIES
 from megatron_llave.training.logger import quiet_dependencies
 
 TIMEOUT_SECONDS = 600
+PUSHED = f"Exported by megatron_llave {__version__}"
+"""Message of the commit that --push makes."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--shard-size", type=float, help="maximum gigabytes per file of weights (5)")
     command.add_argument("--adapter", action="store_true", help="adapters alone, for PEFT; default: merged")
     command.add_argument("--base", help="folder of the weights that adapters are for; default: where it was")
+    command.add_argument("--push", metavar="ORG/NAME[@BRANCH]", help="also push the folder to the hub, as one commit")
+    command.add_argument("--public", action="store_true", help="of a repository that --push makes; default: private")
     command = commands.add_parser("inspect", help="print what a folder holds and whether it is complete")
     command.add_argument("folder")
     command = commands.add_parser("verify", help="embed a text and an image with both, and print the difference")
@@ -70,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             out = hf.import_hf(args.source, args.out, groups, args.preset, args.base, print)
         print(f"checkpoint: {out}")
-    elif args.adapter:
+        return 0
+    require(args.push is not None or not args.public, "--public goes with --push")
+    destination = Destination(args.push, args.public) if args.push else None  # before the work
+    if args.adapter:
         for option, value in (("--base", args.base), ("--shard-size", args.shard_size)):
             require(value is None, f"{option} is for complete weights; leave it out with --adapter")
         peft_folders.export_adapter(args.source, args.out, groups, args.format, args.dtype, args.average)
@@ -81,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         options = (args.format, args.dtype, args.average, int(size * 1e9), args.base)
         notes = hf.export_hf(args.source, args.out, groups, *options)
         print("\n".join([f"Hugging Face folder: {args.out}", *notes]))
+    if destination is not None:
+        print(f"pushed: {destination.push(args.out, PUSHED)}")
     return 0
 
 

@@ -36,6 +36,7 @@ from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
 from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import Task
+from megatron_llave.hub import is_name
 from megatron_llave.launch import procs
 from megatron_llave.locks import lock_folder
 from megatron_llave.report.evaluation_report import print_table, write_report
@@ -86,7 +87,9 @@ def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> N
     """Add a benchmark's command: its own options, and those that all commands take."""
     parser = commands.add_parser(benchmark.name, help=benchmark.about, description=benchmark.about)
     parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
+        "--checkpoint",
+        required=True,
+        help="a checkpoint, a run's output directory, a Hugging Face folder, or the name of a model on the hub",
     )
     benchmark.add_options(parser)
     if benchmark.is_kept:
@@ -108,6 +111,8 @@ def held_output(args: argparse.Namespace) -> Iterator[None]:
     """Make and lock the folder of --out on the first rank before hours of work, so that a second evaluation fails."""
     require_one_run(os.environ)
     find_pretrained(args.checkpoint)  # fail before a folder is made if the checkpoint is mistyped
+    what = f"{args.checkpoint} is a model of the hub: --out names the report's folder"
+    require(bool(args.out) or not is_name(args.checkpoint), what)
     args.out = args.out or str(Path(args.checkpoint) / ("evaluation-average" if args.average else "evaluation"))
     with lock_folder(args.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
         yield

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from megatron_llave.hub import is_pinned
+
 PATHS = ("path", "images", "cache", "tokenizer", "output", "init", "resume", "base", "stored_embeddings")
 """Keys of the configuration whose values are folders, files or URLs."""
 A_COMMAND = "a command"
@@ -34,7 +36,9 @@ def _place(rest: str) -> str:
 
 
 def own_name(path: str) -> str:
-    """Return the name of a folder, file or URL; of a command, that it is one."""
+    """Return the name of a folder, file or URL, a model of the hub as it is, and of a command that it is one."""
+    if is_pinned(path):
+        return path
     text = without_secrets(path)
     return A_COMMAND if text.endswith(A_COMMAND) else PurePath(text).name
 

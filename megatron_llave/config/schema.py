@@ -88,7 +88,8 @@ class CheckpointConfig:
 
     init: str | None = None
     """Folder with the initial weights: a checkpoint (for example from tools/convert_hf.py import), an output directory,
-    or a Hugging Face folder; null: random weights. Sizes that `model` does not set are taken from it, the vocabulary
+    or a Hugging Face folder; or the name of a model on the hub, org/name or org/name@revision, to which the run adds
+    the commit; null: random weights. Sizes that `model` does not set are taken from it, the vocabulary
     size always; other contradictions are an error."""
     interval: int = 0
     """Number of steps between checkpoints; 0: only at the end. The last step is always saved."""

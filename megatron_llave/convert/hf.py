@@ -45,7 +45,8 @@ def import_hf(
     them (models/hf/peft_files.py).
 
     Args:
-        source: an HF folder of any known family and layout, with safetensors; or a folder with an adapter.
+        source: an HF folder of any known family and layout, with safetensors; or a folder with an adapter; or the name
+            of either on the hub.
         out: folder of the checkpoint; must not exist.
         groups: process groups of this single process.
         preset: the preset whose sizes the model must have; None: any.
@@ -56,7 +57,7 @@ def import_hf(
         UserError: the folder is no known model, damaged, incomplete, or contradicts the preset; or `out` exists or
             cannot be written. No partial checkpoint is left.
     """
-    source, adapter = find_weights(Path(source), base)
+    source, adapter = find_weights(source, base)
     config = read_hf_config(source, with_adapter=source == adapter)
     if preset is not None:
         check_preset(config.model, preset)

@@ -106,7 +106,7 @@ def import_adapter(
         UserError: the adapters are damaged, do not fit the base, or are not of one rank and alpha on all layers; the
             base is damaged or contradicts the preset; `out` exists or cannot be written.
     """
-    base_folder, adapter = find_weights(Path(source), base)
+    base_folder, adapter = find_weights(source, base)
     if adapter is None:
         raise CheckpointError(f"{source} has no adapter_config.json; --keep-adapter is for a folder of PEFT")
     if adapter == base_folder:

@@ -24,6 +24,7 @@ from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import embed, load_model
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_bytes
+from megatron_llave.hub import local_folder
 from megatron_llave.models import open_hf
 from megatron_llave.models.hf.weights import HfFormat
 
@@ -54,6 +55,7 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     """
     if transformers is None:
         raise CheckpointError("verify compares with transformers, which is not installed: pip install transformers")
+    hf = local_folder(hf)
     weights = open_hf(hf)
     vision = weights.config.model.vision
     image_file = _generated_image(vision.image_size or 8 * vision.patch_size) if image is None else _read(image)

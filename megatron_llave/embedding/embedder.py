@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_llave.batch import PackedSequences, Side, to_device
-from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained
+from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, of_first_rank
 from megatron_llave.config.checks import require_same_adapters, require_same_model
 from megatron_llave.config.load import override_config
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.packing import EncodedSequence, Processor, pack_sequences
 from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
-from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
 from megatron_llave.embedding.embeddable import Embeddable, to_sides
@@ -110,7 +109,8 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     (parallel.tensor=2, ...) say otherwise.
 
     Args:
-        path: a checkpoint, a run's output directory, or a Hugging Face folder in either format.
+        path: a checkpoint, a run's output directory, a Hugging Face folder in either format, or the name of a model on
+            the hub (hub.py).
         overrides: `section.key=value`, which win over the checkpoint's configuration.
         average: whether to load the averaged weights of a run with loss.reward=ema.
 
@@ -122,8 +122,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     cpu_emulation.enable()
     pretrained = find_pretrained(path)
     process_groups.initialize_distributed(_configure(pretrained, overrides).parallel.timeout_seconds)
-    # A running training may save while the ranks look for its checkpoint: all ranks load the first rank's.
-    pretrained = find_pretrained(from_first_rank(lambda: pretrained.folder))
+    pretrained = of_first_rank(pretrained)
     cfg = _configure(pretrained, overrides)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)

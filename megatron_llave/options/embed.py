@@ -25,7 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, a run's output directory, or a Hugging Face folder"
+        "--checkpoint",
+        required=True,
+        help="a checkpoint, a run's output directory, a Hugging Face folder, or the name of a model on the hub",
     )
     parser.add_argument("--text", action="append", default=[], help="a text to embed; may be repeated")
     parser.add_argument("--image", action="append", default=[], help="an image to embed; may be repeated")

@@ -27,6 +27,8 @@ import torch.distributed as dist
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import from_all_ranks, from_first_rank
 from megatron_llave.distributed.process_groups import device
+from megatron_llave.errors import CheckpointError
+from megatron_llave.hub import local_folder
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors", "tokenizers", "webdataset")
 SLOW = 0.7
@@ -211,8 +213,14 @@ def _problems(cfg: RunConfig) -> list[str]:
     """Return what this process finds wrong on its own."""
     problems = []
     for key, path in (("data.path", cfg.data.path), ("checkpoint.init", cfg.checkpoint.init)):
-        if path and "://" not in path and not path.startswith("pipe:") and not os.path.exists(path):
-            problems.append(f"{key}={path} does not exist here")
+        if not path or "://" in path or path.startswith("pipe:") or os.path.exists(path):
+            continue
+        try:
+            is_on_hub = key == "checkpoint.init" and local_folder(path).is_dir()
+        except CheckpointError as error:
+            problems.append(f"{key}: {error}")
+        else:
+            problems += [] if is_on_hub else [f"{key}={path} does not exist here"]
     known = sorted(os.listdir(INTERFACES)) if INTERFACES.is_dir() else []
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")

@@ -13,6 +13,7 @@ from megatron_llave.checkpoint.folders import require_intact
 from megatron_llave.config.redact import without_secrets
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.evaluation.task import Task
+from megatron_llave.hub import name_of
 from megatron_llave.models import family_of
 from megatron_llave.planning.plan import count_parameters
 from megatron_llave.report.html_page import Section
@@ -39,7 +40,7 @@ def describe_evaluation(model: LoadedModel, tasks: Sequence[Task], data: str) ->
     step = None if source.is_hf else require_intact(source.folder)["step"]
     digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()[:FINGERPRINT]
     about = {
-        "checkpoint": str(source.folder),
+        "checkpoint": name_of(source.folder) or str(source.folder),
         "step": step,
         "averaged weights": model.average,
         "model": f"{cfg.model.family}, preset {cfg.model.preset or 'none'}, {parameters / 1e6:,.4g} M parameters",

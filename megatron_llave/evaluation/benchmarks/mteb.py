@@ -34,6 +34,7 @@ from megatron_llave.errors import DataError, UserError, one_line, require
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, ScoreTable, comma_list
 from megatron_llave.evaluation.mteb_encoder import DistributedEncoder, Instructions, build_encoder
 from megatron_llave.files import read_json, write_text
+from megatron_llave.hub import is_name
 from megatron_llave.planning.plan import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -167,15 +168,16 @@ def instructions_of(cfg: RunConfig, prompts: Mapping[str, Any]) -> Instructions:
 
 
 def model_meta(cfg: RunConfig, identity: Mapping[str, str], instructions: Instructions, checkpoint: str) -> Any:
-    """mteb's ModelMeta: named after the checkpoint's folder; its revision is a hash of what decides the embeddings."""
+    """mteb's ModelMeta: the name on the hub or of the checkpoint's folder; its revision is a hash of what embeds."""
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
     decisive = json.dumps([dict(identity), repr(instructions)], sort_keys=True)
     parameters = count_parameters(cfg.model)
-    name = re.sub(r"[^\w.-]", "_", Path(checkpoint).resolve().name)
+    own = re.sub(r"[^\w.-]", "_", Path(checkpoint).resolve().name)
+    name = checkpoint.split("@")[0] if is_name(checkpoint) else f"{ORGANISATION}/{own}"
     return ModelMeta(
         loader=None,
-        name=f"{ORGANISATION}/{name}",
+        name=name,
         revision=hashlib.sha256(decisive.encode()).hexdigest()[:REVISION_DIGITS],
         release_date=None,
         languages=None,

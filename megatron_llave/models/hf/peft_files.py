@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json, write_json
+from megatron_llave.hub import is_name, local_folder
 from megatron_llave.models.hf.config_json import Section
 from megatron_llave.models.hf.tensor_files import TensorFiles
 
@@ -117,13 +118,13 @@ def write_adapter(
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def find_weights(source: Path, base: str | Path | None) -> tuple[Path, Path | None]:
+def find_weights(source: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
     """Find the weights of a folder that may hold an adapter beside them or instead of them.
 
     Args:
-        source: a Hugging Face folder, or one with an adapter.
-        base: folder of the weights that the adapter is for; None: `source` if it has weights, else the folder that
-            base_model_name_or_path names.
+        source: a Hugging Face folder, or one with an adapter; each folder may be the name of a model on the hub.
+        base: folder of the weights that the adapter is for; None: `source` if it has weights, else the folder or the
+            model of the hub that base_model_name_or_path names.
 
     Returns:
         The folder of the weights, and that of the adapter; None: there is no adapter.
@@ -131,13 +132,14 @@ def find_weights(source: Path, base: str | Path | None) -> tuple[Path, Path | No
     Raises:
         CheckpointError: there is a base without an adapter, or an adapter without a base.
     """
+    source = local_folder(source)
     file = source / ADAPTER_CONFIG
     if not file.is_file():
         if base is not None:
             raise CheckpointError(f"{file} is missing; a base is given for the folder of an adapter alone")
         return source, None
     if base is not None:
-        return Path(base), source
+        return local_folder(base), source
     if (source / "config.json").is_file() and [*source.glob("model*.safetensors")]:
         return source, source
     section = Section(file, "", read_json(file, error=CheckpointError))
@@ -146,6 +148,9 @@ def find_weights(source: Path, base: str | Path | None) -> tuple[Path, Path | No
         for folder in (Path(named), source / named):
             if named and (folder / "config.json").is_file():
                 return folder, source
+        if is_name(named):
+            revision = section.values.get("revision")
+            return local_folder(f"{named}@{revision}" if revision and "@" not in named else named), source
     raise section.refuse("base_model_name_or_path", "a folder on this machine; name the base's folder with --base")
 
 
