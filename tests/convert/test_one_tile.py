@@ -121,6 +121,15 @@ def test_the_folder_is_read_back(
     assert done.returncode == 0 and "the same model (tolerance 3e-05" in done.stdout, done.stdout + done.stderr
 
 
+def test_what_sentence_transformers_saves_is_read_back(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    """As after a training with it: its own spellings of the files, and transformers' of the model without its head."""
+    saved = tmp_path / "saved"
+    sentence_transformers.SentenceTransformer(str(exported), device="cpu").save_pretrained(str(saved))
+    assert (saved / "chat_template.jinja").is_file()
+    side = Side(TEXTS[1], [pictures(tmp_path)[0].read_bytes()])
+    assert torch.equal(load_model(saved).embed(side), load_model(checkpoint).embed(side))
+
+
 def test_the_newline_is_an_embedding(exported: Path, checkpoint: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     rows = {config["image_token_index"], config["image_newline_token_id"]}

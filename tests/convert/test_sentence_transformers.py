@@ -150,6 +150,34 @@ def check_messages(out: Path, ours: LoadedModel, has_images: bool) -> None:
             assert abs(float(cosine) - 1) < 1e-5, (content, begun)
 
 
+@pytest.mark.parametrize(
+    ("family", "prompt"), [("qwen2_vl", "plain"), pytest.param("qwen3_vl", "gme", marks=pytest.mark.slow)]
+)
+def test_an_export_that_is_imported_and_exported_keeps_its_prompt(
+    family: str, prompt: str, groups: ProcessGroupCollection, tmp_path: Path
+) -> None:
+    """Of weights that no run has trained since, only the chat template says which prompt they need."""
+    export_hf(trained(family, prompt, tmp_path, groups), tmp_path / "out", groups)
+    export_hf(import_hf(tmp_path / "out", tmp_path / "again", groups), tmp_path / "back", groups)
+    for name in ("chat_template.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        assert (tmp_path / "back" / name).read_text() == (tmp_path / "out" / name).read_text(), name
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])
+def test_a_chat_template_of_others_is_kept_and_not_used(
+    family: str, groups: ProcessGroupCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that were only converted: sentence-transformers has the template of embeddings for itself."""
+    use_processors(monkeypatch)
+    trained(family, "qwen", tmp_path, groups)
+    template = {"chat_template": "theirs <image> {{ messages[0]['content'] }}"}
+    (tmp_path / "source" / "chat_template.json").write_text(json.dumps(template))
+    export_hf(import_hf(tmp_path / "source", tmp_path / "again", groups), tmp_path / "out", groups)
+    assert json.loads((tmp_path / "out" / "chat_template.json").read_text()) == template
+    assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
+    assert_same(loaded(tmp_path / "out").encode(TEXT), load_model(tmp_path / "out").embed(side(TEXT)))
+
+
 def test_long_inputs_are_not_cut(
     groups: ProcessGroupCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,28 @@ def test_the_prompt_of_an_export_is_followed(tmp_path: Path) -> None:
         assert read_hf_config(path).run.data.prompt == expected
 
 
+@pytest.mark.parametrize(
+    ("pooling", "words"),
+    [
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, None),
+        ({"pooling_mode": "lasttoken"}, None),
+        ({"pooling_mode_mean_tokens": True}, "pooling_mode_mean_tokens=True is not supported; it must be false"),
+        ({"pooling_mode": "mean"}, "pooling_mode='mean' is not supported; it must be lasttoken"),
+        ({"pooling_mode": ["lasttoken", "cls"]}, r"pooling_mode=\['lasttoken', 'cls'\] is not supported"),
+    ],
+)
+def test_pooling_of_sentence_transformers(pooling: dict, words: str | None, tmp_path: Path) -> None:
+    path = folder(tmp_path / "hf")
+    (path / "modules.json").write_text("[]")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if words is None:
+        read_hf_config(path)
+        return
+    with pytest.raises(CheckpointError, match=words):
+        read_hf_config(path)
+
+
 def test_grids_are_bounded() -> None:
     with pytest.raises(ConfigError, match="more than 1024 tiles"):
         ModelConfig(image_grids=[[33, 32]])
