@@ -24,8 +24,11 @@ FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *``` *$", re.MULTILINE | re.DOTALL
 
 ELSEWHERE = {
     # A command, as a pattern of its whole text: the test that runs it, and words of the command that are in this test.
-    r"python tools/prepare_data\.py openmoji --out runs/openmoji": ("tests/conftest.py::openmoji_data", ["openmoji"]),
-    r"python tools/prepare_data\.py openmoji --(hard-negatives 2 --out \S+|out \S+ --hard-negatives 2)": (
+    r"(python tools/prepare_data\.py|llave prepare) openmoji --out runs/openmoji": (
+        "tests/conftest.py::openmoji_data",
+        ["openmoji"],
+    ),
+    r"(python tools/prepare_data\.py|llave prepare) openmoji .*--hard-negatives 2.*": (
         "tests/prepare/test_openmoji.py::test_hard_negatives_are_near_wrong_and_trained",
         ["add_hard_negatives"],
     ),
@@ -52,6 +55,10 @@ PYTHON_ELSEWHERE = {
     "from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration": (
         "tests/models/llava_onevision/test_hf_files.py::test_embedding_as_the_guide_says",
         ["docs/conversion.md", "exec"],
+    ),
+    "from sentence_transformers import SentenceTransformer": (
+        "tests/convert/test_sentence_transformers.py::test_the_code_of_a_card_runs_as_printed",
+        ["sentence_transformers", "exec"],
     ),
     "from megatron_llave.evaluation.benchmark import Benchmark, register_benchmark": (
         "tests/evaluation/test_benchmark.py::test_a_benchmark_from_outside_is_evaluated_by_the_tool",
@@ -115,6 +122,9 @@ def python_elsewhere(code: str) -> str | None:
 def script_of(words: list[str]) -> list[str] | None:
     """The script and arguments that one process of a command runs; None: the tests cannot run such a command."""
     program, *rest = words
+    if program == "llave":
+        is_run = rest[0] == "train"  # what each rank of the run does
+        return ["megatron_llave/train.py", *rest[1:]] if is_run else ["megatron_llave/__main__.py", *rest]
     if program == "python" and rest[:1] == ["-c"]:
         return None
     if program in ("python", "bash", "torchrun"):
@@ -156,8 +166,12 @@ def run_command(command: str) -> None:
         subprocess.run([word for word in words if word != "-f"], check=True, capture_output=True)
         return
     script, *arguments = script_of(words)
-    more = FEW_STEPS if is_training(script) else ["--task", "list"] if script.endswith("study.py") else []
-    # One process has no parallel layout; tests/distributed has all of them.
+    is_study = script.endswith("study.py") or arguments[:1] == ["study"]
+    more = FEW_STEPS if is_training(script) else ["--task", "list"] if is_study else []
+    # There is one process, which has no parallel layout; tests/distributed has all of them.
+    if "--procs" in arguments:
+        place = arguments.index("--procs")
+        del arguments[place : place + 2]
     kept = [word for word in arguments if not word.startswith("parallel.")]
     paths = [str(ROOT / word) if word.startswith(("tools/", "examples/", "benchmarks/")) else word for word in kept]
     done = run_script(ROOT / script, *paths, *more)

@@ -97,7 +97,7 @@ class Shelf:
         return self.root / thing
 
     def make_data(self, out: Path) -> None:
-        data_with_few_sets(self.openmoji(), out, "group", "image_to_name")
+        data_with_few_sets(self.openmoji(), out, "group")
 
     def make_photos(self, out: Path) -> None:
         out.mkdir()

@@ -29,7 +29,7 @@ SECTIONS = {field.name: field.default_factory for field in fields(RunConfig)}
 COMMANDS = {"convert_hf": "convert", "prepare_data": "prepare"}
 FURTHER_SOURCES = {
     "study": "study/variants.py",
-    "prepare_data": "commands/prepare_*.py",
+    "prepare": "commands/prepare_*.py",
     "evaluate": "evaluation/benchmarks/*.py",
 }
 
@@ -103,10 +103,11 @@ def strings_of(tool: str) -> tuple[set[str], bool]:
     """All strings in the source of a tool, and whether its first argument is the name of a command."""
     name, package = COMMANDS.get(tool, tool), ROOT / "megatron_llave"
     own = [file for folder in ("commands", "options") if (file := package / folder / f"{name}.py").is_file()]
-    sources = [*(own or [ROOT / "tools" / f"{tool}.py"]), *package.glob(FURTHER_SOURCES.get(tool, "-"))]
+    sources = [*(own or [ROOT / "tools" / f"{tool}.py"]), *package.glob(FURTHER_SOURCES.get(name, "-"))]
+    sources.append(package / "launch" / "procs.py")
     nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return strings, tool in FURTHER_SOURCES or any("add_subparsers" in file.read_text() for file in own)
+    return strings, name in FURTHER_SOURCES or any("add_subparsers" in file.read_text() for file in own)
 
 
 def bad_commands(text: str) -> list[str]:
