@@ -6,13 +6,13 @@ torchrun --nproc-per-node 2 -m megatron_llave.train --config examples/tiny.yaml 
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_llave.batch import PairBatch, StepBatches
+from megatron_llave.batch import PairBatch, Side, StepBatches
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, of_first_rank
@@ -36,6 +36,7 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import CheckpointError, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
+from megatron_llave.evaluation.task import SetResult
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
@@ -44,6 +45,8 @@ from megatron_llave.models.lora import initialize_adapters
 from megatron_llave.options import train as options
 from megatron_llave.planning.token_budget import token_budget
 from megatron_llave.processes import SECONDS_TO_SAVE, end_forks_with_parent, end_with_launcher, return_freed_tensors
+from megatron_llave.report.montage import draw_montage
+from megatron_llave.report.panels import example_panels
 from megatron_llave.training.broadcast import broadcast_steps, exchange_row_counts, is_reader
 from megatron_llave.training.ema import ExponentialMovingAverage
 from megatron_llave.training.fault_tolerance import EXIT_STOPPED, FiniteSteps, StopRequests, Watchdog, read_norms
@@ -159,7 +162,7 @@ def run_steps(
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
     evaluate, candidates = None, {}
     if cfg.evaluate.interval:
-        evaluate, candidates = build_evaluation(cfg, state.chunks, groups, watchdog.progress)
+        evaluate, candidates = build_evaluation(cfg, state.chunks, groups, watchdog.progress, montages(cfg, log))
     run.running(done)
     if done < last:
         watchdog.announce(f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
@@ -198,6 +201,16 @@ def run_steps(
     if is_stopped and dist.get_rank() == 0:
         logger.warning("stopped after step %d and saved: %s", step, reason)
     return reason if is_stopped else ""
+
+
+def montages(cfg: RunConfig, log: RunLog) -> Callable[[list[SetResult], Mapping[str, Side]], None] | None:
+    """What draws some queries of each evaluation with their best candidates and the right one; None: nothing does."""
+    count = cfg.log.montage_queries if log.is_enabled else 0
+    if not count:
+        return None
+    return lambda results, inputs: log.montage(
+        lambda path: draw_montage(example_panels(results, inputs, count, with_right=True), path)
+    )
 
 
 def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int) -> None:

@@ -21,7 +21,8 @@ from benchmarks.communication.model import (
     ClusterStep,
 )
 from megatron_llave.files import atomic_write, write_text
-from megatron_llave.report.plots import BLUE, GREY, ORANGE, SUBSET_COLOURS, label_axes, save_png
+from megatron_llave.report.palette import BLUE, GREY, ORANGE
+from megatron_llave.report.plots import SUBSET_COLOURS, label_axes, save_png
 
 TOLERANCE = 0.25
 """Relative deviation of the model from the measurement beyond which the report says that the model is off."""

@@ -63,6 +63,8 @@ def validate(cfg: RunConfig) -> None:
             require(ok, f"{mixed}: data.subsets.{name}.{key} cannot be set")
     ok = parts == 1 or cfg.loss.temperature_learning != "subset"
     require(ok, f"{mixed}, which has one temperature: use loss.temperature_learning=one, or data.sub_batches=1")
+    ok = cfg.log.montage_queries == 0 or cfg.evaluate.interval > 0
+    require(ok, f"log.montage_queries={cfg.log.montage_queries} draws nothing while evaluate.interval=0; set that too")
     _validate_objectives(cfg)
     _validate_lora(cfg)
 

@@ -118,6 +118,9 @@ class LogConfig:
     histogram_interval: int = 100
     """Number of steps between histograms of the similarities and of the negatives' weights, in log.jsonl and in the
     trackers that have some; 0: none."""
+    montage_queries: int = 0
+    """Number of queries of each evaluation set that are drawn, at every evaluation while training, beside their best
+    candidates and the right one: train.output/montages/step-N.png, which the trackers get too. 0: none."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into train.output/tensorboard."""
     wandb_project: str | None = None
@@ -133,7 +136,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        at_least(self, "log", 0, ("interval", "histogram_interval"))
+        at_least(self, "log", 0, ("interval", "histogram_interval", "montage_queries"))
         ok = self.mlflow_uri is None or self.mlflow_experiment is not None
         require(ok, "log.mlflow_uri is used by nothing without log.mlflow_experiment; set that too, or this to null")
         peak = self.peak_tflops

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module
 
+from megatron_llave.batch import Side
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.embedding.cache import CachedEmbedder, require_same_model
@@ -85,7 +87,11 @@ def evaluate_tasks(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -
 
 
 def build_evaluation(
-    cfg: RunConfig, chunks: list[Module], groups: ProcessGroupCollection, progress: Callable[[str], None]
+    cfg: RunConfig,
+    chunks: list[Module],
+    groups: ProcessGroupCollection,
+    progress: Callable[[str], None],
+    show: Callable[[list[SetResult], Mapping[str, Side]], None] | None = None,
 ) -> tuple[Callable[[], Scores], dict[str, int]]:
     """Build a function that evaluates the model in training, as it is, on the sets in evaluate.path.
 
@@ -97,6 +103,7 @@ def build_evaluation(
         chunks: the model in training.
         groups: its process groups.
         progress: called with what is being done, for each input that is read and each row that is embedded.
+        show: called with the results of each evaluation and the inputs by their keys; None: nothing is.
 
     Returns:
         The function, and the number of different candidates of each set.
@@ -120,6 +127,8 @@ def build_evaluation(
         results = []
         for _, alike in groupby(tasks, key=lambda task: id(task.inputs)):  # bounds the embeddings held at a time
             results += evaluate_tasks(embedder, list(alike), ties).results
+        if show is not None:
+            show(results, ChainMap(*{task.inputs.name: task.inputs for task in tasks}.values()))
         return {result.name: result.precision_at_1 for result in results}
 
     def run() -> Scores:

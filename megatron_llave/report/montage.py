@@ -1,20 +1,19 @@
 """Draws queries beside their best candidates as one PNG, with a panel per evaluation set.
 
-evaluation_report.py chooses the queries.
+panels.py chooses the queries.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_llave.batch import Side
 from megatron_llave.data.image_files import decode_image
 from megatron_llave.data.placeholders import unescape
 from megatron_llave.files import atomic_write
-from megatron_llave.report.plots import GREEN, GREY, INK, PALE, RED, WHITE
+from megatron_llave.report.palette import GREEN, GREY, INK, PALE, RED, WHITE
 
 # Sizes in pixels.
 MARGIN, GAP, CELL, QUERY_WIDTH, FRAME, LEGEND_HEIGHT, TITLE_HEIGHT = 28, 12, 116, 320, 5, 44, 64
@@ -127,6 +126,8 @@ def _scaled(encoded: bytes, limit: tuple[int, int]) -> Image.Image:
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font that comes with matplotlib, which every machine has."""
+    from matplotlib import font_manager  # here, because training imports this module and seldom draws
+
     wanted = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
     return ImageFont.truetype(font_manager.findfont(wanted), size)
 

@@ -15,10 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_llave.files import atomic_write
+from megatron_llave.report.palette import BLUE, INK, ORANGE, RED, WHITE
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
-GREEN, RED, BLUE, ORANGE = "#009E73", "#D55E00", "#0072B2", "#E69F00"
-INK, GREY, PALE, WHITE = "#222222", "#767676", "#F1F1F1", "#FFFFFF"
 # Tol's "muted" palette, for subsets and runs.
 SUBSET_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#999933", "#44AA99", "#882255", "#DDCC77")
 LINE_STYLES = ("-", "--", ":")

@@ -19,7 +19,8 @@ from megatron_llave.config.redact import without_secrets
 from megatron_llave.files import write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.report.evaluation_report import markdown_rows
-from megatron_llave.report.plots import BLUE, INK, ORANGE, label_axes, plot_runs, save_png
+from megatron_llave.report.palette import BLUE, INK, ORANGE
+from megatron_llave.report.plots import label_axes, plot_runs, save_png
 from megatron_llave.study.findings import DIAGNOSTICS, OUTCOMES, TRAINING, Finding, Log, by_seed, comparisons
 from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
 from megatron_llave.study.variants import UNTRAINED, Study

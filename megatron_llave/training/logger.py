@@ -9,16 +9,17 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from megatron_llave.errors import DataError
+from megatron_llave.errors import DataError, UserError
 from megatron_llave.files import parse_json
 from megatron_llave.training.progress import (
     Interval,
@@ -39,6 +40,8 @@ LOG_FILE = "log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 PROGRESS_FILE = "progress.log"
 """File in the output directory with the long form of the progress lines."""
+MONTAGE_FOLDER = "montages"
+"""Folder in the output directory with images of the evaluations."""
 
 
 def quiet_dependencies() -> None:
@@ -69,7 +72,7 @@ class RunLog:
         """
         self._output, self._trackers = Path(output), trackers
         self._interval, self._total_steps = interval, total_steps
-        self._file = None
+        self._file, self._step = None, 0
         self._warned: set[str] = set()
         self._interval_sums, self._total = Interval(), Total()
         self._console = Console(highlight=False)
@@ -92,6 +95,7 @@ class RunLog:
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 self._begin_again()
             _append_line(self._file, finite)
+        self._step = record["step"]
         values = scalars_of(finite), histograms_of(finite)
         for tracker in self._trackers:
             tracker.step(record["step"], *values)
@@ -127,6 +131,23 @@ class RunLog:
             each = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
             self._tell(Text(line), f"{time_of_day()} {line} in {duration(seconds)}: {each}")
 
+    def montage(self, draw: Callable[[Path], None]) -> None:
+        """Let `draw` write an image of an evaluation after the last step, and pass it on to the trackers."""
+        folder = self._output / MONTAGE_FOLDER
+        path = folder / f"step-{self._step:07d}.png"
+        with self._survived(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(path)
+            with Image.open(path) as image:
+                image.load()
+                for tracker in self._trackers:
+                    tracker.image(self._step, "evaluation/montage", image)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether this rank writes the log."""
+        return self._file is not None
+
     def _tell(self, short: Text, long: str) -> None:
         """Write a line to standard output, and its long form into the text log."""
         with self._survived(), (self._output / PROGRESS_FILE).open("ab", buffering=0) as file:
@@ -144,14 +165,15 @@ class RunLog:
 
     @contextmanager
     def _survived(self, what: str = "") -> Iterator[None]:
-        """Let a full disk or a closed pipe cost lines of the log, or of what is named, instead of the run."""
+        """Let a full disk, a closed pipe or a damaged image cost the log, or what is named, instead of the run."""
         what = what or f"log in {self._output}"
         try:
             yield
-        except OSError as error:
+        except (OSError, UserError) as error:
             if what not in self._warned:
                 self._warned.add(what)
-                logger.warning("%s cannot be written: %s; the run continues without it", what, error.strerror or error)
+                reason = getattr(error, "strerror", None) or error
+                logger.warning("%s cannot be written: %s; the run continues without it", what, reason)
 
     def close(self) -> None:
         """Close the file and the trackers."""

@@ -358,6 +358,8 @@ def test_there_are_examples() -> None:
         ("loss", "matryoshka_dims", [64, 129]),
         ("model", "dropout", 1.0),
         ("log", "histogram_interval", -1),
+        ("log", "montage_queries", -1),
+        ("log", "montage_queries", 3),  # of which no evaluation tells the best candidates
         ("checkpoint", "interval", -1),
         ("evaluate", "tokens_per_batch", 0),
         ("parallel", "timeout_seconds", 0),

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import torch
 from forking import ROOT, fork, run_script
 from golden_mmeb import GOLDEN, IDENTITY, GoldenEmbedder, assert_released_files, golden_rows, golden_tasks
 from golden_model import ONEVISION, byte_tokenizer
+from PIL import Image
 
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.distributed.process_groups import device
@@ -31,6 +33,9 @@ from megatron_llave.evaluation.ranking import hub_share, uniformity
 from megatron_llave.evaluation.scoring import score_task
 from megatron_llave.evaluation.task import SetResult, build_task
 from megatron_llave.models import build_model, build_processor
+from megatron_llave.report import montage
+from megatron_llave.train import montages
+from megatron_llave.training.logger import RunLog
 
 pytestmark = pytest.mark.long
 
@@ -441,17 +446,18 @@ def test_uniformity_and_hubs():
     assert hub_share(torch.tensor([4, 4, 1, 4])) == 75.0
 
 
-def training_evaluation(groups, tokenizer: Path, **evaluate):
+def training_evaluation(groups, tokenizer: Path, show=lambda cfg: None, **evaluate):
     cfg = config_from_dict(
         {
             "model": {"preset": "tiny"},
             "train": {"steps": 1},
             "data": {"tokenizer": str(tokenizer)},
-            "evaluate": {"path": str(GOLDEN), **evaluate},
+            "evaluate": {"path": str(GOLDEN), "interval": 1, **evaluate},
+            "log": {"montage_queries": 2},
         }
     )
     chunks = build_model(cfg.model, cfg.parallel, groups, device(), seed=0)
-    return cfg, chunks, build_evaluation(cfg, chunks, groups, lambda doing: None)
+    return cfg, chunks, build_evaluation(cfg, chunks, groups, lambda doing: None, show(cfg))
 
 
 def test_training_evaluates_on_some_of_mmebs_sets(groups, tmp_path):
@@ -481,3 +487,30 @@ def test_training_refuses_unknown_sets_before_it_begins(groups, tmp_path, openmo
         training_evaluation(groups, byte_tokenizer(tmp_path), sets=["other"])
     with pytest.raises(ConfigError, match=r"evaluate\.sets: 'other' is none of the sets in .*openmoji: "):
         training_evaluation(groups, byte_tokenizer(tmp_path), path=str(openmoji_data), sets=["other"])
+
+
+def test_training_draws_queries_beside_their_best_candidates(groups, tmp_path):
+    told = []
+    tracker = SimpleNamespace(
+        step=lambda *_: None, image=lambda *image: told.append(image[:2] + (image[2].size,)), close=lambda: None
+    )
+    log = RunLog(tmp_path / "run", 0, 9, True, [tracker])
+    log.step({"step": 7, "loss": 1.0, "pairs": 2, "seconds": 1.0, "skipped": 0})
+    sets = {"sets": ["CIRR", "ImageNet-1K"]}
+    _, _, (run, _) = training_evaluation(groups, byte_tokenizer(tmp_path), lambda cfg: montages(cfg, log), **sets)
+    run()
+    with Image.open(tmp_path / "run" / "montages" / "step-0000007.png") as image:
+        drawn = image.convert("RGB")
+    assert told == [(7, "evaluation/montage", drawn.size)]
+    # Two sets side by side, of two queries each, whose right candidates have a green frame.
+    colours = [montage.GREEN, montage.RED]
+    count, other = ((np.array(drawn) == np.array(tuple(bytes.fromhex(c[1:])))).all(-1).sum() for c in colours)
+    assert drawn.height == montage.LEGEND_HEIGHT + montage.MARGIN + montage.TITLE_HEIGHT + 2 * 128 + montage.GAP
+    assert count > 4 * 4 * montage.FRAME * (montage.CELL - 2 * montage.FRAME) and other >= 0
+    off = RunLog(tmp_path / "off", 0, 9, enabled=False)
+    assert montages(config_from_dict({"model": {"preset": "tiny"}, "train": {"steps": 1}}), log) is None
+    cfg = config_from_dict(
+        {"model": {"preset": "tiny"}, "train": {"steps": 1}, "evaluate": {"interval": 1}, "log": {"montage_queries": 2}}
+    )
+    assert montages(cfg, off) is None
+    log.close()

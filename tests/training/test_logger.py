@@ -262,6 +262,20 @@ def test_an_evaluation_without_scores_is_written_as_null(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not any(told)
 
 
+def test_a_montage_that_cannot_be_drawn_is_one_line(tmp_path, caplog):
+    log = RunLog(tmp_path, 0, 9, enabled=True)
+
+    def draw(path):
+        raise DataError("image birds/1.png is damaged")
+
+    for step in (1, 2):
+        log.step(record(step))
+        log.montage(draw)
+    [warning] = [one.getMessage() for one in caplog.records]
+    said = "image birds/1.png is damaged; the run continues without it"
+    assert warning == f"{tmp_path}/montages cannot be written: {said}"
+
+
 def test_removed_folder_costs_the_lines_so_far(tmp_path, caplog):
     log = RunLog(tmp_path / "run", 0, 9, enabled=True)
     log.step(record(1))
