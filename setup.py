@@ -31,6 +31,7 @@ REQUIRES = [
 ]
 EXTRAS = {
     "completion": ["argcomplete"],
+    "docs": ["mkdocs-material", "mkdocstrings-python"],
     "gpu": ["transformer-engine[pytorch]"],
     "video": ["av"],
     "hub": ["huggingface_hub"],

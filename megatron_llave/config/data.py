@@ -28,7 +28,7 @@ class SubsetConfig:
     mask_margin: float | None = None
     """Value of loss.mask_margin in the steps of this subset, .inf to mask nothing; null: that of `loss`."""
     negatives: str | None = None
-    """own: in the steps of this subset, the negatives of a pair are its own hard negatives alone, as with
+    """own: in the steps of this subset, the negatives of a pair are only its own hard negatives, as with
     loss.negatives=own; null: those of `loss`."""
     objective: str | None = None
     """Value of loss.objective in the steps of this subset; null: that of `loss`."""

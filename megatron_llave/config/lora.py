@@ -14,7 +14,7 @@ class LoraConfig:
     """LoRA (arXiv 2106.09685): small adapters are trained beside frozen weights, which checkpoint.init names."""
 
     rank: int = 0
-    """Rank r of the adapters; 0: none, and the weights themselves are trained. Otherwise adapters alone are trained:
+    """Rank r of the adapters; 0: none, and the weights themselves are trained. Otherwise only adapters are trained:
     each is A [r, inputs] and B [outputs, r] beside a linear layer."""
     alpha: float = 32.0
     """The output of the adapters is multiplied by alpha / rank."""

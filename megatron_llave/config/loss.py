@@ -39,11 +39,11 @@ class LossConfig:
     alpha_warmup_steps: int = 0
     """Number of steps over which alpha rises linearly from 0."""
     negatives: str = "global_batch"
-    """Negatives of a pair: global_batch (every other pair of the step, whatever the micro-batch size; costs a second
+    """Negatives of a pair: global_batch (every other pair of the step, with any micro-batch size; costs a second
     forward pass when a rank has several micro batches), micro_batch (its micro batch on all data-parallel ranks, as in
-    the official LLaVE repository), own_micro_batch (its micro batch on its own rank alone, the baseline of the paper's
-    ablation) or own (its own hard negatives alone, the rule of Qwen3-VL-Embedding for classification; from query to
-    target alone)."""
+    the official LLaVE repository), own_micro_batch (its micro batch on its own rank, the baseline of the paper's
+    ablation) or own (only its own hard negatives, the rule of Qwen3-VL-Embedding for classification; only from query to
+    target)."""
     mask_same_target: bool = False
     """Mask pairs with equal target ids or equal query ids, so that they are not each other's negatives in either
     direction."""
@@ -82,7 +82,7 @@ class LossConfig:
     soft_label_weight: float = 1.0
     """Factor of the loss against soft labels, which like the contrastive loss is a mean over all pairs."""
     contrastive_weight: float = 1.0
-    """Factor of the contrastive loss beside soft labels; 0 trains on the soft labels alone."""
+    """Factor of the contrastive loss where there are soft labels; 0 trains only on the soft labels."""
     soft_label_temperature: float = 1.0
     """Temperature by which the scores of the soft labels are divided; cosines need a lower one than the default."""
     soft_label_student_temperature: float | None = None
