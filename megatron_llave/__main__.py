@@ -6,6 +6,7 @@ that `llave evaluate --procs 8` starts run it again, with the variables of torch
 
 import argparse
 import difflib
+import gc
 import importlib
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from types import ModuleType
 from megatron_llave import __version__
 from megatron_llave.errors import OneLineParser, exit_with_one_line
 from megatron_llave.launch import procs, start
+from megatron_llave.processes import without_garbage_collection
 
 COMMANDS = {
     "train": "train a model, on one process per GPU",
@@ -59,8 +61,11 @@ def main() -> int | None:
             number = procs.asked_for(argv, is_shared, 2 if name == "preflight" else 1)
         if number > 1 or start.num_nodes() > 1:
             return start.start_ranks([str(start.RANK), name, *argv], number)
-    is_run = name == "train" and start.is_rank()
-    return importlib.import_module("megatron_llave.train" if is_run else f"megatron_llave.commands.{name}").main(argv)
+    with without_garbage_collection():
+        is_run = name == "train" and start.is_rank()
+        module = importlib.import_module("megatron_llave.train" if is_run else f"megatron_llave.commands.{name}")
+    gc.freeze()  # what is imported stays to the end, when the collector would go through it once more
+    return module.main(argv)
 
 
 def overview() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What a run asks of its processes: that they end together, and that they give freed memory back.
+"""What is asked of processes: that they start fast, that those of a run end together and give freed memory back.
 
 Ranks end after their launcher, and forks with the rank that has made them: nothing of a run may go on alone after a
 `kill -9`. A rank cannot be told of the end of torchrun, so it looks for it. A fork (a process that reads data or saves)
@@ -6,11 +6,14 @@ is killed by the kernel when its parent ends.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -74,6 +77,21 @@ def end_with_launcher(seconds_to_save: int = 0) -> None:
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Pause Python's garbage collector while modules are imported: they leave no garbage, but millions of objects.
+
+    Of the 2.8 s of CPU for the import of megatron_llave.embedding, the collector took 0.7 s.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def return_freed_tensors() -> None:

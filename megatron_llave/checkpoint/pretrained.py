@@ -248,4 +248,6 @@ def of_first_rank(pretrained: Pretrained) -> Pretrained:
 
     While the ranks look, a running training may save another checkpoint, and a model of the hub may change.
     """
-    return find_pretrained(from_first_rank(lambda: name_of(pretrained.folder) or pretrained.folder))
+    own = name_of(pretrained.folder) or pretrained.folder
+    found = from_first_rank(lambda: own)
+    return pretrained if found == own else find_pretrained(found)

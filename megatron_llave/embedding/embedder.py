@@ -120,10 +120,12 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
     """
     end_with_launcher()
     cpu_emulation.enable()
-    pretrained = find_pretrained(path)
-    process_groups.initialize_distributed(_configure(pretrained, overrides).parallel.timeout_seconds)
-    pretrained = of_first_rank(pretrained)
-    cfg = _configure(pretrained, overrides)
+    found = find_pretrained(path)
+    cfg = _configure(found, overrides)
+    process_groups.initialize_distributed(cfg.parallel.timeout_seconds)
+    pretrained = of_first_rank(found)
+    if pretrained is not found:
+        cfg = _configure(pretrained, overrides)
     validate_layout(cfg.model, cfg.parallel, dist.get_world_size())
     groups = process_groups.initialize_model_parallel(cfg.parallel, cfg.train.seed)
     pretrained.require_plausible()
