@@ -21,6 +21,8 @@ from megatron_llave.config.packaged import find_config, first_words, names
 from megatron_llave.errors import ConfigError
 from megatron_llave.launch import procs, start
 from megatron_llave.launch.quiet_torchrun import cause
+from megatron_llave.options.study import NAMES
+from megatron_llave.study.variants import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = [
@@ -50,7 +52,7 @@ def test_the_table_has_every_command() -> None:
     assert {name for name, found in functions.items() if "main" in found} == set(console.COMMANDS)
     assert set(console.RANKED) < set(console.COMMANDS)
     options = {path.stem for path in (ROOT / "megatron_llave" / "options").glob("*.py")} - {"__init__"}
-    assert options < set(console.COMMANDS)
+    assert options < set(console.COMMANDS) and set(NAMES) == set(STUDIES)
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"config_docs"}
     assert {{"convert_hf": "convert", "prepare_data": "prepare"}.get(tool, tool) for tool in tools} < set(
         console.COMMANDS
@@ -99,6 +101,23 @@ def test_help_loads_no_library_that_takes_long() -> None:
     source = LOADS_NONE_OF.format(lines=lines, names=HEAVY)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.stderr == "[]\n" and done.stdout.count("usage: llave") == 1 + len(options)
+
+
+NOT_FOR_EMBEDDING = ["scipy", "matplotlib", "pyarrow", "pandas", "rich", "transformers", "datasets", "huggingface_hub"]
+NOT_FOR_EMBEDDING += ["mteb", "sentence_transformers", "tensorboard", "wandb", "mlflow", "av", "torchvision"]
+NOT_FOR_EMBEDDING += [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "megatron_llave.evaluation",
+    "megatron_llave.report",
+]
+
+
+def test_embedding_loads_no_library_that_it_does_not_need() -> None:
+    source = "import gc, sys, megatron_llave.embedding\nassert gc.isenabled()\n"
+    source += f"print([name for name in {NOT_FOR_EMBEDDING} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
 
 
 # ---- completion ----

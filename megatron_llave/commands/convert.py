@@ -1,17 +1,6 @@
 """Convert between Hugging Face folders and checkpoints (import, export), inspect one, or compare two (verify).
 
-llave convert import --from HF_DIR --to CKPT [--preset 7b]
-llave convert import --from ADAPTER_DIR --to CKPT [--base HF_DIR]
-llave convert import --from ADAPTER_DIR --to CKPT --keep-adapter [--base HF_DIR]
-llave convert export --from CKPT --to HF_DIR [--format llava_onevision]
-llave convert export --from CKPT --to ADAPTER_DIR --adapter
-llave convert export --from CKPT --to HF_DIR --push ORG/NAME
-llave convert inspect DIR
-llave convert verify --hf HF_DIR --checkpoint CKPT
-
-A folder that is read may be the name of a model on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION.
-
-docs/conversion.md has the details.
+`llave convert --help` explains the command; megatron_llave/options/convert.py has its options.
 """
 
 import argparse
@@ -23,9 +12,10 @@ from megatron_llave.convert import hf, peft_folders
 from megatron_llave.convert.inspect import inspect
 from megatron_llave.convert.verify import verify
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, exit_with_one_line, one_of, require
 from megatron_llave.hub import Destination
 from megatron_llave.models import FAMILIES
+from megatron_llave.options.convert import parse
 from megatron_llave.training.logger import quiet_dependencies
 
 TIMEOUT_SECONDS = 600
@@ -33,41 +23,12 @@ PUSHED = f"Exported by megatron_llave {__version__}"
 """Message of the commit that --push makes."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    formats = [family.hf for family in FAMILIES.values()]
-    layouts, presets = ([name for hf in formats for name in getattr(hf, kind)] for kind in ("layouts", "presets"))
-    command = commands.add_parser("import", help="convert a Hugging Face folder to a checkpoint")
-    command.add_argument("--from", required=True, dest="source", help="folder with config.json and safetensors")
-    command.add_argument("--to", required=True, dest="out", help="checkpoint folder to write")
-    command.add_argument("--preset", choices=presets, help="fail if it is another model")
-    command.add_argument("--base", help="folder of the weights that an adapter is for; default: the one it names")
-    command.add_argument("--keep-adapter", action="store_true", help="a checkpoint of adapters, which are not merged")
-    command = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
-    command.add_argument("--from", required=True, dest="source", help="checkpoint or output directory (its newest)")
-    command.add_argument("--to", required=True, dest="out", help="Hugging Face folder to write")
-    command.add_argument("--format", choices=layouts, help="default: the format that was imported")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the imported dtypes")
-    command.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    command.add_argument("--shard-size", type=float, help="maximum gigabytes per file of weights (5)")
-    command.add_argument("--adapter", action="store_true", help="adapters alone, for PEFT; default: merged")
-    command.add_argument("--base", help="folder of the weights that adapters are for; default: where it was")
-    command.add_argument("--push", metavar="ORG/NAME[@BRANCH]", help="also push the folder to the hub, as one commit")
-    command.add_argument("--public", action="store_true", help="of a repository that --push makes; default: private")
-    command = commands.add_parser("inspect", help="print what a folder holds and whether it is complete")
-    command.add_argument("folder")
-    command = commands.add_parser("verify", help="embed a text and an image with both, and print the difference")
-    command.add_argument("--hf", required=True, help="Hugging Face folder, for transformers")
-    command.add_argument("--checkpoint", required=True, help="a checkpoint, or an output directory")
-    command.add_argument("--text", default="A cat and a dog", help="text to embed")
-    command.add_argument("--image", help="image to embed; default: a generated one")
-    return parser
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    formats = [family.hf for family in FAMILIES.values()]
+    for option, kind in (("format", "layouts"), ("preset", "presets")):
+        if getattr(args, option, None) is not None:
+            one_of(f"--{option}", getattr(args, option), tuple(name for hf in formats for name in getattr(hf, kind)))
     if args.command == "verify":
         return verify(args.hf, args.checkpoint, args.text, args.image)
     groups = process_groups.initialize_model_parallel(ParallelConfig())
@@ -100,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command, in this process alone."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     with exit_with_one_line():
         quiet_dependencies()
         cpu_emulation.enable()

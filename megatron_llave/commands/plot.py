@@ -1,38 +1,22 @@
 """Draw the curves of one or several runs: loss, also by subset, learning rate, similarities, throughput, scores.
 
-llave plot runs/a runs/b [--out runs.png | --out runs.html | --html] [--along step|pairs|hours]
-
-An HTML page has the values under the pointer, zoom and a table of final values, and needs no network.
-
-The tool only reads log.jsonl and evaluations.jsonl in the output directories, so it works while a run is training too.
+`llave plot --help` explains the command; megatron_llave/options/plot.py has its options.
 """
 
-import argparse
 import math
 from pathlib import Path
 
-from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import DataError, exit_with_one_line, require
 from megatron_llave.files import parse_json
+from megatron_llave.options.plot import parse
 from megatron_llave.report.curves_page import write_curves_page
-from megatron_llave.report.plots import ALONG, plot_runs
+from megatron_llave.report.plots import plot_runs
 from megatron_llave.training.logger import EVALUATIONS_FILE, LOG_FILE, read_log
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run (train.output)")
-    parser.add_argument(
-        "--out", help=".png or .html file; default: curves.png in the run, or here if there are several"
-    )
-    parser.add_argument("--html", action="store_true", help="write a page: curves.html, unless --out names it")
-    parser.add_argument("--along", choices=ALONG, default="step", help="horizontal axis")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, read the logs, and draw."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     with exit_with_one_line():
         folders = {name: Path(run) for name, run in zip(short_names(args.runs), args.runs)}
         default = Path(args.runs[0] if len(args.runs) == 1 else ".") / ("curves.html" if args.html else "curves.png")

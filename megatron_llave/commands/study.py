@@ -1,8 +1,6 @@
 """Run one of the paper's experiments: its variants, each with several seeds, then tables and figures.
 
-llave study hardness --config studies/tiny --seeds 0,1,2 --out DIR [section.key=value ...]
-
-If the command is repeated, it runs only what is missing and writes the report again. See docs/studies.md.
+`llave study --help` explains the command; megatron_llave/options/study.py has its options.
 """
 
 import argparse
@@ -13,7 +11,8 @@ from pathlib import Path
 
 from megatron_llave.config.load import load_config
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import ConfigError, exit_with_one_line, require
+from megatron_llave.options.study import parse
 from megatron_llave.report.paper_results import ABLATION_NOTES, ABLATIONS
 from megatron_llave.study.findings import read_findings
 from megatron_llave.study.queue import run_all
@@ -25,37 +24,9 @@ MOST_PROCESSES = 10_000
 """The largest number of processes at a time."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--config", required=True, help="configuration that all runs share")
-    parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each variant runs with each")
-    parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same folder resumes")
-    parser.add_argument(
-        "--variant", action="append", default=[], help="run this variant and the reference only; may be repeated"
-    )
-    parser.add_argument("--start", metavar="FILE", help="configuration of a run that each seed's runs start from")
-    parser.add_argument("--processes", type=int, default=2, help="processes of all runs at a time (2)")
-    parser.add_argument("--per-run", type=int, default=1, help="processes of one run (1)")
-    parser.add_argument(
-        "--task", metavar="N|list", help="run only number N of the list, for a job array; or print the list"
-    )
-    parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
-    return parser
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """Parse `0,1,2`; argparse reports a ValueError."""
-    numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    if not all(0 <= seed < 2**31 for seed in numbers):
-        raise ValueError
-    return numbers
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, report; returns the exit status."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse(argv)
     # Turn SIGTERM into an exception, so that the queue asks its runs to save and stop.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with exit_with_one_line():

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.files import write_text
+from megatron_llave.options.plot import ALONG
 from megatron_llave.report.html_page import Section, html_page
-from megatron_llave.report.plots import ALONG, LINE_STYLES, PANELS, SUBSET_COLOURS, place_of, running_mean, values_of
+from megatron_llave.report.plots import LINE_STYLES, PANELS, SUBSET_COLOURS, place_of, running_mean, values_of
 
 MOST_POINTS = 1000
 """Points of a curve. A longer one has the least and the greatest value of equal parts, so that every peak is there."""

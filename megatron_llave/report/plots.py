@@ -37,8 +37,6 @@ PANELS: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
 """Title, vertical axis, and value of a step's record, for each panel of plot_runs; evaluations and subsets follow."""
 ACROSS = 3
 """Panels side by side."""
-ALONG = ("step", "pairs", "hours")
-"""Quantities of the horizontal axis."""
 
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path) -> None:
