@@ -29,6 +29,7 @@ from megatron_llave.data.tokenizer import TOKENIZERS
 from megatron_llave.distributed import collectives, cpu_emulation, process_groups
 from megatron_llave.distributed.layout import validate_layout
 from megatron_llave.distributed.schedule import run_schedule
+from megatron_llave.embedding.describe import describe
 from megatron_llave.embedding.embeddable import Embeddable, to_sides
 from megatron_llave.errors import BadInputError, DataError, NotFiniteError
 from megatron_llave.models import build_model, build_processor
@@ -98,8 +99,9 @@ class LoadedModel:
         return rows[0] if is_single else rows
 
     def __repr__(self) -> str:
-        """One line, because a notebook shows it."""
-        return f"LoadedModel({self.cfg.model.preset or self.cfg.model.family}, {self.source and self.source.folder})"
+        """Three lines, because a notebook shows it: what model, what it takes and gives, where it lies."""
+        place = None if self.source is None else self.source.place
+        return describe(self.cfg, self.chunks, place, self.average, dist.get_world_size())
 
 
 def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = False) -> LoadedModel:

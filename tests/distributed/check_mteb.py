@@ -2,11 +2,15 @@
 
 check_mteb.py mock OUT tensor,pipeline[,context] TOKENIZER    all tasks by mteb.mock_run: their scores, in OUT.json
 check_mteb.py command OUT tensor,... TOKENIZER [OPTION ...]    tools/evaluate.py mteb on three of them
+check_mteb.py waits OUT tensor,... TOKENIZER                   without mteb: the first rank is slower than the timeout
 check_mteb.py checks OUT 1,1 TOKENIZER                         mock, and what needs mteb and one rank
 """
 
 import json
+import os
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,14 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.embedding import cache
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
+from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation import mteb_encoder
 from megatron_llave.evaluation.benchmarks import mteb as benchmark
 from megatron_llave.evaluation.mteb_encoder import DistributedEncoder
 
+TIMEOUT = 10
+"""Seconds after which a collective would end the ranks."""
 NAMES = ("MockClassificationTask", "MockRetrievalTask", "MockImageClassification")
 
 
@@ -66,6 +73,37 @@ def write_mock_scores(model, out: str) -> None:
     if scores is not None:
         counts = {"inputs": encoder.num_inputs, "embedded": encoder.num_embedded}
         Path(f"{out}.json").write_text(json.dumps({"scores": scores, **counts}))
+
+
+def check_waits(out: str, layout: str, tokenizer: str) -> None:
+    """The other ranks wait for the first one beyond the timeout of collectives, and all of them hear of its error."""
+    process_groups.SECONDS_FOR_THE_WATCHDOG = 0
+    model = load_model(ONEVISION, [*overrides(layout, tokenizer), f"parallel.timeout_seconds={TIMEOUT}"])
+    identity = model.identity()
+    embedder = CachedEmbedder(partial(embed_parts, model), out, identity, model.groups.dp, cfg=model.cfg)
+    [block] = mteb_encoder.blocks([Input(str(number)) for number in range(100)], "task")
+
+    def score() -> int:
+        time.sleep(TIMEOUT + 2)
+        return len(encoder._embed(block))
+
+    encoder = DistributedEncoder(embedder, 64, mteb_encoder.Instructions(), None)
+    assert encoder.run(score) == (100 if dist.get_rank() == 0 else None)
+    for entries, fail, message in (
+        ([], lambda: 1 / 0, "division by zero"),
+        ([Input("", (b"damaged",))] * 9, lambda: None, "cannot be embedded: .*not a readable image"),
+    ):
+
+        def work(entries=entries, fail=fail):
+            with suppress(DataError):  # as mteb.mock_run does
+                for each in mteb_encoder.blocks(entries, "task"):
+                    encoder._embed(each)
+            fail()
+
+        encoder = DistributedEncoder(embedder, 64, mteb_encoder.Instructions(), None)
+        with pytest.raises(Exception, match=message):
+            encoder.run(work)
+    print("waited", flush=True)
 
 
 def run_command(out: str, changes: list[str], *options: str) -> None:
@@ -223,6 +261,10 @@ if __name__ == "__main__":
     _, what, out, layout, tokenizer, *options = sys.argv
     cpu_emulation.enable()
     cache.PART_COST = 20  # a few inputs a part, so that every rank gets some
+    if what == "waits":
+        check_waits(out, layout, tokenizer)
+        sys.stdout.flush()
+        os._exit(0)  # the ranks are not in step any more after the last error
     if what == "command":
         run_command(out, overrides(layout, tokenizer), *options)
         sys.exit()

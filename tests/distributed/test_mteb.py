@@ -44,6 +44,12 @@ def test_the_scores_are_the_same_at_every_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_ranks_wait_for_the_first_one_and_hear_of_its_errors(tmp_path: Path) -> None:
+    output = run_ranks(2, SCRIPT, "waits", str(tmp_path / "out"), "1,1", str(byte_tokenizer(tmp_path)))
+    assert output.count("waited") == 2
+
+
+@pytest.mark.slow
 def test_data_out_of_reach_end_all_ranks_with_one_line(tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(tool), "mteb", "--checkpoint", str(ONEVISION)]

@@ -11,6 +11,7 @@ from megatron_llave.batch import Side
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import ParallelConfig
 from megatron_llave.embedding.cache import CachedEmbedder
+from megatron_llave.embedding.describe import describe
 from megatron_llave.embedding.embeddable import to_sides
 from megatron_llave.embedding.embedder import LoadedModel, embed, embed_parts
 from megatron_llave.errors import DataError
@@ -39,6 +40,27 @@ def test_packing_and_order_of_inputs_do_not_matter(model: LoadedModel) -> None:
     alone = torch.cat([embed(model, {text: Side(text, [])}) for text in texts])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert embed(model, {}).shape == (0, 128)
+
+
+def test_a_model_is_printed_in_three_lines(model: LoadedModel) -> None:
+    count = sum(weight.numel() for chunk in model.chunks for weight in chunk.parameters()) / 1e6
+    kind, takes, where = repr(model).splitlines()
+    assert kind == "LoadedModel llava_onevision tiny: 2 layers of 128, vision 2 of 128; in training"
+    assert takes == "takes texts, images and videos, up to 4096 tokens, prompt qwen; gives 128 numbers of unit length"
+    assert where == f"on cpu in fp32, {count:,.4g} M parameters"
+    cfg = config_from_dict(
+        {
+            "model": {"preset": "tiny"},
+            "loss": {"matryoshka_dims": [32, 64]},
+            "parallel": {"tensor": 2},
+            "train": {"steps": 1},
+        }
+    )
+    cfg.lora.rank = 8
+    kind, takes, where = describe(cfg, model.chunks, "org/tiny@1f", True, 4).splitlines()
+    assert kind.endswith("vision 2 of 128, adapters of rank 8; averaged weights of org/tiny@1f")
+    assert takes.endswith("gives 128 numbers of unit length (also trained: the first 32, 64)")
+    assert where.endswith(f"M parameters, {count:,.4g} M of them here; tensor 2, data 2")
 
 
 def test_images_that_lose_something_are_counted(model: LoadedModel, capsys) -> None:
