@@ -12,7 +12,8 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from megatron_llave.data.image_files import decode_image
+from megatron_llave.data.image_files import BadImageError, decode_image
+from megatron_llave.errors import BadInputError
 from megatron_llave.search.index import Manifest, write_index
 from megatron_llave.search.prompts import CAPTIONS
 from megatron_llave.search.query import EmbedQuery
@@ -38,7 +39,10 @@ def colour_vector(image: bytes) -> np.ndarray:
 
 def fake_embed(text: str, image: bytes | None) -> np.ndarray:
     """Stands for the model of an index: an image is its colours, a text the image with that seed."""
-    rows = [colour_vector(image)] if image is not None else []
+    try:
+        rows = [colour_vector(image)] if image is not None else []
+    except BadImageError as error:
+        raise BadInputError(f"input of the query cannot be embedded: {error}") from error
     if text:
         number = int(text) if text.isdigit() else int(hashlib.md5(text.encode()).hexdigest()[:4], 16)
         rows.append(colour_vector(png(number)))

@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from megatron_llave.errors import ConfigError, DataError, UserError
+from megatron_llave.errors import BadInputError, ConfigError, DataError, UserError
 from megatron_llave.files import NO_CHARACTER, parse_json
 from megatron_llave.search.guard import Guard, TooLargeBodyError
 from megatron_llave.search.index import MANIFEST, Hit, ImageIndex, about, open_index
@@ -149,6 +149,9 @@ def make_app(searcher: Searcher) -> Starlette:
                 return JSONResponse({"error": str(error)}, error.status)
             except TooLargeBodyError:
                 return JSONResponse({"error": "The image is too large."}, 413)
+            except BadInputError as error:
+                reason = str(error).partition("cannot be embedded: ")[2] or str(error)
+                return JSONResponse({"error": f"The image cannot be used: {reason}."}, 422)
             except UserError as error:
                 return JSONResponse({"error": f"{str(error)[:1].upper()}{str(error)[1:]}."}, 422)
 

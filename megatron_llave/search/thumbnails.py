@@ -20,7 +20,7 @@ from megatron_llave.search.index import ImageIndex
 
 SIDES = {"thumbnail": 384, "image": 2048}
 """The longest side of what is sent, pixels; images are never made larger."""
-QUALITY = 82
+QUALITIES = {"thumbnail": 82, "image": 92}
 MOST_BYTES = 2**27
 """Bytes of what is kept in memory; browsers keep it too."""
 MEDIA_TYPE = "image/webp"
@@ -46,7 +46,7 @@ class Thumbnails:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = shrink(read_indexed(index, row, self.pictures), SIDES[size])
+        made = shrink(read_indexed(index, row, self.pictures), SIDES[size], QUALITIES[size])
         with self._lock:
             if key not in self._kept and len(made) <= self.most_bytes:
                 self._kept[key] = made
@@ -77,8 +77,8 @@ def read_indexed(index: ImageIndex, row: int, pictures: str | os.PathLike) -> by
     raise DataError(f"{files[0].name} {what}; llave search build brings the index up to date")
 
 
-def shrink(data: bytes, side: int) -> bytes:
-    """Return an image as WebP, whose longest side is at most `side` pixels.
+def shrink(data: bytes, side: int, quality: int) -> bytes:
+    """Return an image as WebP, whose longest side is at most `side` pixels; quality is from 0 to 100.
 
     Raises:
         BadImageError: it cannot be read, or is beyond the limits of data.image_files.
@@ -91,5 +91,5 @@ def shrink(data: bytes, side: int) -> bytes:
     rgb = decode_image(image)
     rgb.thumbnail((side, side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    rgb.save(content, "WEBP", quality=QUALITY, method=2)
+    rgb.save(content, "WEBP", quality=quality, method=2)
     return content.getvalue()

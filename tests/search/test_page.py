@@ -128,7 +128,7 @@ def test_an_image_is_dropped_chosen_and_joined_with_words(page: sync_api.Page, a
     page.set_input_files("#file", tmp_path / "chosen.png")
     expect(page.locator("#chip-name")).to_have_text("chosen.png")
     drop(page, "text.png", b"no image at all")
-    expect(page.get_by_role("alert")).to_contain_text("Not a readable image")
+    expect(page.get_by_role("alert")).to_contain_text("The image cannot be used: not a readable image")
     expect(page.locator(".grid li")).to_have_count(0)
     drop(page, "empty.png", b"")
     expect(page.get_by_role("alert")).to_have_text("The file is empty or cannot be read.")

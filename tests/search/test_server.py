@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from forking import ROOT, fork
 from PIL import Image
-from searching import colour_vector, fake_embed, png, serving, write_fake_index
+from searching import fake_embed, png, serving, write_fake_index
 
 from megatron_llave.commands.search import main
 from megatron_llave.distributed import process_groups
@@ -179,7 +179,7 @@ def test_bodies_are_bounded_with_and_without_a_length(index: Path, serve, monkey
         ({"text": "  "}, 400, "Give words to look for, or an image, or both."),
         ({"image": "###"}, 400, "The image did not arrive whole."),
         ({"image": 3}, 400, "The image did not arrive whole."),
-        ({"image": base64.b64encode(b"<svg/>").decode()}, 422, "Not a readable image"),
+        ({"image": base64.b64encode(b"<svg/>").decode()}, 422, "The image cannot be used: not a readable image"),
         ({"text": "3", "offset": -1}, 400, "offset must be a number from 0 on."),
         ({"text": "3", "count": "all"}, 400, "count must be a number from 0 on."),
         ({"like": "00"}, 404, "This image is not in the index any more. Search again."),
@@ -227,7 +227,7 @@ def test_only_the_bytes_that_were_indexed_are_shown(index: Path, pictures: Path,
 def test_large_images_and_bombs(pictures: Path, tmp_path: Path, serve) -> None:
     Image.new("RGB", (3000, 1500), "red").save(pictures / "large.jpg", exif=b"Exif\0\0secret place")
     write_fake_index(tmp_path / "index", pictures)
-    address = serve(tmp_path / "index", lambda text, image: colour_vector(image))
+    address = serve(tmp_path / "index")
     (large,) = [hit["id"] for hit in search(address)["results"] if hit["files"] == ["large.jpg"]]
     for size, sides in (("thumbnail", (384, 192)), ("image", (2048, 1024))):
         content = ask(address, f"/{size}/{large}").body

@@ -159,6 +159,7 @@ function showQuery() {
   document.title = query.text || query.like || query.image ? `${titleOf()} · Image search` : "Image search";
   find("chip").hidden = !query.image;
   if (query.image) {
+    find("chip-image").hidden = false;
     find("chip-image").src = query.imageUrl;
     find("chip-name").textContent = query.imageName;
   }
@@ -201,6 +202,7 @@ async function takeImage(file) {
 find("form").addEventListener("submit", (event) => { event.preventDefault(); search(withText()); });
 find("choose").addEventListener("click", () => find("file").click());
 find("file").addEventListener("change", () => { takeImage(find("file").files[0]); find("file").value = ""; });
+find("chip-image").addEventListener("error", () => { find("chip-image").hidden = true; });
 find("chip-remove").addEventListener("click", () => { removeImage(); text.focus(); search(withText()); });
 find("home").addEventListener("click", (event) => { event.preventDefault(); text.value = ""; search({}); });
 document.addEventListener("paste", (event) => {
