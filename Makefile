@@ -80,7 +80,7 @@ search: $(STAMP)
 	@test -f $(OUT)/state.json || { echo "there is no trained model in $(OUT): make demo trains it, in some minutes" >&2; exit 1; }
 	@test -d $(SEARCH)/images || $(VENV)/bin/python tools/search.py demo-images --out $(SEARCH)/images
 	@$(VENV)/bin/python tools/search.py build --checkpoint $(OUT) --pictures $(SEARCH)/images --out $(SEARCH)/index \
-		--text-prompt "Find the emoji: {}" --like-prompt "<image>\nFind the same emoji." --both-prompt "<image>\nFind the same emoji with {}."
+		--text-prompt "Find the emoji: {}" --like-prompt "Find the same emoji." --both-prompt "Find the same emoji with {}."
 	@$(VENV)/bin/python tools/search.py serve $(SEARCH)/index --port $(PORT)
 
 test: $(STAMP)

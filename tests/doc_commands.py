@@ -40,6 +40,10 @@ ELSEWHERE = {
         "tests/examples/test_examples.py::test_adapters_of_the_demo_start_from_other_tasks",
         ["tiny_start.yaml", "tiny_lora.yaml"],
     ),
+    r"python tools/search\.py serve .*": (
+        "tests/search/test_server.py::test_the_command_serves_until_ctrl_c",
+        ["serve"],
+    ),
     r"python -m benchmarks\.communication .*": (
         "tests/benchmarks/test_communication.py::test_measures_once_and_reports",
         ["run_communication"],

@@ -180,6 +180,7 @@ GIVEN = {
         "runs/mine": "trained",
     },
     "docs/running.md": {"runs/openmoji": "data"},
+    "docs/search.md": {"runs/own": "tiny", "photos": "photos"},
     "docs/studies.md": {"runs/openmoji": "data"},
 }
 

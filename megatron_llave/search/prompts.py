@@ -51,7 +51,7 @@ INSTRUCT = Prompts(
     "Instruct: Find an image similar to the given image with the described changes.\n<image>{}",
 )
 """In the form of GME and Qwen3-VL-Embedding, whose instruction goes into the system message."""
-CAPTIONS = Prompts("<image>\nRepresent the given image.", "{}", "<image>\nRepresent the given image.", "<image>\n{}")
+CAPTIONS = Prompts("Represent the given image.", "{}", "Represent the given image.", "{}")
 """Those of `llave prepare folder` and of every text as it is."""
 BY_TEMPLATE = {"qwen": MMEB, "vlm2vec_v2": MMEB, "gme": INSTRUCT, "qwen3_vl_embedding": INSTRUCT}
 

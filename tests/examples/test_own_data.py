@@ -15,7 +15,7 @@ from megatron_llave.evaluation.benchmarks.prepared import read_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "own_data.md"
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FEWER = {"train.steps": 4, "train.global_batch_size": 16, "log.interval": 1, "data.workers": 0}
 
 pytestmark = pytest.mark.long
@@ -38,15 +38,12 @@ def test_from_a_folder_of_images_to_search(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
         (tmp_path / "photos" / f"{number}.txt").write_text(f"noise number {number}")
     printed = []
-    for language, block in BLOCK.findall(PAGE.read_text()):
-        if language == "python":
-            Path("search.py").write_text(block)
-            continue
+    for block in BLOCK.findall(PAGE.read_text()):
         for line in block.replace("\\\n", "").splitlines():
             done = run_line(line)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             printed.append(done.stdout)
-    prepared, inspected, _, evaluated, found = printed
+    prepared, inspected, _, evaluated, built, found = printed
     command = NEXT.format("data/own")
     assert prepared.splitlines()[-1] == f"next: {command}" and command in PAGE.read_text()
     assert "22 / 0 / 0" in inspected and "0 / 0 / 22" in inspected
@@ -56,6 +53,7 @@ def test_from_a_folder_of_images_to_search(tmp_path: Path) -> None:
     ]
     assert "chance" in evaluated and "before" in evaluated and evaluated.count("_to_") == 2 and " 50 " in evaluated
     assert {"report.html", "montage.png"} <= {path.name for path in Path("runs/own/report").iterdir()}
+    assert built.startswith("runs/own/search: 24 images\n")
     lines = [line.split() for line in found.splitlines()]
-    assert len(lines) == 5 and all(Path(name).is_file() for _, name in lines)
+    assert len(lines) == 5 and all(Path("photos", name).is_file() for _, name in lines)
     assert [float(score) for score, _ in lines] == sorted((float(score) for score, _ in lines), reverse=True)
