@@ -1,7 +1,7 @@
 """Makes a data folder of the embedding data of ms-swift: JSON lines with `messages` and `positive_messages`.
 
 `prepare swift` runs this once. The format is that of "Embedding Training" in ms-swift's documentation (4.x), and the
-older one of its versions 3.0 to 3.8 with `query`, `response` and `rejected_response`. A line that is none of them is
+older one of its versions 3.3 to 3.8 with `query`, `response` and `rejected_response`. A line that is none of them is
 counted and listed.
 """
 
