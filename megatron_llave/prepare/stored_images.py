@@ -22,7 +22,8 @@ from megatron_llave.files import AGAIN
 
 ROWS_AT_ONCE = 16
 """Number of rows of a Parquet file whose images are in memory at a time."""
-OPEN_FILES = 8
+OPEN_COLUMNS = 8
+"""Number of columns, each with a page of a Parquet file, that are kept open."""
 ARROW_FILE = b"ARROW1"
 """What an Arrow file begins with; one that does not is a stream, as the package datasets writes it."""
 READ_ERRORS = (OSError, ValueError, pa.ArrowException)
@@ -88,8 +89,8 @@ class TableCell:
         """
         try:
             status = os.stat(self.file)
-            reader = _cells(self.file, (status.st_size, status.st_mtime_ns), self.column[0], self.group)
-            value = reader.find(self.row)
+            reader = _cells(self.file, (status.st_size, status.st_mtime_ns), self.column[0])
+            value = reader.find(self.group, self.row)
             for field in self.column[1:]:
                 value = value[field]
             if self.item is not None:
@@ -106,32 +107,32 @@ StoredImage = TarMember | TableCell
 
 
 class _Cells:
-    """Finds values of a column in a row group or record batch; rows that are asked for in order are read once."""
+    """Finds values of a column in a table; rows that are asked for in order are read once."""
 
-    def __init__(self, file: str, column: str, group: int) -> None:
-        self.file, self.column, self.group = file, column, group
-        self._restart()
+    def __init__(self, file: str, column: str) -> None:
+        self.file, self.column = file, column
+        self._start(0)
 
-    def _restart(self) -> None:
-        self._batches = read_batches(Path(self.file), [self.column], self.group)
-        self._first, self._rows = 0, None
+    def _start(self, group: int) -> None:
+        self._batches = read_batches(Path(self.file), [self.column], group)
+        self._group, self._first, self._rows = group, 0, None
 
-    def find(self, row: int) -> Any:
-        """Return the value of a row as a scalar of pyarrow."""
-        if row < self._first:
-            self._restart()
+    def find(self, group: int, row: int) -> Any:
+        """Return the value of a row of a row group or record batch as a scalar of pyarrow."""
+        if group != self._group or row < self._first:
+            self._start(group)
         while self._rows is None or row >= self._first + len(self._rows):
             self._first += 0 if self._rows is None else len(self._rows)
             self._rows = next(self._batches, None)
             if self._rows is None:
-                raise IndexError(f"group {self.group} has no row {row}")
+                raise IndexError(f"group {group} has no row {row}")
         return self._rows.column(self.column)[row - self._first]
 
 
-@lru_cache(maxsize=OPEN_FILES)
-def _cells(file: str, state: tuple[int, int], column: str, group: int) -> _Cells:
-    """Return the reader of a group; `state` tells whether the file has been changed since."""
-    return _Cells(file, column, group)
+@lru_cache(maxsize=OPEN_COLUMNS)
+def _cells(file: str, state: tuple[int, int], column: str) -> _Cells:
+    """Return the reader of a column; `state` tells whether the file has been changed since."""
+    return _Cells(file, column)
 
 
 def read_batches(path: Path, columns: list[str] | None, group: int, rows: int = ROWS_AT_ONCE) -> Iterator[Any]:
@@ -147,7 +148,7 @@ def read_batches(path: Path, columns: list[str] | None, group: int, rows: int = 
         OSError, ValueError, pa.ArrowException: the file cannot be read.
     """
     if path.suffix == ".parquet":
-        with pq.ParquetFile(path, buffer_size=2**20) as file:
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield from file.iter_batches(rows, row_groups=[group], columns=columns)
         return
     with open_arrow(path) as (_, batches):

@@ -299,7 +299,7 @@ def _arrow_parts(table: Table, columns: Sequence[str]) -> Iterator[_Part]:
 
 
 def _parquet_parts(table: Table, columns: Sequence[str]) -> Iterator[_Part]:
-    with pq.ParquetFile(table.path, buffer_size=2**20) as file:
+    with pq.ParquetFile(table.path, buffer_size=2**20, pre_buffer=False) as file:
         paths = [file.schema.column(number).path for number in range(len(file.schema))]
         chosen = [path for path in paths for name in columns if _is_read(path, name, table.kinds[name])]
         for group in range(file.num_row_groups):
