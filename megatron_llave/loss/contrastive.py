@@ -74,7 +74,7 @@ def hardness_weighted_contrastive_loss(
     up to 0.065.
 
     A query with several targets has the mean of their losses, in each of which the other targets of the query are left
-    out. In the other direction each target is compared with the queries that it is a negative of. A target is no
+    out. In the other direction each target is compared with the queries that it is a negative of. A target is not a
     negative of a query that has a target with the same id, if one of the two queries that they belong to has several
     targets.
 
