@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "convert from and to Hugging Face and PEFT folders; inspect and verify checkpoints",
     "evaluate": "evaluate a checkpoint on a benchmark",
     "embed": "embed texts and images, from the command line or from files",
+    "mine": "mine hard negatives for training shards with a checkpoint",
     "merge": "compute the weighted mean of several checkpoints",
     "plan": "compute memory, FLOPs and a layout that fits, before a run",
     "preflight": "check speed, disks and clocks of the nodes before a run",
@@ -34,7 +35,7 @@ COMMANDS = {
     "completion": "print the script that lets bash, zsh or fish complete commands and options",
 }
 """Every command with a line about it; the module of a command is megatron_llave/commands/NAME.py."""
-RANKED = {"evaluate": (), "preflight": (), "embed": ("--jsonl", "--shards")}
+RANKED = {"evaluate": (), "mine": (), "preflight": (), "embed": ("--jsonl", "--shards")}
 """Commands that the GPUs share, with the options of which one must be given; otherwise a single process suffices."""
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_llave.mining.rules import Rules
+from megatron_llave.config.mining import Rules
 
 
 def exact(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -167,6 +167,7 @@ GIVEN = {
         "runs/vqa": "adapters",
         "HF_DIR": "hf",
     },
+    "docs/mining.md": {"CKPT": "tiny", "data/own": "own"},
     "docs/python.md": {"CKPT": "tiny", "cat.jpg": "image", "dog.jpg": "image", "inputs.jsonl": "items"},
     "docs/quickstart.md": {"runs/openmoji": "data"},
     "docs/recipes.md": {

@@ -75,6 +75,8 @@ def _validate_objectives(cfg: RunConfig) -> None:
     for name, loss in losses.items():
         ok = loss.negatives != "own" or cfg.data.hard_negatives > 0
         require(ok, f"{name}.negatives=own leaves no negatives while data.hard_negatives=0; set it to at least 1")
+    ok = cfg.data.negatives is None or cfg.data.hard_negatives > 0
+    require(ok, f"data.negatives={cfg.data.negatives} is not used while data.hard_negatives=0; set it to at least 1")
     ok = cfg.loss.soft_labels is None or cfg.data.hard_negatives > 0 or cfg.data.positives != 1
     require(ok, "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives")
     hint = "a file or folder made by tools/embed.py --shards"

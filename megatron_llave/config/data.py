@@ -75,6 +75,10 @@ class DataConfig:
     hard_negatives: int = 0
     """Maximum number of hard negatives that are used per pair, taken from the start of its list. Each query is compared
     with the hard negatives of all pairs that it is compared with."""
+    negatives: str | None = None
+    """Folder of mined hard negatives for the shards of data.path, as made by tools/mine.py negatives, or their address
+    on the network like that of data.path. A pair gets them after its own hard negatives, and data.hard_negatives is the
+    maximum of both together. null: there are none."""
     positives: int | None = None
     """Maximum number of targets that are used per pair, taken from the start of its list; null: all. With several, the
     loss of a pair is the mean over them."""

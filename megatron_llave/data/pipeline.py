@@ -23,9 +23,11 @@ from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.balance import TokenBudget
 from megatron_llave.data.index import Index
+from megatron_llave.data.mined_negatives import MinedNegatives, open_negatives
 from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
 from megatron_llave.data.packing import Processor
 from megatron_llave.data.readers import (
+    MINED,
     STORED,
     MicroBatchReader,
     PairReader,
@@ -81,9 +83,10 @@ def build_train_stream(
 
     Raises:
         ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture or batch size differ
-            from those of `position`, or loss.stored_embeddings.
+            from those of `position`, or loss.stored_embeddings or data.negatives.
         DataError: the index is missing or damaged, or the missing shards hold more pairs than data.max_bad_fraction
-            allows; later also when more pairs than that are bad. Or loss.stored_embeddings lacks an input.
+            allows; later also when more pairs than that are bad. Or loss.stored_embeddings lacks an input, or
+            data.negatives are incomplete or of other shards.
     """
     storage = open_storage(cfg.data)
     index = storage.read_index()
@@ -94,12 +97,11 @@ def build_train_stream(
         taken = Counter(itertools.islice(draw_subsets(mixture), start_step * mixture.batches_per_step))
         require_same_data(position, data_position(mixture, start_step, taken))
     micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
-    stored = open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None
-    require_same_vectors(stored, position)
+    most_open = SHARDS_PER_SUBSET * len(mixture.sources)
     common = {
         "mixture": mixture,
         "subsets": {name: index.subsets[name] for name in mixture.sources},
-        "shards": ShardReader(storage, SHARDS_PER_SUBSET * len(mixture.sources)),
+        "shards": ShardReader(storage, most_open),
         "processor": processor,
         "shares": rank_shares(cfg.train.global_batch_size, micro_batch_size, rank, world),
         "hard_negatives": cfg.data.hard_negatives,
@@ -107,12 +109,23 @@ def build_train_stream(
         "needs_scores": frozenset(n for n in mixture.sources if loss_of_subset(cfg, n).objective == "cosent"),
         "pad_to_multiple": pad_to_multiple,
         "context": cfg.parallel.context,
-        "stored": stored,
+        **_open_beside(cfg, index, mixture, most_open, position),
         "loss_of": partial(loss_of_subset, cfg),
     }
     PairReader(**common).require_vectors()
     steps = _made_ahead(cfg, common, plan_steps(mixture, start_step), budget)
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
+
+
+def _open_beside(
+    cfg: RunConfig, index: Index, mixture: Mixture, most_open: int, position: dict | None
+) -> dict[str, StoredVectors | MinedNegatives | None]:
+    """Open what lies beside the shards, as fields of a PairReader; it must be what it was at `position`."""
+    stored = open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None
+    mined = open_negatives(cfg.data, index, mixture.sources, most_open)
+    require_same_beside("loss.stored_embeddings", STORED, stored, position)
+    require_same_beside("data.negatives", MINED, mined, position)
+    return {"stored": stored, "mined": mined}
 
 
 def _made_ahead(
@@ -186,23 +199,30 @@ def require_same_data(saved: dict, current: dict) -> None:
     Raises:
         ConfigError: names the first value that differs.
     """
-    _require_equal({**saved, "subsets": None, STORED: None}, {**current, "subsets": None, STORED: None}, "")
+    apart = dict.fromkeys(("subsets", STORED, MINED))  # compared by themselves
+    _require_equal({**saved, **apart}, {**current, **apart}, "")
     for name in sorted(saved["subsets"].keys() | current["subsets"].keys()):
         before, now = (position["subsets"].get(name, {}) for position in (saved, current))
         _require_equal(before, now, f"subset {name}: ")
 
 
-def require_same_vectors(stored: StoredVectors | None, saved: dict | None) -> None:
-    """Refuse to resume with other stored embeddings than the stopped run had at the saved position.
+def require_same_beside(key: str, name: str, now: StoredVectors | MinedNegatives | None, saved: dict | None) -> None:
+    """Refuse to resume with other data beside the shards than the stopped run had at the saved position.
+
+    Args:
+        key: the key of the configuration that they come from.
+        name: under which the position has their identity.
+        now: those of this run.
+        saved: the position; None: the run is new.
 
     Raises:
         ConfigError: they differ.
     """
-    before, now = (saved or {}).get(STORED), stored and stored.identity
-    if saved is not None and before != now:
+    before, identity = (saved or {}).get(name), now and now.identity
+    if saved is not None and before != identity:
         hint = "give those of before, or start a new run from its weights with checkpoint.init"
-        names = [f"those with identity {identity}" if identity else "none" for identity in (before, now)]
-        raise ConfigError(f"loss.stored_embeddings: the run to resume had {names[0]}, now it has {names[1]}; {hint}")
+        names = [f"those with identity {one}" if one else "none" for one in (before, identity)]
+        raise ConfigError(f"{key}: the run to resume had {names[0]}, now it has {names[1]}; {hint}")
 
 
 def _require_equal(before: dict, now: dict, where: str) -> None:

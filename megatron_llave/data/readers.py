@@ -19,6 +19,7 @@ from megatron_llave.batch import Pair, PairBatch, StepBatches, padded_length
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.data.balance import TokenBudget, balance_micro_batches, fill_micro_batches
 from megatron_llave.data.index import Subset
+from megatron_llave.data.mined_negatives import MinedNegatives
 from megatron_llave.data.mixture import Mixture
 from megatron_llave.data.packing import (
     EncodedPair,
@@ -37,6 +38,8 @@ PAIRS_LOOKED_UP = 20
 """Pairs of each subset whose stored embeddings are looked up before the first step."""
 STORED = "stored_embeddings"
 """Key of the identity of the stored embeddings in the position in the data."""
+MINED = "mined_negatives"
+"""Key of the identity of the mined negatives in the position in the data."""
 LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
 """Why a pair that was planned by the headers of its images is left out when it is decoded."""
 
@@ -138,6 +141,8 @@ class PairReader(Dataset):
     """Number of context ranks that share a packed row."""
     stored: StoredVectors | None
     """Embeddings of the inputs by another model, which come with the micro batches; None: there are none."""
+    mined: MinedNegatives | None
+    """The mined negatives, which pairs get after their own; None: there are none."""
     loss_of: Callable[[str], LossConfig]
     """The loss of a subset, which says what it takes from the stored embeddings."""
 
@@ -176,6 +181,7 @@ class PairReader(Dataset):
         file = self.subsets[name].shards[shard]
         try:
             pair = self.shards.read(file, number)
+            pair = self.mined.join(pair, file) if self.mined and pair.subset == name else pair
         except DataError as error:
             return DataError(f"a pair of subset {name}: {error}")
         if pair.subset != name:
@@ -199,7 +205,8 @@ class PairReader(Dataset):
 
     def position(self, plan: StepPlan) -> dict:
         """Return the position in the data after the step."""
-        return plan.position if self.stored is None else plan.position | {STORED: self.stored.identity}
+        beside = {STORED: self.stored, MINED: self.mined}
+        return plan.position | {key: value.identity for key, value in beside.items() if value is not None}
 
 
 @dataclass(frozen=True)

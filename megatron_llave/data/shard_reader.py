@@ -13,6 +13,9 @@ from megatron_llave.data.tar_members import TarSample, find_samples, read_sample
 from megatron_llave.errors import DataError
 from megatron_llave.files import AGAIN
 
+Opened = tuple[BinaryIO, Path, list[TarSample], dict[str, int]]
+"""An open shard: the file, its name, its samples, and the number of each key."""
+
 
 class ShardReader:
     """Reads pairs by shard and number: the headers of a shard once, then only the pairs that are asked for."""
@@ -24,7 +27,7 @@ class ShardReader:
         """
         self.storage = storage
         self.most_open = most_open
-        self._opened: OrderedDict[str, tuple[BinaryIO, Path, list[TarSample]] | DataError] = OrderedDict()
+        self._opened: OrderedDict[str, Opened | DataError] = OrderedDict()
 
     def read(self, shard: Shard, number: int) -> Pair:
         """Return pair `number` of a shard.
@@ -47,7 +50,23 @@ class ShardReader:
         members = {suffix: place for suffix, place in sample.members.items() if suffix == "json"}
         return unpack_json(read_sample(file, path, replace(sample, members=members)), where), where
 
+    def members(self, shard: Shard, key: str) -> tuple[dict[str, Any], str]:
+        """Return the members of the sample with a key, `__key__` among them, and its name for messages.
+
+        Raises:
+            DataError: the shard has no such sample, or as `read` does.
+        """
+        file, path, samples, numbers = self._find_shard(shard)
+        if key not in numbers:
+            raise DataError(f"{path} has no sample {key}; {AGAIN}")
+        sample = samples[numbers[key]]
+        return {"__key__": key, **read_sample(file, path, sample)}, f"{path}: sample {key}"
+
     def _find(self, shard: Shard, number: int) -> tuple[BinaryIO, Path, TarSample]:
+        file, path, samples, _ = self._find_shard(shard)
+        return file, path, samples[number]
+
+    def _find_shard(self, shard: Shard) -> Opened:
         if shard.file not in self._opened:
             try:
                 self._opened[shard.file] = self._open(shard)
@@ -59,10 +78,9 @@ class ShardReader:
         opened = self._opened[shard.file]
         if isinstance(opened, DataError):
             raise opened
-        file, path, samples = opened
-        return file, path, samples[number]
+        return opened
 
-    def _open(self, shard: Shard) -> tuple[BinaryIO, Path, list[TarSample]]:
+    def _open(self, shard: Shard) -> Opened:
         path = self.storage.fetch(shard)
         try:
             file = open(path, "rb")
@@ -75,9 +93,9 @@ class ShardReader:
         except DataError:
             file.close()
             raise
-        return file, path, samples
+        return file, path, samples, {sample.key: number for number, sample in enumerate(samples)}
 
     @staticmethod
-    def _close(opened: tuple[BinaryIO, Path, list[TarSample]] | DataError) -> None:
+    def _close(opened: Opened | DataError) -> None:
         if not isinstance(opened, DataError):
             opened[0].close()

@@ -302,8 +302,8 @@ def unpack_described(described: dict[str, Any], sample: dict[str, Any], where: s
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: subset, query.id and target.id must be strings, not {names}")
     subset, query_id, target_id = names
-    further, further_ids = _unpack_list(FURTHER, "further target", described, sample, where)
-    negatives, negative_ids = _unpack_list(NEGATIVES, "hard negative", described, sample, where)
+    further, further_ids = unpack_list(FURTHER, "further target", described, sample, where)
+    negatives, negative_ids = unpack_list(NEGATIVES, "hard negative", described, sample, where)
     entries = [*chain(*described_sides(described)[1:])]
     strange = sample.keys() - {"__key__", "json"}
     strange -= {name for side in (described["query"], *entries) for name in side["images"]}
@@ -316,10 +316,14 @@ def unpack_described(described: dict[str, Any], sample: dict[str, Any], where: s
     return pair
 
 
-def _unpack_list(
+def unpack_list(
     key: str, kind: str, described: dict[str, Any], sample: dict[str, Any], where: str
 ) -> tuple[list[Side], list[str]]:
-    """Return the sides that the JSON lists under a key, and their ids."""
+    """Return the sides that the JSON lists under a key, and their ids; `sample` holds their images.
+
+    Raises:
+        DataError: the list is malformed, or as `unpack_side` does; the message begins with `where`.
+    """
     entries = described.get(key, [])
     if not isinstance(entries, list):
         raise DataError(f"{where}: {key} must be a list, not {entries!r}")

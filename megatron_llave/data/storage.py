@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from webdataset.gopen import gopen
 
@@ -31,6 +32,7 @@ from megatron_llave.errors import ConfigError, DataError, UserError
 from megatron_llave.files import AGAIN, atomic_write
 
 logger = logging.getLogger(__name__)
+Contents = TypeVar("Contents")
 
 REMOTE = re.compile(r"(https?://|pipe:)")
 CHUNK = 1 << 20
@@ -64,10 +66,21 @@ class Storage:
         """
         if self.cache is None:
             return read_index(self.path, check_shards=False)
+        return self.read(INDEX_FILE, parse_index)
+
+    def read(self, name: str, parse: Callable[[Path, str], Contents]) -> Contents:
+        """Return what `parse` makes of a small file, which is fetched for it; it gets the file and where it came from.
+
+        Raises:
+            DataError: the file is missing or malformed.
+            Unreachable: the file cannot be fetched.
+        """
+        if self.cache is None:
+            return parse(Path(self.path) / name, str(Path(self.path) / name))
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / INDEX_FILE
-            self._attempt(INDEX_FILE, lambda: _download(self._url(INDEX_FILE), file))
-            return parse_index(file, self._url(INDEX_FILE))
+            file = Path(folder) / name
+            self._attempt(name, lambda: _download(self._url(name), file))
+            return parse(file, self._url(name))
 
     def check(self, shard: Shard) -> None:
         """Check that a shard in a folder exists and has the right size; a shard on the network is checked by `fetch`.
@@ -163,20 +176,21 @@ def _download(url: str, target: Path) -> str:
     return digest.hexdigest()
 
 
-def open_storage(cfg: DataConfig) -> Storage:
-    """Return the storage that `data.path` names.
+def open_storage(cfg: DataConfig, path: str | None = None, key: str = "data.path") -> Storage:
+    """Return the storage that `data.path` names, or that `path` does, the value of another key.
 
     Raises:
-        ConfigError: `data.path` is a command without {file}.
+        ConfigError: it is a command without {file}.
     """
-    if not REMOTE.match(cfg.path):
-        return Storage(cfg.path, None)
-    if cfg.path.startswith("pipe:") and "{file}" not in cfg.path:
-        raise ConfigError(f"data.path={cfg.path} must say where the name of the shard goes: {{file}}")
+    path = cfg.path if path is None else path
+    if not REMOTE.match(path):
+        return Storage(path, None)
+    if path.startswith("pipe:") and "{file}" not in path:
+        raise ConfigError(f"{key}={path} must say where the name of the shard goes: {{file}}")
     if not cfg.cache and os.path.lexists(_default_cache()):
         _require_private(_default_cache())
     cache = Path(cfg.cache) if cfg.cache else _default_cache()
-    return Storage(cfg.path, cache, int(cfg.cache_gb * 1e9), cfg.retries)
+    return Storage(path, cache, int(cfg.cache_gb * 1e9), cfg.retries)
 
 
 def _default_cache() -> Path:

@@ -105,6 +105,11 @@ class StoredVectors:
             raise DataError(f"{self.path} has no embedding of {names[missing]!r} among its {len(self.hashes)}; {hint}")
         return self.places[found]
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether all of these names have an embedding."""
+        wanted = np.array([stable_hash(name) for name in names], np.int64)
+        return bool((self.hashes[np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)] == wanted).all())
+
     def rows_at(self, places: np.ndarray, names: Sequence[str]) -> Tensor:
         """Return the rows that `find` has found, [n, d] float32 of unit length; their names are for messages.
 

@@ -16,6 +16,7 @@ from megatron_llave.batch import Side
 from megatron_llave.data.index import Index, Shard
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.storage import Storage
+from megatron_llave.data.stored_vectors import StoredVectors, query_name, target_name
 from megatron_llave.distributed.collectives import from_all_ranks
 from megatron_llave.errors import DataError
 
@@ -61,8 +62,9 @@ class SubsetInputs:
     """[c] the id of the first of equal targets."""
     places: np.ndarray
     """[c, 3] int64: shard, pair in it, and number among the pair's targets and then hard negatives."""
-    pairs: list[list[tuple[str, int]]]
-    """For each shard, key and number of the query of each pair that can be read."""
+    pairs: list[list[tuple[str, str, int]]]
+    """For each shard, key, query id and number of the query of each pair that can be read; the number is -1 where the
+    query or a target has no embedding."""
     positives: list[list[int]]
     """[q] the numbers of the targets of all pairs with the query, at least one."""
     labels: np.ndarray
@@ -72,9 +74,9 @@ class SubsetInputs:
     negatives that its pairs have already, and of the query itself; -1 is the label of no target."""
 
     @property
-    def num_pairs(self) -> int:
-        """Number of pairs that can be read."""
-        return sum(map(len, self.pairs))
+    def queries_of_pairs(self) -> np.ndarray:
+        """[pairs] int64 number of the query of each pair that can be read, or -1."""
+        return np.array([query for _, _, query in chain(*self.pairs)], np.int64)
 
     def hidden(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """The targets that queries must not be given: [m] places of queries in `rows`, not falling, [m] targets."""
@@ -92,21 +94,28 @@ class SubsetInputs:
         self._sorted_labels = self.labels[self._by_label]
 
 
-def read_subsets(folder: str | Path, index: Index, names: Iterable[str]) -> Iterator[SubsetInputs]:
+def read_subsets(
+    folder: str | Path, index: Index, names: Iterable[str], vectors: Sequence[StoredVectors]
+) -> Iterator[SubsetInputs]:
     """Read the named subsets of a local folder of shards; a collective over all ranks, which share the shards.
 
-    A pair that cannot be read is left out, as in training and embedding.
+    A pair that cannot be read is left out, as in training and embedding. One whose query or targets lack an embedding
+    in one of `vectors` gets no negatives, and its targets become none.
 
     Raises:
-        DataError: no pair of a subset can be read.
+        DataError: no pair of a subset can be used.
     """
     for name in names:
         shards = index.subsets[name].shards
-        mine = range(dist.get_rank(), len(shards), dist.get_world_size())
-        read = dict(from_all_ranks([(number, _read(folder, shards[number])) for number in mine]))
-        inputs = collect(name, shards, [read[number] for number in range(len(shards))])
-        if not inputs.num_pairs:
-            raise DataError(f"{folder}: no pair of subset {name} can be read; prepare_data.py verify says more")
+        mine = []
+        for turn in range(0, len(shards), dist.get_world_size()):
+            number = turn + dist.get_rank()
+            mine += [(number, _read(folder, shards[number]))] if number < len(shards) else []
+            dist.barrier()  # no rank waits for another longer than a shard takes
+        read = dict(from_all_ranks(mine))
+        inputs = collect(name, shards, [read[number] for number in range(len(shards))], vectors)
+        if not inputs.query_ids:
+            raise DataError(f"{folder}: no pair of subset {name} can be used; prepare_data.py verify says more")
         yield inputs
 
 
@@ -135,8 +144,10 @@ def _digest(*parts: bytes) -> bytes:
     return hashlib.blake2b(b" ".join(parts), digest_size=DIGEST_BYTES).digest()
 
 
-def collect(name: str, shards: list[Shard], pairs: Sequence[Sequence[PairContents]]) -> SubsetInputs:
-    """Find the different queries and targets of a subset among the pairs of each of its shards."""
+def collect(
+    name: str, shards: list[Shard], pairs: Sequence[Sequence[PairContents]], vectors: Sequence[StoredVectors] = ()
+) -> SubsetInputs:
+    """Find the different queries and targets of a subset among the pairs of each of its shards (read_subsets)."""
     first: dict[str, tuple[Content, tuple[int, int, int]]] = {}
     for shard, of_shard in enumerate(pairs):
         for pair in of_shard:
@@ -147,15 +158,19 @@ def collect(name: str, shards: list[Shard], pairs: Sequence[Sequence[PairContent
     target_ids: list[str] = []
     positives: list[dict[int, None]] = []
     hidden: list[dict[bytes, None]] = []
-    numbered: list[list[tuple[str, int]]] = []
+    numbered: list[list[tuple[str, str, int]]] = []
     for of_shard in pairs:
         numbered.append([])
         for pair in of_shard:
+            used = [query_name(name, pair.query.id), *(target_name(name, side.id) for side in pair.targets)]
+            if not all(of_model.has(used) for of_model in vectors):
+                numbered[-1].append((pair.key, pair.query.id, -1))
+                continue
             query = queries.setdefault(pair.query.id, len(queries))
             if query == len(positives):
                 positives.append({})
                 hidden.append({pair.query.seen: None})
-            numbered[-1].append((pair.key, query))
+            numbered[-1].append((pair.key, pair.query.id, query))
             for side in pair.targets:
                 target = targets.setdefault(first[side.id][0].whole, len(targets))
                 if target == len(target_ids):

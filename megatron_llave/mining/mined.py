@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from megatron_llave.config.mining import Rules
 from megatron_llave.mining.inputs import SubsetInputs
 from megatron_llave.mining.neighbours import Neighbours
-from megatron_llave.mining.rules import Rules, choose, elect, has_positive, judge
+from megatron_llave.mining.rules import choose, elect, has_positive, judge
 
 BINS = 40
 """Bins of a histogram of similarities, from -1 to 1."""
@@ -98,12 +98,13 @@ def _report(
     histograms: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     some = (mined.negatives >= 0).any(1)
-    of_pairs = np.array([query for _, query in chain(*inputs.pairs)])
+    of_pairs = inputs.queries_of_pairs
     return {
-        "pairs": inputs.num_pairs,
+        "pairs": len(of_pairs),
+        "pairs_not_embedded": int((of_pairs < 0).sum()),
         "queries": len(inputs.query_ids),
         "targets": len(inputs.target_ids),
-        "pairs_with_negatives": int(some[of_pairs].sum()),
+        "pairs_with_negatives": int(some[of_pairs[of_pairs >= 0]].sum()),
         "queries_dropped": int(mined.dropped.sum()),
         "queries_without_negatives": counts.pop("without") - int(mined.dropped.sum()),
         "models": [dict(counted) for counted in of_models],

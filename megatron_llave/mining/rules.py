@@ -10,46 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_llave.errors import at_least, require
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The rules of a mining; each is left out where it is None."""
-
-    negatives: int = 5
-    """The most negatives of a query."""
-    depth: int = 100
-    """Candidates of a query that are looked at: ranks 1 to depth."""
-    skip: int = 0
-    """Ranks 1 to skip are left out."""
-    ratio: float | None = 0.95
-    """A negative is less similar than this share of the similarity of the query's least similar positive."""
-    margin: float | None = None
-    """A negative is less similar than the query's least similar positive by more than this."""
-    mean_margin: float | None = None
-    """A negative is less similar than the mean of the query's positives by more than this."""
-    floor: float | None = None
-    """Smallest similarity of a negative."""
-    ceiling: float | None = None
-    """Largest similarity of a negative."""
-    min_positive: float | None = None
-    """A query gets negatives only if its most similar positive is more similar than this."""
-    max_uses: int | None = None
-    """The most queries that one target becomes a negative of; the first queries get it."""
-    votes: int = 1
-    """Number of models by whose rules a negative must be one."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        at_least(self, "rules", 1, ("negatives", "depth", "max_uses", "votes"))
-        at_least(self, "rules", 0, ("skip",))
-        at_least(self, "rules", -2, ("margin", "mean_margin", "floor", "ceiling", "min_positive", "ratio"))
-        ok = self.skip + self.negatives <= self.depth
-        named = f"depth={self.depth}, skip={self.skip}, negatives={self.negatives}"
-        require(ok, f"{named}: the candidates that are left are fewer than the negatives; raise depth")
-        ok = self.floor is None or self.ceiling is None or self.floor <= self.ceiling
-        require(ok, f"floor={self.floor} is above ceiling={self.ceiling}: no candidate lies between")
+from megatron_llave.config.mining import Rules
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ command continues, other rules need no new embeddings, and those of another mode
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.embedding.shard_inputs import SHARD_BLOCK, count_shard_inputs, read_shard_blocks
 from megatron_llave.embedding.whole_files import Source, embed_into_file
 from megatron_llave.files import write_json
+
+logger = logging.getLogger(__name__)
 
 
 def data_digest(index: Index) -> str:
@@ -37,7 +40,8 @@ def stored_embeddings(model: LoadedModel, folder: str | Path, index: Index, stor
         store: folder for the files, which all ranks share.
 
     Raises:
-        DataError: as embedding.whole_files.embed_into_file does.
+        DataError: as embedding.whole_files.embed_into_file does; an input that cannot be read is left out, with a
+            warning.
     """
     identity = from_first_rank(model.identity)
     data = data_digest(index)
@@ -46,9 +50,12 @@ def stored_embeddings(model: LoadedModel, folder: str | Path, index: Index, stor
     if from_first_rank(out.is_file):
         return out
     num_rows, _ = count_shard_inputs(folder)
-    source = Source(str(folder), partial(read_shard_blocks, folder, SHARD_BLOCK), SHARD_BLOCK, num_rows, name)
-    embed_into_file(model, source, out)
+    blocks = partial(read_shard_blocks, folder, SHARD_BLOCK)
+    done = embed_into_file(model, Source(str(folder), blocks, SHARD_BLOCK, num_rows, name, skip_bad=True), out)
     if dist.get_rank() == 0:
+        if done.skipped:
+            what = f"{len(done.skipped)} of {num_rows} inputs cannot be embedded, and their pairs get no negatives"
+            logger.warning("%s: %s.skipped.jsonl", what, out)
         write_json(out.with_suffix(".json"), {"model": identity, "data": str(folder), "data_sha256": data})
     dist.barrier()
     return out

@@ -5,7 +5,7 @@ inspect reads the JSON of the samples and decodes no image; verify reads every b
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,17 @@ from megatron_llave.data.image_files import (
     decode_image,
     open_image,
 )
-from megatron_llave.data.index import Shard, Subset, check_size, read_index
+from megatron_llave.data.index import INDEX_FILE, Index, Shard, Subset, check_size, read_index
+from megatron_llave.data.mined_negatives import MANIFEST_FILE, parse_manifest
 from megatron_llave.data.placeholders import remove_placeholders
-from megatron_llave.data.shards import described_sides, unpack_json, unpack_pair, well_described
+from megatron_llave.data.shards import (
+    NEGATIVES,
+    described_sides,
+    unpack_json,
+    unpack_list,
+    unpack_pair,
+    well_described,
+)
 from megatron_llave.data.tar_members import find_samples, read_sample, unreadable
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
@@ -32,6 +40,9 @@ from megatron_llave.files import AGAIN, parse_json, read_lines, sha256_of
 from megatron_llave.planning.pair_lengths import Sizes, TokenCounter, read_descriptions, sample_shards
 from megatron_llave.prepare.shard_jobs import JOBS_PER_WORKER, NOTICED, REPORT_FILE, Progress
 from megatron_llave.prepare.worker_pool import run_in_order, worker_pool
+
+SidesOf = Callable[[dict[str, Any], str], tuple[object, list[dict[str, Any]]]]
+"""Takes a sample and its name for messages; returns its subset and what its JSON says of each input in it."""
 
 
 @dataclass
@@ -205,7 +216,7 @@ def verify(
     be decodable.
 
     Args:
-        directory: a folder of shards.
+        directory: a folder of shards, or of mined negatives, which are checked in the same way.
         workers: number of worker processes; 1: no worker processes.
         max_pixels: images with more pixels are a problem.
         progress: called after each shard.
@@ -214,14 +225,14 @@ def verify(
         DataError: the folder has no readable index, or a worker was killed.
     """
     directory = Path(directory)
-    index = read_index(directory, check_shards=False)
-    names = [name for name, subset in index.subsets.items() for _ in subset.shards]
-    jobs = [(directory, name, shard, max_pixels) for name, subset in index.subsets.items() for shard in subset.shards]
+    index, sides_of = _read_index_or_manifest(directory)
+    shards = [(name, shard) for name, subset in index.subsets.items() for shard in subset.shards]
+    jobs = [(directory, *named, max_pixels, sides_of) for named in shards]
     keys: dict[str, list[np.ndarray]] = {name: [] for name in index.subsets}
     try:
         with worker_pool(workers) as executor:
             checks = run_in_order(executor, _check_shard, jobs, JOBS_PER_WORKER * workers)
-            for done, (name, check) in enumerate(zip(names, checks), start=1):
+            for done, (name, check) in enumerate(zip([name for name, _ in shards], checks), start=1):
                 keys[name].append(check.keys)
                 if len(keys[name]) == len(index.subsets[name].shards):
                     check.problems += _repeated(directory, index.subsets[name], keys.pop(name))
@@ -231,7 +242,28 @@ def verify(
         raise DataError(f"a worker reading {directory} was killed; use fewer --workers if memory is short") from error
 
 
-def _check_shard(job: tuple[Path, str, Shard, int]) -> ShardCheck:
+def _read_index_or_manifest(directory: Path) -> tuple[Index, SidesOf]:
+    """The index of a folder of shards or of mined negatives, and what reads a sample of it."""
+    if (directory / INDEX_FILE).exists() or not (directory / MANIFEST_FILE).is_file():
+        return read_index(directory, check_shards=False), _sides_of_pair
+    manifest = parse_manifest(directory / MANIFEST_FILE, str(directory / MANIFEST_FILE))
+    subsets = {name: Subset("", [one.shard for one in mined]) for name, mined in manifest.subsets.items()}
+    return Index(subsets), _sides_of_negatives
+
+
+def _sides_of_pair(sample: dict[str, Any], where: str) -> tuple[object, list[dict[str, Any]]]:
+    pair = unpack_pair(sample, where)
+    query, targets, negatives = described_sides(unpack_json(sample, where))
+    return pair.subset, [query, *targets, *negatives]
+
+
+def _sides_of_negatives(sample: dict[str, Any], where: str) -> tuple[object, list[dict[str, Any]]]:
+    described = unpack_json(sample, where)
+    unpack_list(NEGATIVES, "hard negative", described, sample, where)
+    return described.get("subset"), described.get(NEGATIVES, [])
+
+
+def _check_shard(job: tuple[Path, str, Shard, int, SidesOf]) -> ShardCheck:
     check = ShardCheck()
     check.problems += _shard_problems(*job, check)
     return check
@@ -246,7 +278,9 @@ def _repeated(directory: Path, subset: Subset, keys: list[np.ndarray]) -> Iterat
             yield f"{directory / shard.file} has {part.sum()} samples whose keys come before too; a run takes both"
 
 
-def _shard_problems(directory: Path, subset: str, shard: Shard, max_pixels: int, check: ShardCheck) -> Iterator[str]:
+def _shard_problems(
+    directory: Path, subset: str, shard: Shard, max_pixels: int, sides_of: SidesOf, check: ShardCheck
+) -> Iterator[str]:
     path = directory / shard.file
     try:
         check_size(directory, shard)
@@ -274,7 +308,7 @@ def _shard_problems(directory: Path, subset: str, shard: Shard, max_pixels: int,
                     yield str(error)
                     continue
                 sample = {"__key__": sample.key, **members}
-                yield from _sample_problems(sample, subset, path, max_pixels, check.noticed)
+                yield from _sample_problems(sample, subset, path, max_pixels, check.noticed, sides_of)
     except OSError as error:
         yield str(unreadable(path, error))
     except DataError as error:
@@ -282,18 +316,17 @@ def _shard_problems(directory: Path, subset: str, shard: Shard, max_pixels: int,
 
 
 def _sample_problems(
-    sample: dict[str, Any], subset: str, path: Path, max_pixels: int, noticed: list[tuple[str, str]]
+    sample: dict[str, Any], subset: str, path: Path, max_pixels: int, noticed: list[tuple[str, str]], sides_of: SidesOf
 ) -> Iterator[str]:
     where = f"{path}: sample {sample['__key__']}"
     try:
-        pair = unpack_pair(sample, where)
+        named, sides = sides_of(sample, where)
     except DataError as error:
         yield str(error)
         return
-    if pair.subset != subset:
-        yield f"{where} is of subset {pair.subset!r}, the index says {subset!r}; {AGAIN}"
-    query, targets, negatives = described_sides(unpack_json(sample, where))
-    for side in (query, *targets, *negatives):
+    if named != subset:
+        yield f"{where} is of subset {named!r}, the index says {subset!r}; {AGAIN}"
+    for side in sides:
         for name, size in zip(side["images"], _sizes_of(side)):
             notes: list[str] = []
             try:

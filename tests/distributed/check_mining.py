@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from megatron_llave.config.mining import Rules
 from megatron_llave.data.index import Shard
 from megatron_llave.data.stored_vectors import open_vectors, query_name, target_name
 from megatron_llave.distributed import process_groups
 from megatron_llave.mining.inputs import Content, PairContents, SubsetInputs, collect
 from megatron_llave.mining.mined import mine_subset
 from megatron_llave.mining.neighbours import find_neighbours
-from megatron_llave.mining.rules import Rules
 
 RULES = {
     "nothing": Rules(ratio=None, depth=40, negatives=40),

@@ -9,9 +9,10 @@ import pytest
 from reference_mining import exact, mine
 from run_ranks import run_ranks
 
+from megatron_llave.config.mining import Rules
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.errors import ConfigError
-from megatron_llave.mining.rules import Positives, Rules, below_ratio, choose, elect
+from megatron_llave.mining.rules import Positives, below_ratio, choose, elect
 
 CHECK = Path(check_mining.__file__)
 
@@ -112,8 +113,8 @@ def test_uses_are_counted_in_the_order_of_the_queries() -> None:
     [
         ({"depth": 4}, "depth=4, skip=0, negatives=5: the candidates that are left are fewer than the negatives"),
         ({"floor": 0.5, "ceiling": 0.4}, "floor=0.5 is above ceiling=0.4"),
-        ({"max_uses": 0}, "rules.max_uses=0 must be a finite number of at least 1"),
-        ({"ratio": float("nan")}, "rules.ratio=nan must be a finite number"),
+        ({"max_uses": 0}, "mining.max_uses=0 must be a finite number of at least 1"),
+        ({"ratio": float("nan")}, "mining.ratio=nan must be a finite number"),
     ],
 )
 def test_impossible_rules_are_one_line(rules: dict, message: str) -> None:

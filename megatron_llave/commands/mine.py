@@ -1,0 +1,70 @@
+"""Mine hard negatives for a folder of training shards.
+
+`llave mine --help` explains the command; megatron_llave/options/mine.py has its options.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_llave.data.index import read_index
+from megatron_llave.distributed import process_groups
+from megatron_llave.embedding.embedder import load_model
+from megatron_llave.errors import exit_with_one_line, require
+from megatron_llave.launch import procs
+from megatron_llave.mining.run import Mining, mine
+from megatron_llave.options import mine as options
+from megatron_llave.training.logger import quiet_dependencies
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Mine at the parallel layout asked for; the first rank prints what was found."""
+    args = options.parse(argv)
+    with exit_with_one_line():
+        procs.require_as_started(args.procs)
+        quiet_dependencies()
+        rules = options.rules_of(args)
+        number = len(args.checkpoint)
+        require(rules.votes <= number, f"--votes {rules.votes} is more than there are checkpoints, {number}")
+        index = read_index(args.data)
+        subsets = args.subsets or [name for name, subset in index.subsets.items() if subset.pairs]
+        for name in subsets:
+            require(name in index.subsets, f"--subsets {name} is not one of {', '.join(sorted(index.subsets))[:200]}")
+        out = Path(args.out)
+        store = Path(args.store) if args.store else out.with_name(f"{out.name}.embeddings")
+        mining = Mining(Path(args.data), index, subsets, out, store, rules, args.overwrite)
+        load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
+        manifest = mine(mining, load, say)
+        if dist.get_rank() == 0:
+            print_report(manifest, args)
+        process_groups.destroy_distributed()
+
+
+def say(doing: str) -> None:
+    """Print what is being done, on the first rank."""
+    if dist.is_initialized() and dist.get_rank() == 0:
+        print(doing, flush=True)
+
+
+def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a row for each subset, and what to do with the folder."""
+    columns = {
+        "subset": lambda name, counts: name,
+        "pairs": lambda name, counts: f"{counts['pairs']:,}",
+        "with negatives": lambda name, counts: f"{counts['pairs_with_negatives']:,}",
+        "queries": lambda name, counts: f"{counts['queries']:,}",
+        "dropped": lambda name, counts: f"{counts['queries_dropped']:,}",
+        "targets": lambda name, counts: f"{counts['targets']:,}",
+        "negatives": lambda name, counts: f"{counts['kept']:,}",
+        "MB": lambda name, counts: f"{sum(shard['bytes'] for shard in counts['shards']) / 1e6:,.1f}",
+    }
+    table = Table(*columns)
+    for name, counts in manifest["subsets"].items():
+        table.add_row(*(show(name, counts) for show in columns.values()))
+    Console().print(table)
+    print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")

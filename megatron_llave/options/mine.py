@@ -1,0 +1,86 @@
+"""The options of `llave mine`."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+
+from megatron_llave.config.mining import Rules
+from megatron_llave.errors import OneLineParser
+from megatron_llave.launch import procs
+
+ABOUT = """Mine hard negatives for a folder of training shards with a checkpoint; the shards stay as they are.
+
+llave mine negatives --checkpoint CKPT --data SHARDS --out NEGATIVES [--ratio 0.95 ...]
+llave train ... data.path=SHARDS data.negatives=NEGATIVES data.hard_negatives=5
+
+CKPT is a checkpoint, a run's output directory or a Hugging Face folder; several of them vote. Each query's negatives
+are targets of its own subset. docs/mining.md has the rules as formulas. A command that was interrupted continues when
+it is given again.
+"""
+HELP = {
+    "--negatives": "the most negatives of a query",
+    "--depth": "candidates of a query that are looked at, the most similar ones first",
+    "--skip": "leave out the first N candidates",
+    "--ratio": "a negative is less similar than this share of the similarity of the least similar positive",
+    "--margin": "a negative is less similar than the least similar positive by more than this",
+    "--mean-margin": "a negative is less similar than the mean of the positives by more than this",
+    "--floor": "smallest similarity of a negative",
+    "--ceiling": "largest similarity of a negative",
+    "--min-positive": "a query gets negatives only if a positive is more similar than this",
+    "--max-uses": "the most queries that one target becomes a negative of",
+    "--votes": "number of checkpoints by whose rules a negative must be one",
+}
+"""What each rule does, in a line; config/mining.py says more."""
+COUNTS = ("negatives", "depth", "skip", "max_uses", "votes")
+"""The rules that are whole numbers; the others are similarities."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    negatives = commands.add_parser("negatives", help="mine hard negatives and write them beside the shards")
+    add = negatives.add_argument
+    add("--checkpoint", required=True, nargs="+", metavar="CKPT", help="the model, or several models that vote")
+    add("--data", required=True, metavar="SHARDS", help="local folder of training shards")
+    add("--out", required=True, metavar="FOLDER", help="folder for the negatives, the value of data.negatives")
+    add("--store", metavar="FOLDER", help="folder that keeps the embeddings for other rules (OUT.embeddings)")
+    add("--subsets", nargs="+", metavar="NAME", help="mine these subsets only")
+    add("--average", action="store_true", help="the averaged weights of runs with loss.reward=ema")
+    add("--overwrite", action="store_true", help="replace negatives that were mined otherwise")
+    rules = negatives.add_argument_group("rules", "'none' switches a rule off that may be off")
+    defaults = {field.name: field.default for field in fields(Rules)}
+    for flag, does in HELP.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        rules.add_argument(
+            flag,
+            type=_count if name in COUNTS else _similarity,
+            default=defaults[name],
+            metavar="N" if name in COUNTS else "S",
+            help=f"{does} ({'off' if defaults[name] is None else defaults[name]})",
+        )
+    add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")
+    procs.add_option(negatives)
+    return parser
+
+
+def _count(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _similarity(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; None: that of this process."""
+    return build_parser().parse_args(argv)
+
+
+def rules_of(args: argparse.Namespace) -> Rules:
+    """The rules that a command line gives.
+
+    Raises:
+        ConfigError: they are impossible.
+    """
+    return Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)})

@@ -1,0 +1,231 @@
+"""Reading pairs with mined negatives beside them: like pairs that have them of their own; and what is refused."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from letters import Letters
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_llave.batch import Pair, Side, StepBatches
+from megatron_llave.config.data import DataConfig, SubsetConfig
+from megatron_llave.config.load import config_from_dict
+from megatron_llave.config.mining import Rules
+from megatron_llave.config.schema import RunConfig, TrainConfig
+from megatron_llave.data.balance import TokenBudget
+from megatron_llave.data.index import Index, read_index, write_index
+from megatron_llave.data.pipeline import build_train_stream
+from megatron_llave.data.shards import write_subset
+from megatron_llave.data.step_buffer import unpack_step
+from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.mining import beside
+from megatron_llave.mining.inputs import read_subsets
+from megatron_llave.mining.mined import Mined
+from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
+
+SIZES, MINED = {"birds": 43, "words": 20}, 3
+ENCODER = LlavaOnevisionProcessor(Letters(), "plain", 64, (), 28, 14)
+
+
+def target(number: int) -> Side:
+    return Side(f"target {number}" * (number % 3 + 1), [])
+
+
+def pair(subset: str, number: int) -> Pair:
+    """A pair with one hard negative of its own, or none, and in `words` with scores."""
+    own = [Side(f"own {number}", [])] if number % 4 == 0 else []
+    scores = [0.5 + number] * (1 + len(own)) if subset == "words" else []
+    sides = Side(f"query {number}", []), target(number), f"q{number}", f"t{number}", own, [f"o{number}"] * len(own)
+    return Pair(f"{subset}-{number}", subset, *sides, scores=scores)
+
+
+def negatives_of(size: int, number: int) -> list[int]:
+    """The mined negatives of a query: as many as its number modulo 4, which is none for some."""
+    return [(number + step) % size for step in range(1, number % (MINED + 1) + 1)]
+
+
+def write(folder: Path, sizes: dict[str, int], own_negatives: bool = False) -> Path:
+    """Shards of ten pairs, which can have the mined negatives as their own; then scores they have none of are NaN."""
+
+    def of(subset: str, number: int) -> Pair:
+        plain = pair(subset, number)
+        more = negatives_of(sizes[subset], number) if own_negatives else []
+        names = [f"t{other}" for other in more]
+        return dataclasses.replace(
+            plain,
+            hard_negatives=plain.hard_negatives + [target(other) for other in more],
+            hard_negative_ids=plain.hard_negative_ids + names,
+            scores=[] if own_negatives else plain.scores,
+        )
+
+    subsets = {
+        name: write_subset((of(name, i) for i in range(size)), folder, name, "retrieval", 10)
+        for name, size in sizes.items()
+    }
+    write_index(folder, Index(subsets))
+    return folder
+
+
+def write_beside(folder: Path, out: Path, names: list[str], groups: ProcessGroupCollection) -> Path:
+    """The negatives of `negatives_of`, as mining writes them."""
+    index, written = read_index(folder), []
+    out.mkdir()
+    plan = {"models": [{}], "rules": dataclasses.asdict(Rules()), "data": {}}
+    assert not beside.claim(out, plan, index, overwrite=False)
+    for inputs in read_subsets(folder, index, names, []):
+        numbers = np.full((len(inputs.query_ids), MINED), -1, np.int64)
+        for row in range(len(numbers)):
+            found = negatives_of(len(numbers), row)
+            numbers[row, : len(found)] = found
+        mined = Mined(numbers, np.where(numbers < 0, -np.inf, 0.5).astype(np.float32), np.zeros(len(numbers), bool))
+        written.append((inputs, mined, beside.write_subset(out, folder, inputs, mined)))
+    beside.finish(out, plan, written)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, groups: ProcessGroupCollection) -> tuple[Path, Path, Path]:
+    """Shards, their mined negatives, and shards that have these as their own."""
+    root = tmp_path_factory.mktemp("beside")
+    shards = write(root / "shards", SIZES)
+    return shards, write_beside(shards, root / "negatives", list(SIZES), groups), write(root / "own", SIZES, True)
+
+
+def config(path: Path, negatives: Path | str | None, **data: object) -> RunConfig:
+    data = {"hard_negatives": 9, "workers": 0, **data}
+    section = DataConfig(str(path), prompt="plain", max_length=64, negatives=negatives and str(negatives), **data)
+    return RunConfig(data=section, train=TrainConfig(global_batch_size=8))
+
+
+def steps(cfg: RunConfig, count: int, rank: int = 0, world: int = 1, **given: object) -> list[StepBatches]:
+    stream = build_train_stream(cfg, ENCODER, rank, world, 4, **given)
+    return [unpack_step(step) for step in itertools.islice(stream, count)]
+
+
+def tensors(step: StepBatches) -> list[torch.Tensor]:
+    """Everything in a step, without the scores."""
+    batches = [dataclasses.replace(batch, scores=None) for batch in step.batches]
+    found: list[torch.Tensor] = []
+    for batch in batches:
+        batch.map(lambda tensor: found.append(tensor) or tensor)
+    return [*found, torch.tensor([[ord(x) for x in "".join(batch.keys)] for batch in batches][0])]
+
+
+def same(one: list[StepBatches], other: list[StepBatches]) -> bool:
+    pairs = [(tensors(x), tensors(y)) for x, y in zip(one, other, strict=True)]
+    return all(len(x) == len(y) and all(map(torch.equal, x, y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("budget", [None, TokenBudget(1500, 1.0)])
+@pytest.mark.parametrize("limit", [9, 2])
+def test_the_stream_is_that_of_pairs_with_negatives_of_their_own(folders, limit, budget):
+    shards, negatives, own = folders
+    joined = steps(config(shards, negatives, hard_negatives=limit), 14, budget=budget)
+    assert same(joined, steps(config(own, None, hard_negatives=limit), 14, budget=budget))
+    plain = steps(config(shards, None, hard_negatives=limit), 14)
+    if budget is None:
+        assert [x.batches[0].keys for x in joined] == [x.batches[0].keys for x in plain]
+        assert sum(x.batches[0].num_hard_negatives for x in joined) > sum(
+            x.batches[0].num_hard_negatives for x in plain
+        )
+
+
+def test_mined_negatives_of_pairs_with_scores_have_none(folders):
+    (step,) = steps(config(folders[0], folders[1], subsets={"words": SubsetConfig()}), 1)
+    batch = step.batches[0]
+    numbers = [int(key.partition("-")[2]) for key in batch.keys]
+    assert (batch.scores[: batch.num_pairs] == torch.tensor([0.5 + number for number in numbers])).all()
+    known = [float(number) for n in numbers for number in [0.5 + n] * (n % 4 == 0) + [float("nan")] * (n % 4)]
+    torch.testing.assert_close(batch.scores[batch.num_pairs :], torch.tensor(known), equal_nan=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_bit_equal_and_other_negatives_are_refused(folders, world, tmp_path, groups):
+    shards, negatives, _ = folders
+    cfg = config(shards, f"pipe:cat {negatives}/{{file}}", cache=str(tmp_path / "cache"))  # as from the network
+    whole = steps(cfg, 12, world - 1, world)
+    position = json.loads(json.dumps(whole[6].position))
+    assert same(steps(cfg, 5, world - 1, world, position=position), whole[7:])
+    with pytest.raises(ConfigError, match="data.negatives: the run to resume had those with identity .* it has none"):
+        build_train_stream(config(shards, None), ENCODER, 0, 1, 4, position)
+    (without,) = steps(config(shards, None), 1)
+    with pytest.raises(ConfigError, match="data.negatives: the run to resume had none, now it has those with identity"):
+        build_train_stream(cfg, ENCODER, 0, 1, 4, without.position)
+
+
+def test_subsets_without_mined_negatives_are_named(folders, tmp_path, groups, caplog):
+    shards = folders[0]
+    out = write_beside(shards, tmp_path / "out", ["birds"], groups)
+    with caplog.at_level(logging.WARNING):
+        found = steps(config(shards, out), 10)
+    assert f"data.negatives={out} has no negatives for subset words" in caplog.text
+    without = [step.batches[0] for step in found if step.batches[0].subset == "words"]
+    own = [sum(int(key.partition("-")[2]) % 4 == 0 for key in batch.keys) for batch in without]
+    assert [batch.num_hard_negatives for batch in without] == own and any(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda out, data: (out / "negatives.json").unlink(),
+            "does not exist; data.negatives must be a folder",
+        ),
+        (lambda out, data: edit(out, complete=False), "is that of a mining that has not ended; give"),
+        (
+            lambda out, data: edit(out, subsets={"birds": {}}),
+            "malformed .KeyError: 'shards'.; mine again",
+        ),
+        (
+            lambda out, data: (out / "birds-000001.tar").unlink(),
+            "birds-000001.tar is missing, though the",
+        ),
+        (lambda out, data: rewrite(data, {"birds": 44, "words": 20}), "is of another birds-000004.tar than"),
+        (
+            lambda out, data: rewrite(data, {"birds": 20, "words": 20}),
+            "is of 5 shards of subset birds, the data have",
+        ),
+        (
+            lambda out, data: rewrite(data, {"cats": 20}),
+            "is of another data set, with the subsets birds,",
+        ),
+    ],
+)
+def test_what_does_not_belong_to_the_shards_is_refused(folders, tmp_path, change, message):
+    data, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders[:2])
+    change(out, data)
+    with pytest.raises(DataError, match=message) as caught:
+        build_train_stream(config(data, out), ENCODER, 0, 1, 4)
+    assert str(out) in str(caught.value)
+
+
+def edit(out: Path, **values: object) -> None:
+    manifest = json.loads((out / "negatives.json").read_text())
+    (out / "negatives.json").write_text(json.dumps(manifest | values))
+
+
+def rewrite(data: Path, sizes: dict[str, int]) -> None:
+    shutil.rmtree(data)
+    write(data, sizes)
+
+
+def test_a_damaged_sample_costs_its_pair(folders, tmp_path, caplog):
+    out = Path(shutil.copytree(folders[1], tmp_path / "out"))
+    file = out / "birds-000000.tar"
+    file.write_bytes(file.read_bytes().replace(b'"id":"t6"', b'"id":"t7"'))
+    with caplog.at_level(logging.WARNING):
+        found = steps(config(folders[0], out), 8)
+    assert "its .json member is not what its checksum was made of" in caplog.text
+    assert 0 < sum(step.batches[0].num_skipped for step in found) < 4
+
+
+def test_negatives_that_no_pair_would_take_are_refused():
+    given = {"model": {"preset": "tiny"}, "data": {"path": "shards", "negatives": "mined"}}
+    with pytest.raises(ConfigError, match="data.negatives=mined is not used while data.hard_negatives=0; set it to at"):
+        config_from_dict(given)
