@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
 from run_ranks import run_ranks
 from safetensors.torch import load_file
+from transformers.utils import is_torchvision_available
 
 from megatron_llave.batch import Side
 from megatron_llave.checkpoint.folders import write_manifest
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_hf.py"
+PIXELS = 1e-3 if is_torchvision_available() else 1e-5
+"""Of images: torchvision's bicubic resize rounds some pixels to the next value, and Pillow's is ours."""
 TEXTS = [
     "red apple",
     "Find an image that matches the caption: caf\u00e9 \U0001f469\u200d\U0001f680",
@@ -90,12 +93,12 @@ def check(out: Path, ours: LoadedModel, folder: Path) -> None:
         torch.testing.assert_close(torch.nn.functional.normalize(state, dim=0), expected, atol=1e-5, rtol=0)
         one = ours.embed(Side(text, [files[0].read_bytes()]))
         found = theirs.encode({"text": text, "image": images[0]})
-        torch.testing.assert_close(torch.from_numpy(found), one, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(found), one, atol=PIXELS, rtol=0)
         assert not torch.allclose(one, expected, atol=1e-3)
         parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
         both = ours.embed(Side(text, [file.read_bytes() for file in files]))
         found = theirs.encode([[{"role": "user", "content": parts}]])[0]
-        torch.testing.assert_close(torch.from_numpy(found), both, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(found), both, atol=PIXELS, rtol=0)
 
 
 def test_transformers_and_sentence_transformers_give_our_vectors(

@@ -271,6 +271,9 @@ def test_the_code_of_a_card_runs_as_printed(
     monkeypatch.chdir(out)
     card, ours = Path("README.md").read_text(), load_model(checkpoint)
     assert "first 8, 32 numbers" in card and "truncate_dim=8)" in card
+    assert json.loads(Path("config.json").read_text())["matryoshka_dimensions"] == [8, 32]  # which vLLM reads
+    cut = sentence_transformers.SentenceTransformer(".", truncate_dim=8, device="cpu").encode(TEXT)
+    assert_same(cut, ours.embed(side(TEXT))[:8])
     codes = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     query = ours.embed(side("Find an image that matches the caption: a red square on white."))
     image = ours.embed(side("Represent the given image.", Image.new("RGB", (64, 48), "red")))

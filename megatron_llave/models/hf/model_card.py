@@ -4,9 +4,10 @@ convert/training_record.py appends how it was trained.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -35,7 +36,7 @@ TAIL = {tail!r}
 @torch.no_grad()
 def embed(text, image=None{argument}):
     # 1. The prompt: an image comes before the text; the last token is the one that is pooled.
-    prompt = {start} + ("" if image is None else IMAGE) + text + TAIL
+    prompt = {start} + ("" if image is None else IMAGE) + {text} + TAIL
     images = None if image is None else [image]
     inputs = processor(text=[prompt], images=images, return_tensors="pt").to(model.device, model.dtype)
 {positions}    # 2. The last token of the last hidden state, which is after the final norm.
@@ -51,7 +52,7 @@ print(float(query @ target))
 """
 CARD_TOOLS = """### sentence-transformers
 
-Needs torchvision and sentence-transformers, 6.0 or newer (tested with 6.2). {prompts}
+Needs torchvision and sentence-transformers, 5.4 or newer (tested with 5.4, 6.0 and 6.2). {prompts}
 Inputs of any length are taken as they are: `max_seq_length` has no effect, because
 sentence-transformers would cut the end of the prompt, which is pooled, from an input with an image.
 
@@ -80,7 +81,8 @@ print([(result.task_name, result.get_score()) for result in results])
 
 ### vLLM
 
-vLLM finds from modules.json that this is an embedding model, which pools the last token.
+vLLM finds from modules.json that this is an embedding model, which pools the last token. What its
+version 0.33 reads of this folder was checked; it has not been run on a GPU.
 
 ```python
 {import_image}from vllm import LLM
@@ -103,8 +105,11 @@ user, whose content is an image and a text.
 """
 CARD_MATRYOSHKA = """
 The run trained the first {dims} numbers of an embedding as embeddings too:
-`SentenceTransformer(".", truncate_dim={dim})`. Divide them by their length before you compare dot products.
+`SentenceTransformer(".", truncate_dim={dim})`, or `dimensions` in a request to vLLM. Divide them by their length before
+you compare dot products.
 """
+MATRYOSHKA = "matryoshka_dimensions"
+"""vLLM's key of config.json."""
 POSITIONS = """    if "mm_token_type_ids" in inputs:  # visual tokens have the positions of texts
         inputs["mm_token_type_ids"].zero_()
 """
@@ -136,6 +141,8 @@ class PromptText:
     """The instruction of inputs that have none of their own; None: the prompt has no place for one."""
     has_image_positions: bool = True
     """Whether visual tokens have the positions that transformers gives them."""
+    is_stripped: bool = False
+    """Whether a text loses the white space around it."""
 
 
 def how_to_embed(
@@ -155,6 +162,7 @@ def how_to_embed(
     takes = prompt.instruction is not None
     given = f"the system message that is otherwise {prompt.instruction!r}" if takes else "put before the text"
     texts = {
+        "text": "text.strip()" if prompt.is_stripped else "text",
         "head": prompt.head,
         "image": prompt.image,
         "tail": prompt.tail,
@@ -178,6 +186,20 @@ def how_to_embed(
         **texts | {"start": start},
     )
     return [*code.splitlines(), "", *tools.splitlines()]
+
+
+def config_of_run(config: Mapping[str, Any], training_config: str | None) -> dict[str, Any]:
+    """Return a config.json that lists the prefixes of embeddings that the run trained; vLLM gives out no others.
+
+    Args:
+        config: content of config.json.
+        training_config: the run's configuration in YAML; None: there was no run, and nothing changes.
+    """
+    if training_config is None:
+        return dict(config)
+    dims = OmegaConf.select(OmegaConf.create(training_config), "loss.matryoshka_dims") or []
+    others = {key: value for key, value in config.items() if key != MATRYOSHKA}
+    return others | ({MATRYOSHKA: [int(dim) for dim in dims]} if dims else {})
 
 
 def steps_to_embed(prompt: PromptText) -> list[str]:

@@ -14,6 +14,7 @@ from megatron_llave.files import write_json
 from megatron_llave.models.hf.model_card import (
     PromptText,
     base_model,
+    config_of_run,
     how_to_embed,
     model_card,
     prompt_of,
@@ -92,6 +93,7 @@ def write_side_files(
     out = Path(out)
     if source is not None:
         keep_side_files(source, out)
+    config = config_of_run(config, training_config)
     write_json(out / "config.json", config)
     write_generation_config(out, config.get("text_config") or config)
     notes, of_transformers = [], layout in TOKENS
@@ -183,7 +185,11 @@ def _model_card(
 ) -> str:
     """Return README.md."""
     language, image = config.get("text_config") or config, IMAGES.get(layout, IMAGE_TEXT)
-    text = PromptText(QWEN_HEAD, f"{image}\n", QWEN_TAIL) if prompt == "qwen" else PromptText("", image, end)
+    text = (
+        PromptText(QWEN_HEAD, f"{image}\n", QWEN_TAIL)
+        if prompt == "qwen"
+        else PromptText("", image, end, is_stripped=True)
+    )
     newline = [CARD_LLAVA.format(newline=NEWLINE_TEXT)] if layout == "llava" else []
     what = [CARD_TEXT.format(size=language["hidden_size"], layers=language["num_hidden_layers"]), *newline, *notes]
     header, tags = ["pipeline_tag: feature-extraction"], ["llave", layout]

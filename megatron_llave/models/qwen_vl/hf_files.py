@@ -22,6 +22,7 @@ from megatron_llave.models.hf.config_json import Section
 from megatron_llave.models.hf.model_card import (
     PromptText,
     base_model,
+    config_of_run,
     how_to_embed,
     model_card,
     prompt_of,
@@ -184,6 +185,7 @@ def write_files(
     written = used_template(chat_templates(out)) or ""
     known = prompt_of_template(written, files.prompts) or embedder_prompt(config, out, files)
     prompt = prompt_of(training_config) or known or "qwen"
+    config = config_of_run(config, training_config)
     config = {key: value for key, value in config.items() if not is_trained or key not in TOKEN_BUDGET}
     write_json(out / "config.json", config)
     write_generation_config(out, text)
@@ -297,7 +299,8 @@ def _prompt_text(template: Template, end: str) -> PromptText:
     if not template.is_chat:
         tail = end if template.tail is None else template.tail
         image = f"<|image_pad|>{template.after_images}"
-        return PromptText("", image, tail, has_image_positions=template.has_image_positions)
+        is_stripped = template.tail is None
+        return PromptText("", image, tail, None, template.has_image_positions, is_stripped)
     system = "{}" if template.takes_instruction else template.system
     turn = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     instruction = template.system if template.takes_instruction else None

@@ -244,7 +244,7 @@ def test_embedding_as_the_guide_says(trained: tuple[Path, LoadedModel], monkeypa
     monkeypatch.chdir(folder.parent)
     Image.linear_gradient("L").convert("RGB").resize((100, 60)).save("photo.png")
     guide = (Path(__file__).parents[3] / "docs/conversion.md").read_text()
-    code, *others = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    code, *others = re.findall(r"```python[^\n]*\n(.*?)```", guide, re.DOTALL)
     card = (folder / "README.md").read_text()
     assert len(others) == 2 and all(other.replace('"OUT"', '"."') in card for other in others)
     use_processors(monkeypatch)
