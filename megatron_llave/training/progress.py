@@ -132,7 +132,7 @@ def short_line(record: Mapping[str, Number], steps: int, interval: Interval, tot
     if total.skipped:
         fields.append(Field("skipped ", str(total.skipped), 5, "yellow"))
     if interval.waiting >= NOTABLE_WAIT:
-        fields.append(Field("data wait ", f"{interval.waiting:.0%}", 3, "yellow"))
+        fields.append(Field("wait ", f"{interval.waiting:.0%}", 3, "yellow"))
     line = _joined(fields)
     while line.cell_len > width and any(one.order for one in fields):
         fields.remove(min((one for one in fields if one.order), key=lambda one: one.order))

@@ -58,11 +58,17 @@ def test_progress_line_holds_means_of_the_interval_and_time_left(tmp_path, capsy
     line = capsys.readouterr().out.rstrip("\n")
     # 30 pairs in 4 s; the mean of two losses, and of the margins that are numbers; 4 steps of 5/3 s.
     # The margin has no room beside the wait.
-    assert line == "step 3/7  loss 0.8750  7.500 pairs/s  ETA  0m07s  skipped 3  data wait 12%" and len(line) <= 80
+    assert line == "step 3/7  loss 0.8750  7.500 pairs/s  ETA  0m07s  skipped 3  wait 12%" and len(line) <= 80
     for step in (4, 5, 6):
         log.step(record(step, pairs=50, seconds=0.5, skipped=1, similarity_margin=[0.5, math.nan, 0.25][step - 4]))
     line = capsys.readouterr().out
     assert "100.0 pairs/s" in line and "margin 0.375  skipped 6\n" in line  # the count goes on, and nothing waits
+    long = RunLog(tmp_path, interval=1, total_steps=99_999, enabled=True)
+    long.step(record(9, seconds=1.0, data_seconds=0.6, similarity_margin=-0.5, memory_gb=12.3))
+    line = capsys.readouterr().out.rstrip("\n")
+    assert (
+        line == "step     9/99999  loss 0.2500  32.00 pairs/s  ETA  1d03h  margin -0.50  wait 60%" and len(line) == 80
+    )
 
 
 def test_long_form_of_the_line_is_in_the_text_log(tmp_path, capsys):
@@ -158,7 +164,7 @@ def test_colours_are_those_of_a_terminal_that_wants_some(monkeypatch, capsys, tm
 @pytest.mark.parametrize(
     ("columns", "line"),
     [
-        ("70", "step   4000/100000  loss    nan  64.00 pairs/s  ETA 13h20m"),
+        ("65", "step   4000/100000  loss    nan  64.00 pairs/s  ETA 13h20m"),
         ("50", "step   4000/100000  loss    nan  ETA 13h20m"),
         ("35", "step   4000/100000  loss    nan"),
         ("20", "step   4000/100000  loss    nan"),
