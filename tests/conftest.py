@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ from leftovers import Leftovers
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from playwright.sync_api import Browser
 
     from megatron_llave.prepare.openmoji.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -97,3 +100,18 @@ def groups() -> "Iterator[ProcessGroupCollection]":
     process_groups.initialize_distributed(60)
     yield process_groups.initialize_model_parallel(ParallelConfig())
     process_groups.destroy_distributed()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium; a test is skipped without it, but fails where LLAVE_REQUIRE_BROWSER says that it must be there."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        assert not os.environ.get("LLAVE_REQUIRE_BROWSER"), "LLAVE_REQUIRE_BROWSER is set, and no Chromium is on PATH"
+        pytest.skip(f"no Chromium on PATH ({', '.join(BROWSERS)}); apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        running = playwright.chromium.launch(executable_path=path, args=options)
+        yield running
+        running.close()

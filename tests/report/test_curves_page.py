@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from megatron_llave.report import curves_page, plots
 from megatron_llave.report.curves_page import thinned, write_curves_page
 
-CHROMIUM = shutil.which("chromium")
 ODD = 'b</script><i>&"odd'
 SCORES = {"a": [(10, 25.0), (20, 30.0), (30, 27.5)], ODD: []}
 
@@ -81,44 +79,39 @@ def test_long_curves_keep_their_peaks_and_ends() -> None:
     assert thinned(np.zeros(3)).tolist() == [0, 1, 2] and thinned(np.zeros(0)).tolist() == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_a_browser_reads_enlarges_and_hides(page: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
+def test_a_browser_reads_enlarges_and_hides(page: Path, browser) -> None:
     said, asked = [], []
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        shown = browser.new_page(viewport={"width": 1000, "height": 800})
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.on("request", lambda request: asked.append(request.url))
-        shown.goto(page.as_uri())
-        box = shown.locator("#panel0 > svg").bounding_box()
+    shown = browser.new_page(viewport={"width": 1000, "height": 800})
+    shown.on("console", lambda message: said.append(message.text))
+    shown.on("pageerror", lambda error: said.append(str(error)))
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto(page.as_uri())
+    box = shown.locator("#panel0 > svg").bounding_box()
 
-        def point(share: float) -> tuple[float, float]:
-            """A place at this share of the axis of the first panel."""
-            return box["x"] + box["width"] * (58 + share * 374) / 440, box["y"] + box["height"] / 2
+    def point(share: float) -> tuple[float, float]:
+        """A place at this share of the axis of the first panel."""
+        return box["x"] + box["width"] * (58 + share * 374) / 440, box["y"] + box["height"] / 2
 
-        def places() -> list[str]:
-            return shown.locator("#panel0 > svg > text[text-anchor=middle]").all_text_contents()
+    def places() -> list[str]:
+        return shown.locator("#panel0 > svg > text[text-anchor=middle]").all_text_contents()
 
-        assert places() == ["100", "200", "300"]
-        shown.select_option("#along", "step")
-        shown.mouse.move(*point((10 - 1) / 39))
-        mean = [
-            plots.running_mean(np.array([loss / n for n in range(1, steps + 1)]))[9]
-            for loss, steps in ((4, 40), (2, 20))
-        ]
-        assert shown.locator("#panel0 .read").inner_text() == f"step 10{mean[0]:.4g} a{mean[1]:.4g} {ODD}"
-        shown.mouse.move(*point(0.9))
-        assert ODD not in shown.locator("#panel0 .read").inner_text()  # it has ended before
-        shown.uncheck("[data-run='0']")
-        assert shown.locator("#panel0 polyline").count() == 1 and places()[-1] == "20"
-        shown.check("[data-run='0']")
-        shown.mouse.move(*point(0.5))
-        shown.mouse.down()
-        shown.mouse.move(*point(0.75), steps=2)
-        shown.mouse.up()
-        assert places() == ["22", "24", "26", "28", "30"]
-        shown.mouse.dblclick(*point(0.5))
-        assert places()[-1] == "40" and not said and asked == [page.as_uri()]
-        browser.close()
+    assert places() == ["100", "200", "300"]
+    shown.select_option("#along", "step")
+    shown.mouse.move(*point((10 - 1) / 39))
+    mean = [
+        plots.running_mean(np.array([loss / n for n in range(1, steps + 1)]))[9] for loss, steps in ((4, 40), (2, 20))
+    ]
+    assert shown.locator("#panel0 .read").inner_text() == f"step 10{mean[0]:.4g} a{mean[1]:.4g} {ODD}"
+    shown.mouse.move(*point(0.9))
+    assert ODD not in shown.locator("#panel0 .read").inner_text()  # it has ended before
+    shown.uncheck("[data-run='0']")
+    assert shown.locator("#panel0 polyline").count() == 1 and places()[-1] == "20"
+    shown.check("[data-run='0']")
+    shown.mouse.move(*point(0.5))
+    shown.mouse.down()
+    shown.mouse.move(*point(0.75), steps=2)
+    shown.mouse.up()
+    assert places() == ["22", "24", "26", "28", "30"]
+    shown.mouse.dblclick(*point(0.5))
+    assert places()[-1] == "40" and not said and asked == [page.as_uri()]
+    shown.close()

@@ -3,7 +3,6 @@
 import base64
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from megatron_llave.search.scan import ImageFile, hash_file, scan_folder
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")
 expect = sync_api.expect
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 DROP = """(file) => {
   const bytes = Uint8Array.from(atob(file.content), (letter) => letter.charCodeAt(0)), transfer = new DataTransfer();
@@ -26,20 +24,6 @@ DROP = """(file) => {
     if (type === "dragover") window.shownWhileDragged = !document.getElementById("drop").hidden;
   }
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    """Chromium; a test is skipped without it, but fails where LLAVE_REQUIRE_BROWSER says that it must be there."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        assert not os.environ.get("LLAVE_REQUIRE_BROWSER"), "LLAVE_REQUIRE_BROWSER is set, and no Chromium is on PATH"
-        pytest.skip(f"no Chromium on PATH ({', '.join(NAMES)}); apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        running = playwright.chromium.launch(executable_path=path, args=options)
-        yield running
-        running.close()
 
 
 @pytest.fixture
