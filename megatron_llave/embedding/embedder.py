@@ -141,15 +141,15 @@ def load_model(path: str | Path, overrides: Sequence[str] = (), average: bool = 
 
 def read_identity(
     path: str | Path, overrides: Sequence[str] = (), average: bool = False
-) -> tuple[RunConfig, dict[str, str]]:
-    """The configuration of the model that load_model would load, and its identity, without building it.
+) -> tuple[RunConfig, dict[str, str], Path]:
+    """The configuration, the identity and the folder of the weights that load_model would load; builds no model.
 
     Raises:
         UserError: as load_model does.
     """
     pretrained = find_pretrained(path)
     cfg = _configure(pretrained, overrides)
-    return cfg, pretrained.identity(cfg, average)
+    return cfg, pretrained.identity(cfg, average), pretrained.folder
 
 
 def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:

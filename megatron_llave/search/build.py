@@ -49,7 +49,6 @@ from megatron_llave.search.index import (
 )
 from megatron_llave.search.prompts import default_prompts
 from megatron_llave.search.scan import UNKNOWN_TIME, ImageFile, scan_folder, with_digests
-from megatron_llave.search.vectors import KINDS
 
 BUILDING = "building"
 """Folder of what is embedded and not yet in the index, one folder for each build that began."""
@@ -178,11 +177,11 @@ def require_index_or_empty(folder: Path) -> None:
 
 
 def _make_plan(options: BuildOptions, progress: Progress) -> _Plan:
-    cfg, identity = read_identity(options.checkpoint, options.overrides, options.average)
+    cfg, identity, checkpoint = read_identity(options.checkpoint, options.overrides, options.average)
     has_old = (options.index / MANIFEST).is_file() and not options.rebuild
     old = open_index(options.index) if has_old else None
     before = old.manifest if old else None
-    manifest = _describe(options, cfg, identity, before)
+    manifest = replace(_describe(options, cfg, identity, before), checkpoint=os.path.abspath(checkpoint))
     if before is not None:
         path, hint = options.index / MANIFEST, "--rebuild embeds all images again; or choose another --out"
         require_same_model(path, _identity_of_parts(before), _identity_of_parts(manifest), hint)
@@ -219,11 +218,10 @@ def _describe(options: BuildOptions, cfg: RunConfig, identity: dict[str, str], b
     prompts = before.prompts if before else default_prompts(cfg.data.prompt)
     vectors = options.vectors or (before.vectors if before else "float32")
     dims = options.dims if options.dims is not None else before.dims if before else 0
-    require(vectors in KINDS, f"--vectors {vectors} must be one of {', '.join(KINDS)}")
     require(0 <= dims <= width, f"--dims {dims} must be between 1 and the {width} numbers of the model's vectors")
     return Manifest(
         pictures=os.path.abspath(options.pictures),
-        checkpoint=os.path.abspath(options.checkpoint),
+        checkpoint="",
         model=identity,
         prompts=replace(prompts, **options.prompts),
         folder="",

@@ -59,7 +59,7 @@ class Manifest:
     pictures: str
     """Folder of the images, absolute, with half surrogate pairs for bytes that are not UTF-8."""
     checkpoint: str
-    """Folder of the model, absolute."""
+    """Folder of the weights, absolute: of a run that trains on, the checkpoint of the index."""
     model: dict[str, str]
     """Identity of the model: weights, tokenizer, precision, ..."""
     prompts: Prompts

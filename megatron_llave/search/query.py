@@ -57,7 +57,7 @@ def load_query_model(
 
 def require_model_of(folder: Path, manifest: Manifest, checkpoint: str, overrides: Sequence[str]) -> None:
     """Raise a UserError unless a checkpoint is the model of an index."""
-    _, identity = read_identity(checkpoint, overrides, manifest.average)
+    _, identity, _ = read_identity(checkpoint, overrides, manifest.average)
     hint = f"llave search build --rebuild embeds the images with {checkpoint}"
     require_same_model(folder / MANIFEST, manifest.model, identity, hint)
 

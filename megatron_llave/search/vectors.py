@@ -11,7 +11,6 @@ import numpy as np
 BLOCK_BYTES = 2**22
 """Bytes of the vectors in float32 that are multiplied at a time, and of their similarities to all queries; they stay in
 a core's cache while int8 becomes float32."""
-KINDS = ("float32", "int8")
 OVERSAMPLING = 4
 """How many times as many images as asked for are found with small vectors and then compared with the exact ones."""
 LEAST_FOUND = 100
