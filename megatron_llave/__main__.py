@@ -35,7 +35,7 @@ COMMANDS = {
     "completion": "print the script that lets bash, zsh or fish complete commands and options",
 }
 """Every command with a line about it; the module of a command is megatron_llave/commands/NAME.py."""
-RANKED = {"evaluate": (), "mine": (), "preflight": (), "embed": ("--jsonl", "--shards")}
+RANKED = {"evaluate": (), "mine": (), "preflight": (), "embed": ("--jsonl", "--shards"), "search build": ()}
 """Commands that the GPUs share, with the options of which one must be given; otherwise a single process suffices."""
 
 
@@ -56,8 +56,9 @@ def main() -> int | None:
     options = options_of(name)
     if options is not None:
         options.parse(argv)  # ends at once with --help, or with a wrong argument
-    if name in RANKED and not start.is_rank():
-        is_shared = not RANKED[name] or any(word.startswith(RANKED[name]) for word in argv)
+    needed = RANKED.get(name, RANKED.get(" ".join(words[:2])))
+    if needed is not None and not start.is_rank():
+        is_shared = not needed or any(word.startswith(needed) for word in argv)
         with exit_with_one_line():
             number = procs.asked_for(argv, is_shared, 2 if name == "preflight" else 1)
         if number > 1 or start.num_nodes() > 1:

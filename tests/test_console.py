@@ -50,7 +50,7 @@ def test_the_table_has_every_command() -> None:
         name: {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} for name, tree in modules.items()
     }
     assert {name for name, found in functions.items() if "main" in found} == set(console.COMMANDS)
-    assert set(console.RANKED) < set(console.COMMANDS)
+    assert {name.split()[0] for name in console.RANKED} < set(console.COMMANDS)
     options = {path.stem for path in (ROOT / "megatron_llave" / "options").glob("*.py")} - {"__init__"}
     assert options < set(console.COMMANDS) and set(NAMES) == set(STUDIES)
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"config_docs"}
@@ -211,6 +211,8 @@ def test_processes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch, started_
     assert run(monkeypatch, *command) == 7 and started_with.pop()[0] == 2
     monkeypatch.delenv("PROCS")
     assert run(monkeypatch, "preflight", "--config", "tiny") == 7 and started_with.pop()[0] == 2
+    build = ["search", "build", "--checkpoint", "c", "--pictures", "p", "--out", "i", "--procs", "4"]
+    assert run(monkeypatch, *build) == 7 and started_with.pop() == (4, [str(start.RANK), *build])
     monkeypatch.setenv("NNODES", "2")
     assert run(monkeypatch, "evaluate", "prepared") == 7 and started_with.pop()[0] == 1
 
@@ -223,6 +225,8 @@ def test_a_single_process_is_this_one(monkeypatch: pytest.MonkeyPatch, started_w
     monkeypatch.setattr(console.importlib, "import_module", lambda name: module if "commands" in name else procs)
     monkeypatch.setattr(console, "options_of", lambda name: None)
     assert run(monkeypatch, "embed", *words) == words and started_with == []
+    monkeypatch.setenv("PROCS", "2")  # for the builds of an index, and not for its page
+    assert run(monkeypatch, "search", "serve", "index") == ["serve", "index"] and started_with == []
 
 
 def test_procs_are_a_number_and_as_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.errors import ConfigError, exit_with_one_line, require, to_one_line
+from megatron_llave.launch import procs
 from megatron_llave.options.search import KINDS, PROMPTS, parse
 from megatron_llave.prepare.openmoji.images import write_images
 from megatron_llave.search.build import UNREADABLE, BuildOptions, Built, build_index
@@ -69,6 +70,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def run_build(args: argparse.Namespace) -> None:
     """Build the index; the first rank prints what was done."""
+    procs.require_as_started(args.procs)
     options = BuildOptions(
         Path(args.pictures),
         Path(args.out),

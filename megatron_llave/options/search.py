@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_llave.errors import OneLineParser
+from megatron_llave.launch import procs
 
 ABOUT = """Search in your own images by text, by image, or by both.
 
@@ -52,6 +53,7 @@ def add_build(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rebuild", action="store_true", help="embed all images again, as for another checkpoint")
     parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
     add_prompts(parser, PROMPTS)
+    procs.add_option(parser)
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.precision=bf16")
 
 
