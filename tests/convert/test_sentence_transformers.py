@@ -111,6 +111,7 @@ def test_vectors_are_those_of_load_model(
     assert_same(theirs.encode(TEXT, prompt=INSTRUCTION), ours.embed(side(given)))
     assert_same(theirs.encode_query(TEXT), expected[0])
     assert_same(theirs.encode_document(TEXT), expected[0])
+    check_what_vllm_reads(out)
     check_messages(out, ours, has_images=prompt != "vlm2vec_v2")
     if prompt == "vlm2vec_v2":
         parts = [{"type": "image", "image": PICTURE}, {"type": "text", "text": TEXT}]
@@ -163,7 +164,7 @@ def test_an_export_that_is_imported_and_exported_keeps_its_prompt(
         assert (tmp_path / "back" / name).read_text() == (tmp_path / "out" / name).read_text(), name
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("family", [pytest.param("llava_onevision", marks=pytest.mark.slow), "qwen2_vl"])
 def test_a_chat_template_of_others_is_kept_and_not_used(
     family: str, groups: ProcessGroupCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,22 +220,18 @@ def test_several_images_of_an_input(
             assert_same(theirs.encode([message])[0], load_model(checkpoint).embed(both))
 
 
-def test_what_vllm_looks_for(groups: ProcessGroupCollection, tmp_path: Path) -> None:
+def check_what_vllm_reads(out: Path) -> None:
     """vLLM 0.33: names in modules.json, and a loop over message['content'], by which it gives content in parts."""
-    for family in PROMPTS:
-        folder = tmp_path / family
-        folder.mkdir()
-        export_hf(trained(family, "qwen", folder, groups), folder / "out", groups)
-        modules = json.loads((folder / "out" / "modules.json").read_text())
-        kinds = {module["type"].removeprefix("sentence_transformers.models."): module["path"] for module in modules}
-        assert kinds.keys() == {"Transformer", "Pooling", "Normalize"}
-        pooling = json.loads((folder / "out" / kinds["Pooling"] / "config.json").read_text())
-        assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_lasttoken"]
-        for file in ("chat_template.json", "tokenizer_config.json"):
-            template = json.loads((folder / "out" / file).read_text())["chat_template"]
-            loops = [node.iter for node in jinja2.Environment().parse(template).find_all(jinja2.nodes.For)]
-            keys = [node.arg.value for node in loops if isinstance(node, jinja2.nodes.Getitem)]
-            assert "content" in keys, "vLLM would write images into the text itself"
+    modules = json.loads((out / "modules.json").read_text())
+    kinds = {module["type"].removeprefix("sentence_transformers.models."): module["path"] for module in modules}
+    assert kinds.keys() == {"Transformer", "Pooling", "Normalize"}
+    pooling = json.loads((out / kinds["Pooling"] / "config.json").read_text())
+    assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_lasttoken"]
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        template = json.loads((out / file).read_text())["chat_template"]
+        loops = [node.iter for node in jinja2.Environment().parse(template).find_all(jinja2.nodes.For)]
+        keys = [node.arg.value for node in loops if isinstance(node, jinja2.nodes.Getitem)]
+        assert "content" in keys, "vLLM would write images into the text itself"
 
 
 class StandInForVllm:
@@ -257,7 +254,10 @@ class StandInForVllm:
         return torch.nn.functional.normalize(state, dim=0).tolist()
 
 
-CARDS = [("llava_onevision", "plain"), ("qwen2_vl", "vlm2vec_v2"), ("qwen3_vl", "gme")]
+CARDS = [
+    *(("llava_onevision", "plain"), ("qwen2_vl", "vlm2vec_v2")),
+    *(pytest.param(*both, marks=pytest.mark.slow) for both in (("qwen3_vl", "gme"), ("qwen2_5_vl", "qwen"))),
+]
 
 
 @pytest.mark.parametrize(("family", "prompt"), CARDS)
