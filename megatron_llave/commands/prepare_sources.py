@@ -272,7 +272,9 @@ def run_vlm2vec(given: argparse.Namespace) -> int:
 def run_webdataset(given: argparse.Namespace) -> int:
     """Make a data folder of tars of images with captions; returns the exit status."""
     with progress_bar() as report:
-        column = _captions(given)[1]
+        where, column = _captions(given)
+        if where != "auto":
+            raise ConfigError(f"--captions {where} must be auto or column=NAME")
         made = webdataset.prepare(given.source, given.out, column, given.limit, _options(given), report)
     return print_own(given.out, made)
 

@@ -63,7 +63,7 @@ def prepare_folder(
     """
     folder = Path(folder)
     if captions not in SOURCES:
-        raise ConfigError(f"--captions {captions} must be {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+        raise ConfigError(f"--captions {captions} must be {', '.join(SOURCES)} or column=NAME")
     if not folder.is_dir():
         raise DataError(f"--source {folder} is not a folder")
     if Path(directory).resolve() == folder.resolve():

@@ -5,6 +5,7 @@ hard negatives, each of them a text, an image, or both, and perhaps scores. A ro
 listed.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,8 @@ def name_of(files: Sequence[Path]) -> str:
     stems = {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files}
     name = stems.pop() if len(stems) == 1 else tables.TRAINING_SPLIT
     if name == tables.TRAINING_SPLIT or name == "data" != files[0].stem:
-        parents = [part for part in files[0].absolute().parts[1:-1] if part not in ("data", tables.TRAINING_SPLIT)]
+        folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
+        parents = [part for part in folder.parts[1:] if part not in ("data", tables.TRAINING_SPLIT)]
         name = parents[-1] if parents else name
     return clean_name(name)
 

@@ -27,8 +27,8 @@ from megatron_llave.prepare.stored_images import READ_ERRORS, TableCell, open_ar
 BINARY, CSV, JSON = (".parquet", ".arrow"), (".csv", ".tsv"), (".jsonl", ".json")
 SUFFIXES = BINARY + CSV + JSON
 ROWS_AT_ONCE = 1000
-NO_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
-"""Files beside the tables of a data set."""
+NO_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "_stats.json")
+"""Ends of the names of files beside the tables of a data set; the last one is of img2dataset."""
 TRAINING_SPLIT = "train"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
@@ -87,7 +87,7 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in SUFFIXES and path.name not in NO_TABLES and path.is_file()
+        if path.suffix in SUFFIXES and not path.name.endswith(NO_TABLES) and path.is_file()
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     splits = {file: _splits_of(file, folder) for file in files}
@@ -104,8 +104,11 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
 
 
 def _splits_of(file: Path, folder: Path) -> list[str]:
-    """Return the splits that a table of a data set may be of: its name without a part's number, that of its folder."""
-    return [_PART.sub("", file.stem)] + ([file.parent.name] if file.parent != folder else [])
+    """Return the splits that a table of a data set may be of: its name without a part's number, the end of that, as in
+    the cache of datasets (json-train.arrow), and the name of its folder.
+    """
+    name = _PART.sub("", file.stem)
+    return [name, name.rpartition("-")[2], *([file.parent.name] if file.parent != folder else [])]
 
 
 def _check_parts(files: Sequence[Path]) -> None:

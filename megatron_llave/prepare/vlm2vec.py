@@ -148,7 +148,7 @@ def _entry(name: str, given: Any, where: str, root: Path, limit: int | None) -> 
         raise ConfigError(f"{where}: weight must be above 0, not {weight}")
     limits = [_number(given, "num_sample_per_subset", where, int, limit), limit]
     limit = min((number for number in limits if number is not None), default=None)
-    files = _downloaded(given, where, root)
+    files = _downloaded({"dataset_split": mmeb.SPLITS[0]} | given if parser in MMEB_PARSERS else given, where, root)
     num_rows = sum(count_rows(tables.open_table(file), parser) for file in files)
     num_rows = num_rows if limit is None else min(limit, num_rows)
     negatives = _number(given, "num_hardneg", where, int, 0)

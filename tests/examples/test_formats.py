@@ -78,3 +78,6 @@ def test_the_page_shows_every_source_of_other_trainers(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         prepare.main(["columns", "--source", "x.parquet", "--out", "data/x", "--set", "colour=red"])
     assert "--set colour=red: give KEY=VALUE, with one of the keys subset, split" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["webdataset", "--source", "x.tar", "--out", "data/x", "--captions", "names"])
+    assert "--captions names must be auto or column=NAME" in capsys.readouterr().err

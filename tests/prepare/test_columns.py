@@ -103,7 +103,7 @@ def test_data_sets_of_hugging_face(kind: str) -> None:
     rows = {
         "text": [f"caption {n}" for n in range(9)],
         "image": [stored(n) for n in range(9)],
-        "more": [[stored(n)] * (n % 3) for n in range(9)],
+        "more": [[stored(n + 20 * m) for m in range(n % 3)] for n in range(9)],
         "label": [n % 2 for n in range(9)],
     }
     data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
@@ -117,7 +117,7 @@ def test_data_sets_of_hugging_face(kind: str) -> None:
     sides = [[(f"caption {n}", []), ("", [png(n)])] for n in range(9)]
     assert shown(made(source)) == [(some, []) for some in sides]  # by the names of the columns
     with_more = made(source, columns=["query=more", "query_image=image", "target=label"], meta_task="classification")
-    images = [[*[png(n)] * (n % 3), png(n)] for n in range(9)]
+    images = [[*(png(n + 20 * m) for m in range(n % 3)), png(n)] for n in range(9)]
     assert shown(with_more) == [([("", images[n]), (["cat", "dog"][n % 2], [])], []) for n in range(9)]
     if kind == "dictionary":
         assert len(made(source, split="test")) == 2
@@ -132,6 +132,10 @@ def test_a_folder_of_parts_is_read_in_order_and_must_be_complete() -> None:
     write_rows(Path("data/test-00000-of-00001.parquet"), TRIPLETS)
     assert [side[0][0][0] for side in shown(made("."))] == ["question 0", "question 1", "question 2"]
     assert len(made("data/test-*.parquet")) == len(made("data", split="test")) == 5
+    Path("cache").mkdir()
+    for name in ("json-train.parquet", "json-test.parquet", "00000_stats.json", "dataset_info.json"):
+        write_rows(Path("cache", name), TRIPLETS[:2] if "train" in name else TRIPLETS)
+    assert {pair.subset for pair in made("cache")} == {"json-train"} and len(made("cache")) == 2
     Path("data/train-00001-of-00003.parquet").unlink()
     with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet is missing; complete the download"):
         made("data")
@@ -147,6 +151,7 @@ def test_images_lie_in_the_table_or_beside_it_and_equal_ones_are_equal_targets()
         {"query": "<image> in blue", "picture": stored(1), "target": None, "found": stored(2)},
         {"query": "a text", "picture": None, "target": "with words", "found": {"bytes": None, "path": "7.png"}},
         {"query": "", "picture": stored(3), "target": "", "found": stored(2)},
+        {"query": "another", "picture": None, "target": "", "found": stored(4)},
     ]
     schema = pa.schema([("query", pa.string()), ("picture", FIELDS), ("target", pa.string()), ("found", FIELDS)])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), "t.parquet")
@@ -157,8 +162,10 @@ def test_images_lie_in_the_table_or_beside_it_and_equal_ones_are_equal_targets()
         ([("<image> Find it: in blue", [png(1)]), ("Represent \\<image>.", [png(2)])], []),
         ([("Find it: a text", []), ("Represent \\<image>.with words", [png(7)])], []),
         ([("Find it: ", [png(3)]), ("Represent \\<image>.", [png(2)])], []),
+        ([("Find it: another", []), ("Represent \\<image>.", [png(4)])], []),
     ]
-    assert pairs[0].target_id == pairs[2].target_id != pairs[1].target_id
+    assert pairs[0].target_id == pairs[2].target_id
+    assert len({pair.target_id for pair in pairs}) == 3 and len({pair.query_id for pair in pairs}) == 4
 
 
 def test_lists_are_several_targets_and_negatives_and_scores_are_one_for_each() -> None:
@@ -332,6 +339,18 @@ def test_held_out_pairs_share_no_image_with_training_and_an_interrupted_run_resu
     columns.prepare(["t.parquet"], "out", options=options)
     assert first.stat().st_mtime_ns == before, "a finished shard is kept"
     assert {path: path.read_bytes() for path in sorted(Path("out").glob("*.tar"))} == files
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_the_bytes() -> None:
+    """The images are read in other processes."""
+    rows = [{"anchor": f"caption {n}", "positive": stored(n)} for n in range(1500)]
+    pq.write_table(pa.Table.from_pylist(rows), "t.parquet", row_group_size=400)
+    made("t.parquet")
+    files = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
+    made("t.parquet", options=Options(workers=2))
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == files
+    assert len([name for name in files if name.endswith(".tar")]) == 2
 
 
 def test_side_of_a_pair_is_what_the_row_says() -> None:
