@@ -107,6 +107,8 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
         own = _loss(loss_of_subset(cfg, name), cfg.data.hard_negatives)
         if own != general:
             yield f"loss of {name}", own
+    if cfg.data.negatives:
+        yield "mined hard negatives", own_name(cfg.data.negatives)
     rates = "".join(f", {part} {rate:g}" for part, rate in optimizer.part_learning_rates.items())
     moments = f"betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}"
     warmup = optimizer.warmup_steps or round(optimizer.warmup_fraction * train.steps)

@@ -84,6 +84,11 @@ class StoredVectors:
         digest.update(self._read(self.places[chosen]).tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def width(self) -> int:
+        """Return d."""
+        return self.files[0].shape[1]
+
     def rows(self, names: Sequence[str]) -> Tensor:
         """Return [len(names), d] float32 of unit length.
 
@@ -125,7 +130,7 @@ class StoredVectors:
     def _read(self, places: np.ndarray) -> np.ndarray:
         """[len(places), d] float32, the rows with these numbers in all files."""
         ends = np.cumsum([len(file) for file in self.files])
-        rows = np.empty((len(places), self.files[0].shape[1]), np.float32)
+        rows = np.empty((len(places), self.width), np.float32)
         of_file = np.searchsorted(ends, places, side="right")
         for number in np.unique(of_file).tolist():
             chosen, file = of_file == number, self.files[number]

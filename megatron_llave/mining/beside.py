@@ -154,8 +154,13 @@ def _samples(
         yield key, {"json": to_json_bytes(described), **images}
 
 
-def finish(out: Path, plan: Plan, subsets: Sequence[tuple[SubsetInputs, Mined, list[Shard]]]) -> dict[str, Any]:
-    """Write the manifest that makes the folder complete, and return it; the first rank calls it."""
+def finish(
+    out: Path, head: dict[str, Any], subsets: Sequence[tuple[SubsetInputs, Mined, list[Shard]]]
+) -> dict[str, Any]:
+    """Write the manifest that makes the folder complete, and return it; the first rank calls it.
+
+    `head` is the plan, with what else is told of the models.
+    """
     described = {
         inputs.name: {
             **mined.report,
@@ -163,7 +168,7 @@ def finish(out: Path, plan: Plan, subsets: Sequence[tuple[SubsetInputs, Mined, l
         }
         for inputs, mined, shards in subsets
     }
-    manifest = {"format": FORMAT, "version": VERSION, "complete": True, **plan, "subsets": described}
+    manifest = {"format": FORMAT, "version": VERSION, "complete": True, **head, "subsets": described}
     try:
         write_json(out / MANIFEST_FILE, manifest)
     except OSError as error:

@@ -21,6 +21,8 @@ from megatron_llave.mining.rules import Positives
 
 QUERIES_PER_BLOCK = 4096
 """Number of queries whose candidates are in memory at a time."""
+MOST_RESIDENT = 2**32
+"""Bytes up to which a rank's part of the targets stays on the device; a larger part is read for each 1024 queries."""
 
 
 class StoredRows:
@@ -69,7 +71,9 @@ def find_neighbours(inputs: SubsetInputs, vectors: StoredVectors, depth: int) ->
     queries = StoredRows(vectors, [query_name(inputs.name, name) for name in inputs.query_ids])
     targets = StoredRows(vectors, [target_name(inputs.name, name) for name in inputs.target_ids])
     first, last = (c * rank // world.size() for rank in (world.rank(), world.rank() + 1))
-    mine = StoredRows(vectors, targets.names[first:last])
+    mine: StoredRows | Tensor = StoredRows(vectors, targets.names[first:last])
+    if len(mine) * vectors.width * 4 <= MOST_RESIDENT:
+        mine = mine[:]
     for start in range(0, q, QUERIES_PER_BLOCK):
         rows = slice(start, min(start + QUERIES_PER_BLOCK, q))
         block = queries[rows]

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_llave.config.mining import Rules
+from megatron_llave.config.redact import own_name
 from megatron_llave.data.index import Index
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.distributed.collectives import from_first_rank
@@ -61,12 +62,13 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
     model = models[0]()  # which joins the ranks
     with lock_folder(mining.out) if dist.get_rank() == 0 else nullcontext():
         from_first_rank(lambda: beside.require_free(mining.out, plan, mining.overwrite))  # before hours of embedding
-        identities, files = [], []
+        names, identities, files = [], [], []
         for number in range(len(models)):
             if number:
                 del model  # there need be room for one only
                 model = models[number]()
             say(f"embedding with model {number + 1} of {len(models)}")
+            names.append(own_name(model.source.place))
             identities.append(from_first_rank(model.identity))
             files.append(stored_embeddings(model, mining.folder, mining.index, mining.store))
         plan = {"models": identities, **plan}
@@ -82,4 +84,4 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
             mined = mine_subset(inputs, found, mining.rules)
             say(f"writing the negatives of subset {inputs.name}")
             written.append((inputs, mined, beside.write_subset(mining.out, mining.folder, inputs, mined)))
-        return beside.finish(mining.out, plan, written) if dist.get_rank() == 0 else {}
+        return beside.finish(mining.out, {"checkpoints": names, **plan}, written) if dist.get_rank() == 0 else {}

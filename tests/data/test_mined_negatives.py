@@ -229,3 +229,21 @@ def test_negatives_that_no_pair_would_take_are_refused():
     given = {"model": {"preset": "tiny"}, "data": {"path": "shards", "negatives": "mined"}}
     with pytest.raises(ConfigError, match="data.negatives=mined is not used while data.hard_negatives=0; set it to at"):
         config_from_dict(given)
+
+
+def test_a_folder_is_claimed_for_one_plan(folders, tmp_path):
+    """Complete negatives are replaced on demand alone, unfinished ones of another plan at once, foreign files never."""
+    index, out = read_index(folders[0]), Path(shutil.copytree(folders[1], tmp_path / "out"))
+    plan = {key: json.loads((out / "negatives.json").read_text())[key] for key in ("models", "rules", "data")}
+    assert beside.claim(out, plan, index, overwrite=False)
+    other = plan | {"rules": plan["rules"] | {"ratio": 0.9}}
+    with pytest.raises(DataError, match="holds negatives of other rules; choose another --out or pass --overwrite"):
+        beside.claim(out, other, index, overwrite=False)
+    assert len(list(out.glob("*.tar"))) == 7
+    assert not beside.claim(out, other, index, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["negatives.json"]
+    (out / "birds-000000.tar").touch()
+    assert not beside.claim(out, other, index, overwrite=False) and (out / "birds-000000.tar").exists()
+    assert not beside.claim(out, plan, index, overwrite=False) and not (out / "birds-000000.tar").exists()
+    with pytest.raises(DataError, match="holds files with the names of shards but no negatives.json; choose another"):
+        beside.claim(folders[0], plan, index, overwrite=True)

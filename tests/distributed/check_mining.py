@@ -11,6 +11,8 @@ from megatron_llave.config.mining import Rules
 from megatron_llave.data.index import Shard
 from megatron_llave.data.stored_vectors import open_vectors, query_name, target_name
 from megatron_llave.distributed import process_groups
+from megatron_llave.evaluation import ranking
+from megatron_llave.mining import neighbours
 from megatron_llave.mining.inputs import Content, PairContents, SubsetInputs, collect
 from megatron_llave.mining.mined import mine_subset
 from megatron_llave.mining.neighbours import find_neighbours
@@ -70,7 +72,8 @@ def make_inputs(n: int) -> SubsetInputs:
 
 def main() -> None:
     folder, n = Path(sys.argv[1]), int(sys.argv[2])
-    process_groups.initialize_distributed(60)
+    if process_groups.initialize_distributed(60) > 1:  # other blocks, and targets that are read again for each
+        neighbours.QUERIES_PER_BLOCK, neighbours.MOST_RESIDENT, ranking.CANDIDATES_PER_BLOCK = 700, 0, 1000
     inputs = make_inputs(n)
     found = [
         list(find_neighbours(inputs, open_vectors(folder / f"{seed}.npy"), 40)) for seed in (0, 1)[: int(sys.argv[3])]

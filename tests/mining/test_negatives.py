@@ -169,6 +169,7 @@ def test_lists_are_those_of_numpy_and_pairs_get_their_contents(data: Path, mined
         assert counts["pairs"] == len(pairs) and counts["pairs_not_embedded"] == (name == "drawn")
         assert len(expected) == counts["queries"] == (30 if name == "vqa" else 20) and counts["kept"] > 0
         total += counts["kept"]
+    assert manifest["checkpoints"] == ["model"]
     assert manifest["complete"] is True and manifest["models"][0]["weights"] and manifest["rules"]["ratio"] == 0.999
     assert total > 60 and manifest["subsets"]["vqa"]["left_out_together"]["max_uses"] > 0
 
