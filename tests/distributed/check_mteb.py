@@ -27,7 +27,7 @@ from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
 from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.evaluation import mteb_encoder
+from megatron_llave.evaluation import mteb_encoder, mteb_instructions
 from megatron_llave.evaluation.benchmarks import mteb as benchmark
 from megatron_llave.evaluation.mteb_encoder import DistributedEncoder
 
@@ -45,7 +45,7 @@ def encoder_of(model, out: str, prompts: dict[str, Any] | None = None) -> Distri
     """The encoder that mteb gets, on all ranks."""
     identity = model.identity()
     embedder = CachedEmbedder(partial(embed_parts, model), out, identity, model.groups.dp, cfg=model.cfg)
-    instructions = benchmark.instructions_of(model.cfg, prompts or {})
+    instructions = mteb_instructions.instructions_of(model.cfg, prompts or {})
     meta = benchmark.model_meta(model.cfg, identity, instructions, "golden") if dist.get_rank() == 0 else None
     return mteb_encoder.build_encoder(embedder, model.cfg.model.language.hidden_size, instructions, meta)
 
@@ -87,7 +87,7 @@ def check_waits(out: str, layout: str, tokenizer: str) -> None:
         time.sleep(TIMEOUT + 2)
         return len(encoder._embed(block))
 
-    encoder = DistributedEncoder(embedder, 64, mteb_encoder.Instructions(), None)
+    encoder = DistributedEncoder(embedder, 64, mteb_instructions.Instructions(), None)
     assert encoder.run(score) == (100 if dist.get_rank() == 0 else None)
     for entries, fail, message in (
         ([], lambda: 1 / 0, "division by zero"),
@@ -100,7 +100,7 @@ def check_waits(out: str, layout: str, tokenizer: str) -> None:
                     encoder._embed(each)
             fail()
 
-        encoder = DistributedEncoder(embedder, 64, mteb_encoder.Instructions(), None)
+        encoder = DistributedEncoder(embedder, 64, mteb_instructions.Instructions(), None)
         with pytest.raises(Exception, match=message):
             encoder.run(work)
     print("waited", flush=True)
@@ -163,10 +163,16 @@ def check_prompts(out: str) -> None:
     ]:
         path.write_text(json.dumps(values))
         with pytest.raises(DataError, match=message):
-            benchmark.read_prompts(path, [])
+            mteb_instructions.read_prompts(path, [])
+    folder = Path(f"{out}-folder")
+    folder.mkdir()
+    assert mteb_instructions.own_prompts(folder, mock_tasks()) == {}
+    own = {"query": "Q", "document": "", "Classification": "C", "other": "O", "Retrieval": 3}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": own}))
+    assert mteb_instructions.own_prompts(folder, mock_tasks()) == {"query": "Q", "Classification": "C"}
     good = {"SciFact": {"query": "a", "document": "b"}, "STS": "c", "query": "d", "tasks": False, "image": ""}
     path.write_text(json.dumps(good))
-    assert benchmark.read_prompts(path, []) == good
+    assert mteb_instructions.read_prompts(path, []) == good
 
 
 def check_instructions(model, out: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation import mteb_encoder
 from megatron_llave.evaluation.benchmarks import mteb
-from megatron_llave.evaluation.mteb_encoder import Instructions, blocks, image_bytes
+from megatron_llave.evaluation.mteb_encoder import ImageFile, blocks, image_bytes
+from megatron_llave.evaluation.mteb_instructions import Instructions
 
 
 def test_blocks_end_at_their_cost_and_at_their_bytes(monkeypatch):
@@ -33,6 +35,9 @@ def test_a_block_is_named_after_its_content():
     )
     assert one.name == same.name != other.name and one.name.startswith("task-")
     assert next(iter(one)).startswith(f"{one.name} 0 ")
+    image = ImageFile(b"x" * 1000)
+    assert image == b"x" * 1000 and len(repr(image)) < 80 and repr(image) != repr(ImageFile(b"y" * 1000))
+    assert pickle.loads(pickle.dumps(Input("", (image,)))).images == (image,)
 
 
 @pytest.mark.parametrize(

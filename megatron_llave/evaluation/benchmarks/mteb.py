@@ -6,7 +6,6 @@ embeds of an interrupted one what is missing. Data come from the Hugging Face hu
 """
 
 import argparse
-import difflib
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,9 +31,16 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.errors import DataError, UserError, one_line, require
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, ScoreTable, comma_list
-from megatron_llave.evaluation.mteb_encoder import DistributedEncoder, Instructions, build_encoder
-from megatron_llave.files import read_json, write_text
-from megatron_llave.hub import is_name
+from megatron_llave.evaluation.mteb_encoder import DistributedEncoder, build_encoder
+from megatron_llave.evaluation.mteb_instructions import (
+    Instructions,
+    instructions_of,
+    nearest,
+    own_prompts,
+    read_prompts,
+)
+from megatron_llave.files import write_text
+from megatron_llave.hub import is_name, local_folder
 from megatron_llave.planning.plan import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -49,9 +55,6 @@ BATCH_SIZE = 256
 """Rows that are read from a task's data at a time."""
 TRACEBACKS = "failed"
 """Folder of the tracebacks of tasks that mteb could not finish."""
-SIDES = ("query", "document")
-FILE_KEYS = ("template", "image", "tasks")
-"""Keys of a file of --prompts beside the names of tasks, of their types, and of the sides query and document."""
 
 
 @dataclass(frozen=True)
@@ -118,53 +121,7 @@ def choose_tasks(names: Sequence[str], benchmark: str | None, languages: Sequenc
 
 
 def _unknown(option: str, name: str, known: Iterable[str]) -> str:
-    return f"{option} {name!r} is not known to mteb {version('mteb')}{_nearest(name, known)}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    lower = {each.lower(): each for each in known}
-    return f"; the nearest is {lower[difflib.get_close_matches(name.lower(), lower, 1, 0.0)[0]]!r}"
-
-
-def read_prompts(path: str | Path, tasks: Sequence[Any]) -> dict[str, Any]:
-    """Read a JSON file of instructions, whose keys Instructions and FILE_KEYS describe.
-
-    Raises:
-        DataError: the file is not such a file, or mteb has neither a task nor a type of tasks with the name of a key.
-    """
-    from mteb.get_tasks import TASK_LIST
-
-    values = read_json(path, hint="--prompts names a JSON file of instructions")
-    known = {word for task in [*TASK_LIST, *tasks] for word in (task.metadata.name, task.metadata.type)}
-    for key, value in values.items():
-        if key not in known and key not in (*FILE_KEYS, *SIDES):
-            others = f"nor one of {', '.join((*SIDES, *FILE_KEYS))}"
-            raise DataError(f"{path}: {key!r} is neither a task nor a type of tasks, {others}{_nearest(key, known)}")
-        right = _what_is_right(key, value)
-        if right:
-            raise DataError(f"{path}: {key!r} must be {right}, not {value!r:.60}")
-    return values
-
-
-def _what_is_right(key: str, value: Any) -> str:
-    """What the value of a key of --prompts must be; "" where it is right."""
-    if key == "tasks":
-        return "" if isinstance(value, bool) else "true or false"
-    if key == "template":
-        is_right = isinstance(value, str) and "{instruction}" in value and "{text}" in value
-        return "" if is_right else "a text with {instruction} and {text}"
-    if key in (*SIDES, "image") or isinstance(value, str):
-        return "" if isinstance(value, str) else "a text"
-    is_right = isinstance(value, dict) and all(side in SIDES and isinstance(text, str) for side, text in value.items())
-    return "" if is_right else 'a text, or {"query": a text, "document": a text}'
-
-
-def instructions_of(cfg: RunConfig, prompts: Mapping[str, Any]) -> Instructions:
-    """The instructions that a model of this configuration embeds with, and those of a file of --prompts."""
-    names = {"template": "template", "image": "image", "tasks": "uses_tasks"}
-    changes = {names[key]: value for key, value in prompts.items() if key in FILE_KEYS}
-    by_name = {key: value for key, value in prompts.items() if key not in FILE_KEYS}
-    return replace(Instructions.of(cfg), by_name=by_name, **changes)
+    return f"{option} {name!r} is not known to mteb {version('mteb')}{nearest(name, known)}"
 
 
 def model_meta(cfg: RunConfig, identity: Mapping[str, str], instructions: Instructions, checkpoint: str) -> Any:
@@ -323,7 +280,7 @@ def summarise(chosen: Chosen, scored: Scored, encoder: DistributedEncoder, out: 
         "data": chosen.name,
         "mteb": f"{version('mteb')}, datasets {version('datasets')}, seed {', '.join(map(str, seeds))}",
         "model in mteb's files": f"{meta.name}, revision {meta.revision}",
-        "instructions": f"{prompts or 'of the tasks'}: {json.dumps(asdict(encoder.instructions))}",
+        "instructions": f"{prompts or 'without --prompts'}: {json.dumps(asdict(encoder.instructions))}",
     }
     failed = [f"task {name}: {reason}" for name, reason in scored.failed.items()]
     numbers = {"benchmark": chosen.name, "means": means, "tasks": tasks, "failed": scored.failed}
@@ -371,7 +328,8 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
         _quieten()
         names = [name for word in args.tasks if "=" not in word for name in comma_list(word)]
         chosen = choose_tasks(names, args.suite, args.languages)
-        prompts = read_prompts(args.prompts, chosen.tasks) if args.prompts else {}
+        prompts = own_prompts(local_folder(args.checkpoint), chosen.tasks)
+        prompts |= read_prompts(args.prompts, chosen.tasks) if args.prompts else {}
 
     def evaluate(embedder: CachedEmbedder) -> Evaluation:
         assert embedder.cfg is not None
