@@ -124,7 +124,9 @@ def test_vectors_are_those_of_load_model(
                 theirs.encode(given)
         return
     assert_same(theirs.encode({"image": PICTURE}), ours.embed(side("", PICTURE)))
-    assert_same(theirs.encode({"text": TEXT, "image": PICTURE}), ours.embed(side(TEXT, PICTURE)))
+    tall = PICTURE.resize((40, 150))  # images of several shapes and a text in one batch
+    batch = theirs.encode([{"text": TEXT, "image": PICTURE}, {"image": tall, "text": "x"}, TEXT])
+    assert_same(batch, torch.stack([ours.embed(each) for each in (side(TEXT, PICTURE), side("x", tall), side(TEXT))]))
     assert_same(theirs.encode({"image": PICTURE}, prompt=INSTRUCTION), ours.embed(side(with_image(given), PICTURE)))
 
 
