@@ -152,7 +152,8 @@ def read_hf_config(folder: str | Path, with_other_files: bool = True, with_adapt
                 config.notes.extend(family.hf.check_files(config, top.file.parent))
             return config
     layouts = [layout for family in FAMILIES.values() for layout in family.hf.layouts]
-    raise top.refuse("model_type", " or ".join(layouts))
+    others = [layout for layout in layouts if layout != top.values.get("model_type")]  # of llava only what we export
+    raise top.refuse("model_type", " or ".join(others))
 
 
 def open_hf(folder: str | Path, config: HfConfig | None = None, adapter: str | Path | None = None) -> HfWeights:

@@ -273,7 +273,11 @@ def test_no_interpolation_survives_in_transformers(tmp_path: Path) -> None:
             {"model_type": "llava_next"},
             ["model_type='llava_next'", "llava_onevision or llava or llava_qwen"],
         ),
-        ("llava_qwen", {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, ["model_type='llava'"]),
+        (
+            "llava_qwen",
+            {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
+            ["model_type='llava' is not supported; it must be llava_onevision or llava_qwen or"],
+        ),
         ("llava_onevision", {"text_config.model_type": "llama"}, ["text_config.model_type='llama'", "'qwen2'"]),
         ("llava_onevision", {"text_config": [1]}, ["text_config=[1]", "object"]),
         ("llava_onevision", {"text_config.hidden_act": "gelu"}, ["text_config.hidden_act='gelu'", "'silu'"]),
