@@ -37,6 +37,7 @@ from megatron_llave.distributed.layout import validate_batch, validate_layout
 from megatron_llave.errors import CheckpointError, exit_with_one_line
 from megatron_llave.evaluation.evaluate import build_evaluation
 from megatron_llave.evaluation.task import SetResult
+from megatron_llave.launch import procs
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
 from megatron_llave.models import build_model, build_processor
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = options.parse(argv)
     resumed = [f"checkpoint.resume={args.resume}"] if args.resume else []
     with exit_with_one_line():
+        procs.require_as_started(args.procs)
         end_forks_with_parent()
         end_with_launcher(SECONDS_TO_SAVE)
         quiet_dependencies()

@@ -15,7 +15,7 @@ from launching import EXAMPLES, LIMIT, data_with_few_sets, environment, losses, 
 
 from megatron_llave import __main__ as console
 from megatron_llave import __version__
-from megatron_llave.commands import completion
+from megatron_llave.commands import completion, train
 from megatron_llave.config.load import load_config
 from megatron_llave.config.packaged import find_config, first_words, names
 from megatron_llave.errors import ConfigError
@@ -236,6 +236,11 @@ def test_procs_are_a_number_and_as_started(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     procs.require_as_started(4)
     procs.require_as_started(None)
+    started: list[object] = []
+    monkeypatch.setattr(train, "start_training", lambda *given: started.extend(given) or 75)
+    assert train.main(["--config", "tiny", "a.b=c", "--procs", "3", "--resume", "auto"]) == 75
+    arguments = ["--config", str(find_config("tiny")), "--resume", "auto", "a.b=c"]
+    assert started == [[str(start.RANK), "train", *arguments], find_config("tiny"), arguments, 3]
     with pytest.raises(ConfigError, match="--procs 2, but 4 .* the command `llave` starts"):
         procs.require_as_started(2)
 

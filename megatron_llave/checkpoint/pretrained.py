@@ -140,7 +140,7 @@ class Pretrained:
         """
         record = read_base(self.folder)
         what = f"{self.folder} holds adapters without the weights that they are for"
-        hint = "name their folder: lora.base, or --base of tools/convert_hf.py"
+        hint = "name their folder: lora.base, or --base of llave convert"
         try:
             base = find_pretrained(folder or record.source)
         except CheckpointError as error:
@@ -235,7 +235,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
     if os.path.isfile(path / HF_CONFIG):
         return Pretrained(path, read_hf_config(path).run, is_hf=True)
     if (path / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{path} has an adapter and no model; tools/convert_hf.py import merges or keeps it")
+        raise CheckpointError(f"{path} has an adapter and no model; llave convert import merges or keeps it")
     try:
         folder = folders.find(path)
     except folders.NoCheckpointError as error:

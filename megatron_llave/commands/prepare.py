@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sources(commands)
     _add_tokenizer(commands)
-    clips = commands.add_parser("clips", help="short videos of moving emoji, for tools/evaluate.py video")
+    clips = commands.add_parser("clips", help="short videos of moving emoji, for llave evaluate video")
     clips.add_argument("--out", required=True, metavar="DIR", help="output directory")
     clips.add_argument("--count", type=int, default=60, metavar="N", help="number of videos (60)")
     clips.add_argument("--overwrite", action="store_true", help="replace a finished output directory")

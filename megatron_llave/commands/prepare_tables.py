@@ -15,7 +15,7 @@ from megatron_llave.prepare.shard_jobs import REPORT_FILE, Prepared
 MODALITIES = ("text", "image", "both")
 BAR = 24
 """Number of characters of the longest bar of a histogram."""
-NEXT = "bash examples/pretrain_llave_tiny.sh --config examples/own_data.yaml data.path={} train.output=runs/own"
+NEXT = "llave train --config own_data data.path={} train.output=runs/own"
 """The command that trains on a folder of one's own."""
 
 Report = Callable[[str, int, int], None]

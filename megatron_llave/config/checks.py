@@ -79,7 +79,7 @@ def _validate_objectives(cfg: RunConfig) -> None:
     require(ok, f"data.negatives={cfg.data.negatives} is not used while data.hard_negatives=0; set it to at least 1")
     ok = cfg.loss.soft_labels is None or cfg.data.hard_negatives > 0 or cfg.data.positives != 1
     require(ok, "loss.soft_labels weighs targets and hard negatives: with data.positives=1 set data.hard_negatives")
-    hint = "a file or folder made by tools/embed.py --shards"
+    hint = "a file or folder made by llave embed --shards"
     using = _users_of_stored(cfg)
     ok = cfg.loss.stored_embeddings is not None or not using
     require(ok, f"{' and '.join(using)} need loss.stored_embeddings, {hint}")

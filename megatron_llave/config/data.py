@@ -43,7 +43,7 @@ class DataConfig:
     """Training pairs."""
 
     path: str = ""
-    """Folder of WebDataset shards with an index.json, as made by tools/prepare_data.py. On the network:
+    """Folder of WebDataset shards with an index.json, as made by llave prepare. On the network:
     http(s)://HOST/FOLDER, or pipe:COMMAND with {file} in the command, such as pipe:aws s3 cp s3://bucket/pairs/{file}
     -"""
     cache: str | None = None
@@ -76,7 +76,7 @@ class DataConfig:
     """Maximum number of hard negatives that are used per pair, taken from the start of its list. Each query is compared
     with the hard negatives of all pairs that it is compared with."""
     negatives: str | None = None
-    """Folder of mined hard negatives for the shards of data.path, as made by tools/mine.py negatives, or their address
+    """Folder of mined hard negatives for the shards of data.path, as made by llave mine negatives, or their address
     on the network like that of data.path. A pair gets them after its own hard negatives, and data.hard_negatives is the
     maximum of both together. null: there are none."""
     positives: int | None = None

@@ -64,7 +64,7 @@ class LossConfig:
     docs/contrastive_step.md states the costs."""
     stored_embeddings: str | None = None
     """Embeddings of the training inputs by another model, for reward and soft_labels: a .npy file with a file of ids
-    beside it, a Parquet file, or a folder of such files, as made by tools/embed.py --shards."""
+    beside it, a Parquet file, or a folder of such files, as made by llave embed --shards."""
     ema_decay: float = 0.999
     """Decay of the moving average for reward=ema; in the first steps it is (1 + step) / (10 + step) if that is less."""
 

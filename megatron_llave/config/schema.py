@@ -87,7 +87,7 @@ class CheckpointConfig:
     """Checkpoints, and the weights that a run starts from."""
 
     init: str | None = None
-    """Folder with the initial weights: a checkpoint (for example from tools/convert_hf.py import), an output directory,
+    """Folder with the initial weights: a checkpoint (for example from llave convert import), an output directory,
     or a Hugging Face folder; or the name of a model on the hub, org/name or org/name@revision, to which the run adds
     the commit; null: random weights. Sizes that `model` does not set are taken from it, the vocabulary
     size always; other contradictions are an error."""
@@ -154,7 +154,7 @@ class EvaluateConfig:
     threads: int = 2
     """Threads per process that read and decode the inputs of MMEB ahead of the model."""
     path: str | None = None
-    """Folder of the evaluation sets while training: one that tools/prepare_data.py made, or MMEB-eval; null:
+    """Folder of the evaluation sets while training: one that llave prepare made, or MMEB-eval; null:
     data.path."""
     images: str | None = None
     """Folder that the image paths of MMEB-eval are relative to; null: evaluate.path."""

@@ -115,7 +115,7 @@ def read_index(directory: str | Path, check_shards: bool = True) -> Index:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise DataError(f"data folder {directory} does not exist; tools/prepare_data.py makes one")
+        raise DataError(f"data folder {directory} does not exist; llave prepare makes one")
     index = parse_index(directory / INDEX_FILE, str(directory / INDEX_FILE))
     files: dict[tuple[int, int], str] = {}
     for shard in (shard for subset in index.subsets.values() for shard in subset.shards if check_shards):
@@ -133,7 +133,7 @@ def parse_index(path: Path, source: str) -> Index:
     Raises:
         DataError: the index is missing or malformed; the message names `source`.
     """
-    hint = "the folder is unfinished or holds no shards: run tools/prepare_data.py"
+    hint = "the folder is unfinished or holds no shards: run llave prepare"
     value = read_json(path, FORMAT, hint)
     try:
         subsets = {

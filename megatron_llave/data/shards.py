@@ -179,7 +179,7 @@ def well_described(where: str) -> Iterator[None]:
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: its .json member is malformed; prepare_data.py verify says more") from error
+        raise DataError(f"{where}: its .json member is malformed; llave prepare verify says more") from error
 
 
 def to_json_bytes(value: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """Embeddings of the training inputs by another model, looked up by name: the model of `loss.reward: stored`, and the
 teacher of `loss.soft_labels: stored`.
 
-They are files like those of tools/embed.py --shards: a .npy file [n, d] with the name of each row on a line of the .ids
+They are files like those of llave embed --shards: a .npy file [n, d] with the name of each row on a line of the .ids
 file beside it, which is mapped into memory, or a Parquet file with columns id and embedding, which is read whole. d is
 that of the other model. The index of names, 16 bytes per row, is made once and shared with the data workers by fork.
 A name is SUBSET/query/ID or SUBSET/target/ID.
@@ -106,7 +106,7 @@ class StoredVectors:
         wanted = np.array([stable_hash(name) for name in names], np.int64)
         found = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
         for missing in np.flatnonzero(self.hashes[found] != wanted)[:1].tolist():
-            hint = "embed the shards of data.path with tools/embed.py --shards"
+            hint = "embed the shards of data.path with llave embed --shards"
             raise DataError(f"{self.path} has no embedding of {names[missing]!r} among its {len(self.hashes)}; {hint}")
         return self.places[found]
 

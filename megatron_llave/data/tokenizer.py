@@ -156,9 +156,9 @@ def find_tokenizer(data: DataConfig) -> Path:
         return Path(data.tokenizer)
     file = tokenizer_in(Path(data.path))
     if not REMOTE.match(str(data.path)) and not Path(data.path).exists():
-        raise DataError(f"data.path={data.path} does not exist; tools/prepare_data.py makes such a folder")
+        raise DataError(f"data.path={data.path} does not exist; llave prepare makes such a folder")
     if file is None:
-        make = "set data.tokenizer, or make one with tools/prepare_data.py tokenizer"
+        make = "set data.tokenizer, or make one with llave prepare tokenizer"
         raise DataError(f"{Path(data.path)} has neither {' nor '.join(TOKENIZERS)}; {make}")
     return file
 

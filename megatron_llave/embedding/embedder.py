@@ -161,7 +161,7 @@ def _configure(pretrained: Pretrained, overrides: Sequence[str]) -> RunConfig:
     require_same_adapters(cfg.lora, pretrained.cfg.lora, str(pretrained.folder), "lora.rank=0 merges them")
     if not cfg.data.tokenizer and not cfg.data.path:
         raise DataError(
-            f"{pretrained.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (tools/convert_hf.py "
+            f"{pretrained.assets} has neither {' nor '.join(TOKENIZERS)}; set data.tokenizer (llave convert "
             "import makes one of vocab.json and merges.txt)"
         )
     return cfg

@@ -1,6 +1,6 @@
 """Embeds a stream of inputs into one file, block by block, so that a command that was interrupted continues.
 
-tools/embed.py embeds JSONL files and shards so, and mining the queries and targets of shards (mining/store.py).
+llave embed embeds JSONL files and shards so, and mining the queries and targets of shards (mining/store.py).
 """
 
 import json
@@ -174,7 +174,7 @@ def _finish(embedder: FileEmbedder, done: Embedded, out: Path) -> None:
     """Write the output, and the list of inputs that were left out; then remove the folder of what was embedded."""
     listed, skipped, source = Path(f"{out}.skipped.jsonl"), done.skipped, embedder.source
     if not skipped and done.kept == 0:
-        raise DataError(f"{source.path}: no pair can be read; prepare_data.py verify says more")
+        raise DataError(f"{source.path}: no pair can be read; llave prepare verify says more")
     if skipped and (done.kept == 0 or not source.skip_bad):
         hint = "; no input can be read" if source.skip_bad else "; --skip-bad leaves it out"
         raise DataError(f"input {skipped[0]['input']}: {skipped[0]['problem']}{hint}")

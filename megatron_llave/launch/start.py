@@ -38,13 +38,14 @@ TORCHRUN, RANK = (Path(__file__).with_name(name) for name in ("quiet_torchrun.py
 """Files that torchrun and a rank of a command are started with."""
 
 
-def start_training(command: list[str], config: Path, arguments: list[str]) -> int:
+def start_training(command: list[str], config: Path, arguments: list[str], number: int | None = None) -> int:
     """Start the ranks of a run and wait for their end.
 
     Args:
         command: what every rank runs: a file of Python with its arguments.
         config: the configuration where the arguments name none.
         arguments: `--config FILE`, `--resume auto` and overrides, as the ranks get them.
+        number: number of ranks of this node; None: `num_processes()`.
 
     Returns:
         The exit status.
@@ -55,7 +56,7 @@ def start_training(command: list[str], config: Path, arguments: list[str]) -> in
             (run_folder(config, arguments) / "stop").touch()
         signal.alarm(ASK_AGAIN)
 
-    status = start_ranks(command, ask=ask, ending="the run saves and stops")
+    status = start_ranks(command, number, ask, ending="the run saves and stops")
     if status == 0 and is_stopped(run_folder(config, arguments)):
         return EXIT_STOPPED
     return status

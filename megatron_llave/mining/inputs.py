@@ -51,7 +51,7 @@ class SubsetInputs:
     """The q different queries and c different targets of a subset, in the order in which they come in its shards.
 
     Queries are different if their ids are, targets if their texts or images are. Of inputs with one id, the first one
-    counts, as in tools/embed.py --shards.
+    counts, as in llave embed --shards.
     """
 
     name: str
@@ -115,7 +115,7 @@ def read_subsets(
         read = dict(from_all_ranks(mine))
         inputs = collect(name, shards, [read[number] for number in range(len(shards))], vectors)
         if not inputs.query_ids:
-            raise DataError(f"{folder}: no pair of subset {name} can be used; prepare_data.py verify says more")
+            raise DataError(f"{folder}: no pair of subset {name} can be used; llave prepare verify says more")
         yield inputs
 
 

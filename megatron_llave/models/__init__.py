@@ -143,7 +143,7 @@ def read_hf_config(folder: str | Path, with_other_files: bool = True, with_adapt
     """
     top, adapter = read_config_json(folder), Path(folder) / ADAPTER_CONFIG
     if adapter.is_file() and not with_adapter:
-        hint = "tools/convert_hf.py import merges it into the weights"
+        hint = "llave convert import merges it into the weights"
         raise CheckpointError(f"{adapter}: the folder has an adapter, which is not read here; {hint}")
     for family in FAMILIES.values():
         if family.hf.layout_of(top.values) is not None:

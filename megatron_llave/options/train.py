@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_llave.errors import OneLineParser
+from megatron_llave.launch import procs
 
-ABOUT = """Train an embedding model: one process per GPU, or two without a GPU; PROCS=N starts N.
+ABOUT = """Train an embedding model, on one process per GPU, or two without a GPU.
 
 llave train --config tiny data.path=DIR train.output=runs/mine
 llave train --config my.yaml --resume auto section.key=value ...
@@ -19,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run, or the name of an example")
     parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
+    procs.add_option(parser, without_gpu="two")
     parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
     return parser
 

@@ -147,7 +147,7 @@ def hardness_modes(cfg: RunConfig, ranks: int) -> Study:
     require(
         cfg.data.hard_negatives > 0,
         "study hardness_modes: data.hard_negatives=0; set it to at least 1, with data that has hard negatives "
-        "(docs/data.md; tools/prepare_data.py openmoji --hard-negatives 2)",
+        "(docs/data.md; llave prepare openmoji --hard-negatives 2)",
     )
     plain = ("loss.hardness=all", "loss.mask_same_target=false", "loss.mask_margin=null", "loss.reward=self")
     variants = [

@@ -167,7 +167,7 @@ def test_blocks_missing_files_and_a_full_disk(model: Path, tmp_path: Path, monke
     (shard,) = shards.glob("*.tar")
     shard.write_bytes(shard.read_bytes().replace(image, image[:-1] + b"?"))
     line = last_line_of_error("--shards", shards, "--out", tmp_path / "other.npy")
-    assert line == f"error: {shards}: no pair can be read; prepare_data.py verify says more"
+    assert line == f"error: {shards}: no pair can be read; llave prepare verify says more"
 
 
 def test_embeddings_that_are_not_finite_are_not_written(model: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(shards: Path, names: list[st
     ids.write_text(written.replace("trees/target/1\n", "trees/target/2\n"))
     refused("x.npy: two embeddings have the same id")
     ids.write_text(written.replace("trees/", "bushes/"))
-    refused("x.npy has no embedding of 'trees/.*' among its 64; embed the shards of data.path with tools/embed.py")
+    refused("x.npy has no embedding of 'trees/.*' among its 64; embed the shards of data.path with llave embed")
     ids.write_text(written)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     refused("bad.parquet is no Parquet file with columns id and embedding", tmp_path / "bad.parquet")

@@ -22,13 +22,15 @@ pytestmark = pytest.mark.long
 
 
 def run_line(line: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the page as one process, which is a fork; a launch file is run as one of its ranks runs it."""
+    """Run a command of the page as one process, which is a fork; training is run as one of its ranks runs it."""
     words = shlex.split(line)
+    if words[:2] == ["llave", "train"]:
+        fewer = [f"{key}={value}" for key, value in FEWER.items()]
+        return run_script(ROOT / "megatron_llave" / "train.py", *words[2:], *fewer)
     script = next(number for number, word in enumerate(words) if word.endswith((".py", ".sh")))
     assert words[:script] in (["python"], ["bash"], ["torchrun", "--nproc-per-node", "2"]), line
-    more = [f"{key}={value}" for key, value in FEWER.items()] if words[script].endswith(".sh") else []
     paths = [str(ROOT / word) if word.startswith(("tools/", "examples/")) else word for word in words[script:]]
-    return run_script(*paths, *more)
+    return run_script(*paths)
 
 
 def test_from_a_folder_of_images_to_search(tmp_path: Path) -> None:

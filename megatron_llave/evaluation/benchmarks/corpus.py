@@ -1,6 +1,6 @@
 """Retrieval on the user's own queries, corpus and relevance judgements; writes scores and a ranking in TREC's format.
 
-Queries and corpus are JSONL files as tools/embed.py takes them. Judgements are TREC's qrels (query, 0, candidate,
+Queries and corpus are JSONL files as llave embed takes them. Judgements are TREC's qrels (query, 0, candidate,
 grade) or BEIR's table (query, candidate, grade, with a first line of names). The corpus is embedded once into a folder
 and searched exactly, block by block from disk, spread over all ranks.
 """
@@ -248,7 +248,7 @@ def _same_inputs(data: RetrievalData, same_id: str) -> list[str]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--queries", required=True, help="JSONL of {id, text, image}, as tools/embed.py takes (docs/data.md)"
+        "--queries", required=True, help="JSONL of {id, text, image}, as llave embed takes (docs/data.md)"
     )
     parser.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
     default = "default: a candidate with the id of the query (by default the number of its line) is right"

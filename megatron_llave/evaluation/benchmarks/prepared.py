@@ -1,4 +1,4 @@
-"""Evaluation sets of a folder that tools/prepare_data.py made, written and read; all queries of a set share candidates.
+"""Evaluation sets of a folder that llave prepare made, written and read; all queries of a set share candidates.
 
 The folder's `eval/` holds each different input once in WebDataset tars, `inputs-000000.tar` ... (samples `KEY.json`,
 `KEY.0.png`), and `sets.json`, whose sets refer to the inputs by key.
@@ -115,9 +115,9 @@ def read_evaluation(directory: str | Path) -> tuple[dict[str, Side], list[Evalua
     """
     folder = Path(directory) / FOLDER
     if not folder.is_dir():
-        raise DataError(f"evaluation folder {folder} does not exist; tools/prepare_data.py makes one")
+        raise DataError(f"evaluation folder {folder} does not exist; llave prepare makes one")
     path = folder / SETS_FILE
-    value = read_json(path, FORMAT, "the folder is unfinished: run tools/prepare_data.py")
+    value = read_json(path, FORMAT, "the folder is unfinished: run llave prepare")
     try:
         shards = [parse_shard(shard) for shard in value["inputs"]]
         require_different_shards(shards)
@@ -216,12 +216,12 @@ def _check_sets(path: Path, inputs: dict[str, Side], sets: list[EvaluationSet]) 
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder that tools/prepare_data.py made, with its eval/")
+    parser.add_argument("--data", required=True, help="folder that llave prepare made, with its eval/")
 
 
 BENCHMARK = Benchmark(
     name="prepared",
-    about="sets of a folder that tools/prepare_data.py made",
+    about="sets of a folder that llave prepare made",
     add_options=_add_options,
     read_tasks=lambda args: read_tasks(args.data),
     is_kept=False,

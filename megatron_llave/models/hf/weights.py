@@ -172,7 +172,7 @@ def require_complete(weights: HfWeights, expected: dict[str, tuple[int, ...]], e
     problems = weights.problems(expected, elsewhere)
     if problems:
         rest = len(problems) - 5
-        more = f"; and {rest} more (tools/convert_hf.py inspect lists all)" if rest > 0 else ""
+        more = f"; and {rest} more (llave convert inspect lists all)" if rest > 0 else ""
         raise CheckpointError(f"{weights.files.folder} does not fit its config.json: {'; '.join(problems[:5])}{more}")
 
 

@@ -253,9 +253,7 @@ def test_where_the_base_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_only_an_import_merges(groups, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     changes = for_decoder("llava_onevision", folder, SPELLINGS["llava_onevision"][0])
-    with pytest.raises(
-        CheckpointError, match="has an adapter and no model; tools/convert_hf.py import merges or keeps it"
-    ):
+    with pytest.raises(CheckpointError, match="has an adapter and no model; llave convert import merges or keeps it"):
         load_model(folder)
     shutil.copytree(FOLDERS["llava_onevision"], folder, dirs_exist_ok=True)
     for way in (read_hf_config, open_hf, load_model):
