@@ -44,6 +44,10 @@ ELSEWHERE = {
         "tests/search/test_server.py::test_the_command_serves_until_ctrl_c",
         ["serve"],
     ),
+    r"torchrun --nproc-per-node 2 tools/embed\.py --checkpoint runs/judge\S* --shards .*": (
+        "tests/commands/test_embed.py::test_the_inputs_of_shards_get_their_names",
+        ["--shards"],
+    ),
     r"python -m benchmarks\.communication .*": (
         "tests/benchmarks/test_communication.py::test_measures_once_and_reports",
         ["run_communication"],

@@ -109,6 +109,10 @@ class Shelf:
     def make_image(self, out: Path) -> None:
         Image.new("RGB", (30, 20), "red").save(out, format="PNG")
 
+    def make_vectors(self, out: Path) -> None:
+        with out.open("wb") as file:
+            np.save(file, np.ones((1, 2), np.float32))
+
     def make_list(self, out: Path) -> None:
         with out.open("w", newline="") as file:
             csv.writer(file).writerows([["filepath", "title"], *([f"photos/{n}.png", f"noise {n}"] for n in range(24))])
@@ -182,7 +186,7 @@ GIVEN = {
     },
     "docs/running.md": {"runs/openmoji": "data"},
     "docs/search.md": {"runs/own": "tiny", "photos": "photos"},
-    "docs/studies.md": {"runs/openmoji": "data"},
+    "docs/studies.md": {"runs/openmoji": "data", "runs/judges/larger.npy": "vectors"},
 }
 
 
