@@ -46,8 +46,8 @@ def pair(subset: str, number: int) -> Pair:
 
 
 def negatives_of(size: int, number: int) -> list[int]:
-    """The mined negatives of a query: as many as its number modulo 4, which is none for some."""
-    return [(number + step) % size for step in range(1, number % (MINED + 1) + 1)]
+    """The mined negatives of a query, from none to MINED; of the queries with one of their own, some have some."""
+    return [(number + step) % size for step in range(1, number // 2 % (MINED + 1) + 1)]
 
 
 def write(folder: Path, sizes: dict[str, int], own_negatives: bool = False) -> Path:
@@ -137,12 +137,16 @@ def test_the_stream_is_that_of_pairs_with_negatives_of_their_own(folders, limit,
 
 
 def test_mined_negatives_of_pairs_with_scores_have_none(folders):
-    (step,) = steps(config(folders[0], folders[1], subsets={"words": SubsetConfig()}), 1)
-    batch = step.batches[0]
-    numbers = [int(key.partition("-")[2]) for key in batch.keys]
-    assert (batch.scores[: batch.num_pairs] == torch.tensor([0.5 + number for number in numbers])).all()
-    known = [float(number) for n in numbers for number in [0.5 + n] * (n % 4 == 0) + [float("nan")] * (n % 4)]
-    torch.testing.assert_close(batch.scores[batch.num_pairs :], torch.tensor(known), equal_nan=True)
+    both = 0
+    for step in steps(config(folders[0], folders[1], subsets={"words": SubsetConfig()}), 2):
+        batch = step.batches[0]
+        numbers = [int(key.partition("-")[2]) for key in batch.keys]
+        assert (batch.scores[: batch.num_pairs] == torch.tensor([0.5 + number for number in numbers])).all()
+        mined = {n: [float("nan")] * len(negatives_of(20, n)) for n in numbers}
+        both += sum(n % 4 == 0 and len(mined[n]) for n in numbers)
+        known = [score for n in numbers for score in [0.5 + n] * (n % 4 == 0) + mined[n]]
+        torch.testing.assert_close(batch.scores[batch.num_pairs :], torch.tensor(known), equal_nan=True)
+    assert both > 0
 
 
 @pytest.mark.parametrize("world", [1, 2])
