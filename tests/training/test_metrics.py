@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from logical_gpu import LogicalGpu
 
 from megatron_llave.batch import PackedSequences, PairBatch
 from megatron_llave.loss.contrastive import SimilarityStatistics
@@ -59,6 +60,19 @@ def test_histograms_hold_every_query(groups) -> None:
     # 0.5 and 0.25 of 1.
     of_shares = counted["hardest_share_histogram"]
     assert of_shares[25] == 1 and of_shares[12] == 1 and sum(of_shares) == 2
+
+
+def test_a_step_with_histograms_waits_once_more_for_the_device(groups) -> None:
+    with LogicalGpu() as gpu:
+        loss, statistics = seen(1.0, [1.0, 0.99], [-1.0, 0.01])
+        for name, value in vars(statistics).items():
+            setattr(statistics, name, value if value is None else value.to("cuda"))
+        row = batch(2, 40, 0)
+        row.query_ids = row.query_ids.to("cuda")
+        shares, before = [(loss.to("cuda"), statistics)], gpu.waits.total()
+        counted = histograms(shares, [row], groups.dp)
+        assert gpu.waits.total() == before + 1, gpu.waits
+    assert sum(counted["hardest_share_histogram"]) == 2
 
 
 def test_query_without_a_negative_counts_only_where_it_can(groups) -> None:
