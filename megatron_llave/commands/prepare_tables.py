@@ -56,7 +56,7 @@ def print_own(directory: str, made: Prepared) -> int:
         table.add_row(held_out.name, held_out.meta_task, *counts)
     if table.rows:
         Console().print(table)
-    print("".join(f"{line}\n" for line in made.unused), end="")
+    print("".join(f"{line}\n" for line in made.remarks + made.unused), end="")
     print(f"next: {NEXT.format(directory)}")
     return status
 

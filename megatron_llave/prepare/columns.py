@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,16 @@ def prepare(
                     seen[source.subset] += 1
                     yield source.subset, row
 
-    return write_own_pairs(rows, directory, meta_task, options, progress)
+    made = write_own_pairs(rows, directory, meta_task, options, progress)
+    first = {source.subset: source.files[0] for source in reversed(found)}
+    return replace(made, remarks=tuple(_remark(name, opened[path], roles[path]) for name, path in first.items()))
+
+
+def _remark(subset: str, table: Table, roles: Mapping[str, list[str]]) -> str:
+    """Say which columns of a subset are used for what, and which are not."""
+    used = " ".join(f"{role}={name}" for role, names in roles.items() for name in names)
+    others = [name for name in table.kinds if name not in {name for names in roles.values() for name in names}]
+    return f"columns of {subset}: {used}" + (f"; not used: {', '.join(others)}" if others else "")
 
 
 def name_of(files: Sequence[Path]) -> str:

@@ -124,6 +124,8 @@ class Prepared:
     """The evaluation sets of held-out pairs."""
     unused: tuple[str, ...] = ()
     """A line for each subset with held-out pairs that are in no evaluation set."""
+    remarks: tuple[str, ...] = ()
+    """Lines that say how the source was understood."""
 
 
 def check_arguments(workers: int, max_pixels: int) -> None:

@@ -199,7 +199,9 @@ def test_both_a_text_and_an_image_in_one_column() -> None:
 
 
 def test_graded_pairs_of_sentences() -> None:
-    write_rows(Path("stsb.csv"), [{"sentence1": "a", "sentence2": "b", "score": 0.25}])
+    write_rows(Path("stsb.csv"), [{"id": 3, "sentence1": "a", "sentence2": "b", "score": 0.25}])
+    made_of = columns.prepare(["stsb.csv"], "new", options=ALONE)
+    assert made_of.remarks == ("columns of stsb: query=sentence1 target=sentence2 score=score; not used: id",)
     assert shown(made("stsb.csv")) == [([("a", []), ("b", [])], [0.25])]
 
 
