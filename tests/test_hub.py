@@ -17,6 +17,7 @@ from megatron_llave.commands import convert, evaluate
 from megatron_llave.config.load import load_config, save_config
 from megatron_llave.config.redact import config_without_paths, own_name
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.convert.training_record import training_record
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import CheckpointError, ConfigError
 from megatron_llave.models.hf.peft_files import find_weights
@@ -147,6 +148,10 @@ def test_commands_take_names(groups, offline: str, tmp_path: Path, capsys, monke
         with pytest.raises(SystemExit) as ended:
             convert.main(words)
         assert ended.value.code == 0, capsys.readouterr().err
+    assert load_config("ckpt/config.yaml").checkpoint.init == f"org/tiny@{offline}"
+    said = training_record(Path("ckpt"), load_config("ckpt/config.yaml"))
+    assert f"the conversion started from. They are those of org/tiny@{offline}.\n" in said
+    assert find_pretrained("org/tiny").as_base(None).source == f"org/tiny@{offline}"
     with pytest.raises(SystemExit):
         evaluate.main(["prepared", "--checkpoint", "org/tiny", "--data", "x"])
     assert "org/tiny is a model of the hub: --out names the report's folder" in capsys.readouterr().err

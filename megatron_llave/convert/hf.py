@@ -23,6 +23,7 @@ from megatron_llave.config.model import ModelConfig
 from megatron_llave.convert.training_record import shared_config, training_record
 from megatron_llave.errors import CheckpointError, one_of, require
 from megatron_llave.files import whole_folder
+from megatron_llave.hub import name_of
 from megatron_llave.models import family_of, model_without_memory, open_hf, read_hf_config
 from megatron_llave.models.blocks.settings import DTYPES
 from megatron_llave.models.hf.mapping import hf_shapes, pad_rows
@@ -63,7 +64,8 @@ def import_hf(
         check_preset(config.model, preset)
     weights = open_hf(source, config, adapter)
     precision = precision_of(weights)
-    cfg = replace(config.run, model=replace(config.model, precision=precision))
+    origin = replace(config.run.checkpoint, init=name_of(source))
+    cfg = replace(config.run, model=replace(config.model, precision=precision), checkpoint=origin)
     validate(cfg)
     embedder = model_without_memory(cfg.model, groups)
     shapes = {name: tuple(parameter.shape) for name, parameter in embedder.named_parameters()}

@@ -20,6 +20,7 @@ from megatron_llave.config.redact import A_COMMAND, config_without_paths, own_na
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
+from megatron_llave.hub import is_pinned
 from megatron_llave.training.logger import EVALUATIONS_FILE
 
 MERGED = "Merged from several checkpoints; what follows is the configuration of the first"
@@ -66,7 +67,9 @@ def training_record(folder: Path, cfg: RunConfig) -> str:
 def _origin(folder: Path, cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines that say where the weights came from, and what follows."""
     if not is_merged(manifest, cfg):
-        yield TRAINED if cfg.train.steps else CONVERTED
+        init = cfg.checkpoint.init or ""
+        converted = f"{CONVERTED} They are those of {init}." if is_pinned(init) else CONVERTED
+        yield TRAINED if cfg.train.steps else converted
         return
     parts = [(part.name, f"{part.share:g}", part.weights) for part in read_parts(manifest, folder)]
     yield from [f"{WEIGHTED_MEAN}{':' if parts else '.'}", ""]
