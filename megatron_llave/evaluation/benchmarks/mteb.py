@@ -307,7 +307,9 @@ def _quieten() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of mteb's tasks, such as CIFAR10")
-    parser.add_argument("--benchmark", dest="suite", help='or a benchmark of mteb, such as "MIEB(lite)"')
+    parser.add_argument(
+        "--benchmark", dest="suite", metavar="NAME", help='or a benchmark of mteb, such as "MIEB(lite)"'
+    )
     parser.add_argument("--languages", type=comma_list, default="", help="with --tasks: subsets in these, such as eng")
     parser.add_argument(
         "--prompts", metavar="FILE", help="JSON of instructions (docs/evaluation.md); default: the tasks'"
