@@ -25,7 +25,7 @@ PUSHED = (*FILES, ".gitattributes")
 """Files that are pushed; a folder that holds others is refused."""
 _VOCABULARIES = ("vocab.json", "tokenizer.json", "added_tokens.json")
 _PATH = re.compile(r'"(/[^"/\n]+/[^"\n]*)"')
-INSTALL = "pip install -e '.[hub]'"
+INSTALL = "pip install huggingface_hub (the extra hub)"
 
 
 def local_folder(path: str | Path) -> Path:

@@ -83,7 +83,7 @@ def test_missing_packages_are_named_and_overrides_behind_tasks_are_found(monkeyp
     monkeypatch.setattr(mteb, "find_spec", lambda name: None if name == "mteb" else object())
     args = argparse.Namespace(tasks=["CIFAR10", "parallel.tensor=2"])
     assert mteb.BENCHMARK.overrides(args) == ["parallel.tensor=2"]
-    with pytest.raises(ConfigError, match=r"^mteb is not installed: pip install -e '.\[mteb\]'"):
+    with pytest.raises(ConfigError, match="^mteb is not installed: pip install mteb "):
         mteb.BENCHMARK.read_evaluation(args)
     monkeypatch.setenv("RANK", "1")
     assert callable(mteb.BENCHMARK.read_evaluation(args))  # the first rank says it

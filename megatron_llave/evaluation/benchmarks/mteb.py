@@ -326,7 +326,8 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     chosen, prompts = None, {}
     if os.environ.get("RANK", "0") == "0":  # mteb takes seconds and memory to import
         missing = [name for name in NEEDED if find_spec(name) is None]
-        require(not missing, f"{', '.join(missing)} is not installed: pip install -e '.[mteb]' (Python 3.11 or later)")
+        names = ", ".join(missing)
+        require(not missing, f"{names} is not installed: pip install mteb sentence-transformers (the extra mteb)")
         _quieten()
         names = [name for word in args.tasks if "=" not in word for name in comma_list(word)]
         chosen = choose_tasks(names, args.suite, args.languages)
