@@ -59,6 +59,7 @@ def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
         "with negatives": lambda name, counts: f"{counts['pairs_with_negatives']:,}",
         "queries": lambda name, counts: f"{counts['queries']:,}",
         "dropped": lambda name, counts: f"{counts['queries_dropped']:,}",
+        "without": lambda name, counts: f"{counts['queries_without_negatives']:,}",
         "targets": lambda name, counts: f"{counts['targets']:,}",
         "negatives": lambda name, counts: f"{counts['kept']:,}",
         "MB": lambda name, counts: f"{sum(shard['bytes'] for shard in counts['shards']) / 1e6:,.1f}",
@@ -67,4 +68,16 @@ def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
     for name, counts in manifest["subsets"].items():
         table.add_row(*(show(name, counts) for show in columns.values()))
     Console().print(table)
+    for name, counts in manifest["subsets"].items():
+        for checkpoint, counted in zip(manifest["checkpoints"], counts["models"]):
+            print(f"{name}: {left_out(counted)}{f' by {checkpoint}' if len(counts['models']) > 1 else ''}")
     print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")
+
+
+def left_out(counted: dict[str, int]) -> str:
+    """What the rules of one model have left out of its candidates, as percentages of them."""
+    total, shares = counted["candidates"], []
+    for rule, number in counted.items():
+        if rule not in ("candidates", "kept") and number:
+            shares.append(f"{rule.replace('_', '-')} {100 * number / total:.1f} %")
+    return f"of {total:,} candidates, left out {', '.join(shares) or 'none'}"

@@ -1,6 +1,7 @@
 """tools/mine.py negatives on small shards: the files, at several layouts, after a kill, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def mined(data: Path, model: Path) -> Path:
     done = run_script(TOOL, "negatives", "--checkpoint", model, "--data", data, "--out", out, *RULES)
     assert done.returncode == 0, done.stderr
     assert f"{out}: train with data.negatives={out} data.hard_negatives=3" in done.stdout
+    assert re.search(r"^vqa: of \d+ candidates, left out ratio \d+\.\d %$", done.stdout, re.MULTILINE), done.stdout
     assert "1 of 83 inputs cannot be embedded, and their pairs get no negatives" in done.stderr
     return out
 
