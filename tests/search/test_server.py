@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import uvicorn
 from forking import ROOT, fork
 from PIL import Image
 from searching import fake_embed, png, serving, write_fake_index
@@ -233,7 +236,7 @@ def test_large_images_and_bombs(pictures: Path, tmp_path: Path, serve) -> None:
         content = ask(address, f"/{size}/{large}").body
         assert Image.open(io.BytesIO(content)).size == sides and b"secret" not in content
     bomb = io.BytesIO()
-    Image.new("1", (10_000, 9_000)).save(bomb, "PNG")
+    Image.new("1", (9_450, 9_450)).save(bomb, "PNG")
     answer = ask(address, "/api/search", {"image": base64.b64encode(bomb.getvalue()).decode()})
     assert answer.status == 422 and "exceeds the limit of 89000000 pixels" in answer.json["error"]
 
@@ -353,6 +356,29 @@ def test_the_command_asks_once(model_folder: Path, pictures: Path, tmp_path: Pat
             main(wrong)
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line, line
+
+
+def test_what_a_user_reads_of_the_page(index: Path, monkeypatch, capsys) -> None:
+    """Without the packages, on all addresses of the machine, and at its end; no browser asks anything here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit):
+            main(["serve", str(index)])
+        line = "error: the page needs starlette, which is not installed; pip install -e '.[search]'\n"
+        assert capsys.readouterr().err == line
+
+    def stop(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", stop)
+    for host, warnings in (("127.0.0.1", 0), ("::1", 0), ("localhost", 0), ("0.0.0.0", 1)):
+        if host == "::1" and not socket.has_dualstack_ipv6():
+            continue
+        server.serve(index, lambda opened: fake_embed, host, 0)
+        printed = capsys.readouterr()
+        address = re.escape(f"[{host}]" if ":" in host else host)
+        assert re.search(rf"index: 12 images, exact search\nhttp://{address}:\d+/ \(Ctrl-C ends it\)\n", printed.out)
+        assert printed.err.count("warning: everyone who can reach 0.0.0.0 can see these images") == warnings
 
 
 def test_the_command_serves_until_ctrl_c(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
