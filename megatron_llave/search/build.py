@@ -76,7 +76,7 @@ class BuildOptions:
     vectors: str | None = None
     dims: int | None = None
     rebuild: bool = False
-    """Whether to embed all images again, whatever is there."""
+    """Whether to embed all images again, whatever the index holds."""
 
 
 @dataclass
@@ -199,7 +199,7 @@ def _make_plan(options: BuildOptions, progress: Progress) -> _Plan:
     places = (
         {} if old is None else {digest: (old.vectors.__getitem__, row) for digest, row in old.row_of_digest.items()}
     )
-    kept = {} if options.rebuild else _find_kept(options.index / BUILDING, options.pictures, manifest)
+    kept = _find_kept(options.index / BUILDING, options.pictures, manifest)  # also of a rebuild that was interrupted
     wanted = {file.digest: file for file in reversed(files) if not file.problem}
     used = {digest: place for digest, place in kept.items() if digest in wanted and digest not in places}
     places |= used

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,11 +123,9 @@ def test_queries_have_their_prompts(build: Build, pictures: Path, tmp_path: Path
         query("", b"nothing")
 
 
-def test_a_stopped_build_goes_on_whatever_has_changed(
-    build: Build, pictures: Path, tmp_path: Path, monkeypatch
-) -> None:
-    """Stopped at its fourth part of one image each, like a kill: nothing runs after it; two changes meanwhile."""
-    monkeypatch.setattr(embedding_cache, "PART_COST", 1)
+@contextmanager
+def stopped_at_fourth_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Parts of one image each, and an end of the build at the fourth one."""
     write, written = embedding_cache.EmbeddingCache.write, []
 
     def stop(self: embedding_cache.EmbeddingCache, part: int, rows: np.ndarray) -> None:
@@ -135,12 +134,18 @@ def test_a_stopped_build_goes_on_whatever_has_changed(
         written.append(part)
         write(self, part, rows)
 
-    with monkeypatch.context() as patch:
+    monkeypatch.setattr(embedding_cache, "PART_COST", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(embedding_cache.EmbeddingCache, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build()
-        written.clear()
-        with pytest.raises(KeyboardInterrupt):  # and once more
+        yield
+
+
+def test_a_stopped_build_goes_on_whatever_has_changed(
+    build: Build, pictures: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Stopped at its fourth part of one image each, like a kill: nothing runs after it; two changes meanwhile."""
+    for _ in range(2):
+        with stopped_at_fourth_part(monkeypatch):
             build()
     assert not (tmp_path / "index" / MANIFEST).exists()
     (pictures / "01.png").unlink()
@@ -152,6 +157,15 @@ def test_a_stopped_build_goes_on_whatever_has_changed(
     first, second = (vectors_by_name(open_index(tmp_path / name)) for name in ("index", "fresh"))
     assert list(first) == list(second)
     np.testing.assert_allclose(np.stack(list(first.values())), np.stack(list(second.values())), atol=1e-6)
+
+
+def test_a_stopped_rebuild_goes_on_with_the_same_text_alone(build: Build, monkeypatch) -> None:
+    build()
+    for changes, kept in (({"image": "An image"}, 3), ({"image": "Another image"}, 0)):
+        with stopped_at_fourth_part(monkeypatch):
+            build(rebuild=True, prompts={"image": "An image"})
+        built = build(rebuild=True, prompts=changes)
+        assert (built.kept, built.embedded) == (kept, 12 - kept)
 
 
 def test_another_model_or_text_is_refused_or_rebuilt(build: Build, tmp_path: Path) -> None:
