@@ -53,6 +53,8 @@ def mine(similarities: list[np.ndarray], positives: list[list[int]], hidden: lis
                 votes.setdefault(candidate, []).append(rank[candidate])
         elected = [c for c, ranks in votes.items() if len(ranks) >= rules.votes]
         elected.sort(key=lambda c: (-len(votes[c]), sum(votes[c]), c))
+        if rules.pick == "random":
+            elected = np.random.default_rng((rules.seed, query)).permutation(elected).tolist()
         free = [c for c in elected if rules.max_uses is None or uses.get(c, 0) < rules.max_uses][: rules.negatives]
         for candidate in free:
             uses[candidate] = uses.get(candidate, 0) + 1

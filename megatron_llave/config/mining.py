@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron_llave.errors import at_least, require
+from megatron_llave.errors import at_least, one_of, require
+
+PICKS = ("hardest", "random")
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class Rules:
     """The most queries that one target becomes a negative of; the first queries get it."""
     votes: int = 1
     """Number of models by whose rules a negative must be one."""
+    pick: str = "hardest"
+    """Which of the candidates that pass all rules become negatives: hardest (the first ones) or random (any)."""
+    seed: int = 0
+    """Seed of pick=random."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         at_least(self, "mining", 1, ("negatives", "depth", "max_uses", "votes"))
-        at_least(self, "mining", 0, ("skip",))
+        at_least(self, "mining", 0, ("skip", "seed"))
+        one_of("mining.pick", self.pick, PICKS)
         at_least(self, "mining", -2, ("margin", "mean_margin", "floor", "ceiling", "min_positive", "ratio"))
         ok = self.skip + self.negatives <= self.depth
         named = f"depth={self.depth}, skip={self.skip}, negatives={self.negatives}"

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_llave.config.mining import Rules
 from megatron_llave.mining.inputs import SubsetInputs
 from megatron_llave.mining.neighbours import Neighbours
-from megatron_llave.mining.rules import choose, elect, has_positive, judge
+from megatron_llave.mining.rules import choose, elect, has_positive, judge, shuffled
 
 BINS = 40
 """Bins of a histogram of similarities, from -1 to 1."""
@@ -48,6 +48,8 @@ def mine_subset(inputs: SubsetInputs, models: Sequence[Iterable[Neighbours]], ru
             counted.update(left_out, candidates=int(exists.sum()), kept=int(keep.sum()))
         targets = [one.targets for one in found]
         elected = elect(targets, kept, rules.votes)
+        if rules.pick == "random":
+            elected = shuffled(elected, found[0].rows.start, rules.seed)
         negatives, used_up = choose(elected, rules.negatives, rules.max_uses, uses)
         similarity = _similarity(negatives, found, kept)
         some = (negatives >= 0).sum(1)

@@ -119,6 +119,24 @@ def elect(candidates: Sequence[np.ndarray], kept: Sequence[np.ndarray], votes: i
     return np.take_along_axis(np.where(elected, named, -1), best, 1)
 
 
+def shuffled(elected: np.ndarray, first: int, seed: int) -> np.ndarray:
+    """Put the candidates of each query into a random order, which depends on seed and number of the query alone.
+
+    Args:
+        elected: [n, w] int64 of `elect`.
+        first: number of the first of the n queries.
+        seed: rules.seed.
+
+    Returns:
+        [n, w] int64, -1 behind the last.
+    """
+    mixed = elected.copy()
+    for row, number in zip(mixed, (elected >= 0).sum(1)):
+        row[:number] = np.random.default_rng((seed, first)).permutation(row[:number])
+        first += 1
+    return mixed
+
+
 def choose(elected: np.ndarray, most: int, max_uses: int | None, uses: np.ndarray) -> tuple[np.ndarray, int]:
     """Choose the first `most` candidates of each query, query after query, of those that have uses left.
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_llave.config.mining import Rules
+from megatron_llave.config.mining import PICKS, Rules
 from megatron_llave.errors import OneLineParser
 from megatron_llave.launch import procs
 
@@ -29,10 +29,12 @@ HELP = {
     "--min-positive": "a query gets negatives only if a positive is more similar than this",
     "--max-uses": "the most queries that one target becomes a negative of",
     "--votes": "number of checkpoints by whose rules a negative must be one",
+    "--pick": "which of the candidates that pass become negatives, hardest or random",
+    "--seed": "of --pick random",
 }
 """What each rule does, in a line; config/mining.py says more."""
-COUNTS = ("negatives", "depth", "skip", "max_uses", "votes")
-"""The rules that are whole numbers; the others are similarities."""
+COUNTS = ("negatives", "depth", "skip", "max_uses", "votes", "seed")
+"""The rules that are whole numbers; the others are similarities, but for `pick`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,9 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         name = flag.removeprefix("--").replace("-", "_")
         rules.add_argument(
             flag,
-            type=_count if name in COUNTS else _similarity,
+            type=str if name == "pick" else _count if name in COUNTS else _similarity,
+            choices=PICKS if name == "pick" else None,
             default=defaults[name],
-            metavar="N" if name in COUNTS else "S",
+            metavar="PICK" if name == "pick" else "N" if name in COUNTS else "S",
             help=f"{does} ({'off' if defaults[name] is None else defaults[name]})",
         )
     add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")

@@ -29,6 +29,7 @@ RULES = {
     "ceiling": Rules(ratio=None, ceiling=0.85, depth=40, negatives=40),
     "min_positive": Rules(ratio=None, min_positive=0.6, depth=40),
     "max_uses": Rules(ratio=None, max_uses=2, depth=40),
+    "random": Rules(ratio=None, skip=5, depth=40, pick="random", seed=3, max_uses=4),
     "all": Rules(3, 40, 2, 0.97, 0.01, 0.02, 0.1, 0.95, 0.3, 4),
 }
 OF_TWO = {

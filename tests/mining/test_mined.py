@@ -113,6 +113,7 @@ def test_uses_are_counted_in_the_order_of_the_queries() -> None:
     [
         ({"depth": 4}, "depth=4, skip=0, negatives=5: the candidates that are left are fewer than the negatives"),
         ({"floor": 0.5, "ceiling": 0.4}, "floor=0.5 is above ceiling=0.4"),
+        ({"pick": "best"}, "mining.pick='best' is not one of hardest, random"),
         ({"max_uses": 0}, "mining.max_uses=0 must be a finite number of at least 1"),
         ({"ratio": float("nan")}, "mining.ratio=nan must be a finite number"),
     ],
