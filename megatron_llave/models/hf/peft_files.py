@@ -150,7 +150,13 @@ def find_weights(source: str | Path, base: str | Path | None) -> tuple[Path, Pat
                 return folder, source
         if is_name(named):
             revision = section.values.get("revision")
-            return local_folder(f"{named}@{revision}" if revision and "@" not in named else named), source
+            try:
+                return local_folder(f"{named}@{revision}" if revision and "@" not in named else named), source
+            except CheckpointError as error:
+                said = f"{file} has base_model_name_or_path={named!r}"
+                raise CheckpointError(
+                    f"{error}; {said} as the base: get it, or name the base's folder with --base"
+                ) from error
     raise section.refuse("base_model_name_or_path", "a folder on this machine; name the base's folder with --base")
 
 
