@@ -63,7 +63,7 @@ def main() -> int | None:
             number = procs.asked_for(argv, is_shared, 2 if name == "preflight" else 1)
         if number > 1 or start.num_nodes() > 1:
             return start.start_ranks([str(start.RANK), name, *argv], number)
-    with without_garbage_collection():
+    with exit_with_one_line(), without_garbage_collection():
         is_run = name == "train" and start.is_rank()
         module = importlib.import_module("megatron_llave.train" if is_run else f"megatron_llave.commands.{name}")
     gc.freeze()  # what is imported stays to the end, when the collector would go through it once more

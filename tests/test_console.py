@@ -229,6 +229,19 @@ def test_a_single_process_is_this_one(monkeypatch: pytest.MonkeyPatch, started_w
     assert run(monkeypatch, "search", "serve", "index") == ["serve", "index"] and started_with == []
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console.importlib, "import_module", interrupted)
+    monkeypatch.setattr(console, "options_of", lambda name: None)
+    with pytest.raises(SystemExit, match="130"):
+        run(monkeypatch, "plot", "runs/a")
+    assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
+
+
 def test_procs_are_a_number_and_as_started(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--procs 0 must be at least 1 and at most 1024"):
         procs.asked_for(["--procs", "0"], True, 1)
