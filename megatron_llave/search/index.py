@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -191,11 +191,23 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         values = {key: value for key, value in values.items() if key not in ("format", "version")}
         manifest = Manifest(**{**values, "prompts": Prompts(**values["prompts"])})
+        _require_types(manifest)
+        _require_types(manifest.prompts)
         if os.path.basename(manifest.folder) != manifest.folder or not manifest.folder.startswith(FOLDER):
             raise ValueError(f"its folder is {manifest.folder!r}")
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); llave search build --rebuild makes it again") from error
     return manifest
+
+
+def _require_types(record: Manifest | Prompts) -> None:
+    """Raise a TypeError unless each value, and each value of a mapping or list, is of its field's type."""
+    for name, hint in get_type_hints(type(record)).items():
+        value, inner = getattr(record, name), get_args(hint)
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        is_right = isinstance(value, get_origin(hint) or hint) and all(isinstance(x, inner[-1]) for x in inside)
+        if not is_right or hint is int and isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _open(folder: Path, manifest: Manifest) -> ImageIndex:

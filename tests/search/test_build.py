@@ -273,9 +273,19 @@ def test_wrong_folders_and_damage_are_one_line(build: Build, pictures: Path, tmp
         build()
     assert build(rebuild=True).manifest.images == 0 and len(open_index(tmp_path / "index")) == 0
     assert open_index(tmp_path / "index").search(np.ones(64, np.float32), 5) == []
-    text = (tmp_path / "index" / MANIFEST).read_text()
-    for wrong in ('"folder": "images-/../x"', '"folder": 3', '"other": 3'):
-        (tmp_path / "index" / MANIFEST).write_text(text.replace('"folder": "', f'{wrong}, "gone": "'))
+    manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
+    for key, wrong in (
+        ("folder", "images-/../x"),
+        ("folder", 3),
+        ("images", True),
+        ("sha256", ["x"]),
+        ("sha256", {"vectors.npy": 1}),
+        ("prompts", {"text": "{}"}),
+        ("prompts", {**manifest["prompts"], "both": None}),
+        ("recall", {"recall@10": "all"}),
+        ("other", 3),
+    ):
+        (tmp_path / "index" / MANIFEST).write_text(json.dumps({**manifest, key: wrong}))
         with pytest.raises(DataError, match="manifest.json is damaged .*; llave search build --rebuild makes it again"):
             open_index(tmp_path / "index")
 
