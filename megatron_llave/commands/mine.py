@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_llave.data.index import read_index
 from megatron_llave.distributed import process_groups
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             require(name in index.subsets, f"--subsets {name} is not one of {', '.join(sorted(index.subsets))[:200]}")
         out = Path(args.out)
         store = Path(args.store) if args.store else out.with_name(f"{out.name}.embeddings")
-        mining = Mining(Path(args.data), index, subsets, out, store, rules, args.overwrite)
+        mining = Mining(Path(args.data), index, subsets, out, store, args.checkpoint, rules, args.overwrite)
         load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
         manifest = mine(mining, load, say)
         if dist.get_rank() == 0:
@@ -52,25 +52,28 @@ def say(doing: str) -> None:
 
 
 def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print a row for each subset, and what to do with the folder."""
+    """Print a row for each subset, what the rules did, and what to do with the folder."""
     columns = {
-        "subset": lambda name, counts: name,
-        "pairs": lambda name, counts: f"{counts['pairs']:,}",
-        "with negatives": lambda name, counts: f"{counts['pairs_with_negatives']:,}",
-        "queries": lambda name, counts: f"{counts['queries']:,}",
-        "dropped": lambda name, counts: f"{counts['queries_dropped']:,}",
-        "without": lambda name, counts: f"{counts['queries_without_negatives']:,}",
-        "targets": lambda name, counts: f"{counts['targets']:,}",
-        "negatives": lambda name, counts: f"{counts['kept']:,}",
-        "MB": lambda name, counts: f"{sum(shard['bytes'] for shard in counts['shards']) / 1e6:,.1f}",
+        "pairs": lambda counts: f"{counts['pairs']:,}",
+        "mined": lambda counts: f"{counts['pairs_with_negatives']:,}",
+        "queries": lambda counts: f"{counts['queries']:,}",
+        "dropped": lambda counts: f"{counts['queries_dropped']:,}",
+        "none": lambda counts: f"{counts['queries_without_negatives']:,}",
+        "targets": lambda counts: f"{counts['targets']:,}",
+        "kept": lambda counts: f"{counts['kept']:,}",
+        "MB": lambda counts: f"{sum(shard['bytes'] for shard in counts['shards']) / 1e6:,.1f}",
     }
-    table = Table(*columns)
+    table = Table(Column("subset", overflow="fold"), *columns)
     for name, counts in manifest["subsets"].items():
-        table.add_row(*(show(name, counts) for show in columns.values()))
+        table.add_row(name, *(show(counts) for show in columns.values()))
     Console().print(table)
+    print("mined: pairs with negatives; dropped: queries without a positive above --min-positive; none: other queries")
+    print("without negatives; kept: negatives of all queries")
     for name, counts in manifest["subsets"].items():
         for checkpoint, counted in zip(manifest["checkpoints"], counts["models"]):
-            print(f"{name}: {left_out(counted)}{f' by {checkpoint}' if len(counts['models']) > 1 else ''}")
+            print(f"{name}, {checkpoint}: {left_out(counted)}")
+        if counts["left_out_together"]["max_uses"]:
+            print(f"{name}: {counts['left_out_together']['max_uses']:,} of those that passed were used up")
     print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")
 
 

@@ -38,6 +38,8 @@ class Mining:
     """Folder for the negatives."""
     store: Path
     """Folder for embeddings, which are kept; all ranks share both folders."""
+    checkpoints: Sequence[str]
+    """The models, as the user names them."""
     rules: Rules
     overwrite: bool = False
     """Whether complete negatives of another plan are replaced."""
@@ -48,7 +50,7 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
 
     Args:
         mining: what is mined.
-        models: load the models whose rules vote, one after the other.
+        models: load mining.checkpoints, whose rules vote, one after the other.
         say: called with what is being done.
 
     Returns:
@@ -68,7 +70,7 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
                 del model  # there need be room for one only
                 model = models[number]()
             say(f"embedding with model {number + 1} of {len(models)}")
-            names.append(own_name(model.source.place))
+            names.append(label(mining.checkpoints[number], model.source.place))
             identities.append(from_first_rank(model.identity))
             files.append(stored_embeddings(model, mining.folder, mining.index, mining.store))
         plan = {"models": identities, **plan}
@@ -85,3 +87,9 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
             say(f"writing the negatives of subset {inputs.name}")
             written.append((inputs, mined, beside.write_subset(mining.out, mining.folder, inputs, mined)))
         return beside.finish(mining.out, {"checkpoints": names, **plan}, written) if dist.get_rank() == 0 else {}
+
+
+def label(given: str, place: str) -> str:
+    """What the manifest calls a model: the name of the folder that was given, and of the checkpoint found in it."""
+    name, found = own_name(given), own_name(place)
+    return name if name == found else f"{name} ({found})"

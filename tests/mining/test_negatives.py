@@ -97,7 +97,9 @@ def mined(data: Path, model: Path) -> Path:
     done = run_script(TOOL, "negatives", "--checkpoint", model, "--data", data, "--out", out, *RULES)
     assert done.returncode == 0, done.stderr
     assert f"{out}: train with data.negatives={out} data.hard_negatives=3" in done.stdout
-    assert re.search(r"^vqa: of \d+ candidates, left out ratio \d+\.\d %$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^vqa, model: of \d+ candidates, left out ratio \d+\.\d %$", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
     assert "1 of 83 inputs cannot be embedded, and their pairs get no negatives" in done.stderr
     return out
 
