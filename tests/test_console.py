@@ -1,6 +1,7 @@
 """The console command: its table, what it says about a mistyped word, completion, and what it does not load."""
 
 import ast
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from megatron_llave.errors import ConfigError
 from megatron_llave.launch import procs, start
 from megatron_llave.launch.quiet_torchrun import cause
 from megatron_llave.options.study import NAMES
+from megatron_llave.processes import without_garbage_collection
 from megatron_llave.study.variants import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,10 +116,27 @@ NOT_FOR_EMBEDDING += [
 
 
 def test_embedding_loads_no_library_that_it_does_not_need() -> None:
-    source = "import gc, sys, megatron_llave.embedding\nassert gc.isenabled()\n"
+    source = "import gc, sys, megatron_llave.embedding\nassert gc.isenabled() and gc.get_freeze_count() == 0\n"
     source += f"print([name for name in {NOT_FOR_EMBEDDING} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_collector_is_paused_and_comes_back_with_everything_old() -> None:
+    gc.collect()
+    frozen, kept = gc.get_freeze_count(), []
+    with without_garbage_collection():
+        assert not gc.isenabled()
+        kept = [[number] for number in range(5000)]
+    assert gc.isenabled() and gc.get_count()[0] < 700, "5,000 new objects would be collected at once"
+    assert (gc.get_freeze_count() == 0) == (frozen == 0) and len(kept) == 5000
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 # ---- completion ----

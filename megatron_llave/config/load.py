@@ -52,6 +52,9 @@ def override_config(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is impossible.
     """
+    if not overrides:
+        validate(cfg)
+        return cfg
     return config_from_dict(_merge(asdict(cfg), overrides))
 
 
