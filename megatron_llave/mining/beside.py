@@ -70,7 +70,10 @@ def claim(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
         before = read_json(path, FORMAT)
         if all(before.get(key) == plan[key] for key in plan):
             return False
-        names |= _files_of(before)
+        try:
+            names |= _files_of(before)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is malformed ({error}); choose another --out, or delete {out}") from error
     elif any((out / name).exists() for name in names):
         raise DataError(f"{out} holds files with the names of shards but no {MANIFEST_FILE}; choose another --out")
     # The manifest of the new plan goes first, so that no file of the old one is ever taken for one of it.

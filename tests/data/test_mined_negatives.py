@@ -249,5 +249,8 @@ def test_a_folder_is_claimed_for_one_plan(folders, tmp_path):
     (out / "birds-000000.tar").touch()
     assert not beside.claim(out, other, index, overwrite=False) and (out / "birds-000000.tar").exists()
     assert not beside.claim(out, plan, index, overwrite=False) and not (out / "birds-000000.tar").exists()
+    edit(out, files=[{}], rules={})
+    with pytest.raises(DataError, match="negatives.json is malformed .*; choose another --out, or delete"):
+        beside.claim(out, plan, index, overwrite=False)
     with pytest.raises(DataError, match="holds files with the names of shards but no negatives.json; choose another"):
         beside.claim(folders[0], plan, index, overwrite=True)
