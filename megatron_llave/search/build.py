@@ -147,9 +147,11 @@ def build_index(options: BuildOptions, progress: Progress = lambda what, done, t
     """
     is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     require_index_or_empty(options.index)
-    load = partial(load_model, options.checkpoint, options.overrides, options.average)
     with lock_folder(options.index, f"index {options.index}") if is_first else nullcontext():
         plan = _make_plan(options, progress) if is_first else None
+        # The weights of the plan, and not those that a running training has saved since; other ranks take the first's.
+        checkpoint = plan.manifest.checkpoint if plan else options.checkpoint
+        load = partial(load_model, checkpoint, options.overrides, options.average)
         model = None if is_alone else load()
         missing = plan.missing if is_alone else from_first_rank(lambda: plan.missing)
         if missing:

@@ -50,16 +50,17 @@ def load_query_model(
     """
     manifest = index.manifest
     place, all_overrides = checkpoint or manifest.checkpoint, [*manifest.overrides, *overrides]
-    require_model_of(index.folder, manifest, place, all_overrides)
-    model = load_model(place, all_overrides, manifest.average)
+    folder = require_model_of(index.folder, manifest, place, all_overrides)
+    model = load_model(folder, all_overrides, manifest.average)
     return QueryModel(model, replace(manifest.prompts, **prompts))
 
 
-def require_model_of(folder: Path, manifest: Manifest, checkpoint: str, overrides: Sequence[str]) -> None:
-    """Raise a UserError unless a checkpoint is the model of an index."""
-    _, identity, _ = read_identity(checkpoint, overrides, manifest.average)
+def require_model_of(folder: Path, manifest: Manifest, checkpoint: str, overrides: Sequence[str]) -> Path:
+    """Return the folder of a checkpoint's weights; raise a UserError unless they are the model of an index."""
+    _, identity, weights = read_identity(checkpoint, overrides, manifest.average)
     hint = f"llave search build --rebuild embeds the images with {checkpoint}"
     require_same_model(folder / MANIFEST, manifest.model, identity, hint)
+    return weights
 
 
 def read_image(path: str | Path) -> bytes:

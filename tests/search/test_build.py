@@ -185,6 +185,18 @@ def test_another_model_or_text_is_refused_or_rebuilt(build: Build, tmp_path: Pat
         load_query_model(open_index(tmp_path / "index"))
 
 
+def test_the_weights_that_were_looked_at_are_loaded(
+    build: Build, tmp_path: Path, model_folder: Path, monkeypatch
+) -> None:
+    """A training may save a newer checkpoint between the two; `newer` stands for it here."""
+    (tmp_path / "newer").mkdir()
+    read_identity, loaded = building.read_identity, []
+    monkeypatch.setattr(building, "read_identity", lambda path, *more: read_identity(model_folder, *more))
+    monkeypatch.setattr(building, "load_model", lambda path, *more: loaded.append(path) or load_model(path, *more))
+    build(checkpoint=str(tmp_path / "newer"))
+    assert loaded == [str(model_folder)] == [open_index(tmp_path / "index").manifest.checkpoint]
+
+
 def test_small_vectors_are_made_without_the_model(build: Build, tmp_path: Path, monkeypatch) -> None:
     build()
     monkeypatch.setattr(building, "load_model", not_needed)
