@@ -55,9 +55,11 @@ def local_folder(path: str | Path) -> Path:
 
 
 def _download(huggingface_hub: Any, name: str, revision: str | None) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError  # the package alone has no attribute `errors` yet
+
     options = {"revision": revision, "allow_patterns": list(FILES), "ignore_patterns": ["*/*"]}
     if os.environ.get("LOCAL_RANK", "0") != "0" and _is_listed(name):
-        with suppress(huggingface_hub.errors.LocalEntryNotFoundError):
+        with suppress(LocalEntryNotFoundError):
             return huggingface_hub.snapshot_download(name, local_files_only=True, **options)
     return huggingface_hub.snapshot_download(name, **options)
 
