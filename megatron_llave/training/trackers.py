@@ -145,6 +145,9 @@ class MlflowRun:
             needs = f"log.mlflow_experiment={experiment} needs the package mlflow-skinny (pip install mlflow-skinny)"
             raise ConfigError(needs) from error
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7, which take minutes without a server
+        logging.getLogger("urllib3.connectionpool").setLevel(
+            logging.ERROR
+        )  # a line for each retry, beside Forgiving's warning
         self._entities, self._client = mlflow.entities, mlflow.MlflowClient(uri)
         known = known_run(output / MLFLOW_FILE, first_step)
         run = self._client.get_run(known) if known else self._new_run(experiment, output.name)
