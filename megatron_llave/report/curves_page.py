@@ -55,7 +55,7 @@ const [width, height, left, right, top_, bottom] = [440, 230, 58, 8, 8, 36];
 const inner = width - left - right, tall = height - top_ - bottom;
 const hidden = new Set();
 let along = data.along, range = null;
-const space = document.querySelector(".panel svg").namespaceURI;
+const space = document.querySelector(".panel svg")?.namespaceURI;
 
 function make(parent, tag, attributes, text) {
   const node = document.createElementNS(space, tag);

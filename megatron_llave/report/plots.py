@@ -133,13 +133,13 @@ def plot_runs(
 
 
 def place_of(records: list[dict[str, Any]], along: str) -> np.ndarray:
-    """Position of each record on the horizontal axis, one of ALONG, [steps] float."""
+    """Position of each record on the horizontal axis, one of ALONG, [steps] float; what a record lacks counts as 0."""
     if along == "step":
         return _column(records, "step")
     if along == "pairs":
-        return np.cumsum(_column(records, "pairs"))
-    seconds = [record["seconds"] + record.get("save_seconds", 0.0) for record in records]
-    return np.cumsum(np.array(seconds, dtype=float)) / 3600
+        return np.cumsum(np.nan_to_num(_column(records, "pairs")))
+    seconds = np.nan_to_num([_column(records, "seconds"), _column(records, "save_seconds")])
+    return np.cumsum(seconds.sum(axis=0)) / 3600
 
 
 def values_of(value: Callable[[dict[str, Any]], float], records: list[dict[str, Any]]) -> np.ndarray:
@@ -150,7 +150,7 @@ def values_of(value: Callable[[dict[str, Any]], float], records: list[dict[str, 
 def _number(value: Callable[[dict[str, Any]], float], record: dict[str, Any]) -> float:
     try:
         return value(record)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ZeroDivisionError):
         return math.nan
 
 

@@ -83,6 +83,17 @@ def test_horizontal_axis_counts_what_is_asked_for() -> None:
     assert found["hours"] == pytest.approx([1.5 / 3600, 3 / 3600, 4.5 / 3600])
 
 
+def test_records_without_times_are_drawn(tmp_path: Path) -> None:
+    """Those of another program, or of a clock that did not move."""
+    folder = write_run(tmp_path / "run")
+    (folder / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "pairs": 8, "seconds": 0.0}\n'
+    )
+    for out in ("x.png", "x.html"):
+        plot.main([str(folder), "--along", "hours", "--out", str(tmp_path / out)])
+        assert (tmp_path / out).stat().st_size > 10_000
+
+
 def test_one_run_is_drawn_into_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_run(tmp_path / "run")
     assert run_script(TOOL, folder).returncode == 0
