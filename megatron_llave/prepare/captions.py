@@ -77,6 +77,8 @@ def prepare_folder(
     if not files and not images:
         raise DataError(f"{folder} has no images: no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
     if captions == "classes":
+        if all(image.parent == folder for image in images):
+            raise DataError(f"--captions classes needs folders of images in {folder}, whose names are the classes")
         return _write([partial(_from_folders, folder, images)], [folder], directory, options, progress, CLASSES)
     if not files and not has_texts and captions == "auto":
         raise DataError(
@@ -230,7 +232,9 @@ def _image_column(file: Path) -> str:
 def _read_metadata(file: Path, column: str | None) -> Iterator[Caption]:
     for _, where, values in read_jsonl(file):
         values = values if isinstance(values, dict) else {}
-        image, caption = values.get("file_name"), values.get(column or "text", values.get(column or "caption"))
+        keys = [key for key in ((column,) if column else ("text", "caption")) if key in values]
+        given = [values[key] for key in keys if values[key] is not None] or [""] * bool(keys)  # null: no caption
+        image, caption = values.get("file_name"), given[0] if given else None
         if not (isinstance(image, str) and image and isinstance(caption, str)):
             raise DataError(f"{where}: needs file_name and {column or 'text'}, both strings")
         yield image, caption, where

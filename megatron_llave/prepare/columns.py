@@ -86,11 +86,15 @@ def prepare(
         ConfigError: an argument is out of range, or names what is not there.
         DataError: a file cannot be read or lacks a column, no row is a pair, or `write_own_pairs` fails.
     """
-    one_of("--meta-task", meta_task, META_TASKS)
+    one_of("--set meta_task", meta_task, META_TASKS)
     check_limit(limit)
     if subset is not None and (len(subset) > LONGEST_SUBSET or not KEY.fullmatch(subset)):
-        raise ConfigError(f"--subset {subset!r} must be 1 to {LONGEST_SUBSET} letters, digits, - or _, not __ first")
-    found = [Source(subset or name_of(files), files) for files in (tables.find_files(str(s), split) for s in sources)]
+        raise ConfigError(
+            f"--set subset={subset!r} must be 1 to {LONGEST_SUBSET} letters, digits, - or _, not __ first"
+        )
+    files = [tables.find_files(str(source), split) for source in sources]
+    names = tell_apart([name_of(some) for some in files], [some[0] for some in files])
+    found = [Source(subset or name, some) for name, some in zip(names, files)]
     opened = {path: tables.open_table(path) for source in found for path in source.files}
     if len(opened) < sum(len(source.files) for source in found):
         raise ConfigError("--source names a file twice")
@@ -109,7 +113,8 @@ def prepare(
 
     made = write_own_pairs(rows, directory, meta_task, options, progress)
     first = {source.subset: source.files[0] for source in reversed(found)}
-    return replace(made, remarks=tuple(_remark(name, opened[path], roles[path]) for name, path in first.items()))
+    remarks = [_remark(name, opened[path], roles[path]) for name, path in first.items()]
+    return replace(made, remarks=(*remarks, *made.remarks))
 
 
 def _remark(subset: str, table: Table, roles: Mapping[str, list[str]]) -> str:
@@ -128,6 +133,31 @@ def name_of(files: Sequence[Path]) -> str:
         parents = [part for part in folder.parts[1:] if part not in ("data", tables.TRAINING_SPLIT)]
         name = parents[-1] if parents else name
     return clean_name(name)
+
+
+def tell_apart(names: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """Return names of subsets; equal ones of files in different folders get as many folders before them as needed.
+
+    Raises:
+        ConfigError: two of them cannot be told apart.
+    """
+    common = ("data", tables.TRAINING_SPLIT)
+    folders = [
+        tuple(part for part in file.absolute().parent.parts[1:] if part not in (name, *common))
+        for name, file in zip(names, files)
+    ]
+    places = set(zip(names, folders))  # parts of a table are one subset
+    twice = {name for name, count in Counter(name for name, _ in places).items() if count > 1}
+    for count in range(max(map(len, folders), default=0) + 1):
+        told = [
+            clean_name("-".join([*folder[max(0, len(folder) - count) :], name])[-LONGEST_SUBSET:])
+            if name in twice
+            else name
+            for name, folder in zip(names, folders)
+        ]
+        if len(set(told)) == len(places):
+            return told
+    raise ConfigError(f"--source has several tables for the subset {', '.join(sorted(twice))}; rename them")
 
 
 def clean_name(name: str) -> str:

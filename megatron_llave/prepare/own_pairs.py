@@ -31,6 +31,12 @@ from megatron_llave.prepare.tokenizer import TRAINED_FILE, copy_tokenizer, find_
 TRAIN = "train"
 """Instead of the path of a tokenizer: train one on the texts of the training pairs."""
 
+SCORES = (
+    "only data.subsets.NAME.objective: cosent and loss.soft_labels: scores use them; "
+    "without these keys, each row is a right pair, also one with the score 0"
+)
+"""What the user is told about pairs with scores."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -76,7 +82,12 @@ def write_own_pairs(
     other = find_other(options.tokenizer) if options.tokenizer not in (None, TRAIN) else None
     progress("reading the source", 0, 1)
     held_out = HeldOut(rows, options.held_out, same_targets=meta_task == "retrieval")
-    sizes = Counter(subset for subset, row in rows() if held_out.group(row) is None)
+    sizes: Counter[str] = Counter()
+    scored: set[str] = set()
+    for subset, row in rows():
+        sizes[subset] += held_out.group(row) is None
+        scored |= {subset} if row.scores else set()
+    sizes = +sizes  # without subsets that are held out as a whole
     if not sizes:
         raise DataError("the source has no pair for training")
     evaluated: list[EvaluationSet] = []
@@ -103,7 +114,9 @@ def write_own_pairs(
     jobs = _make_jobs(rows, held_out, str(directory), options.max_pixels)
     workers = min(options.workers, num_jobs)  # a process more would start for nothing
     made = write_shards(jobs, num_jobs, directory, meta_tasks, workers, options.overwrite, progress, write_rest)
-    return replace(made, evaluation=tuple(evaluated), unused=tuple(unused))
+    scored_of = ", ".join(sorted(scored & sizes.keys()))
+    remarks = (f"scores of {scored_of}: {SCORES}",) if scored_of else ()
+    return replace(made, evaluation=tuple(evaluated), unused=tuple(unused), remarks=remarks)
 
 
 def _with_prompts(rows: Rows, of_query: str, of_target: str) -> Rows:

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_llave.data.items import read_jsonl
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.data.shards import SCORE_RANGE, is_score
 from megatron_llave.errors import ConfigError, DataError, one_of
-from megatron_llave.prepare.columns import NoPairError, clean_name
+from megatron_llave.prepare.columns import NoPairError, clean_name, tell_apart
 from megatron_llave.prepare.jsonl import default_key, path_for_id
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, check_limit, faulty_row, make_id
@@ -51,7 +52,7 @@ def prepare(
         files: the files; each is a subset that is named after it.
         directory: output directory; it is made when missing.
         images: the folder that relative image paths start from; None: that of their file.
-        limit: the number of lines to take from the beginning of each subset; None: all.
+        limit: the number of lines to take from the beginning of each file; None: all.
         meta_task: the meta-task of all subsets.
         options: what else the user chooses.
         progress: called after each shard.
@@ -60,7 +61,7 @@ def prepare(
         ConfigError: an argument is out of range.
         DataError: a line is not JSON, and the message has its FILE:LINE; no line is a pair; or `write_own_pairs` fails.
     """
-    one_of("--meta-task", meta_task, META_TASKS)
+    one_of("--set meta_task", meta_task, META_TASKS)
     check_limit(limit)
     paths = [Path(file) for file in files]
     if len({path.resolve() for path in paths}) < len(paths):
@@ -78,12 +79,10 @@ def read_rows(
     """
     common = os.path.commonpath([path.parent.absolute() for path in paths])
     seen: Counter[str] = Counter()
-    for path in paths:
-        subset, folder = clean_name(path.stem), str(images if images is not None else path.parent)
+    for path, subset in zip(paths, tell_apart([clean_name(path.stem) for path in paths], paths)):
+        folder = str(images if images is not None else path.parent)
         start = os.path.relpath(folder, common)
-        for _, where, values in read_jsonl(path):
-            if limit is not None and seen[subset] >= limit:
-                break
+        for _, where, values in islice(read_jsonl(path), limit):
             key = default_key(subset, seen[subset])
             seen[subset] += 1
             try:

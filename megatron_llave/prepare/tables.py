@@ -128,7 +128,8 @@ def _choose(splits: list[str], split: str | None, folder: Path) -> str:
     if split is None and (TRAINING_SPLIT in splits or len(splits) == 1):
         split = TRAINING_SPLIT if TRAINING_SPLIT in splits else splits[0]
     if split not in splits:
-        given = "--split is missing" if split is None else f"split {split} is not there"
+        given = "no split is chosen (--set split=NAME, or dataset_split of a list)"
+        given = given if split is None else f"split {split} is not there"
         raise ConfigError(f"{given}: the splits of {folder} are {', '.join(splits) or 'not known'}")
     return split
 
@@ -155,9 +156,9 @@ def open_table(path: Path) -> Table:
         DataError: the file cannot be read or has no columns.
     """
     if path.suffix in CSV:
-        return Table(path, dict.fromkeys(read_csv(path)[0], TEXT))
+        return _not_empty(Table(path, dict.fromkeys(filter(None, read_csv(path)[0]), TEXT)))
     if path.suffix in JSON:
-        return Table(path, dict.fromkeys((name for _, row in _json_rows(path) for name in row), ANY))
+        return _not_empty(Table(path, dict.fromkeys((name for _, row in _json_rows(path) for name in row), ANY)))
     try:
         if path.suffix == ".parquet":
             schema = pq.read_schema(path)
@@ -167,7 +168,13 @@ def open_table(path: Path) -> Table:
         kinds = {column.name: kind_of(column.type) for column in schema}
     except READ_ERRORS as error:
         raise unreadable(path, error) from error
-    return Table(path, kinds, _class_names(schema))
+    return _not_empty(Table(path, kinds, _class_names(schema)))
+
+
+def _not_empty(table: Table) -> Table:
+    if not table.kinds:
+        raise DataError(f"{table.path} is empty: it has no columns")
+    return table
 
 
 def kind_of(kind: pa.DataType) -> str:

@@ -7,7 +7,7 @@ weights of the list become a file `mixture.yaml`, a section `data` of a configur
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -127,8 +127,8 @@ def read_list(path: Path, root: Path, subsets: Sequence[str] | None = None, limi
     entries = read_yaml(path)
     unknown = next((name for name in subsets or () if name not in entries), None)
     if unknown is not None or not entries:
-        hint = f"; it has {', '.join(map(str, entries))[:300] or 'none'}"
-        raise ConfigError(f"{path} has no data set {unknown or 'at all'}{hint}")
+        hint = f" {unknown}; it has {', '.join(map(str, entries))[:300]}" if entries else ""
+        raise ConfigError(f"{path} has no data set{hint}")
     chosen = dict.fromkeys(subsets or entries)
     return [_entry(str(name), entries[name], f"{path}: {name}", root, limit) for name in chosen]
 
@@ -226,6 +226,6 @@ def _pairs(entry: Listed, table: tables.Table, first: int) -> Iterator[SourceRow
     names = [name for name in mmeb.COLUMNS + mmeb.NEGATIVE_COLUMNS if name in table.kinds]
     for number, (where, row) in enumerate(tables.read_rows(table, names), start=first):
         try:
-            yield mmeb.to_row(row, entry.name, number, where, str(entry.image_folder))
+            yield replace(mmeb.to_row(row, entry.name, number, where, str(entry.image_folder)), row=where)
         except DataError as error:
-            yield faulty_row(f"{entry.name}-{number:08d}", number, str(entry.image_folder), str(error))
+            yield faulty_row(f"{entry.name}-{number:08d}", where, str(entry.image_folder), str(error))

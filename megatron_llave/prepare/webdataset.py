@@ -157,8 +157,8 @@ def find_samples(file: BinaryIO, tar: Path) -> Iterator[Sample]:
                 raise EOFError(f"{member.name} ends behind the end of the file")
             if f".{parts[2].lower()}" in IMAGE_SUFFIXES:
                 sample.images.append(TarMember(str(tar), member.name, member.offset_data, member.size))
-            elif parts[2] in ("txt", "json"):
-                sample.texts[parts[2]] = (member.offset_data, member.size)
+            elif parts[2].lower() in ("txt", "json"):
+                sample.texts[parts[2].lower()] = (member.offset_data, member.size)
         end = members.offset
     if sample is not None:
         yield sample
@@ -197,7 +197,10 @@ def _caption(sample: Sample, file: BinaryIO, where: str, key: str | None) -> str
         except UnicodeDecodeError as error:
             raise DataError(f"{where}.txt is not UTF-8 text") from error
     values = parse_json(data, f"{where}.json")
-    text = values.get(key or "caption") if isinstance(values, dict) else None
+    values = values if isinstance(values, dict) else {}
+    if key is not None and key not in values:
+        raise DataError(f"{where}.json has no {key!r}; its keys are {', '.join(values)[:300] or 'none'}")
+    text = values.get(key or "caption")
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}.json: {key or 'caption'} must be a text, not {text!r:.60}")
     return text or ""

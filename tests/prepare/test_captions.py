@@ -104,6 +104,14 @@ def test_images_without_a_caption_are_counted(photos: Path) -> None:
     (photos / "metadata.csv").write_text("\n".join(lines[:-4]) + "\n")  # the last line is blank
     made = prepare_folder(photos, "out", options=OPTIONS)
     assert made.skipped["captions"] == {"empty side": 3}
+    (photos / "metadata.csv").unlink()
+    lines = [
+        {"file_name": str(path.relative_to(photos)), "text": None, "caption": path.stem} for path in images(photos)
+    ]
+    lines[:2] = [line | {"caption": None} for line in lines[:2]]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = prepare_folder(photos, "out", options=replace(OPTIONS, overwrite=True))
+    assert made.skipped["captions"] == {"empty side": 2}, "null is no caption"
 
 
 def test_captions_from_names_only_when_asked(photos: Path) -> None:
@@ -181,6 +189,7 @@ def test_csv_files_of_several_folders(tmp_path: Path) -> None:
     [
         ("metadata.jsonl", '{"file_name": "a.bmp"}\n', r"metadata.jsonl:1: needs file_name and text, both strings"),
         ("metadata.jsonl", "[]\n", r"metadata.jsonl:1: needs file_name and text"),
+        ("metadata.jsonl", '{"file_name": "a.bmp", "text": 3}', r"metadata.jsonl:1: needs file_name and text"),
         ("captions.txt", "a.bmp a red car\n", r"captions.txt:1: needs a file name, a tab or a comma, and a caption"),
         ("captions.csv", "image,caption\na.bmp\n", r"captions.csv:2: has 1 values, but the first line has 2 names"),
         ("captions.csv", "picture,caption\n", r"captions.csv:1: the columns are 'picture, caption', but it needs"),
@@ -216,6 +225,9 @@ def test_wrong_arguments(photos: Path) -> None:
     Path("bare").mkdir()
     with pytest.raises(DataError, match="bare has no images: no file that ends in .avif"):
         prepare_folder("bare", "out")
+    picture(Path("bare/a"), 0)
+    with pytest.raises(DataError, match="--captions classes needs folders of images in bare, whose names are"):
+        prepare_folder("bare", "out", "classes")
 
 
 def test_jsonl_with_classes_holds_out_images_and_not_classes(photos: Path, tmp_path: Path) -> None:

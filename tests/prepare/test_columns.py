@@ -144,6 +144,19 @@ def test_a_folder_of_parts_is_read_in_order_and_must_be_complete() -> None:
 # ---- columns ----
 
 
+def test_equal_names_in_different_folders_are_different_subsets() -> None:
+    for name in ("en/x", "de/x", "de/data/train-00000-of-00002", "de/data/train-00001-of-00002", "fr/de/train"):
+        Path(f"{name}.csv").parent.mkdir(parents=True, exist_ok=True)
+        write_rows(Path(f"{name}.csv"), [{"query": name, "positive": name}])
+    made_of = columns.prepare(["en/x.csv", "de/x.csv", *map(str, Path("de").rglob("train*.csv"))], "o", options=ALONE)
+    sizes = {name: subset.pairs for name, subset in made_of.index.subsets.items()}
+    assert sizes == {"en-x": 1, "de-x": 1, "de": 2}, "parts of one table are one subset"
+    made_of = columns.prepare(["de/data/train-00000-of-00002.csv", "fr/de/train.csv"], "p", options=ALONE)
+    assert list(made_of.index.subsets) == ["fr-de", columns.clean_name(f"{Path.cwd().name}-de")], "sorted"
+    made_of = columns.prepare(["en/x.csv", "de/x.csv"], "q", subset="one", options=ALONE)
+    assert list(made_of.index.subsets) == ["one"]
+
+
 def test_images_lie_in_the_table_or_beside_it_and_equal_ones_are_equal_targets() -> None:
     Path("images").mkdir()
     Path("images/7.png").write_bytes(png(7))
@@ -201,7 +214,9 @@ def test_both_a_text_and_an_image_in_one_column() -> None:
 def test_graded_pairs_of_sentences() -> None:
     write_rows(Path("stsb.csv"), [{"id": 3, "sentence1": "a", "sentence2": "b", "score": 0.25}])
     made_of = columns.prepare(["stsb.csv"], "new", options=ALONE)
-    assert made_of.remarks == ("columns of stsb: query=sentence1 target=sentence2 score=score; not used: id",)
+    used, scores = made_of.remarks
+    assert used == "columns of stsb: query=sentence1 target=sentence2 score=score; not used: id"
+    assert scores.startswith("scores of stsb: only data.subsets.NAME.objective: cosent and loss.soft_labels: scores")
     assert shown(made("stsb.csv")) == [([("a", []), ("b", [])], [0.25])]
 
 
@@ -255,8 +270,8 @@ def test_images_that_cannot_be_used_are_counted() -> None:
         ([{"a": "x"}], {"columns": ["anchor=a"]}, "--columns anchor=a: give ROLE=COLUMN, with one of the roles query"),
         ([{"a": "x"}], {"columns": ["query=a", "query=b"]}, "query can be one column, not a and b"),
         ([{"anchor": "x", "positive": "y"}], {"limit": 0}, "--limit 0 must be at least 1"),
-        ([{"anchor": "x", "positive": "y"}], {"subset": "a b"}, "--subset 'a b' must be"),
-        ([{"anchor": "x", "positive": "y"}], {"meta_task": "x"}, "--meta-task='x' is not one of"),
+        ([{"anchor": "x", "positive": "y"}], {"subset": "a b"}, "--set subset='a b' must be"),
+        ([{"anchor": "x", "positive": "y"}], {"meta_task": "x"}, "--set meta_task='x' is not one of"),
     ],
 )
 def test_what_cannot_be_is_refused(rows: list[dict], options: dict[str, Any], message: str) -> None:
@@ -281,13 +296,17 @@ def test_no_row_is_a_pair() -> None:
         ("mixed", "mixed holds tables that end in .csv and in .jsonl; name the files"),
         ("escapes", "names '../x.arrow' as a data file, not a file of its folder"),
         ("selection", "rows are listed apart"),
+        ("splits", "no split is chosen .--set split=NAME, .* the splits of splits are a, b"),
+        ("blank.csv", "blank.csv is empty: it has no columns"),
         ("broken.parquet", "broken.parquet cannot be read"),
         ("broken.arrow", "broken.arrow cannot be read"),
     ],
 )
 def test_sources_that_cannot_be_read(source: str, message: str) -> None:
-    for name in ("empty", "mixed", "escapes", "selection"):
+    for name in ("empty", "mixed", "escapes", "selection", "splits"):
         Path(name).mkdir()
+    Path("splits/dataset_dict.json").write_text('{"splits": ["a", "b"]}')
+    Path("blank.csv").write_text("\n")
     for name in ("a.txt", "mixed/a.csv", "mixed/b.jsonl", "broken.parquet", "broken.arrow"):
         Path(name).write_text("anchor,positive\n")
     Path("escapes/state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))

@@ -1,6 +1,7 @@
 """The embedding data of ms-swift becomes pairs, in its present form and in the older one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,12 @@ def test_images_and_limit_and_subsets() -> None:
     Path("other/b.c.jsonl").write_text("".join(json.dumps(line | {"images": [f"{n}.png"]}) + "\n" for n in (9, 1, 2)))
     swift.prepare(["data.jsonl", "other/b.c.jsonl"], "more", ".", 2, options=Options(workers=1))
     assert [len(list(read_shard(f"more/{name}-000000.tar"))) for name in ("data", "b-c")] == [2, 1]
+    for name in "xy":
+        Path(name).mkdir()
+        shutil.copy("other/b.c.jsonl", f"{name}/train.jsonl")
+    made_of = swift.prepare(["x/train.jsonl", "y/train.jsonl"], "both", ".", 2, options=Options(workers=1))
+    sizes = {name: subset.pairs for name, subset in made_of.index.subsets.items()}
+    assert sizes == {"x-train": 1, "y-train": 1} and not made_of.remarks, "the first two lines of each file"
     report = map(json.loads, Path("more/report.jsonl").read_text().splitlines())
     assert ("other/b.c.jsonl:1", "missing image") in [(line["row"], line["reason"]) for line in report]
 

@@ -150,9 +150,9 @@ def test_json_lines_and_rows_that_are_no_pairs(downloads: Path) -> None:
     vlm2vec.prepare("own.yaml", "out", "root", workers=1)
     report = [json.loads(line) for line in Path("out/report.jsonl").read_text().splitlines()]
     assert [(line["row"], line["reason"]) for line in report] == [
-        (1, "row is no pair"),
-        (2, "row is no pair"),
-        (3, "image path outside the source"),
+        ("root/mine/own.jsonl:2", "row is no pair"),
+        ("root/mine/own.jsonl:3", "row is no pair"),
+        ("root/mine/own.jsonl:4", "image path outside the source"),
     ]
     assert "own.jsonl:2: qry must be a string, not '3'" in report[0]["detail"]
     assert "neg_text has 1 values and neg_image_path 2" in report[1]["detail"] and len(made("own")) == 2
@@ -183,7 +183,7 @@ def test_what_cannot_be_is_refused(downloads: Path, change: dict[str, Any], mess
     [
         ("a b: {dataset_parser: mmeb}", "list.yaml: a b: a name must be 1 to 60 letters"),
         ("a: 3", "list.yaml: a must have keys such as dataset_parser and weight, not"),
-        ("", "list.yaml has no data set at all; it has none"),
+        ("", "list.yaml has no data set$"),
         ("[", "list.yaml is not valid YAML"),
     ],
 )

@@ -79,12 +79,15 @@ def test_where_the_caption_is() -> None:
         "a/1.png": picture(1),
         "a/1.json": b'{"caption": "of json"}',
         "b/1.PNG": picture(2),
-        "b/1.txt": b" of  txt ",
+        "b/1.TXT": b" of  txt ",
     }
     members |= {"c.jpeg": picture(3), "c.json": b'{"caption": null}', "d.png": picture(4), "d.cls": b"7"}
     write_tar("t.tar", members)
     assert texts(made("t.tar")) == ["of json", "of txt"]
     assert report() == [(f"t.tar: {key}", "empty side", "query: neither text nor image") for key in ("c", "d")]
+    write_tar("u.tar", {"a/1.png": picture(1), "a/1.json": b'{"caption": "of json"}', "2.png": b"", "2.json": b"3"})
+    with pytest.raises(DataError, match="a/1.json has no 'alt'; its keys are caption; no row of the source is a pair"):
+        made("u.tar", caption="alt")
 
 
 def test_samples_that_are_no_pairs_are_counted_and_named() -> None:
