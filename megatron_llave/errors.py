@@ -85,6 +85,16 @@ class OneLineParser(argparse.ArgumentParser):
         """Print the message and end with status 2."""
         self.exit(2, f"error: {message}; --help explains all arguments\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End with this status; of the ranks of a node the first one does so first, which prints the message."""
+        if status:
+            _wait_for_first_rank()
+        super().exit(status, message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others have the same arguments
+            super()._print_message(message, file)
+
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:

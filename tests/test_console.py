@@ -15,7 +15,7 @@ import pytest
 from launching import EXAMPLES, LIMIT, data_with_few_sets, environment, losses, started, state, wait_for
 
 from megatron_llave import __main__ as console
-from megatron_llave import __version__
+from megatron_llave import __version__, errors
 from megatron_llave.commands import completion, train
 from megatron_llave.config.load import load_config
 from megatron_llave.config.packaged import find_config, first_words, names
@@ -82,6 +82,12 @@ def test_help_version_and_mistyped_words(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, "train", "--help")
     assert "usage: llave train [-h] --config" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of evaluate, whose options need torch, the ranks say what is wrong
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    for argv in (["--help"], ["--nonsense"]):
+        with pytest.raises(SystemExit):
+            errors.OneLineParser().parse_args(argv)
+    assert capsys.readouterr() == ("", "")
 
 
 LOADS_NONE_OF = """

@@ -1,4 +1,4 @@
-"""Weighted mean of the weights of several checkpoints of one model, tensor by tensor, in one process (tools/merge.py).
+"""Weighted mean of the weights of several checkpoints of one model, tensor by tensor, in one process (llave merge).
 
 The study of freezing uses it to interpolate between a run with a frozen vision encoder and a run without. It also gives
 the mean of runs with different seeds or data ("model soup", arXiv 2203.05482).

@@ -52,7 +52,7 @@ def _weights(manifest: Mapping[str, Any], cfg: RunConfig) -> str:
 
 
 def is_merged(manifest: Mapping[str, Any], cfg: RunConfig) -> bool:
-    """Whether tools/merge.py wrote a checkpoint.
+    """Whether llave merge wrote a checkpoint.
 
     Of those without KEY, only one whose first part was a run's is known: it has the configuration of a run that did not
     write it.

@@ -14,7 +14,7 @@ CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each co
 import argparse
 import os
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from rich.progress import Progress, TextColumn
 
 import megatron_llave.evaluation.benchmarks  # noqa: F401  registers the benchmarks
 from megatron_llave.checkpoint.pretrained import find_pretrained
+from megatron_llave.commands.progress import progress_bar
 from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.launcher import require_one_run
 from megatron_llave.embedding.cache import CachedEmbedder
@@ -193,14 +193,3 @@ def report(
         f"{done.num_finished} of {len(tasks)} sets were finished before; {embedded}",
         f"report, tables and figures: {args.out}",
     ]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on the first rank; on the others the yielded function does nothing."""
-    if dist.get_rank() != 0:
-        yield lambda what, done, total: None
-        return
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.completed} of {task.total}")) as bar:
-        task = bar.add_task("", visible=False)  # invisible until there is something to count
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)

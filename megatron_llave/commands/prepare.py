@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.commands.prepare_sources import add_sources
-from megatron_llave.commands.prepare_tables import inspection_notes, inspection_tables, print_noticed, progress_bar
+from megatron_llave.commands.prepare_tables import inspection_notes, inspection_tables, print_noticed
+from megatron_llave.commands.progress import progress_bar
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line

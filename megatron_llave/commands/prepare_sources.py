@@ -4,7 +4,8 @@ import argparse
 import os
 from typing import Any
 
-from megatron_llave.commands.prepare_tables import print_made, print_own, progress_bar
+from megatron_llave.commands.prepare_tables import print_made, print_own
+from megatron_llave.commands.progress import progress_bar
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import META_TASKS
 from megatron_llave.errors import ConfigError

@@ -1,11 +1,8 @@
-"""What `prepare` prints: a progress bar, tables of what was made, and tables of what a folder holds."""
+"""What `prepare` prints: tables of what was made, and tables of what a folder holds."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_llave.data.index import Subset
@@ -17,18 +14,6 @@ BAR = 24
 """Number of characters of the longest bar of a histogram."""
 NEXT = "llave train --config own_data data.path={} train.output=runs/own"
 """The command that trains on a folder of one's own."""
-
-Report = Callable[[str, int, int], None]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Report]:
-    """Show a progress bar on stderr, and yield the function that moves it: (description, done, total)."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # If rich redirected stdout, whatever is printed meanwhile would go to the stream of the bar.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def print_made(directory: str, made: Prepared) -> int:

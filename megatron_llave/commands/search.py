@@ -8,16 +8,15 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_llave.commands.progress import progress_bar
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import ConfigError, exit_with_one_line, require, to_one_line
+from megatron_llave.errors import exit_with_one_line, require, to_one_line
 from megatron_llave.launch import procs
 from megatron_llave.options.search import KINDS, PROMPTS, parse
 from megatron_llave.prepare.openmoji.images import write_images
@@ -54,18 +53,6 @@ def prompts_of(args: argparse.Namespace) -> dict[str, str]:
     for option in given.keys() & {"--text-prompt", "--both-prompt"}:
         require_place(option, given[option])
     return {option[2:].removesuffix("-prompt"): text for option, text in given.items()}
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr of the first rank; on the others the yielded function does nothing."""
-    if os.environ.get("RANK", "0") != "0":
-        yield lambda what, done, total: None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-        task = bar.add_task("", visible=False)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
 
 
 def run_build(args: argparse.Namespace) -> None:
@@ -148,14 +135,10 @@ def run_serve(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the page is served by one process; start it without torchrun")
     for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"the page needs {package}, which is not installed; pip install -e '.[search]'")
+        is_there = importlib.util.find_spec(package) is not None
+        require(is_there, f"the page needs {package}: pip install starlette uvicorn (the extra search)")
     server = importlib.import_module(SERVER)
-    prompts = prompts_of(args)
-
-    def load(index):  # noqa: ANN001, ANN202
-        return load_query_model(index, args.checkpoint, args.overrides, prompts)
-
+    load = partial(load_query_model, checkpoint=args.checkpoint, overrides=args.overrides, prompts=prompts_of(args))
     server.serve(args.index, load, args.host, args.port, args.pictures)
 
 

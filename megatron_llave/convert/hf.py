@@ -1,4 +1,4 @@
-"""Hugging Face folder -> checkpoint -> Hugging Face folder, tensor by tensor, in one process (tools/convert_hf.py).
+"""Hugging Face folder -> checkpoint -> Hugging Face folder, tensor by tensor, in one process (llave convert).
 
 A converted checkpoint, and every checkpoint of a run that starts from one, has in `assets/` what the embedder does not
 use but an export gives back: config.json and tokenizer, unused.safetensors (the vocabulary projection and the last norm

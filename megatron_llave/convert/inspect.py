@@ -1,4 +1,4 @@
-"""Describe a folder of weights and check that it is complete: `tools/convert_hf.py inspect`."""
+"""Describe a folder of weights and check that it is complete: `llave convert inspect`."""
 
 import math
 from collections.abc import Iterable

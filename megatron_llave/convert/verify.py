@@ -1,4 +1,4 @@
-"""Compare a checkpoint with transformers on the same inputs: `tools/convert_hf.py verify`.
+"""Compare a checkpoint with transformers on the same inputs: `llave convert verify`.
 
 Both models get the same token ids and pixels. Each removes padding, places newlines and computes everything after that
 by itself, so that a difference is a difference of the models. No other file of the package imports transformers.

@@ -2,7 +2,7 @@
 
 An item is {"text": ..., "image": FILE or [FILES], "id": ...}: a text, images, or both; `images` is another spelling of
 `image`, and `frames` names images that are the frames of a video, of which `fps` tells the number per second. Each line
-of a file for tools/embed.py, and of the queries and the corpus of a retrieval, is an item (embedding/jsonl.py). The
+of a file for llave embed, and of the queries and the corpus of a retrieval, is an item (embedding/jsonl.py). The
 query, the target and the hard negatives of a training pair are items (prepare/jsonl.py).
 """
 

@@ -103,17 +103,21 @@ class StoredVectors:
         Raises:
             DataError: a name has no embedding.
         """
-        wanted = np.array([stable_hash(name) for name in names], np.int64)
-        found = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
-        for missing in np.flatnonzero(self.hashes[found] != wanted)[:1].tolist():
+        found, is_there = self._look_up(names)
+        for missing in np.flatnonzero(~is_there)[:1].tolist():
             hint = "embed the shards of data.path with llave embed --shards"
             raise DataError(f"{self.path} has no embedding of {names[missing]!r} among its {len(self.hashes)}; {hint}")
         return self.places[found]
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether all of these names have an embedding."""
+        return bool(self._look_up(names)[1].all())
+
+    def _look_up(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return places in `hashes` [len(names)] int64, and whether the hash of each name is there."""
         wanted = np.array([stable_hash(name) for name in names], np.int64)
-        return bool((self.hashes[np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)] == wanted).all())
+        found = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
+        return found, self.hashes[found] == wanted
 
     def rows_at(self, places: np.ndarray, names: Sequence[str]) -> Tensor:
         """Return the rows that `find` has found, [n, d] float32 of unit length; their names are for messages.

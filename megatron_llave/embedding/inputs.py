@@ -1,4 +1,4 @@
-"""Inputs that an evaluation or tools/embed.py embeds part by part; images and videos are read only when asked for.
+"""Inputs that an evaluation or llave embed embeds part by part; images and videos are read only when asked for.
 
 The readers of benchmarks (evaluation/benchmarks/) and of JSONL files (jsonl.py) make them; cache.py keeps their
 embeddings.

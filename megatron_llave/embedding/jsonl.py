@@ -1,4 +1,4 @@
-"""Reads the inputs of a JSONL file, for tools/embed.py and for retrieval on the user's own data.
+"""Reads the inputs of a JSONL file, for llave embed and for retrieval on the user's own data.
 
 A line is an item (data/items.py). Files are relative to the JSONL's folder; the id defaults to the line's number.
 """

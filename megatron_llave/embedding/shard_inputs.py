@@ -1,4 +1,4 @@
-"""Reads the inputs of a folder of training shards, for tools/embed.py --shards and for scripts of other models.
+"""Reads the inputs of a folder of training shards, for llave embed --shards and for scripts of other models.
 
 Every query, target and hard negative comes once, under the name by which training looks its embedding up
 (data/stored_vectors.py).

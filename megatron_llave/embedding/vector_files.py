@@ -1,4 +1,4 @@
-"""Writes embeddings to a .npy or Parquet file, part by part, for tools/embed.py."""
+"""Writes embeddings to a .npy or Parquet file, part by part, for llave embed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The scores before training, which an evaluation shows beside its own: tools/evaluate.py prepared --before.
+"""The scores before training, which an evaluation shows beside its own: llave evaluate prepared --before.
 
 A score says little without them: a model with random weights may already be far above chance.
 """

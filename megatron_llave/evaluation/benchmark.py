@@ -1,4 +1,4 @@
-"""The registry of benchmarks: each one is a command of tools/evaluate.py.
+"""The registry of benchmarks: each one is a command of llave evaluate.
 
 A benchmark that ranks with Precision@1 yields tasks, which are embedded, scored and reported alike. One with other
 scores brings a function of its own.
@@ -54,7 +54,7 @@ Evaluate = Callable[[CachedEmbedder], Evaluation]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A command of tools/evaluate.py. Of `read_tasks` and `read_evaluation` it has exactly one.
+    """A command of llave evaluate. Of `read_tasks` and `read_evaluation` it has exactly one.
 
     Both take the parsed command line, and read and check the data before the model is loaded.
     """
@@ -84,7 +84,7 @@ BENCHMARKS: dict[str, Benchmark] = {}
 
 
 def register_benchmark(benchmark: Benchmark) -> None:
-    """Make a benchmark a command of tools/evaluate.py.
+    """Make a benchmark a command of llave evaluate.
 
     Raises:
         ValueError: its name is taken, or it has both or neither of `read_tasks` and `read_evaluation`.

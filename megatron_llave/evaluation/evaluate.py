@@ -1,6 +1,6 @@
 """Evaluates a model on tasks: embeds the inputs that are missing, scores each task, keeps results in a folder if asked.
 
-Used by tools/evaluate.py and by training. A folder holds embeddings/<inputs>/ (embedding/cache.py), <set>_result.json,
+Used by llave evaluate and by training. A folder holds embeddings/<inputs>/ (embedding/cache.py), <set>_result.json,
 and <set>_pred.txt and <set>_score.json as the official MMEB evaluation writes them. After a stop, the same call embeds
 only the parts that are missing and reads the results of finished sets.
 """

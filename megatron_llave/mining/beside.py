@@ -33,17 +33,19 @@ Plan = dict[str, Any]
 """What decides the files: models, rules and shards, as the manifest says it."""
 
 
-def require_free(out: Path, plan: Plan, overwrite: bool) -> bool:
-    """Check that a folder may get the negatives of a plan, of which some keys may be missing.
+def require_free(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
+    """Check that a folder may get the negatives of a plan, of which some keys may be missing, for an index.
 
     Returns:
         Whether it is complete, with the negatives of this plan.
 
     Raises:
         DataError: it holds complete negatives of another plan, which `overwrite` does not allow to replace, or another
-            file in place of the manifest.
+            file in place of the manifest, or files with the names of shards and no manifest, as the data's own folder.
     """
     path = out / MANIFEST_FILE
+    if not path.is_file() and any((out / name).exists() for name in _names_of(index)):
+        raise DataError(f"{out} holds files with the names of shards but no {MANIFEST_FILE}; choose another --out")
     before = read_json(path, FORMAT, "choose another --out") if path.is_file() else {}
     apart = [key for key in plan if before.get(key) != plan[key]]
     if before.get("complete") is True and apart and not overwrite:
@@ -60,12 +62,11 @@ def claim(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
         Whether the folder is complete, with the negatives of this plan.
 
     Raises:
-        DataError: as `require_free`, or the folder holds other files with the names of shards.
+        DataError: as `require_free`, or the manifest of another plan is malformed.
     """
-    if require_free(out, plan, overwrite):
+    if require_free(out, plan, index, overwrite):
         return True
-    path = out / MANIFEST_FILE
-    names = {shard.file for subset in index.subsets.values() for shard in subset.shards}
+    path, names = out / MANIFEST_FILE, _names_of(index)
     if path.is_file():
         before = read_json(path, FORMAT)
         if all(before.get(key) == plan[key] for key in plan):
@@ -74,13 +75,15 @@ def claim(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
             names |= _files_of(before)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is malformed ({error}); choose another --out, or delete {out}") from error
-    elif any((out / name).exists() for name in names):
-        raise DataError(f"{out} holds files with the names of shards but no {MANIFEST_FILE}; choose another --out")
     # The manifest of the new plan goes first, so that no file of the old one is ever taken for one of it.
     write_json(path, {"format": FORMAT, "version": VERSION, "complete": False, **plan, "files": sorted(names)})
     for name in names:
         (out / name).unlink(missing_ok=True)
     return False
+
+
+def _names_of(index: Index) -> set[str]:
+    return {shard.file for subset in index.subsets.values() for shard in subset.shards}
 
 
 def _files_of(manifest: dict[str, Any]) -> set[str]:

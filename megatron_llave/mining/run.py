@@ -63,7 +63,9 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
     plan = {"rules": asdict(mining.rules), "data": data}
     model = models[0]()  # which joins the ranks
     with lock_folder(mining.out) if dist.get_rank() == 0 else nullcontext():
-        from_first_rank(lambda: beside.require_free(mining.out, plan, mining.overwrite))  # before hours of embedding
+        from_first_rank(
+            lambda: beside.require_free(mining.out, plan, mining.index, mining.overwrite)
+        )  # before embedding
         names, identities, files = [], [], []
         for number in range(len(models)):
             if number:

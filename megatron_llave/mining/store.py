@@ -1,6 +1,6 @@
 """The embeddings that mining works on: one file of each model and data set in a folder that is kept between commands.
 
-A file is what tools/embed.py --shards writes, and its name is a hash of the model and of the shards. So an interrupted
+A file is what llave embed --shards writes, and its name is a hash of the model and of the shards. So an interrupted
 command continues, other rules need no new embeddings, and those of another model or of changed shards are never taken.
 """
 

@@ -38,7 +38,7 @@ class Family:
     input_settings: Callable[[DataConfig, ModelConfig], dict[str, Any]]
     """The settings that embeddings depend on beside weights, tokenizer and precision, by key."""
     describe: Callable[[ModelConfig], list[str]]
-    """Lines about the parts before the decoder, for tools/convert_hf.py inspect."""
+    """Lines about the parts before the decoder, for llave convert inspect."""
     hf: HfFormat
     """How its models are stored in Hugging Face folders."""
     cost: VisionCost = VisionCost()

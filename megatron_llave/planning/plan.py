@@ -1,6 +1,6 @@
 """Plan of a run before it starts: memory, FLOPs, communicated bytes, pipeline bubble, and a parallel layout that fits.
 
-Everything is computed by the formulas of flops.py and memory.py; tools/plan.py prints it.
+Everything is computed by the formulas of flops.py and memory.py; llave plan prints it.
 """
 
 import itertools

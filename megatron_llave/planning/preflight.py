@@ -1,6 +1,6 @@
 """Checks of the nodes of a cluster before a run: each node describes itself, and `find_faults` compares them.
 
-tools/preflight.py prints the result. Everything is measured by the processes that would train, so over NCCL with GPUs
+llave preflight prints the result. Everything is measured by the processes that would train, so over NCCL with GPUs
 and over gloo without.
 """
 

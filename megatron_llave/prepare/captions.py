@@ -1,6 +1,6 @@
 """Makes a data folder of images with captions: in a folder of images, or in CSV or TSV files; see docs/own_data.md.
 
-tools/prepare_data.py runs this once. The query of a pair is the caption, and the target is the image; where folders are
+llave prepare runs this once. The query of a pair is the caption, and the target is the image; where folders are
 classes it is the other way round.
 """
 

@@ -1,6 +1,6 @@
 """Makes shards of a user's own pairs in JSONL files; docs/data.md has the schema of a line.
 
-tools/prepare_data.py runs this once. A first pass checks every line, so that a wrong line is reported at once and not
+llave prepare runs this once. A first pass checks every line, so that a wrong line is reported at once and not
 after hours. A second pass makes the shards.
 """
 

@@ -1,6 +1,6 @@
 """Makes shards of MMEB-train, the training half of the MMEB benchmark: Parquet or JSON rows and an image folder.
 
-tools/prepare_data.py runs this once. It reads the columns that the official LLaVE repository reads (qry,
+llave prepare runs this once. It reads the columns that the official LLaVE repository reads (qry,
 qry_image_path, pos_text, pos_image_path) in the order of the file, and also the hard negatives, which that ignores: one
 of a row, or a list.
 """

@@ -1,4 +1,4 @@
-"""Makes shards of the pairs of a source, for all sources of tools/prepare_data.py but openmoji.
+"""Makes shards of the pairs of a source, for all sources of llave prepare but openmoji.
 
 A source yields rows. They are cut into jobs here, each of which reads the images of PAIRS_PER_SHARD rows and writes one
 shard. Each finished shard has a sidecar file `SHARD.tar.done`, so that the same command can resume after it was killed.
@@ -366,9 +366,10 @@ def _read_some(
         try:
             _add_new(side.id, ids, where)
             result, more = read(side, where)
+            found = side.id or content_id(result)
             if not side.id:
-                _add_new(content_id(result), ids, where)
-            result = Read(result, side.id or content_id(result))
+                _add_new(found, ids, where)
+            result = Read(result, found)
             notes += more
         except LeftOutError as error:
             result = error

@@ -1,6 +1,6 @@
 """The tokenizer of a data folder: a SentencePiece model that is trained on its texts, or a copy of another one.
 
-The sources of tools/prepare_data.py make one, and its command `tokenizer` does so for other texts.
+The sources of llave prepare make one, and its command `tokenizer` does so for other texts.
 """
 
 import io

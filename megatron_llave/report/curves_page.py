@@ -1,4 +1,4 @@
-"""Curves of runs as one HTML page: values under the pointer, zoom, runs on and off; for tools/plot.py.
+"""Curves of runs as one HTML page: values under the pointer, zoom, runs on and off; for llave plot.
 
 The page has its numbers and its script in it and fetches nothing. plots.py draws the same panels as a PNG.
 """

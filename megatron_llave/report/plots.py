@@ -1,6 +1,6 @@
 """Draws curves of runs from the records of their logs as PNG files.
 
-evaluation_report.py draws one run beside its evaluation, tools/plot.py several runs together; curves_page.py draws the
+evaluation_report.py draws one run beside its evaluation, llave plot several runs together; curves_page.py draws the
 panels of the latter as a page.
 """
 

@@ -51,14 +51,14 @@ def refusal(method: str, headers: Headers) -> tuple[int, str] | None:
     if not is_own_host(host):
         return 421, "This page answers under the address of this machine alone, not under the name in the request."
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is not None and origin.lower().partition("://")[2] != host.lower():
         return 403, "The request comes from another site."
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return 403, "The request comes from another site."
     if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         return 415, "A search is sent as JSON."
     length = headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > MOST_BYTES:
+    if not length.isdecimal() or int(length) > MOST_BYTES:
         return 413, f"The image is too large: a request may have {MOST_BYTES // 1_000_000} MB."
     return None
 

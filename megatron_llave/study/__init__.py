@@ -1,1 +1,1 @@
-"""The paper's experiments as studies: lists of runs, run in a queue and compared seed by seed (tools/study.py)."""
+"""The paper's experiments as studies: lists of runs, run in a queue and compared seed by seed (llave study)."""

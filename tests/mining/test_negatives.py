@@ -229,6 +229,13 @@ def test_what_cannot_be_is_one_line(data: Path, model: Path, mined: Path, option
     assert contents(mined) == before
 
 
+def test_the_folder_of_the_shards_is_refused_before_anything_is_embedded(data: Path, model: Path) -> None:
+    before = contents(data)
+    done = run_script(TOOL, "negatives", "--checkpoint", model, "--data", data, "--out", data, *RULES)
+    assert done.returncode == 2 and "holds files with the names of shards but no" in done.stderr.splitlines()[-1]
+    assert contents(data) == before and not data.with_name(f"{data.name}.embeddings").exists()
+
+
 def test_two_models_vote_on_stored_embeddings(data: Path, model: Path, mined: Path, tmp_path: Path) -> None:
     """The same checkpoint twice agrees with itself; the store has its embeddings already."""
     store = mined.with_name("one.embeddings")

@@ -141,6 +141,7 @@ def test_pages_have_a_strict_policy_and_load_nothing_from_elsewhere(index: Path,
         ({"Host": ""}, 421),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Content-Type": "text/plain"}, 415),
         ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
@@ -364,7 +365,7 @@ def test_what_a_user_reads_of_the_page(index: Path, monkeypatch, capsys) -> None
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SystemExit):
             main(["serve", str(index)])
-        line = "error: the page needs starlette, which is not installed; pip install -e '.[search]'\n"
+        line = "error: the page needs starlette: pip install starlette uvicorn (the extra search)\n"
         assert capsys.readouterr().err == line
 
     def stop(self: uvicorn.Server, sockets: list[socket.socket]) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks of tools/evaluate.py, one file each; importing this package registers them."""
+"""The benchmarks of llave evaluate, one file each; importing this package registers them."""
 
 from megatron_llave.evaluation.benchmark import register_benchmark
 from megatron_llave.evaluation.benchmarks import corpus, mmeb, mteb, prepared, video

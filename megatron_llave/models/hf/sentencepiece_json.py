@@ -1,6 +1,6 @@
 """A SentencePiece model as a tokenizer.json, which transformers, sentence-transformers and vLLM read.
 
-A run on data of tools/prepare_data.py has a SentencePiece model. transformers reads such models too, but not without
+A run on data of llave prepare has a SentencePiece model. transformers reads such models too, but not without
 further packages, and not with special tokens that it lacks. The ids of a text are the same.
 
 Source: transformers' convert_slow_tokenizer.py (SpmConverter, 5.23); sentencepiece_model.proto of SentencePiece 0.2.

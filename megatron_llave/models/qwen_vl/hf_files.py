@@ -79,9 +79,9 @@ class HfProcessor:
     video_processor: str
     """transformers' class of the video processor."""
     mean: tuple[float, ...]
-    """Of the colours of a picture, with which its pixels are normalised."""
+    """Mean of each colour channel, with which the pixels of an image are normalised."""
     std: tuple[float, ...]
-    """Their standard deviation."""
+    """Standard deviation of each colour channel."""
     prompts: Mapping[str, Template]
     """Prompts by value of data.prompt."""
     embedders: Mapping[str, str]

@@ -1,6 +1,6 @@
 """Makes short video files of moving OpenMoji images with captions, for text-video retrieval without a download.
 
-`tools/prepare_data.py clips` runs this; it needs the extras `demo` and `video`. The emoji are those that the bundled
+`llave prepare clips` runs this; it needs the extras `demo` and `video`. The emoji are those that the bundled
 data hold out of training, so a model trained on the bundled images sees new emoji here, and motion for the first time.
 """
 

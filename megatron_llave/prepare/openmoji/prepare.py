@@ -1,6 +1,6 @@
 """The bundled data: makes training shards and a small benchmark of OpenMoji images from pip packages.
 
-tools/prepare_data.py runs this once. It makes the catalogue, the evaluation sets, the tokenizer, the shards, and
+llave prepare runs this once. It makes the catalogue, the evaluation sets, the tokenizer, the shards, and
 `index.json` last, so that an interrupted folder is never taken for a complete one.
 """
 
