@@ -216,6 +216,10 @@ def check_roles(table: Table, roles: Mapping[str, list[str]]) -> Mapping[str, li
                 raise DataError(f"{table.path} has no column {name!r}; its columns are {', '.join(table.kinds)[:300]}")
             right = (TEXT, TEXTS, IMAGE, IMAGES, *(() if role.endswith("_image") else (BOTH,)))
             right = (NUMBER, NUMBERS, TEXT) if role == "score" else right
+            if role == "score" and name in table.classes:
+                some = ", ".join(table.classes[name])[:100]
+                hint = "name the columns that are used with --columns query=COLUMN target=COLUMN"
+                raise DataError(f"{table.path}: column {name!r} has classes ({some}), which are no scores; {hint}")
             if kind not in (*right, tables.ANY) and not (kind == NUMBER and name in table.classes):
                 needs = ", ".join(right[:-1]) + f" or {right[-1]}"
                 raise DataError(f"{table.path}: column {name!r} is of type {kind}, but {role} must be {needs}")

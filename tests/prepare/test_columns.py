@@ -119,6 +119,10 @@ def test_data_sets_of_hugging_face(kind: str) -> None:
     with_more = made(source, columns=["query=more", "query_image=image", "target=label"], meta_task="classification")
     images = [[*(png(n + 20 * m) for m in range(n % 3)), png(n)] for n in range(9)]
     assert shown(with_more) == [([("", images[n]), (["cat", "dog"][n % 2], [])], []) for n in range(9)]
+    with pytest.raises(
+        DataError, match=r"column 'label' has classes \(cat, dog\), which are no scores; name the columns"
+    ):
+        made(source, columns=["query=text", "target=image", "score=label"])
     if kind == "dictionary":
         assert len(made(source, split="test")) == 2
         with pytest.raises(ConfigError, match="split dev is not there: the splits of photos are train, test"):
