@@ -11,7 +11,7 @@ import re
 from megatron_llave.errors import DataError
 
 _PLACEHOLDER = r"<image>|<\|image_\d+\|>"
-_SPECIAL = r"<video>|<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk)>"
+_SPECIAL = r"<video>|<image_newline>|<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk)>"
 PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_PLACEHOLDER})")
 LEADING_PLACEHOLDERS = re.compile(rf"(?:\s*(?:{_PLACEHOLDER})\s*)*")
 MARK = re.compile(rf"{_PLACEHOLDER}|{_SPECIAL}")

@@ -113,6 +113,10 @@ class HuggingFaceTokenizer:
             described = json.loads(self._model.to_str())
             added = described["added_tokens"]
             described["added_tokens"] = [t for t in added if not t["special"] and not MARK.fullmatch(t["content"])]
+            vocabulary, special = described["model"]["vocab"], {t["content"] for t in added if t["special"]}
+            if isinstance(vocabulary, list):  # a Unigram model has them among its pieces; no text holds a NUL
+                renamed = [[f"\0{piece}" if piece in special else piece, score] for piece, score in vocabulary]
+                described["model"]["vocab"] = renamed
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(described))
         return self._plain.encode(text, add_special_tokens=False).ids
 

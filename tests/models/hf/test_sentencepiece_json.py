@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.models.hf.sentencepiece_json import tokenizer_json
 from megatron_llave.prepare.tokenizer import train_sentencepiece
 
@@ -72,6 +73,10 @@ def test_ids_are_the_same(kind: str, has_bytes: bool, tmp_path: Path) -> None:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), repr(text)
     # Special tokens are found in a text, which SentencePiece never does.
     assert ours.encode("a</s>").ids == [*theirs.encode("a"), theirs.eos_id()]
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(file))
+    literal = load_tokenizer(tmp_path / "tokenizer.json").encode_plain
+    for text in ("a</s>", "a </s> b", "<unk>", "red <s> a<unk>", "</s"):
+        assert literal(text) == theirs.encode(text), text
 
 
 def test_a_combining_character_after_a_ligature_is_the_difference(tmp_path: Path) -> None:

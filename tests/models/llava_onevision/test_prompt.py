@@ -94,6 +94,7 @@ def test_a_backslash_makes_a_placeholder_ordinary_text(tokenizer, template):
         ("<|image_1|> and <|im_end|>", 0, "\\<|image_1|> and \\<|im_end|>"),
         ("<image>\nthe \\<image> tag", 1, "<image>\nthe \\<image> tag"),
         ("a <video> and </s>", 1, "a \\<video> and \\</s>"),
+        ("<image_newline> and </s>", 0, "\\<image_newline> and \\</s>"),
         ("C:\\dir <b> <s >", 0, "C:\\dir <b> <s >"),
     ],
 )
