@@ -22,7 +22,7 @@ from megatron_llave.options.search import KINDS, PROMPTS, parse
 from megatron_llave.prepare.openmoji.images import write_images
 from megatron_llave.search.build import UNREADABLE, BuildOptions, Built, build_index
 from megatron_llave.search.index import about, open_index
-from megatron_llave.search.prompts import require_place
+from megatron_llave.search.prompts import require_places
 from megatron_llave.search.query import load_query_model, read_image
 from megatron_llave.search.vectors import recall, shorten
 from megatron_llave.training.logger import quiet_dependencies
@@ -46,12 +46,12 @@ def prompts_of(args: argparse.Namespace) -> dict[str, str]:
     """The prompts that the command line gives, by name.
 
     Raises:
-        ConfigError: one that takes the user's words has no place for them.
+        ConfigError: one that takes the user's words has no place for them, or one has places for several images.
     """
     given = {option: getattr(args, option[2:].replace("-", "_"), None) for option in PROMPTS}
     given = {option: text.replace("\\n", "\n") for option, text in given.items() if text is not None}
-    for option in given.keys() & {"--text-prompt", "--both-prompt"}:
-        require_place(option, given[option])
+    for option, text in given.items():
+        require_places(option, text)
     return {option[2:].removesuffix("-prompt"): text for option, text in given.items()}
 
 
@@ -114,7 +114,7 @@ def run_query(args: argparse.Namespace) -> None:
     image = read_image(args.image) if args.image else None
     index = open_index(args.index)
     model = load_query_model(index, args.checkpoint, args.overrides, prompts_of(args))
-    query = model(args.text, image)
+    query = model(args.text, image, args.image)
     if os.environ.get("RANK", "0") != "0":
         return
     hits = [(hit.similarity, [file.name for file in index.files_of(hit.row)]) for hit in index.search(query, args.top)]

@@ -34,7 +34,7 @@ def require_av() -> Any:
         ConfigError: PyAV is not installed.
     """
     if av is None:
-        raise ConfigError("videos need PyAV: pip install -e '.[video]'")
+        raise ConfigError("videos need PyAV: pip install av (the extra video)")
     return av
 
 

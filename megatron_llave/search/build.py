@@ -233,7 +233,7 @@ def _describe(options: BuildOptions, cfg: RunConfig, identity: dict[str, str], b
         width=width,
         sha256={},
         decoder=f"Pillow {PIL.__version__}",
-        overrides=list(options.overrides),
+        overrides=[item for item in options.overrides if not item.startswith("parallel.")],
         average=options.average,
         vectors=vectors,
         dims=0 if dims == width else dims,

@@ -78,7 +78,7 @@ class Manifest:
     decoder: str = ""
     """Version of the library that has decoded the images: another one may read what this one could not."""
     overrides: list[str] = field(default_factory=list)
-    """With which the model was loaded."""
+    """With which the model was loaded, but for its parallel layout: a query may have another one."""
     average: bool = False
     """Whether the averaged weights were loaded."""
     vectors: str = "float32"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_llave.batch import Side
 from megatron_llave.data.placeholders import mark_user_text
-from megatron_llave.errors import ConfigError
+from megatron_llave.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,12 @@ def default_prompts(template: str) -> Prompts:
     return BY_TEMPLATE.get(template, CAPTIONS)
 
 
-def require_place(option: str, prompt: str) -> None:
-    """Raise a ConfigError unless a prompt says where the user's text goes."""
-    if prompt.count("{}") != 1:
+def require_places(option: str, prompt: str) -> None:
+    """Raise a ConfigError unless a prompt says where the user's text goes, and has one place for an image at most."""
+    if option in ("--text-prompt", "--both-prompt") and prompt.count("{}") != 1:
         raise ConfigError(f"{option} {prompt!r} must hold {{}} once, where the text of the query goes")
+    if option != "--text-prompt":
+        try:
+            mark_user_text(prompt, 1)
+        except DataError as error:
+            raise ConfigError(f"{option}: {error}") from error

@@ -24,13 +24,18 @@ class QueryModel:
     model: LoadedModel
     prompts: Prompts
 
-    def __call__(self, text: str, image: bytes | None) -> np.ndarray:
+    def __call__(self, text: str, image: bytes | None, image_name: str | None = None) -> np.ndarray:
         """Embed a query; under torchrun all ranks call it.
+
+        Args:
+            text: what is looked for in words; "": nothing.
+            image: the bytes of an image file.
+            image_name: how a message names the image.
 
         Raises:
             UserError: there is neither text nor image, or the image cannot be read.
         """
-        rows = embed(self.model, {"of the query": self.prompts.query(text, image)})
+        rows = embed(self.model, {image_name or "of the query": self.prompts.query(text, image)})
         return rows[0].cpu().numpy()
 
 

@@ -28,6 +28,7 @@ from megatron_llave.search.query import load_query_model
 
 TOOL = ROOT / "tools" / "search.py"
 OLD = 1_600_000_000
+LAYOUT = ("model.precision=fp32", "parallel.tensor=1")
 Build = Callable[..., Built]
 
 
@@ -177,7 +178,8 @@ def test_another_model_or_text_is_refused_or_rebuilt(build: Build, tmp_path: Pat
         build(prompts={"image": "An image"})
     assert build(prompts={"text": "{}!"}).embedded == 0  # texts of queries may change
     assert open_index(tmp_path / "index").manifest.prompts.text == "{}!"
-    assert build(prompts={"image": "An image"}, rebuild=True).embedded == 12
+    assert build(prompts={"image": "An image"}, rebuild=True, overrides=LAYOUT).embedded == 12
+    assert open_index(tmp_path / "index").manifest.overrides == list(LAYOUT[:1])
     manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
     manifest["model"]["weights"] = "others"
     (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
@@ -320,6 +322,8 @@ def test_ranks_share_the_work(build: Build, pictures: Path, tmp_path: Path, mode
         2, TOOL, "query", str(tmp_path / "parallel.tensor=2"), "a", "--set", "parallel.tensor=2", "--json"
     )
     assert printed.count('"found"') == 1
+    split = load_query_model(open_index(tmp_path / "parallel.tensor=2"))  # also by one process
+    np.testing.assert_allclose(split("a", None), load_query_model(open_index(tmp_path / "index"))("a", None), atol=1e-6)
 
 
 @pytest.mark.slow

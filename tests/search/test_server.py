@@ -347,10 +347,13 @@ def test_the_command_asks_once(model_folder: Path, pictures: Path, tmp_path: Pat
     table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[:2] for row in table[1:]] == [["float32", "4"], ["int8", "4"], ["float32", "64"], ["int8", "64"]]
     assert table[3][3:] == ["1.000", "1.000"]
+    (tmp_path / "no.png").write_bytes(b"nothing")
     for wrong, message in (
         (["query", index], "give words to look for, or --image FILE, or both"),
         (["query", index, "a", "--top", "0"], "--top 0 must be at least 1"),
         (["query", index, "a", "--text-prompt", "no place"], "--text-prompt 'no place' must hold {} once"),
+        (["query", index, "a", "--like-prompt", "<image><image>"], "--like-prompt: text has 2 image placeholders for"),
+        (["query", index, "--image", str(tmp_path / "no.png")], f"input {tmp_path}/no.png cannot be embedded: not a"),
         (["query", str(tmp_path), "a"], "manifest.json does not exist; llave search build makes an index"),
     ):
         with pytest.raises(SystemExit):
