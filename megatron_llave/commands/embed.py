@@ -20,10 +20,7 @@ from megatron_llave.embedding.jsonl import count_inputs, read_blocks
 from megatron_llave.embedding.shard_inputs import SHARD_BLOCK, count_shard_inputs, read_shard_blocks
 from megatron_llave.embedding.vector_files import SUFFIXES, embedding_file
 from megatron_llave.embedding.whole_files import Source, embed_into_file
-from megatron_llave.errors import (
-    ConfigError,
-    exit_with_one_line,
-)
+from megatron_llave.errors import ConfigError, exit_with_one_line
 from megatron_llave.launch import procs
 from megatron_llave.options import embed as options
 from megatron_llave.training.logger import quiet_dependencies

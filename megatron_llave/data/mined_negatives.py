@@ -53,7 +53,7 @@ def parse_manifest(path: Path, source: str) -> Manifest:
     Raises:
         DataError: it is missing, malformed, or that of a mining that has not ended.
     """
-    value = read_json(path, FORMAT, f"{KEY} must be a folder that `mine negatives` has made")
+    value = read_json(path, FORMAT, f"{KEY} must be a folder that `llave mine negatives` has made")
     if value.get("complete") is not True:
         raise DataError(f"{source} is that of a mining that has not ended; give the command again, which continues")
     try:

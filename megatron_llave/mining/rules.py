@@ -59,7 +59,7 @@ def judge(
         similarity: [n, k] float32.
         exists: [n, k] bool, False in the places behind the last candidate.
         positives: of the n queries.
-        rules: all but negatives, max_uses and votes, which are not of one model.
+        rules: those of one model: all but negatives, max_uses, votes, pick and seed.
 
     Returns:
         [n, k] bool, which of them may become negatives; and how many each rule has left out that those before it have

@@ -79,8 +79,8 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
     if os.path.isfile(folder / "dataset_dict.json"):
         values = read_json(folder / "dataset_dict.json")
         splits = values.get("splits") if isinstance(values, dict) else None
-        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
-            raise DataError(f"{folder / 'dataset_dict.json'} must have a list of names as splits; save the set again")
+        if not isinstance(splits, list) or not all(map(_is_inside, splits)):
+            raise DataError(f"{folder / 'dataset_dict.json'} must list its own folders as splits; save the set again")
         return _in_folder(folder / _choose(splits, split, folder), None)
     if os.path.isfile(folder / "state.json"):
         return _saved_files(folder)
@@ -134,16 +134,20 @@ def _choose(splits: list[str], split: str | None, folder: Path) -> str:
     return split
 
 
+def _is_inside(name: Any) -> bool:
+    """Whether a description names something that lies in its own folder, and no other place of the machine."""
+    return isinstance(name, str) and Path(name).name == name
+
+
 def _saved_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a folder that `save_to_disk` has written."""
-    state = read_json(folder / "state.json")
+    file = folder / "state.json"
+    state = read_json(file)
     entries = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or [None]]
-    wrong = next((name for name in names if not isinstance(name, str) or Path(name).name != name), "")
+    wrong = next((name for name in names if not _is_inside(name)), "")
     if wrong != "":
-        raise DataError(
-            f"{folder / 'state.json'} names {wrong!r} as a data file, not a file of its folder; save it again"
-        )
+        raise DataError(f"{file} names {wrong!r} as a data file, not a file of its folder; save it again")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder} is of a selection whose rows are listed apart; save it with a newer datasets")
     return [folder / name for name in names]

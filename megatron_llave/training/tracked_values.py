@@ -31,9 +31,8 @@ def scalars_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Names and values of a step's scalars, the same for every tracker.
 
     The loss is `loss/all` and `loss/SUBSET`, because its level differs between subsets. A learned temperature is
-    `temperature/SUBSET` too. The throughput is
-    `performance/pairs_per_second` and `performance/tokens_per_second`. Lists, texts and None are left out; a number
-    without a group gets the group `train`.
+    `temperature/SUBSET` too. The throughput is `performance/pairs_per_second` and `performance/tokens_per_second`.
+    Lists, texts and None are left out; a number without a group gets the group `train`.
     """
     numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
     scalars = {}

@@ -300,6 +300,7 @@ def test_no_row_is_a_pair() -> None:
         ("mixed", "mixed holds tables that end in .csv and in .jsonl; name the files"),
         ("escapes", "names '../x.arrow' as a data file, not a file of its folder"),
         ("selection", "rows are listed apart"),
+        ("outside", "outside/dataset_dict.json must list its own folders as splits"),
         ("splits", "no split is chosen .--set split=NAME, .* the splits of splits are a, b"),
         ("blank.csv", "blank.csv is empty: it has no columns"),
         ("broken.parquet", "broken.parquet cannot be read"),
@@ -307,8 +308,9 @@ def test_no_row_is_a_pair() -> None:
     ],
 )
 def test_sources_that_cannot_be_read(source: str, message: str) -> None:
-    for name in ("empty", "mixed", "escapes", "selection", "splits"):
+    for name in ("empty", "mixed", "escapes", "selection", "splits", "outside"):
         Path(name).mkdir()
+    Path("outside/dataset_dict.json").write_text('{"splits": ["../mixed"]}')
     Path("splits/dataset_dict.json").write_text('{"splits": ["a", "b"]}')
     Path("blank.csv").write_text("\n")
     for name in ("a.txt", "mixed/a.csv", "mixed/b.jsonl", "broken.parquet", "broken.arrow"):
