@@ -1,7 +1,7 @@
 """The options of `llave mine`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from megatron_llave.config.mining import PICKS, Rules
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         name = flag.removeprefix("--").replace("-", "_")
         rules.add_argument(
             flag,
-            type=str if name == "pick" else _count if name in COUNTS else _similarity,
+            type=str if name == "pick" else _type_of(defaults[name], name in COUNTS),
             choices=PICKS if name == "pick" else None,
             default=defaults[name],
             metavar="PICK" if name == "pick" else "N" if name in COUNTS else "S",
@@ -67,12 +67,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int | None:
-    return None if text == "none" else int(text)
+def _type_of(default: float | None, is_count: bool) -> Callable[[str], float | None]:
+    """What reads the value of a rule; a count that is not off by default cannot be off."""
+    if is_count and default is not None:
+        return int
 
+    def read(text: str) -> float | None:
+        try:
+            return None if text == "none" else int(text) if is_count else float(text)
+        except ValueError:
+            what = "a whole number" if is_count else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what}, or none") from None
 
-def _similarity(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    return read
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

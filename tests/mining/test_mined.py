@@ -13,6 +13,7 @@ from megatron_llave.config.mining import Rules
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.errors import ConfigError
 from megatron_llave.mining.rules import Positives, below_ratio, choose, elect
+from megatron_llave.options import mine as options
 
 CHECK = Path(check_mining.__file__)
 
@@ -121,3 +122,20 @@ def test_uses_are_counted_in_the_order_of_the_queries() -> None:
 def test_impossible_rules_are_one_line(rules: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rules(**rules)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--negatives none", "argument --negatives: invalid int value: 'none'"),
+        ("--max-uses 1.5", "argument --max-uses: '1.5' must be a whole number, or none"),
+        ("--ratio high", "argument --ratio: 'high' must be a number, or none"),
+    ],
+)
+def test_a_mistyped_rule_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["negatives", "--checkpoint", "c", "--data", "d", "--out", "o"]
+    with pytest.raises(SystemExit, match="2"):
+        options.parse([*given, *words.split()])
+    assert message in capsys.readouterr().err
+    rules = options.rules_of(options.parse([*given, "--max-uses", "3", "--ratio", "none"]))
+    assert rules == Rules(max_uses=3, ratio=None)
