@@ -21,6 +21,7 @@ from megatron_llave.convert.hf import check_preset, export_layout, precision_of
 from megatron_llave.convert.training_record import training_record
 from megatron_llave.errors import CheckpointError, require
 from megatron_llave.files import whole_folder
+from megatron_llave.hub import is_pinned
 from megatron_llave.models import family_of, open_hf, read_hf_config
 from megatron_llave.models.hf.model_card import base_model, model_card
 from megatron_llave.models.hf.peft_files import find_weights, write_adapter
@@ -68,9 +69,10 @@ def export_adapter(
     as_type = (lambda x: x.to(getattr(torch, dtype))) if dtype else (lambda x: x)
     found = read_adapters(folder, cfg, groups, average)
     matrices = {hf.module_name(a.module, layout): (as_type(a.down), as_type(a.up)) for a in found}
-    base = base_model(assets.folder, ANY_OWNER)
+    place = read_base(folder).source if cfg.lora.leaves_out_base else ""
+    base, revision = place.split("@") if is_pinned(place) else (base_model(assets.folder, ANY_OWNER), None)
     with whole_folder(out, "exported adapters") as target:
-        write_adapter(target, matrices, cfg.lora, base)
+        write_adapter(target, matrices, cfg.lora, base, revision)
         (target / "README.md").write_text(_card(folder, cfg, layout, base), encoding="utf-8")
 
 

@@ -18,8 +18,9 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.adapters import read_adapters, write_adapters
 from megatron_llave.checkpoint.assets import keep_assets
 from megatron_llave.checkpoint.merge import merge
-from megatron_llave.checkpoint.pretrained import Pretrained, find_pretrained, read_base
+from megatron_llave.checkpoint.pretrained import Base, Pretrained, find_pretrained, read_base
 from megatron_llave.config.loss import LossConfig
+from megatron_llave.convert import peft_folders
 from megatron_llave.convert.hf import export_hf, import_hf
 from megatron_llave.convert.peft_folders import export_adapter, import_adapter
 from megatron_llave.errors import UserError
@@ -105,6 +106,16 @@ def test_peft_loads_ours_and_we_load_its(groups, tmp_path: Path, family: str, ta
     assert "Converted, not trained" in text and "## Recipe" not in text
     lora = folders.saved_config(again).lora
     assert set(lora.targets) == set(lora_of(targets).targets) and (lora.rank, lora.alpha) == (RANK, ALPHA)
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = checkpoint(tmp_path / "source", *CASES[0], groups), tmp_path / "out"
+    commit = "a" * 40
+    monkeypatch.setattr(peft_folders, "read_base", lambda folder: Base(f"org/tiny@{commit}", "0" * 64))
+    export_adapter(source, out, groups)
+    config = peft.PeftConfig.from_pretrained(str(out))
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", commit)
+    assert ModelCard.load(out / "README.md").data.base_model == "org/tiny"
 
 
 @pytest.mark.parametrize(("family", "targets"), CASES[:2])

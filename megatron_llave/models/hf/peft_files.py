@@ -82,7 +82,11 @@ def in_transformers(module: str, layout: str) -> str:
 
 
 def write_adapter(
-    folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], lora: LoraConfig, base: str | None
+    folder: Path,
+    matrices: Mapping[str, tuple[Tensor, Tensor]],
+    lora: LoraConfig,
+    base: str | None,
+    revision: str | None = None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
@@ -91,6 +95,7 @@ def write_adapter(
         matrices: A [r, in] and B [out, r] by the name of their module in the model that PEFT is to load them into.
         lora: rank, alpha and dropout.
         base: name of the base on the hub; None: it has none.
+        revision: the base's commit there; None: it is not known.
 
     Raises:
         OSError: a file cannot be written.
@@ -99,6 +104,7 @@ def write_adapter(
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
