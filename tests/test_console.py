@@ -175,11 +175,14 @@ def test_bash_completes_commands_options_and_examples(llave: None) -> None:
         "llave embed --checkpoint x --sk": "--skip-bad",
         "llave config ": "list show",
         "llave config show studies/tiny_fi": "studies/tiny_finetune",
+        "llave train --config studies/tiny_fi": "studies/tiny_finetune",
+        "llave plan --config examples/kub": "examples/kubernetes/",
     }
     script = 'eval "$(llave completion bash)"; while read -r COMP_LINE; do COMP_POINT=${#COMP_LINE}; '
     script += '_python_argcomplete llave; echo "${COMPREPLY[@]}"; done'
     given = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run(["bash", "-c", f"IFS=; {script}"], input=given, capture_output=True, text=True, timeout=100)
+    command = ["bash", "-c", f"IFS=; {script}"]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert [" ".join(line.split()) for line in done.stdout.splitlines()] == list(lines.values()), done.stderr
 
 

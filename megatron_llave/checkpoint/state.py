@@ -4,6 +4,7 @@ They are megatron-core's sharded state dicts, so that a checkpoint that was save
 other one. folders.py has the folders, async_writer.py writes them.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def _fill(chunk: Module, loaded: dict) -> None:
 
 
 def _load(path: str | Path, state: dict) -> dict:
-    with safe_reads():
+    with safe_reads(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)  # of torch, about megatron-core
         check_objects(Path(path))
         return dist_checkpointing.load(state, str(path))
 

@@ -8,7 +8,7 @@ llave config show tiny > my.yaml
 
 import argparse
 
-from megatron_llave.config.packaged import find_config, first_words, names
+from megatron_llave.config.packaged import complete, find_config, first_words, names
 from megatron_llave.errors import OneLineParser, exit_with_one_line
 
 
@@ -18,12 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="print the name of each example, and what it is")
     show = commands.add_parser("show", help="print an example")
-    show.add_argument("name", metavar="NAME", help="name that `llave config list` prints").completer = _complete
+    show.add_argument("name", metavar="NAME", help="name that `llave config list` prints").completer = complete
     return parser
-
-
-def _complete(**asked: object) -> list[str]:
-    return names()
 
 
 def main(argv: list[str] | None = None) -> None:

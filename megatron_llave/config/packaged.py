@@ -1,6 +1,7 @@
 """The example configurations that come with the package: `--config tiny` stands for examples/tiny.yaml."""
 
 import difflib
+import importlib
 from pathlib import Path
 
 from megatron_llave.errors import ConfigError
@@ -14,6 +15,17 @@ def names() -> list[str]:
     files = EXAMPLES.glob("**/*.yaml")
     found = (file.relative_to(EXAMPLES).with_suffix("").as_posix() for file in files)
     return sorted((name for name in found if not name.startswith("kubernetes/")), key=lambda name: ("/" in name, name))
+
+
+def complete(**asked: object) -> list[str]:
+    """What a shell completes where an example can be named; `asked` is what argcomplete says of the line."""
+    return names()
+
+
+def complete_config(prefix: str, **asked: object) -> list[str]:
+    """The same for `--config`, which takes files too."""
+    files = importlib.import_module("argcomplete.completers").FilesCompleter()
+    return [*names(), *files(prefix)]
 
 
 def find_config(given: str | Path) -> Path:

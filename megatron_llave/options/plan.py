@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_llave.config.packaged import complete_config
 from megatron_llave.errors import OneLineParser
 
 ABOUT = """Plan a run before it is started: parameters, FLOPs, memory of each rank by part, communication,
@@ -19,7 +20,8 @@ prints the first combination that fits. docs/planner.md says what is counted and
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    config = parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    config.completer = complete_config
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs of all nodes together")
     parser.add_argument("--gpu-memory", type=float, required=True, help="GB (2^30 bytes) of one GPU, such as 80")
     pairs = parser.add_mutually_exclusive_group()

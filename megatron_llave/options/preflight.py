@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_llave.config.packaged import complete_config
 from megatron_llave.errors import OneLineParser
 from megatron_llave.launch import procs
 
@@ -20,7 +21,8 @@ docs/clusters.md explains the columns.
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    config = parser.add_argument("--config", required=True, help="YAML file with the configuration of the run")
+    config.completer = complete_config
     parser.add_argument("--megabytes", type=int, default=256, help="written per node, and reduced between GPUs (256)")
     parser.add_argument("overrides", nargs="*", help="section.key=value, overrides of the file")
     procs.add_option(parser, without_gpu="two")

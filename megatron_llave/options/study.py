@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_llave.config.packaged import complete_config
 from megatron_llave.errors import OneLineParser
 
 ABOUT = """Run one of the paper's experiments: its variants, each with several seeds, then tables and figures.
@@ -27,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=NAMES)
-    parser.add_argument("--config", required=True, help="configuration that all runs share")
+    config = parser.add_argument("--config", required=True, help="configuration that all runs share")
+    config.completer = complete_config
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), metavar="0,1,2", help="each variant runs with each")
     parser.add_argument("--out", required=True, help="folder of the runs and of the report; the same folder resumes")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_llave.config.packaged import complete_config
 from megatron_llave.errors import OneLineParser
 from megatron_llave.launch import procs
 
@@ -18,7 +19,8 @@ docs/configuration.md lists every section.key, docs/running.md explains runs. `l
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the run, or the name of an example")
+    config = parser.add_argument("--config", required=True, help="YAML file of the run, or the name of an example")
+    config.completer = complete_config
     parser.add_argument("--resume", metavar="auto|DIR", help="resume a run: checkpoint.resume")
     procs.add_option(parser, without_gpu="two")
     parser.add_argument("overrides", nargs="*", help="section.key=value, which overrides the file")
