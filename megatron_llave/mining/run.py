@@ -15,7 +15,7 @@ from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.locks import lock_folder
-from megatron_llave.mining import beside
+from megatron_llave.mining import negatives_folder
 from megatron_llave.mining.inputs import read_subsets
 from megatron_llave.mining.mined import mine_subset
 from megatron_llave.mining.neighbours import find_neighbours
@@ -57,14 +57,14 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
         The manifest, on the first rank; on the others it is empty.
 
     Raises:
-        DataError: see beside.claim, store.stored_embeddings and inputs.read_subsets.
+        DataError: see negatives_folder.claim, store.stored_embeddings and inputs.read_subsets.
     """
     data = {"sha256": data_digest(mining.index), "subsets": list(mining.subsets)}
     plan = {"rules": asdict(mining.rules), "data": data}
     model = models[0]()  # which joins the ranks
     with lock_folder(mining.out) if dist.get_rank() == 0 else nullcontext():
         from_first_rank(
-            lambda: beside.require_free(mining.out, plan, mining.index, mining.overwrite)
+            lambda: negatives_folder.require_free(mining.out, plan, mining.index, mining.overwrite)
         )  # before embedding
         names, identities, files = [], [], []
         for number in range(len(models)):
@@ -76,10 +76,10 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
             identities.append(from_first_rank(model.identity))
             files.append(stored_embeddings(model, mining.folder, mining.index, mining.store))
         plan = {"models": identities, **plan}
-        is_complete = from_first_rank(lambda: beside.claim(mining.out, plan, mining.index, mining.overwrite))
+        is_complete = from_first_rank(lambda: negatives_folder.claim(mining.out, plan, mining.index, mining.overwrite))
         if is_complete:
             say("nothing: the negatives are complete already")
-            return beside.read_complete(mining.out) if dist.get_rank() == 0 else {}
+            return negatives_folder.read_complete(mining.out) if dist.get_rank() == 0 else {}
         vectors = [open_vectors(file) for file in files]
         written = []
         for inputs in read_subsets(mining.folder, mining.index, mining.subsets, vectors):
@@ -87,8 +87,10 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
             found = [find_neighbours(inputs, of_model, mining.rules.depth) for of_model in vectors]
             mined = mine_subset(inputs, found, mining.rules)
             say(f"writing the negatives of subset {inputs.name}")
-            written.append((inputs, mined, beside.write_subset(mining.out, mining.folder, inputs, mined)))
-        return beside.finish(mining.out, {"checkpoints": names, **plan}, written) if dist.get_rank() == 0 else {}
+            written.append((inputs, mined, negatives_folder.write_subset(mining.out, mining.folder, inputs, mined)))
+        return (
+            negatives_folder.finish(mining.out, {"checkpoints": names, **plan}, written) if dist.get_rank() == 0 else {}
+        )
 
 
 def label(given: str, place: str) -> str:

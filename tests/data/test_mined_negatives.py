@@ -24,7 +24,7 @@ from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.mining import beside
+from megatron_llave.mining import negatives_folder
 from megatron_llave.mining.inputs import read_subsets
 from megatron_llave.mining.mined import Mined
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
@@ -77,15 +77,15 @@ def write_beside(folder: Path, out: Path, names: list[str], groups: ProcessGroup
     index, written = read_index(folder), []
     out.mkdir()
     plan = {"models": [{}], "rules": dataclasses.asdict(Rules()), "data": {}}
-    assert not beside.claim(out, plan, index, overwrite=False)
+    assert not negatives_folder.claim(out, plan, index, overwrite=False)
     for inputs in read_subsets(folder, index, names, []):
         numbers = np.full((len(inputs.query_ids), MINED), -1, np.int64)
         for row in range(len(numbers)):
             found = negatives_of(len(numbers), row)
             numbers[row, : len(found)] = found
         mined = Mined(numbers, np.where(numbers < 0, -np.inf, 0.5).astype(np.float32), np.zeros(len(numbers), bool))
-        written.append((inputs, mined, beside.write_subset(out, folder, inputs, mined)))
-    beside.finish(out, plan, written)
+        written.append((inputs, mined, negatives_folder.write_subset(out, folder, inputs, mined)))
+    negatives_folder.finish(out, plan, written)
     return out
 
 
@@ -239,18 +239,18 @@ def test_a_folder_is_claimed_for_one_plan(folders, tmp_path):
     """Complete negatives are replaced on demand alone, unfinished ones of another plan at once, foreign files never."""
     index, out = read_index(folders[0]), Path(shutil.copytree(folders[1], tmp_path / "out"))
     plan = {key: json.loads((out / "negatives.json").read_text())[key] for key in ("models", "rules", "data")}
-    assert beside.claim(out, plan, index, overwrite=False)
+    assert negatives_folder.claim(out, plan, index, overwrite=False)
     other = plan | {"rules": plan["rules"] | {"ratio": 0.9}}
     with pytest.raises(DataError, match="holds negatives of other rules; choose another --out or pass --overwrite"):
-        beside.claim(out, other, index, overwrite=False)
+        negatives_folder.claim(out, other, index, overwrite=False)
     assert len(list(out.glob("*.tar"))) == 7
-    assert not beside.claim(out, other, index, overwrite=True)
+    assert not negatives_folder.claim(out, other, index, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["negatives.json"]
     (out / "birds-000000.tar").touch()
-    assert not beside.claim(out, other, index, overwrite=False) and (out / "birds-000000.tar").exists()
-    assert not beside.claim(out, plan, index, overwrite=False) and not (out / "birds-000000.tar").exists()
+    assert not negatives_folder.claim(out, other, index, overwrite=False) and (out / "birds-000000.tar").exists()
+    assert not negatives_folder.claim(out, plan, index, overwrite=False) and not (out / "birds-000000.tar").exists()
     edit(out, files=[{}], rules={})
     with pytest.raises(DataError, match="negatives.json is malformed .*; choose another --out, or delete"):
-        beside.claim(out, plan, index, overwrite=False)
+        negatives_folder.claim(out, plan, index, overwrite=False)
     with pytest.raises(DataError, match="holds files with the names of shards but no negatives.json; choose another"):
-        beside.claim(folders[0], plan, index, overwrite=True)
+        negatives_folder.claim(folders[0], plan, index, overwrite=True)

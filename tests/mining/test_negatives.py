@@ -28,7 +28,7 @@ KILLED = """
 import os, signal, sys
 from megatron_llave.commands.mine import main
 from megatron_llave.embedding.cache import EmbeddingCache
-from megatron_llave.mining import beside
+from megatron_llave.mining import negatives_folder
 
 def killed(*args):
     counts[0] += 1
@@ -40,7 +40,7 @@ counts = [0]
 if sys.argv[2] == "embedding":
     original, EmbeddingCache.write = EmbeddingCache.write, killed
 else:
-    original, beside._write = beside._write, killed
+    original, negatives_folder._write = negatives_folder._write, killed
 main(sys.argv[3:])
 """
 

@@ -1,4 +1,4 @@
-"""Writes mined negatives beside the shards they are for: data/mined_negatives.py has the format and reads it.
+"""Writes a folder of mined negatives: data/mined_negatives.py has the format and reads it.
 
 The manifest is written twice: first with what is mined and how, and "complete": false, and last with the files, the
 counts and "complete": true. A command that was killed finds the first one and keeps the files that are finished, which
