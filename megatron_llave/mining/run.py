@@ -88,9 +88,9 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
             mined = mine_subset(inputs, found, mining.rules)
             say(f"writing the negatives of subset {inputs.name}")
             written.append((inputs, mined, negatives_folder.write_subset(mining.out, mining.folder, inputs, mined)))
-        return (
-            negatives_folder.finish(mining.out, {"checkpoints": names, **plan}, written) if dist.get_rank() == 0 else {}
-        )
+        if dist.get_rank() != 0:
+            return {}
+        return negatives_folder.finish(mining.out, {"checkpoints": names, **plan}, written)
 
 
 def label(given: str, place: str) -> str:

@@ -18,7 +18,7 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.prepare.held_out import CAPTIONS
 from megatron_llave.prepare.jsonl import default_key
 from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
-from megatron_llave.prepare.own_pairs import Options, write_own_pairs
+from megatron_llave.prepare.own_pairs import Options, different_paths, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, make_id
 from megatron_llave.prepare.source_sides import SourceSide
 from megatron_llave.prepare.tables import read_csv, text_lines
@@ -121,9 +121,7 @@ def prepare_csv(
         ConfigError: an argument is out of range.
         DataError: a file is malformed or lacks a column; the message has FILE:LINE; or `write_own_pairs` fails.
     """
-    paths = [Path(file) for file in files]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("--source names a file twice")
+    paths = different_paths(files)
     if len(set(columns)) < len(columns):
         raise ConfigError(f"--columns {' '.join(columns)}: a column cannot be both image and caption")
     parts = [partial(read_table, path, columns) for path in paths]

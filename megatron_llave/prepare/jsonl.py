@@ -16,8 +16,8 @@ from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
 from megatron_llave.data.shards import SCORE_RANGE, is_score
 from megatron_llave.data.tar_members import KEY
-from megatron_llave.errors import ConfigError, DataError, one_of
-from megatron_llave.prepare.own_pairs import Options, write_own_pairs
+from megatron_llave.errors import DataError, one_of
+from megatron_llave.prepare.own_pairs import Options, different_paths, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, check_arguments, make_id
 from megatron_llave.prepare.source_sides import SourceSide
 
@@ -95,9 +95,7 @@ def prepare(
     """
     check_arguments(options.workers, options.max_pixels)
     one_of("--meta-task", meta_task, META_TASKS)
-    paths = [Path(file) for file in files]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("--source names a file twice")
+    paths = different_paths(files)
     progress("checking lines", 0, 1)
     if not check_lines(paths):
         raise DataError(f"{', '.join(map(str, paths))}: no line with a pair")

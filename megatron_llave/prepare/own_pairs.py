@@ -12,7 +12,7 @@ from typing import Any
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.placeholders import LEADING_PLACEHOLDERS, mark_user_text
 from megatron_llave.data.tokenizer import tokenizer_in
-from megatron_llave.errors import DataError
+from megatron_llave.errors import DataError, require
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, remove_evaluation, write_evaluation
 from megatron_llave.prepare.held_out import HeldOut, Rows, build_sets, one_of_each_group
 from megatron_llave.prepare.shard_jobs import (
@@ -57,6 +57,17 @@ class Options:
     target_prompt: str | None = None
     """The same for each target and hard negative; None: "Represent the given image." for images that have captions, and
     nothing for others."""
+
+
+def different_paths(files: Sequence[str | Path]) -> list[Path]:
+    """Return the files of --source.
+
+    Raises:
+        ConfigError: one is named twice, also through a link.
+    """
+    paths = [Path(file) for file in files]
+    require(len({path.resolve() for path in paths}) == len(paths), "--source names a file twice")
+    return paths
 
 
 def write_own_pairs(

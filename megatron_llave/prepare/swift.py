@@ -17,10 +17,10 @@ from megatron_llave.data.index import META_TASKS
 from megatron_llave.data.items import read_jsonl
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.data.shards import SCORE_RANGE, is_score
-from megatron_llave.errors import ConfigError, DataError, one_of
+from megatron_llave.errors import DataError, one_of
 from megatron_llave.prepare.columns import NoPairError, clean_name, tell_apart
 from megatron_llave.prepare.jsonl import default_key, path_for_id
-from megatron_llave.prepare.own_pairs import Options, write_own_pairs
+from megatron_llave.prepare.own_pairs import Options, different_paths, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, check_limit, faulty_row, make_id
 from megatron_llave.prepare.source_sides import SourceSide
 
@@ -63,9 +63,7 @@ def prepare(
     """
     one_of("--set meta_task", meta_task, META_TASKS)
     check_limit(limit)
-    paths = [Path(file) for file in files]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("--source names a file twice")
+    paths = different_paths(files)
     return write_own_pairs(lambda: read_rows(paths, images, limit), directory, meta_task, options, progress)
 
 
