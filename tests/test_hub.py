@@ -20,6 +20,7 @@ from megatron_llave.config.schema import RunConfig
 from megatron_llave.convert.training_record import training_record
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import CheckpointError, ConfigError
+from megatron_llave.models.hf.model_card import base_model
 from megatron_llave.models.hf.peft_files import find_weights
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -180,6 +181,8 @@ def test_a_run_notes_the_commit_and_keeps_it(offline: str, tmp_path: Path, monke
     begun = starting_from(find_pretrained("org/tiny"), given)
     assert begun.checkpoint.init == f"org/tiny@{offline}"
     assert own_name(begun.checkpoint.init) == begun.checkpoint.init
+    run = f"checkpoint: {{init: {begun.checkpoint.init}}}"
+    assert base_model(None, "Qwen", run) == "org/tiny" and base_model(None, "Qwen", "checkpoint: {init: a/b}") is None
     assert config_without_paths({"init": f"/x/org/tiny@{offline}"}) == {"init": f"tiny@{offline}"}
     (tmp_path / "run").mkdir()
     save_config(begun, tmp_path / "run" / "config.yaml")

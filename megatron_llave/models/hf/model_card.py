@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from megatron_llave.config.data import DataConfig
 from megatron_llave.errors import CheckpointError
 from megatron_llave.files import read_json
+from megatron_llave.hub import is_pinned
 
 CARD_TRANSFORMERS = """### transformers
 
@@ -234,11 +235,14 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def base_model(source: str | Path | None, owners: str) -> str | None:
-    """Return the hub name that config.json of the source gives, if there is one.
+def base_model(source: str | Path | None, owners: str, training_config: str | None = None) -> str | None:
+    """Return the hub name of the model that a run began from, or else the one that config.json of the source gives.
 
     `owners` is a pattern of names of the hub: an `_name_or_path` of another shape may be a local folder.
     """
+    init = OmegaConf.select(OmegaConf.create(training_config or ""), "checkpoint.init")
+    if init is not None and is_pinned(init):
+        return init.split("@")[0]
     file = None if source is None else Path(source) / "config.json"
     name = read_json(file, error=CheckpointError).get("_name_or_path") if file is not None and file.is_file() else None
     return name if re.fullmatch(rf"({owners})/[\w.-]+", str(name)) else None

@@ -202,4 +202,4 @@ def _model_card(
         embed = how_to_embed(text, config["architectures"][0], VERSIONS, is_own, training_config)
     else:
         embed = [*([CARD_QWEN, ""] if layout == "llava_qwen" else []), *steps_to_embed(text)]
-    return model_card(header, base_model(source, BASE_OWNERS), tags, what, embed)
+    return model_card(header, base_model(source, BASE_OWNERS, training_config), tags, what, embed)

@@ -233,12 +233,14 @@ def _model_card(
     what = [CARD_TEXT.format(name=files.name, **sizes), *notes]
     text = _prompt_text(files.prompts[prompt], "the end-of-sequence token" if notes else end_of_sequence(out))
     if notes:
-        return model_card(header, base_model(source, BASE_OWNERS), ["llave", layout], what, steps_to_embed(text))
+        return model_card(
+            header, base_model(source, BASE_OWNERS, training_config), ["llave", layout], what, steps_to_embed(text)
+        )
     template = used_template(chat_templates(out)) or ""
     is_own = prompt_of_template(template, files.prompts) == prompt
     embed = how_to_embed(text, keys.architecture, VERSIONS, is_own, training_config)
     tags = ["llave", layout, "sentence-transformers"]
-    return model_card(header, base_model(source, BASE_OWNERS), tags, what, embed)
+    return model_card(header, base_model(source, BASE_OWNERS, training_config), tags, what, embed)
 
 
 def _end_once(out: Path, template: str) -> None:
