@@ -32,7 +32,7 @@ ROLES = (*SIDES, *(f"{side}_image" for side in SIDES), "score")
 """What a column can be; those that end in _image hold paths of images, or images."""
 KNOWN = {
     "query": ("anchor", "query", "question", "sentence1"),
-    "target": ("positive", "positives", "pos", "answer", "sentence2"),
+    "target": ("positive", "positives", "pos", "target", "answer", "sentence2"),
     "negative": ("negative", "negatives", "neg", "hard_negative", "hard_negatives"),
     "score": ("score", "scores", "label", "labels"),
 }

@@ -43,7 +43,7 @@ class Panel:
 def draw_montage(panels: Sequence[Panel], path: str | Path) -> None:
     """Draw the panels in COLUMNS columns.
 
-    A green frame marks the right candidate, a red one a best candidate that is wrong.
+    A green frame marks the right candidate, an orange one a best candidate that is wrong.
     """
     across = min(COLUMNS, max(1, len(panels)))
     down = -(-len(panels) // across)

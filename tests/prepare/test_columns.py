@@ -151,7 +151,7 @@ def test_a_folder_of_parts_is_read_in_order_and_must_be_complete() -> None:
 def test_equal_names_in_different_folders_are_different_subsets() -> None:
     for name in ("en/x", "de/x", "de/data/train-00000-of-00002", "de/data/train-00001-of-00002", "fr/de/train"):
         Path(f"{name}.csv").parent.mkdir(parents=True, exist_ok=True)
-        write_rows(Path(f"{name}.csv"), [{"query": name, "positive": name}])
+        write_rows(Path(f"{name}.csv"), [{"query": name, "target": name}])
     made_of = columns.prepare(["en/x.csv", "de/x.csv", *map(str, Path("de").rglob("train*.csv"))], "o", options=ALONE)
     sizes = {name: subset.pairs for name, subset in made_of.index.subsets.items()}
     assert sizes == {"en-x": 1, "de-x": 1, "de": 2}, "parts of one table are one subset"
