@@ -1,7 +1,8 @@
 """What the page shows of the images: small ones for the grid and a larger one, made anew from the files of the index.
 
 A file is read only if it still holds the bytes that were indexed, so that nothing else of the machine can be seen, not
-by a name, a link or a changed file; what was made of it is kept. What is sent is always a WebP that this module has made: upright, without metadata.
+by a name, a link or a changed file; what was made of it is kept. What is sent is always a WebP that this module has
+made: upright, without metadata.
 """
 
 import hashlib
