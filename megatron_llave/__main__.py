@@ -36,7 +36,14 @@ COMMANDS = {
     "completion": "print the script that lets bash, zsh or fish complete commands and options",
 }
 """Every command with a line about it; the module of a command is megatron_llave/commands/NAME.py."""
-RANKED = {"evaluate": (), "mine": (), "preflight": (), "embed": ("--jsonl", "--shards"), "search build": ()}
+RANKED = {
+    "evaluate": (),
+    "mine negatives": (),
+    "mine batches": (),
+    "preflight": (),
+    "embed": ("--jsonl", "--shards"),
+    "search build": (),
+}
 """Commands that the GPUs share, with the options of which one must be given; otherwise a single process suffices."""
 
 

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_llave.data.index import read_index
+from megatron_llave.data.mined_negatives import REPORT_FILE
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.launch import procs
 from megatron_llave.mining.run import Mining, mine
 from megatron_llave.options import mine as options
+from megatron_llave.report.mining_report import write_mining_report
 from megatron_llave.training.logger import quiet_dependencies
 
 
@@ -26,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     """Mine at the parallel layout asked for; the first rank prints what was found."""
     args = options.parse(argv)
     with exit_with_one_line():
+        if args.command == "report":
+            print(f"report: {write_mining_report(Path(args.out), Path(args.data))}")
+            return
         procs.require_as_started(args.procs)
         quiet_dependencies()
         rules = options.rules_of(args)
@@ -40,9 +45,12 @@ def main(argv: list[str] | None = None) -> None:
         mining = Mining(Path(args.data), index, subsets, out, store, args.checkpoint, rules, args.overwrite)
         load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
         manifest = mine(mining, load, say)
-        if dist.get_rank() == 0:
+        is_first = dist.get_rank() == 0
+        process_groups.destroy_distributed()  # the other ranks need not wait for the report
+        if is_first:
             print_report(manifest, args)
-        process_groups.destroy_distributed()
+        if is_first and not (out / REPORT_FILE).exists():
+            print(f"report: {write_mining_report(out, Path(args.data))}")
 
 
 def say(doing: str) -> None:

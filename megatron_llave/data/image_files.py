@@ -129,6 +129,24 @@ def decode_image(
         raise BadImageError(f"not a readable image{size}: {_one_line(error)}") from error
 
 
+def shrink(data: bytes, side: int, quality: int) -> bytes:
+    """Return an image as WebP, whose longest side is at most `side` pixels; quality is from 0 to 100.
+
+    Raises:
+        BadImageError: it cannot be read, or is beyond the limits of data.image_files.
+    """
+    image = open_image(data)
+    if image.format == "JPEG":
+        image.draft(
+            "RGB", (2 * side, 2 * side)
+        )  # reads a large one at a fraction of its size, in a fraction of the time
+    rgb = decode_image(image)
+    rgb.thumbnail((side, side), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    rgb.save(content, "WEBP", quality=quality, method=2)
+    return content.getvalue()
+
+
 def image_size(data: bytes | Image.Image, settings: ImageSettings = ImageSettings()) -> tuple[int, int]:
     """Return width and height in pixels of what `decode_image` makes of an image, from the header of its file.
 

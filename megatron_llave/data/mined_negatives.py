@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_llave negatives"
 MANIFEST_FILE = "negatives.json"
+REPORT_FILE = "report.html"
+"""Written by report/mining_report.py; nothing reads it."""
 KEY = "data.negatives"
 
 

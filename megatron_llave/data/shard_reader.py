@@ -50,6 +50,14 @@ class ShardReader:
         members = {suffix: place for suffix, place in sample.members.items() if suffix == "json"}
         return unpack_json(read_sample(file, path, replace(sample, members=members)), where), where
 
+    def keys(self, shard: Shard) -> list[str]:
+        """Return the keys of a shard's pairs in order.
+
+        Raises:
+            DataError: the shard is damaged, or has another number of pairs than the index says.
+        """
+        return [sample.key for sample in self._find_shard(shard)[2]]
+
     def members(self, shard: Shard, key: str) -> tuple[dict[str, Any], str]:
         """Return the members of the sample with a key, `__key__` among them, and its name for messages.
 

@@ -26,6 +26,8 @@ class Mined:
     """[q, K] float32, of the first model that keeps the negative; -inf behind the last."""
     dropped: np.ndarray
     """[q] bool: too few models find a positive of the query above rules.min_positive, so that it has no negatives."""
+    positives: np.ndarray
+    """[q, 3] float64 similarity of the least similar, the mean and the most similar positive, of the first model."""
     report: dict[str, Any] = field(default_factory=dict)
     """Counts and histograms, for the manifest."""
 
@@ -35,17 +37,19 @@ def mine_subset(inputs: SubsetInputs, models: Sequence[Iterable[Neighbours]], ru
 
     The similarities in the histograms, and those that are written, are of the first model (that keeps the negative).
     """
-    counts, of_models = Counter(), [Counter() for _ in models]
+    counts, emptied, of_models = Counter(), Counter(), [Counter() for _ in models]
     histograms = {name: np.zeros(BINS, np.int64) for name in ("positives", "candidates", "negatives")}
     uses = np.zeros(len(inputs.target_ids), np.int64)
     parts = []
     for found in zip(*models):
-        kept = []
+        kept, left_out_of_models = [], []
         for one, counted in zip(found, of_models):
             exists = one.targets >= 0
             keep, left_out = judge(one.similarity, exists, one.positives, rules)
             kept.append(keep)
-            counted.update(left_out, candidates=int(exists.sum()), kept=int(keep.sum()))
+            left_out_of_models.append(left_out)
+            totals = {name: int(numbers.sum()) for name, numbers in left_out.items()}
+            counted.update(totals, candidates=int(exists.sum()), kept=int(keep.sum()))
         targets = [one.targets for one in found]
         elected = elect(targets, kept, rules.votes)
         if rules.pick == "random":
@@ -60,13 +64,17 @@ def mine_subset(inputs: SubsetInputs, models: Sequence[Iterable[Neighbours]], ru
             kept=int(some.sum()),
             without=int((some == 0).sum()),
         )
-        first = found[0]
+        first, dropped = found[0], _dropped(found, rules)
+        passed = [(elect(targets, kept, 1) >= 0).any(1), (elected >= 0).any(1)]
+        emptied.update(_emptied(left_out_of_models[0], *passed)[(some == 0) & ~dropped].tolist())
         histograms["positives"] += histogram(first.positives.least)
         histograms["candidates"] += histogram(first.similarity[first.targets >= 0])
         histograms["negatives"] += histogram(similarity[negatives >= 0])
-        parts.append((negatives, similarity, _dropped(found, rules)))
+        positives = np.stack([first.positives.least, first.positives.mean, first.positives.most], 1)
+        parts.append((negatives, similarity, dropped, positives))
     mined = Mined(*(np.concatenate(arrays) for arrays in zip(*parts)))
     mined.report = _report(inputs, mined, counts, of_models, histograms)
+    mined.report["emptied_by"] = dict(sorted(emptied.items()))
     return mined
 
 
@@ -79,6 +87,22 @@ def _dropped(found: Sequence[Neighbours], rules: Rules) -> np.ndarray:
     if rules.min_positive is None:
         return np.zeros(len(found[0].targets), bool)
     return sum(has_positive(one.positives, rules.min_positive).astype(int) for one in found) < rules.votes
+
+
+def _emptied(left_out: dict[str, np.ndarray], passed: np.ndarray, elected: np.ndarray) -> np.ndarray:
+    """[n] the rule after which no candidate of a query was left, for queries without negatives.
+
+    Args:
+        left_out: [n] numbers of candidates that each rule of the first model has left out, in their order.
+        passed: [n] whether a model keeps a candidate of the query.
+        elected: [n] whether enough models do.
+    """
+    by = np.full(len(passed), "no_candidates", dtype=object)
+    for name, numbers in left_out.items():
+        by[numbers > 0] = name
+    by[passed] = "votes"
+    by[elected] = "max_uses"
+    return by
 
 
 def _similarity(negatives: np.ndarray, found: Sequence[Neighbours], kept: Sequence[np.ndarray]) -> np.ndarray:

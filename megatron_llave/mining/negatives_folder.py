@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_llave.data.index import Index, Shard
-from megatron_llave.data.mined_negatives import FORMAT, MANIFEST_FILE
+from megatron_llave.data.mined_negatives import FORMAT, MANIFEST_FILE, REPORT_FILE
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.shards import NEGATIVES, pack_side, to_json_bytes, write_samples
 from megatron_llave.data.storage import Storage
@@ -41,11 +41,14 @@ def require_free(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
 
     Raises:
         DataError: it holds complete negatives of another plan, which `overwrite` does not allow to replace, or another
-            file in place of the manifest, or files with the names of shards and no manifest, as the data's own folder.
+            file in place of the manifest, or no manifest and files with the names of shards, as the data's own folder,
+            or a report.
     """
     path = out / MANIFEST_FILE
     if not path.is_file() and any((out / name).exists() for name in _names_of(index)):
         raise DataError(f"{out} holds files with the names of shards but no {MANIFEST_FILE}; choose another --out")
+    if not path.is_file() and (out / REPORT_FILE).exists():
+        raise DataError(f"{out} holds a {REPORT_FILE} but no {MANIFEST_FILE}; choose another --out")
     before = read_json(path, FORMAT, "choose another --out") if path.is_file() else {}
     apart = [key for key in plan if before.get(key) != plan[key]]
     if before.get("complete") is True and apart and not overwrite:
@@ -77,7 +80,7 @@ def claim(out: Path, plan: Plan, index: Index, overwrite: bool) -> bool:
             raise DataError(f"{path} is malformed ({error}); choose another --out, or delete {out}") from error
     # The manifest of the new plan goes first, so that no file of the old one is ever taken for one of it.
     write_json(path, {"format": FORMAT, "version": VERSION, "complete": False, **plan, "files": sorted(names)})
-    for name in names:
+    for name in (*names, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
     return False
 
@@ -147,6 +150,9 @@ def _samples(
         described: dict[str, Any] = {"subset": inputs.name, "query": query_id}
         if query >= 0 and mined.dropped[query]:
             described["dropped"] = True
+        if query >= 0:
+            positives = (round(float(value), DIGITS) + 0.0 for value in mined.positives[query])
+            described["positives"] = dict(zip(("least", "mean", "most"), positives))
         entries, images = [], {}
         for place, (target, similarity) in enumerate(found):
             shard, pair_number, side_number = inputs.places[target].tolist()

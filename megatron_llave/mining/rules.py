@@ -52,7 +52,7 @@ def below_mean(similarity: np.ndarray, positives: Positives, margin: float) -> n
 
 def judge(
     similarity: np.ndarray, exists: np.ndarray, positives: Positives, rules: Rules
-) -> tuple[np.ndarray, dict[str, int]]:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Apply the rules of one model to candidates, best first.
 
     Args:
@@ -62,8 +62,8 @@ def judge(
         rules: those of one model: all but negatives, max_uses, votes, pick and seed.
 
     Returns:
-        [n, k] bool, which of them may become negatives; and how many each rule has left out that those before it have
-        not, in their order.
+        [n, k] bool, which of them may become negatives; and how many of each query's a rule has left out that those
+        before it have not, [n] int64 for each rule in their order.
     """
     similarity = similarity.astype(np.float64)
     ranks = np.broadcast_to(np.arange(1, similarity.shape[1] + 1), similarity.shape)
@@ -80,7 +80,7 @@ def judge(
     for name, passes in passed.items():
         value = getattr(rules, name)
         after = kept & passes(value) if value is not None else kept
-        left_out[name] = int(kept.sum() - after.sum())
+        left_out[name] = kept.sum(1) - after.sum(1)
         kept = after
     return kept, left_out
 

@@ -12,6 +12,7 @@ ABOUT = """Mine hard negatives for a folder of training shards with a checkpoint
 
 llave mine negatives --checkpoint CKPT --data SHARDS --out NEGATIVES [--ratio 0.95 ...]
 llave train ... data.path=SHARDS data.negatives=NEGATIVES data.hard_negatives=5
+llave mine report NEGATIVES --data SHARDS
 
 CKPT is a checkpoint, a run's output directory or a Hugging Face folder; several of them vote. Each query's negatives
 are targets of its own subset. docs/mining.md has the rules as formulas. A command that was interrupted continues when
@@ -64,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
     add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")
     procs.add_option(negatives)
+    report = commands.add_parser("report", help="write the HTML report of mined negatives again, without embedding")
+    report.add_argument("out", metavar="NEGATIVES", help="the folder that `mine negatives` has written")
+    report.add_argument("--data", required=True, metavar="SHARDS", help="local folder of the shards they are for")
     return parser
 
 

@@ -6,15 +6,12 @@ made: upright, without metadata.
 """
 
 import hashlib
-import io
 import os
 from collections import OrderedDict
 from threading import Lock
 
-from PIL import Image
-
 from megatron_llave.batch import MAX_IMAGE_BYTES
-from megatron_llave.data.image_files import decode_image, open_image
+from megatron_llave.data.image_files import shrink
 from megatron_llave.errors import DataError
 from megatron_llave.files import read_bytes
 from megatron_llave.search.index import ImageIndex
@@ -76,21 +73,3 @@ def read_indexed(index: ImageIndex, row: int, pictures: str | os.PathLike) -> by
             return data
     what = "has changed since the index was built" if found else "is no longer there"
     raise DataError(f"{files[0].name} {what}; llave search build brings the index up to date")
-
-
-def shrink(data: bytes, side: int, quality: int) -> bytes:
-    """Return an image as WebP, whose longest side is at most `side` pixels; quality is from 0 to 100.
-
-    Raises:
-        BadImageError: it cannot be read, or is beyond the limits of data.image_files.
-    """
-    image = open_image(data)
-    if image.format == "JPEG":
-        image.draft(
-            "RGB", (2 * side, 2 * side)
-        )  # reads a large one at a fraction of its size, in a fraction of the time
-    rgb = decode_image(image)
-    rgb.thumbnail((side, side), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    rgb.save(content, "WEBP", quality=quality, method=2)
-    return content.getvalue()

@@ -83,7 +83,12 @@ def write_beside(folder: Path, out: Path, names: list[str], groups: ProcessGroup
         for row in range(len(numbers)):
             found = negatives_of(len(numbers), row)
             numbers[row, : len(found)] = found
-        mined = Mined(numbers, np.where(numbers < 0, -np.inf, 0.5).astype(np.float32), np.zeros(len(numbers), bool))
+        mined = Mined(
+            numbers,
+            np.where(numbers < 0, -np.inf, 0.5).astype(np.float32),
+            np.zeros(len(numbers), bool),
+            np.ones((len(numbers), 3)),
+        )
         written.append((inputs, mined, negatives_folder.write_subset(out, folder, inputs, mined)))
     negatives_folder.finish(out, plan, written)
     return out

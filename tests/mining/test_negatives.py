@@ -101,6 +101,7 @@ def mined(data: Path, model: Path) -> Path:
         done.stdout
     )
     assert "1 of 83 inputs cannot be embedded, and their pairs get no negatives" in done.stderr
+    assert f"report: {out / 'report.html'}" in done.stdout and (out / "report.html").is_file()
     return out
 
 
