@@ -29,7 +29,7 @@ from megatron_llave.report import mining_report
 from megatron_llave.report.mining_report import limit, write_mining_report
 
 QUERIES, DROPPED, EMPTIED, MOST = 50, 7, 11, 30
-RULES = Rules(2, 10, ratio=0.9, min_positive=0.3, max_uses=MOST)
+RULES = Rules(2, 10, ratio=0.9, ceiling=0.74, min_positive=0.3, max_uses=MOST)
 SEEN = '<image>\n<b onclick="x()">hostile &amp; bold</b>'
 
 
@@ -62,7 +62,10 @@ def room(query: int) -> float:
 
 
 def neighbours(inputs: SubsetInputs) -> Neighbours:
-    """Of query i: target i + 1, of the last one target 1; and of all target 0. The limits are 0.9 x 0.8."""
+    """Of query i: target i + 1, of the last one target 1; and of all target 0. The limits are 0.9 x 0.8.
+
+    Of the query EMPTIED, --ceiling leaves out the first candidate and --ratio the second.
+    """
     number = np.arange(len(inputs.query_ids))
     targets = np.stack([np.where(number + 1 < len(number), number + 1, 1), np.where(number == 0, 2, 0)], 1)
     first = np.array([0.72 - room(query) for query in number.tolist()])
