@@ -176,6 +176,8 @@ def run_command(command: str) -> None:
     script, *arguments = script_of(words)
     is_study = script.endswith("study.py") or arguments[:1] == ["study"]
     more = FEW_STEPS if is_training(script) else ["--task", "list"] if is_study else []
+    if [word for word in (Path(script).stem, *arguments) if word != "__main__"][:2] == ["mine", "batches"]:
+        more = ["--cluster-size", "4"]  # of which the few pairs of a batch are a multiple
     # There is one process, which has no parallel layout; tests/distributed has all of them.
     if "--procs" in arguments:
         place = arguments.index("--procs")

@@ -1,4 +1,4 @@
-"""Mine hard negatives for a folder of training shards.
+"""Mine hard negatives, or an order in which batches are hard, for a folder of training shards.
 
 `llave mine --help` explains the command; megatron_llave/options/mine.py has its options.
 """
@@ -18,6 +18,8 @@ from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import load_model
 from megatron_llave.errors import exit_with_one_line, require
 from megatron_llave.launch import procs
+from megatron_llave.mining.batches import Ordering, mine_batches
+from megatron_llave.mining.clusters import has_metis
 from megatron_llave.mining.run import Mining, mine
 from megatron_llave.options import mine as options
 from megatron_llave.report.mining_report import write_mining_report
@@ -33,24 +35,39 @@ def main(argv: list[str] | None = None) -> None:
             return
         procs.require_as_started(args.procs)
         quiet_dependencies()
-        rules = options.rules_of(args)
-        number = len(args.checkpoint)
-        require(rules.votes <= number, f"--votes {rules.votes} is more than there are checkpoints, {number}")
+        run = of_negatives if args.command == "negatives" else of_batches
         index = read_index(args.data)
         subsets = args.subsets or [name for name, subset in index.subsets.items() if subset.pairs]
         for name in subsets:
             require(name in index.subsets, f"--subsets {name} is not one of {', '.join(sorted(index.subsets))[:200]}")
         out = Path(args.out)
         store = Path(args.store) if args.store else out.with_name(f"{out.name}.embeddings")
-        mining = Mining(Path(args.data), index, subsets, out, store, args.checkpoint, rules, args.overwrite)
-        load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
-        manifest = mine(mining, load, say)
-        is_first = dist.get_rank() == 0
-        process_groups.destroy_distributed()  # the other ranks need not wait for the report
-        if is_first:
-            print_report(manifest, args)
-        if is_first and not (out / REPORT_FILE).exists():
-            print(f"report: {write_mining_report(out, Path(args.data))}")
+        run(args, (Path(args.data), index, subsets, out, store))
+
+
+def of_negatives(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
+    """Mine negatives; `places` are the first fields of Mining."""
+    rules = options.rules_of(args)
+    number = len(args.checkpoint)
+    require(rules.votes <= number, f"--votes {rules.votes} is more than there are checkpoints, {number}")
+    load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
+    manifest = mine(Mining(*places, args.checkpoint, rules, args.overwrite), load, say)
+    is_first = dist.get_rank() == 0
+    process_groups.destroy_distributed()  # the other ranks need not wait for the report
+    if is_first:
+        print_report(manifest, args)
+    if is_first and not (Path(args.out) / REPORT_FILE).exists():
+        print(f"report: {write_mining_report(Path(args.out), Path(args.data))}")
+
+
+def of_batches(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
+    """Mine an order; `places` are the first fields of Ordering."""
+    grouping = options.grouping_of(args, "metis" if has_metis() else "greedy")
+    ordering = Ordering(*places, args.checkpoint, grouping, args.overwrite)
+    order = mine_batches(ordering, partial(load_model, args.checkpoint, args.overrides, args.average), say)
+    process_groups.destroy_distributed()
+    if order is not None:
+        print_order(order, args)
 
 
 def say(doing: str) -> None:
@@ -83,6 +100,28 @@ def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
         if counts["left_out_together"]["max_uses"]:
             print(f"{name}: {counts['left_out_together']['max_uses']:,} of those that passed were used up")
     print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")
+
+
+def print_order(order: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a row for each subset and batch size, and what to do with the folder."""
+    table = Table(
+        Column("subset", overflow="fold"), "pairs", "clusters", "left", "inside", "batch", "hardest", "random"
+    )
+    for name, counts in order["subsets"].items():
+        inside = f"{100 * counts['connections_inside'] / max(counts['connections'], 1):.1f} %"
+        described = [name, f"{counts['pairs']:,}", f"{counts['clusters']:,}", str(counts["left_over"]), inside]
+        for sizes in counts["hardest"] or [dict.fromkeys(("batch_size", "ordered", "random"))]:
+            figures = ("-" if sizes[key] is None else f"{sizes[key]:.3f}" for key in ("ordered", "random"))
+            table.add_row(*described, str(sizes["batch_size"] or "-"), *figures)
+            described = [""] * 5
+    Console().print(table)
+    print("left: pairs in no cluster; inside: share of the connections that are within clusters; hardest: mean")
+    print("similarity of a query and its hardest negative in batches of this order; random: in batches at random")
+    for name, counts in order["subsets"].items():
+        if not counts["connections"]:
+            print(f"{name}: no query has a target beyond the ranks that --skip leaves out; its batches are random")
+    size = order["cluster_size"]
+    print(f"{args.out}: train with data.order={args.out}, and train.global_batch_size a multiple of {size}")
 
 
 def left_out(counted: dict[str, int]) -> str:

@@ -79,6 +79,11 @@ class DataConfig:
     """Folder of mined hard negatives for the shards of data.path, as made by llave mine negatives, or their address
     on the network like that of data.path. A pair gets them after its own hard negatives, and data.hard_negatives is the
     maximum of both together. null: there are none."""
+    order: str | None = None
+    """Folder with an order of the pairs of data.path in which batches are hard, as made by llave mine batches, or its
+    address on the network like that of data.path. Batches are then made of its clusters, in an order that the seed
+    shuffles for each epoch; train.global_batch_size / data.sub_batches must be a multiple of their size. null: the
+    pairs are shuffled."""
     positives: int | None = None
     """Maximum number of targets that are used per pair, taken from the start of its list; null: all. With several, the
     loss of a pair is the mean over them."""

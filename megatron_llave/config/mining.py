@@ -1,10 +1,14 @@
-"""The rules of mining hard negatives; mining/rules.py applies them, and docs/mining.md has them as formulas."""
+"""The rules of mining hard negatives and hard batches; docs/mining.md has them as formulas.
+
+mining/rules.py applies those of negatives, mining/graph.py and mining/clusters.py those of batches.
+"""
 
 from dataclasses import dataclass
 
 from megatron_llave.errors import at_least, one_of, require
 
 PICKS = ("hardest", "random")
+CLUSTERINGS = ("metis", "greedy")
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,26 @@ class Rules:
         require(ok, f"{named}: the candidates that are left are fewer than the negatives; raise depth")
         ok = self.floor is None or self.ceiling is None or self.floor <= self.ceiling
         require(ok, f"floor={self.floor} is above ceiling={self.ceiling}: no candidate lies between")
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How pairs are grouped into clusters, of which batches are made."""
+
+    cluster_size: int = 32
+    """Pairs of a cluster; a batch is made of whole clusters."""
+    skip: int = 30
+    """Ranks 1 to skip of a query's candidates are left out, as likely right answers."""
+    take: int = 100
+    """The pair of a query is connected with those of this many candidates after them."""
+    clustering: str = "metis"
+    """One of CLUSTERINGS."""
+    seed: int = 0
+    """Of the order of equal choices, and of METIS."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        at_least(self, "batches", 2, ("cluster_size",))
+        at_least(self, "batches", 1, ("take",))
+        at_least(self, "batches", 0, ("skip", "seed"))
+        one_of("--clustering", self.clustering, CLUSTERINGS)

@@ -112,6 +112,8 @@ def _recipe(cfg: RunConfig, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield f"loss of {name}", own
     if cfg.data.negatives:
         yield "mined hard negatives", own_name(cfg.data.negatives)
+    if cfg.data.order:
+        yield "mined hard batches", own_name(cfg.data.order)
     rates = "".join(f", {part} {rate:g}" for part, rate in optimizer.part_learning_rates.items())
     moments = f"betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}"
     warmup = optimizer.warmup_steps or round(optimizer.warmup_fraction * train.steps)

@@ -25,9 +25,11 @@ from megatron_llave.data.balance import TokenBudget
 from megatron_llave.data.index import Index
 from megatron_llave.data.mined_negatives import MinedNegatives, open_negatives
 from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
+from megatron_llave.data.order import BatchOrder, open_order
 from megatron_llave.data.packing import Processor
 from megatron_llave.data.readers import (
     MINED,
+    ORDER,
     STORED,
     MicroBatchReader,
     PairReader,
@@ -83,10 +85,10 @@ def build_train_stream(
 
     Raises:
         ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture or batch size differ
-            from those of `position`, or loss.stored_embeddings or data.negatives.
+            from those of `position`, or loss.stored_embeddings, data.negatives or data.order, or do not fit the order.
         DataError: the index is missing or damaged, or the missing shards hold more pairs than data.max_bad_fraction
             allows; later also when more pairs than that are bad. Or loss.stored_embeddings lacks an input, or
-            data.negatives are incomplete or of other shards.
+            data.negatives or data.order are incomplete or of other shards.
     """
     storage = open_storage(cfg.data)
     index = storage.read_index()
@@ -119,13 +121,15 @@ def build_train_stream(
 
 def _open_beside(
     cfg: RunConfig, index: Index, mixture: Mixture, most_open: int, position: dict | None
-) -> dict[str, StoredVectors | MinedNegatives | None]:
+) -> dict[str, StoredVectors | MinedNegatives | BatchOrder | None]:
     """Open what lies beside the shards, as fields of a PairReader; it must be what it was at `position`."""
     stored = open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None
     mined = open_negatives(cfg.data, index, mixture.sources, most_open)
     require_same_beside("loss.stored_embeddings", STORED, stored, position)
     require_same_beside("data.negatives", MINED, mined, position)
-    return {"stored": stored, "mined": mined}
+    order = open_order(cfg.data, index, list(mixture.sources), mixture.batch_size)
+    require_same_beside("data.order", ORDER, order, position)
+    return {"stored": stored, "mined": mined, "order": order}
 
 
 def _made_ahead(
@@ -199,14 +203,16 @@ def require_same_data(saved: dict, current: dict) -> None:
     Raises:
         ConfigError: names the first value that differs.
     """
-    apart = dict.fromkeys(("subsets", STORED, MINED))  # compared by themselves
+    apart = dict.fromkeys(("subsets", STORED, MINED, ORDER))  # compared by themselves
     _require_equal({**saved, **apart}, {**current, **apart}, "")
     for name in sorted(saved["subsets"].keys() | current["subsets"].keys()):
         before, now = (position["subsets"].get(name, {}) for position in (saved, current))
         _require_equal(before, now, f"subset {name}: ")
 
 
-def require_same_beside(key: str, name: str, now: StoredVectors | MinedNegatives | None, saved: dict | None) -> None:
+def require_same_beside(
+    key: str, name: str, now: StoredVectors | MinedNegatives | BatchOrder | None, saved: dict | None
+) -> None:
     """Refuse to resume with other data beside the shards than the stopped run had at the saved position.
 
     Args:

@@ -21,6 +21,7 @@ from megatron_llave.data.balance import TokenBudget, balance_micro_batches, fill
 from megatron_llave.data.index import Subset
 from megatron_llave.data.mined_negatives import MinedNegatives
 from megatron_llave.data.mixture import Mixture
+from megatron_llave.data.order import BatchOrder
 from megatron_llave.data.packing import (
     EncodedPair,
     Processor,
@@ -40,6 +41,8 @@ STORED = "stored_embeddings"
 """Key of the identity of the stored embeddings in the position in the data."""
 MINED = "mined_negatives"
 """Key of the identity of the mined negatives in the position in the data."""
+ORDER = "order"
+"""Key of the identity of the mined order in the position in the data."""
 LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
 """Why a pair that was planned by the headers of its images is left out when it is decoded."""
 
@@ -143,6 +146,8 @@ class PairReader(Dataset):
     """Embeddings of the inputs by another model, which come with the micro batches; None: there are none."""
     mined: MinedNegatives | None
     """The mined negatives, which pairs get after their own; None: there are none."""
+    order: BatchOrder | None
+    """The mined order of the pairs; None: they are shuffled."""
     loss_of: Callable[[str], LossConfig]
     """The loss of a subset, which says what it takes from the stored embeddings."""
 
@@ -171,8 +176,12 @@ class PairReader(Dataset):
         """Return where this rank's pairs of a step are, for each of its shares."""
         locations = []
         for name, start in plan.parts:
-            order = shuffled_locations(self.subsets[name], name, self.mixture.seed, start)
-            locations += [(name, *location) for location in itertools.islice(order, self.mixture.batch_size)]
+            seed, size = self.mixture.seed, self.mixture.batch_size
+            if self.order is None:
+                found = itertools.islice(shuffled_locations(self.subsets[name], name, seed, start), size)
+            else:
+                found = self.order.locations(self.subsets[name], name, seed, start, size)
+            locations += [(name, *location) for location in found]
         return [locations[share] for share in self.shares]
 
     def pair(self, location: PairLocation) -> Pair | DataError:
@@ -205,7 +214,7 @@ class PairReader(Dataset):
 
     def position(self, plan: StepPlan) -> dict:
         """Return the position in the data after the step."""
-        beside = {STORED: self.stored, MINED: self.mined}
+        beside = {STORED: self.stored, MINED: self.mined, ORDER: self.order}
         return plan.position | {key: value.identity for key, value in beside.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ The shards are read once, by all ranks together, and each input is kept as a has
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,9 @@ class SubsetInputs:
     """[q] the numbers of the targets of all pairs with the query, at least one."""
     labels: np.ndarray
     """[c] int64: equal for targets with the same images, or without images with the same text."""
+    members: np.ndarray
+    """[m, 3] int64: for each target of each pair whose number in `pairs` is not -1, in their order, the number of the
+    pair among all pairs of the shards, and the numbers of its query and of the target."""
     hidden_labels: list[list[int]]
     """[q] labels of the targets that a query must not be given as negatives: those of its positives, of the hard
     negatives that its pairs have already, and of the query itself; -1 is the label of no target."""
@@ -159,7 +162,9 @@ def collect(
     positives: list[dict[int, None]] = []
     hidden: list[dict[bytes, None]] = []
     numbered: list[list[tuple[str, str, int]]] = []
-    for of_shard in pairs:
+    members: list[tuple[int, int, int]] = []
+    first_pairs = accumulate((shard.pairs for shard in shards), initial=0)
+    for first_pair, of_shard in zip(first_pairs, pairs):
         numbered.append([])
         for pair in of_shard:
             used = [query_name(name, pair.query.id), *(target_name(name, side.id) for side in pair.targets)]
@@ -176,6 +181,7 @@ def collect(
                 if target == len(target_ids):
                     target_ids.append(side.id)
                 positives[query][target] = None
+                members.append((first_pair + pair.number, query, target))
             for side in chain(pair.targets, pair.hard_negatives):
                 hidden[query] |= dict.fromkeys((side.seen, first[side.id][0].seen))
     labels: dict[bytes, int] = {}
@@ -189,5 +195,6 @@ def collect(
         numbered,
         [list(numbers) for numbers in positives],
         np.array(of_target, np.int64),
+        np.array(members, np.int64).reshape(-1, 3),
         [[labels.get(digest, -1) for digest in digests] for digests in hidden],
     )

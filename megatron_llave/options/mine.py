@@ -4,19 +4,22 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from megatron_llave.config.mining import PICKS, Rules
+from megatron_llave.config.mining import CLUSTERINGS, PICKS, Grouping, Rules
 from megatron_llave.errors import OneLineParser
 from megatron_llave.launch import procs
 
-ABOUT = """Mine hard negatives for a folder of training shards with a checkpoint; the shards stay as they are.
+ABOUT = """Mine hard negatives or hard batches for a folder of training shards, which stay as they are.
 
 llave mine negatives --checkpoint CKPT --data SHARDS --out NEGATIVES [--ratio 0.95 ...]
 llave train ... data.path=SHARDS data.negatives=NEGATIVES data.hard_negatives=5
 llave mine report NEGATIVES --data SHARDS
 
-CKPT is a checkpoint, a run's output directory or a Hugging Face folder; several of them vote. Each query's negatives
-are targets of its own subset. docs/mining.md has the rules as formulas. A command that was interrupted continues when
-it is given again.
+llave mine batches --checkpoint CKPT --data SHARDS --out ORDER [--cluster-size 32 ...]
+llave train ... data.path=SHARDS data.order=ORDER
+
+CKPT is a checkpoint, a run's output directory or a Hugging Face folder; several of them vote on negatives. Each query's
+negatives are targets of its own subset, and a batch is made of clusters of pairs that are hard for each other.
+docs/mining.md has the rules as formulas. A command that was interrupted continues when it is given again.
 """
 HELP = {
     "--negatives": "the most negatives of a query",
@@ -34,6 +37,13 @@ HELP = {
     "--seed": "of --pick random",
 }
 """What each rule does, in a line; config/mining.py says more."""
+CLUSTERS = {
+    "--cluster-size": "pairs of a cluster; the batch size of a run is a multiple of it",
+    "--skip": "leave out the first N candidates of a query, as likely right answers",
+    "--take": "connect a query's pair with those of N candidates after them",
+    "--seed": "of the choice between equals",
+}
+"""What decides the clusters; config/mining.py says more."""
 COUNTS = ("negatives", "depth", "skip", "max_uses", "votes", "seed")
 """The rules that are whole numbers; the others are similarities, but for `pick`."""
 
@@ -45,12 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     negatives = commands.add_parser("negatives", help="mine hard negatives and write them beside the shards")
     add = negatives.add_argument
     add("--checkpoint", required=True, nargs="+", metavar="CKPT", help="the model, or several models that vote")
-    add("--data", required=True, metavar="SHARDS", help="local folder of training shards")
     add("--out", required=True, metavar="FOLDER", help="folder for the negatives, the value of data.negatives")
-    add("--store", metavar="FOLDER", help="folder that keeps the embeddings for other rules (OUT.embeddings)")
-    add("--subsets", nargs="+", metavar="NAME", help="mine these subsets only")
-    add("--average", action="store_true", help="the averaged weights of runs with loss.reward=ema")
-    add("--overwrite", action="store_true", help="replace negatives that were mined otherwise")
+    _add_common(negatives, "negatives that were mined otherwise")
     rules = negatives.add_argument_group("rules", "'none' switches a rule off that may be off")
     defaults = {field.name: field.default for field in fields(Rules)}
     for flag, does in HELP.items():
@@ -63,12 +69,31 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="PICK" if name == "pick" else "N" if name in COUNTS else "S",
             help=f"{does} ({'off' if defaults[name] is None else defaults[name]})",
         )
-    add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")
-    procs.add_option(negatives)
     report = commands.add_parser("report", help="write the HTML report of mined negatives again, without embedding")
     report.add_argument("out", metavar="NEGATIVES", help="the folder that `mine negatives` has written")
     report.add_argument("--data", required=True, metavar="SHARDS", help="local folder of the shards they are for")
+    batches = commands.add_parser("batches", help="mine an order of the pairs in which batches are hard")
+    batches.add_argument("--checkpoint", required=True, metavar="CKPT", help="the model")
+    batches.add_argument("--out", required=True, metavar="FOLDER", help="folder for the order, the value of data.order")
+    _add_common(batches, "an order that was mined otherwise")
+    grouping = batches.add_argument_group("clusters")
+    for flag, does in CLUSTERS.items():
+        default = getattr(Grouping, flag.removeprefix("--").replace("-", "_"))
+        grouping.add_argument(flag, type=int, default=default, metavar="N", help=f"{does} ({default})")
+    help_text = "how pairs are divided into clusters (metis where pymetis is installed, else greedy)"
+    grouping.add_argument("--clustering", choices=CLUSTERINGS, help=help_text)
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="SHARDS", help="local folder of training shards")
+    add("--store", metavar="FOLDER", help="folder that keeps the embeddings for other rules (OUT.embeddings)")
+    add("--subsets", nargs="+", metavar="NAME", help="mine these subsets only")
+    add("--average", action="store_true", help="the averaged weights of runs with loss.reward=ema")
+    add("--overwrite", action="store_true", help=f"replace {what}")
+    add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")
+    procs.add_option(parser)
 
 
 def _type_of(default: float | None, is_count: bool) -> Callable[[str], float | None]:
@@ -98,3 +123,12 @@ def rules_of(args: argparse.Namespace) -> Rules:
         ConfigError: they are impossible.
     """
     return Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)})
+
+
+def grouping_of(args: argparse.Namespace, clustering: str) -> Grouping:
+    """The clusters that a command line asks for; `clustering` if it does not say how they are found.
+
+    Raises:
+        ConfigError: they are impossible.
+    """
+    return Grouping(args.cluster_size, args.skip, args.take, args.clustering or clustering, args.seed)

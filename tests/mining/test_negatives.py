@@ -1,4 +1,4 @@
-"""tools/mine.py negatives on small shards: the files, at several layouts, after a kill, and what is refused."""
+"""tools/mine.py on small shards: the files, at several layouts, after a kill, and what is refused."""
 
 import json
 import re
@@ -15,8 +15,10 @@ from reference_mining import exact, mine
 from run_ranks import run_ranks
 
 from megatron_llave.batch import Pair, Side
+from megatron_llave.config.data import DataConfig
 from megatron_llave.config.mining import Rules
 from megatron_llave.data.index import Index, read_index, write_index
+from megatron_llave.data.order import open_order
 from megatron_llave.data.shards import read_samples, unpack_json, unpack_list, write_subset
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.prepare.audit import verify
@@ -258,3 +260,71 @@ def test_verify_takes_mined_negatives(mined: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace(image, image[:-20] + bytes(20), 1))
     problems = [problem for _, check in verify(out) for problem in check.problems]
     assert len(problems) == 2 and "its sha256 is" in problems[0] and "an image's bytes are not those" in problems[1]
+
+
+CLUSTERS = ["--cluster-size", "4", "--skip", "0", "--take", "4", "--clustering", "greedy"]
+
+
+@pytest.fixture(scope="module")
+def ordered(data: Path, model: Path, mined: Path) -> Path:
+    """The order in which batches are hard, mined on one rank from the embeddings of `mined`."""
+    out, store = data.parent / "order", mined.with_name("one.embeddings")
+    before = contents(store)
+    command = ["batches", "--checkpoint", model, "--data", data, "--out", out, "--store", store, *CLUSTERS]
+    done = run_script(TOOL, *command)
+    assert done.returncode == 0, done.stderr
+    message = f"{out}: train with data.order={out}, and train.global_batch_size a multiple of 4"
+    assert message in done.stdout and contents(store) == before
+    again = run_script(TOOL, *command)
+    assert again.returncode == 0 and "nothing: the order is complete already" in again.stdout
+    return out
+
+
+def test_an_order_has_each_pair_and_says_what_it_is_of(data: Path, ordered: Path) -> None:
+    value = json.loads((ordered / "order.json").read_text())
+    for name, size, lost in (("vqa", 40, 0), ("drawn", 21, 1)):
+        counts, shards = value["subsets"][name], read_index(data).subsets[name].shards
+        assert sorted(counts["order"]) == list(range(size)) and counts["pairs"] == size
+        assert counts["shards"] == [{"file": shard.file, "sha256": shard.sha256} for shard in shards]
+        assert (counts["clusters"], counts["left_over"]) == divmod(size, 4)
+        assert counts["pairs_not_embedded"] == lost and counts["connections_inside"] > 0.1 * counts["connections"]
+        assert counts["hardest"][0]["batch_size"] == 4
+        assert -1 < counts["hardest"][0]["random"] < counts["hardest"][-1]["random"] < 1
+    cfg = DataConfig(str(data), order=str(ordered))
+    assert open_order(cfg, read_index(data), ["vqa", "drawn"], 8).cluster_size == 4
+    assert value["models"][0]["weights"] and value["checkpoints"] == ["model"] and value["rules"]["take"] == 4
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (2, []),
+        pytest.param(2, ["parallel.tensor=2"], marks=pytest.mark.slow),
+        pytest.param(4, ["parallel.tensor=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_writes_the_same_order(
+    data: Path, model: Path, ordered: Path, tmp_path: Path, world: int, overrides: list[str]
+) -> None:
+    """All is embedded again."""
+    command = ["batches", "--checkpoint", model, "--data", data, "--out", tmp_path / "out", *CLUSTERS, *overrides]
+    run_ranks(world, TOOL, *map(str, command))
+    assert contents(tmp_path / "out") == contents(ordered)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--take", "3"], "holds an order of other rules; choose another --out or pass --overwrite"),
+        (["--subsets", "vqa"], "holds an order of other data; choose another --out or pass --overwrite"),
+        (["--cluster-size", "1"], "batches.cluster_size=1 must be a finite number of at least 2"),
+    ],
+)
+def test_an_order_that_cannot_be_is_one_line(
+    data: Path, model: Path, mined: Path, ordered: Path, options: list[str], message: str
+) -> None:
+    before = contents(ordered)
+    command = ["batches", "--checkpoint", model, "--data", data, "--out", ordered, *CLUSTERS, *options]
+    done = run_script(TOOL, *command)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    assert contents(ordered) == before
