@@ -49,7 +49,7 @@ def find_clusters(graph: csr_array, size: int, clustering: str, seed: int) -> np
 def _metis(graph: csr_array, parts: int, seed: int) -> np.ndarray:
     """[N] int64 part of each node; the parts have nearly the same size."""
     if not has_metis():
-        raise ConfigError("--clustering metis needs pymetis, which is not installed; pip install -e '.[mine]'")
+        raise ConfigError("--clustering metis needs pymetis: pip install pymetis (the extra mine)")
     import pymetis
 
     adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices)
