@@ -4,7 +4,7 @@ Every source writes it last, and the training stream reads it first. shards.py r
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,6 +175,30 @@ def require_different_shards(shards: Iterable[Shard]) -> None:
         other = contents.setdefault(digest, shard.file) if SHA256.fullmatch(digest) else shard.file
         if other != shard.file:
             raise ValueError(f"shards {other} and {shard.file} have the same contents, which would be used twice")
+
+
+def require_same_shards(index: Index, name: str, made_of: Sequence[tuple[str, str]], source: str, again: str) -> None:
+    """Check that what was made of the shards of subset `name`, such as mined negatives, belongs to those of an index.
+
+    Args:
+        index: that of the data.
+        name: the subset.
+        made_of: file and SHA-256 of each shard that it was made of.
+        source: where it comes from, for the message.
+        again: what to do instead, for the message.
+
+    Raises:
+        DataError: the index has no such subset, or other shards; names the first that differs.
+    """
+    if name not in index.subsets:
+        has = ", ".join(sorted(index.subsets))[:200]
+        raise DataError(f"{source} is of another data set: the data have no subset {name}, but {has}; {again}")
+    shards = [(shard.file, shard.sha256) for shard in index.subsets[name].shards]
+    if len(shards) != len(made_of):
+        raise DataError(f"{source} is of {len(made_of)} shards of subset {name}, the data have {len(shards)}; {again}")
+    for shard, found in zip(shards, made_of):
+        if shard != found:
+            raise DataError(f"{source} is of another {found[0]} than the data's {shard[0]}; {again}")
 
 
 def check_size(directory: Path, shard: Shard) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_llave.batch import Pair
 from megatron_llave.config.data import DataConfig
-from megatron_llave.data.index import Index, Shard, parse_shard
+from megatron_llave.data.index import Index, Shard, parse_shard, require_same_shards
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.shards import NEGATIVES, unpack_json, unpack_list
 from megatron_llave.data.storage import open_storage
@@ -29,6 +29,7 @@ MANIFEST_FILE = "negatives.json"
 REPORT_FILE = "report.html"
 """Written by report/mining_report.py; nothing reads it."""
 KEY = "data.negatives"
+AGAIN = "mine again"
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def parse_manifest(path: Path, source: str) -> Manifest:
             for name, subset in value["subsets"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{source} is malformed ({type(error).__name__}: {error}); mine again") from error
+        raise DataError(f"{source} is malformed ({type(error).__name__}: {error}); {AGAIN}") from error
     return Manifest(subsets)
 
 
-def require_same_shards(manifest: Manifest, index: Index, names: Sequence[str], source: str) -> None:
+def require_fits(manifest: Manifest, index: Index, names: Sequence[str], source: str) -> None:
     """Check that negatives belong to the shards of an index; subsets that were not mined have none, which is logged.
 
     Raises:
@@ -79,14 +80,8 @@ def require_same_shards(manifest: Manifest, index: Index, names: Sequence[str], 
         has = ", ".join(sorted(manifest.subsets))[:200]
         raise DataError(f"{source} is of another data set, with the subsets {has}, of which the run uses none")
     for name in used:
-        shards, mined = index.subsets[name].shards, manifest.subsets[name]
-        if len(shards) != len(mined):
-            raise DataError(
-                f"{source} is of {len(mined)} shards of subset {name}, the data have {len(shards)}; mine again"
-            )
-        for shard, found in zip(shards, mined):
-            if (shard.file, shard.sha256) != (found.shard.file, found.of):
-                raise DataError(f"{source} is of another {found.shard.file} than the data's {shard.file}; mine again")
+        made_of = [(mined.shard.file, mined.of) for mined in manifest.subsets[name]]
+        require_same_shards(index, name, made_of, source, AGAIN)
     for name in sorted(set(names) - set(used)):
         logger.warning("%s has no negatives for subset %s, which is trained without mined ones", source, name)
 
@@ -118,7 +113,7 @@ class MinedNegatives:
         members, where = self.reader.members(self.files[shard.file], pair.key)
         described = unpack_json(members, where)
         if (described.get("subset"), described.get("query")) != (pair.subset, pair.query_id):
-            raise DataError(f"{where} is of another pair than that of query {pair.query_id!r}; mine again")
+            raise DataError(f"{where} is of another pair than that of query {pair.query_id!r}; {AGAIN}")
         sides, names = unpack_list(NEGATIVES, "hard negative", described, members, where)
         unknown = [float("nan")] * len(sides) if pair.scores else []
         return replace(
@@ -133,7 +128,7 @@ def open_negatives(cfg: DataConfig, index: Index, names: Iterable[str], most_ope
     """Open the folder or address of `data.negatives` for reading beside the subsets `names`; None: the run has none.
 
     Raises:
-        DataError: it is incomplete, damaged, or of other shards or another data set (require_same_shards).
+        DataError: it is incomplete, damaged, or of other shards or another data set (require_fits).
         ConfigError, Unreachable: as storage.open_storage and Storage.read.
     """
     if cfg.negatives is None:
@@ -141,7 +136,7 @@ def open_negatives(cfg: DataConfig, index: Index, names: Iterable[str], most_ope
     names = list(names)
     storage = open_storage(cfg, cfg.negatives, KEY)
     manifest = storage.read(MANIFEST_FILE, parse_manifest)
-    require_same_shards(manifest, index, names, f"{KEY}={cfg.negatives}")
+    require_fits(manifest, index, names, f"{KEY}={cfg.negatives}")
     files = {mined.shard.file: mined.shard for name in names for mined in manifest.subsets.get(name, [])}
     for shard in files.values():
         storage.check(shard)

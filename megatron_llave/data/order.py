@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.config.data import DataConfig
-from megatron_llave.data.index import Index, Subset
+from megatron_llave.data.index import Index, Subset, require_same_shards
 from megatron_llave.data.packing import stable_hash
 from megatron_llave.data.storage import open_storage
 from megatron_llave.errors import ConfigError, DataError
@@ -133,19 +133,13 @@ def require_fits(order: BatchOrder, index: Index, names: Sequence[str], batch_si
         if name not in order.subsets:
             has = ", ".join(sorted(order.subsets))[:200]
             raise DataError(f"{source} has no order of subset {name}, but of {has}; {AGAIN} or name data.subsets")
-        subset, ordered = index.subsets[name], order.subsets[name]
-        shards = [(shard.file, shard.sha256) for shard in subset.shards]
-        if len(shards) != len(ordered.shards):
+        ordered = order.subsets[name]
+        require_same_shards(index, name, ordered.shards, source, AGAIN)
+        pairs = index.subsets[name].pairs
+        if pairs != len(ordered.pairs):
             raise DataError(
-                f"{source} is of {len(ordered.shards)} shards of subset {name}, the data have {len(shards)}; {AGAIN}"
-            )
-        for shard, found in zip(shards, ordered.shards):
-            if shard != found:
-                raise DataError(f"{source} is of another {found[0]} than the data's {shard[0]}; {AGAIN}")
-        if subset.pairs != len(ordered.pairs):
-            raise DataError(
-                f"{source} is incomplete: it has {len(ordered.pairs)} pairs of subset {name}, the data have "
-                f"{subset.pairs}; {AGAIN}"
+                f"{source} is incomplete: it has {len(ordered.pairs)} pairs of subset {name}, the data have {pairs}; "
+                f"{AGAIN}"
             )
     if batch_size % order.cluster_size:
         raise ConfigError(

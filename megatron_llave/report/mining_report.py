@@ -13,7 +13,7 @@ import numpy as np
 from megatron_llave.batch import Side
 from megatron_llave.config.mining import Rules
 from megatron_llave.data.index import Shard, read_index
-from megatron_llave.data.mined_negatives import MANIFEST_FILE, REPORT_FILE, parse_manifest, require_same_shards
+from megatron_llave.data.mined_negatives import MANIFEST_FILE, REPORT_FILE, parse_manifest, require_fits
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.shards import NEGATIVES, unpack_json, unpack_list, unpack_pair
 from megatron_llave.data.storage import Storage
@@ -68,10 +68,7 @@ def write_mining_report(out: Path, data: Path) -> Path:
     """
     path = out / MANIFEST_FILE
     parsed, manifest, index = parse_manifest(path, str(path)), read_json(path), read_index(data)
-    absent = sorted(set(parsed.subsets) - set(index.subsets))
-    if absent:
-        raise DataError(f"{path} is of another data set than {data}, which has no subset {absent[0]}")
-    require_same_shards(parsed, index, sorted(parsed.subsets), str(path))
+    require_fits(parsed, index, sorted(parsed.subsets), str(path))
     stores = (ShardReader(Storage(str(data), None), 1), ShardReader(Storage(str(out), None), 1))
     number = min(EXAMPLES, max(1, IN_ALL // max(1, len(parsed.subsets))))
     try:

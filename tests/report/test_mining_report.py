@@ -183,7 +183,7 @@ def test_many_subsets_share_a_number_of_examples(folders: tuple[Path, Path], mon
         ({"complete": False}, "is that of a mining that has not ended"),
         ({"checkpoints": None}, "is malformed (TypeError"),
         ({"rules": {"depth": 3, "nonsense": 1}}, "is malformed (TypeError"),
-        ({"subsets": {"birds": {"shards": []}}}, "has no subset birds"),
+        ({"subsets": {"birds": {"shards": []}}}, "the data have no subset birds"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(
