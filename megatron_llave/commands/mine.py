@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Column, Table
 
+from megatron_llave.commands.mined_tables import print_negatives, print_order
 from megatron_llave.data.index import read_index
 from megatron_llave.data.mined_negatives import REPORT_FILE
 from megatron_llave.distributed import process_groups
@@ -55,7 +54,8 @@ def of_negatives(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
     is_first = dist.get_rank() == 0
     process_groups.destroy_distributed()  # the other ranks need not wait for the report
     if is_first:
-        print_report(manifest, args)
+        print_negatives(manifest)
+        print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")
     if is_first and not (Path(args.out) / REPORT_FILE).exists():
         print(f"report: {write_mining_report(Path(args.out), Path(args.data))}")
 
@@ -67,67 +67,12 @@ def of_batches(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
     order = mine_batches(ordering, partial(load_model, args.checkpoint, args.overrides, args.average), say)
     process_groups.destroy_distributed()
     if order is not None:
-        print_order(order, args)
+        print_order(order)
+        size = order["cluster_size"]
+        print(f"{args.out}: train with data.order={args.out}, and train.global_batch_size a multiple of {size}")
 
 
 def say(doing: str) -> None:
     """Print what is being done, on the first rank."""
     if dist.is_initialized() and dist.get_rank() == 0:
         print(doing, flush=True)
-
-
-def print_report(manifest: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print a row for each subset, what the rules did, and what to do with the folder."""
-    columns = {
-        "pairs": lambda counts: f"{counts['pairs']:,}",
-        "mined": lambda counts: f"{counts['pairs_with_negatives']:,}",
-        "queries": lambda counts: f"{counts['queries']:,}",
-        "dropped": lambda counts: f"{counts['queries_dropped']:,}",
-        "none": lambda counts: f"{counts['queries_without_negatives']:,}",
-        "targets": lambda counts: f"{counts['targets']:,}",
-        "kept": lambda counts: f"{counts['kept']:,}",
-        "MB": lambda counts: f"{sum(shard['bytes'] for shard in counts['shards']) / 1e6:,.1f}",
-    }
-    table = Table(Column("subset", overflow="fold"), *columns)
-    for name, counts in manifest["subsets"].items():
-        table.add_row(name, *(show(counts) for show in columns.values()))
-    Console().print(table)
-    print("mined: pairs with negatives; dropped: queries without a positive above --min-positive; none: other queries")
-    print("without negatives; kept: negatives of all queries")
-    for name, counts in manifest["subsets"].items():
-        for checkpoint, counted in zip(manifest["checkpoints"], counts["models"]):
-            print(f"{name}, {checkpoint}: {left_out(counted)}")
-        if counts["left_out_together"]["max_uses"]:
-            print(f"{name}: {counts['left_out_together']['max_uses']:,} of those that passed were used up")
-    print(f"{args.out}: train with data.negatives={args.out} data.hard_negatives={args.negatives}")
-
-
-def print_order(order: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print a row for each subset and batch size, and what to do with the folder."""
-    table = Table(
-        Column("subset", overflow="fold"), "pairs", "clusters", "left", "inside", "batch", "hardest", "random"
-    )
-    for name, counts in order["subsets"].items():
-        inside = f"{100 * counts['connections_inside'] / max(counts['connections'], 1):.1f} %"
-        described = [name, f"{counts['pairs']:,}", f"{counts['clusters']:,}", str(counts["left_over"]), inside]
-        for sizes in counts["hardest"] or [dict.fromkeys(("batch_size", "ordered", "random"))]:
-            figures = ("-" if sizes[key] is None else f"{sizes[key]:.3f}" for key in ("ordered", "random"))
-            table.add_row(*described, str(sizes["batch_size"] or "-"), *figures)
-            described = [""] * 5
-    Console().print(table)
-    print("left: pairs in no cluster; inside: share of the connections that are within clusters; hardest: mean")
-    print("similarity of a query and its hardest negative in batches of this order; random: in batches at random")
-    for name, counts in order["subsets"].items():
-        if not counts["connections"]:
-            print(f"{name}: no query has a target beyond the ranks that --skip leaves out; its batches are random")
-    size = order["cluster_size"]
-    print(f"{args.out}: train with data.order={args.out}, and train.global_batch_size a multiple of {size}")
-
-
-def left_out(counted: dict[str, int]) -> str:
-    """What the rules of one model have left out of its candidates, as percentages of them."""
-    total, shares = counted["candidates"], []
-    for rule, number in counted.items():
-        if rule not in ("candidates", "kept") and number:
-            shares.append(f"{rule.replace('_', '-')} {100 * number / total:.1f} %")
-    return f"of {total:,} candidates, left out {', '.join(shares) or 'none'}"

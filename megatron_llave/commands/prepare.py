@@ -13,13 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_llave.commands.mined_tables import inspect_mined
 from megatron_llave.commands.prepare_sources import add_sources
 from megatron_llave.commands.prepare_tables import inspection_notes, inspection_tables, print_noticed
 from megatron_llave.commands.progress import progress_bar
 from megatron_llave.config.presets import PRESETS
 from megatron_llave.data.image_files import MAX_PIXELS
+from megatron_llave.data.index import INDEX_FILE
+from megatron_llave.data.order import ORDER_FILE
 from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
-from megatron_llave.prepare import audit
+from megatron_llave.prepare import audit, mined_audit
 from megatron_llave.prepare.openmoji import clips
 from megatron_llave.prepare.shard_jobs import check_arguments
 from megatron_llave.prepare.tokenizer import TRAINED_FILE, VOCABULARY, texts_of, write_trained
@@ -36,15 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     clips.add_argument("--count", type=int, default=60, metavar="N", help="number of videos (60)")
     clips.add_argument("--overwrite", action="store_true", help="replace a finished output directory")
     clips.set_defaults(run=run_clips)
-    look = commands.add_parser("inspect", help="print subsets, pairs, modalities and lengths of a folder of shards")
+    look = commands.add_parser("inspect", help="print what a folder of shards, mined negatives or a mined order holds")
     look.add_argument("directory", metavar="DIR")
     look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model; with --preset, counts tokens")
     look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tokens per image are counted")
     look.set_defaults(run=run_inspect)
-    check = commands.add_parser(
-        "verify", help="check every checksum and member of a folder of shards; status 1 if any is bad"
-    )
+    what = "check a folder of shards, mined negatives or a mined order, each byte of it; status 1 if any is bad"
+    check = commands.add_parser("verify", help=what)
     check.add_argument("directory", metavar="DIR")
+    shards = "local folder of the shards that mined negatives or an order are of, whose pairs are compared with them"
+    check.add_argument("--data", metavar="SHARDS", help=shards)
     check.add_argument(
         "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger images are problems ({MAX_PIXELS})"
     )
@@ -85,7 +89,17 @@ def run_clips(given: argparse.Namespace) -> int:
 
 
 def run_inspect(given: argparse.Namespace) -> int:
-    """Print what a folder of shards holds; returns the exit status."""
+    """Print what a folder of shards, or what was mined of one, holds; returns the exit status."""
+    found = mined_audit.files_in(given.directory)
+    mined = [name for name in found if name != INDEX_FILE]
+    if mined and INDEX_FILE not in found and (given.tokenizer or given.preset):
+        raise ConfigError(f"--tokenizer and --preset are for a folder of shards, but {given.directory} has {mined[0]}")
+    for name in mined:
+        inspect_mined(Path(given.directory) / name)
+    return 0 if mined and INDEX_FILE not in found else _inspect_shards(given)
+
+
+def _inspect_shards(given: argparse.Namespace) -> int:
     with progress_bar() as report:
         inspection = audit.inspect(given.directory, given.tokenizer, given.preset, report)
     console = Console()
@@ -98,22 +112,29 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 
 def run_verify(given: argparse.Namespace) -> int:
-    """Print every problem of a folder of shards; returns 1 if there is any, else 0."""
+    """Print every problem of a folder of shards, or of what was mined of one; returns 1 if there is any, else 0."""
     problems = 0
+    has_shards = mined_audit.files_in(given.directory) != [ORDER_FILE]
     noticed: dict[tuple[str, str], list[str]] = {}
     check_arguments(given.workers, given.max_pixels)
     with progress_bar() as report:
-        for subset, check in audit.verify(given.directory, given.workers, given.max_pixels, report):
+        checks = audit.verify(given.directory, given.workers, given.max_pixels, report) if has_shards else ()
+        for subset, check in checks:
             problems += len(check.problems)
             print("".join(f"{problem}\n" for problem in check.problems), end="", flush=True)
             for note, image in check.noticed:
                 noticed.setdefault((subset, note), []).append(image)
+        for problem in mined_audit.misfits(given.directory, given.data, report):
+            problems += 1
+            print(problem, flush=True)
     table = Table("subset", "images", "noticed", "the first of them")
     for (subset, note), images in noticed.items():
         table.add_row(subset, str(len(images)), note, images[0])
     if table.rows:
         Console().print(table)
-    print(f"{problems} problems" if problems else f"{given.directory} is complete: every checksum and member is right")
+    right = "every checksum and member is right" if has_shards else "each pair comes once"
+    right += f", and it is of the shards in {given.data}" if given.data else ""
+    print(f"{problems} problems" if problems else f"{given.directory} is complete: {right}")
     return 1 if problems else 0
 
 

@@ -122,6 +122,19 @@ def _parse_subset(subset: dict[str, Any]) -> SubsetOrder:
     return SubsetOrder(shards, np.array(subset["order"], np.int64))
 
 
+def require_same_pairs(order: BatchOrder, index: Index, name: str, source: str) -> None:
+    """Check that the order of a subset is of the shards and pairs of an index.
+
+    Raises:
+        DataError: it is of another data set or of other shards; names the first that differs.
+    """
+    ordered = order.subsets[name]
+    require_same_shards(index, name, ordered.shards, source, AGAIN)
+    has, pairs = len(ordered.pairs), index.subsets[name].pairs
+    if has != pairs:
+        raise DataError(f"{source} is incomplete: it has {has} pairs of subset {name}, the data have {pairs}; {AGAIN}")
+
+
 def require_fits(order: BatchOrder, index: Index, names: Sequence[str], batch_size: int, source: str) -> None:
     """Check that an order is of the shards of an index and for batches of a size.
 
@@ -133,14 +146,7 @@ def require_fits(order: BatchOrder, index: Index, names: Sequence[str], batch_si
         if name not in order.subsets:
             has = ", ".join(sorted(order.subsets))[:200]
             raise DataError(f"{source} has no order of subset {name}, but of {has}; {AGAIN} or name data.subsets")
-        ordered = order.subsets[name]
-        require_same_shards(index, name, ordered.shards, source, AGAIN)
-        pairs = index.subsets[name].pairs
-        if pairs != len(ordered.pairs):
-            raise DataError(
-                f"{source} is incomplete: it has {len(ordered.pairs)} pairs of subset {name}, the data have {pairs}; "
-                f"{AGAIN}"
-            )
+        require_same_pairs(order, index, name, source)
     if batch_size % order.cluster_size:
         raise ConfigError(
             f"{source} has clusters of {order.cluster_size} pairs, but train.global_batch_size / data.sub_batches is "

@@ -84,7 +84,7 @@ def write_mining_report(out: Path, data: Path) -> Path:
             inner += _most_used(found, files[1], stores[1])
             inner += _examples(found, files, stores, choose(found.room, number), rules)
             sections.append(Section(name, inner=inner))
-        sections.append(Section("Models and rules", inner=table(("what", "value"), _about(manifest))))
+        sections.append(Section("Models and rules", inner=table(("what", "value"), about(manifest))))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is malformed ({type(error).__name__}: {error}); mine again") from error
     models = ", ".join(manifest["checkpoints"])
@@ -252,7 +252,8 @@ def _range(positives: Mapping[str, float]) -> str:
     return f"{least:.4f}" if least == most else f"{least:.4f} to {most:.4f}"
 
 
-def _about(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def about(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What negatives.json or order.json says of models, rules and data, as (what, value)."""
     rows = []
     for name, model in zip(manifest["checkpoints"], manifest["models"]):
         rows += [("model", name), *((f"its {key.replace('_', ' ')}", str(value)) for key, value in model.items())]
