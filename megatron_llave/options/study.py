@@ -12,7 +12,7 @@ llave study hardness --config studies/tiny --seeds 0,1,2 --out DIR [section.key=
 
 If the command is repeated, it runs only what is missing and writes the report again. See docs/studies.md.
 """
-NAMES = ("negatives", "hardness", "hardness_modes", "reward", "freezing", "lora")
+NAMES = ("negatives", "hardness", "hardness_modes", "reward", "mining", "freezing", "lora")
 """The studies of study/variants.py."""
 
 

@@ -167,3 +167,16 @@ def comparisons(findings: Sequence[Finding], study: Study, name: str) -> dict[st
         variant: compare(by_seed(findings, variant, name), by_seed(findings, study.reference_of(variant), name))
         for variant in variants
     }
+
+
+def contrasts(findings: Sequence[Finding], study: Study, name: str) -> dict[str, Comparison | None]:
+    """Name of each contrast whose variants all have runs -> its comparison with 0; None with fewer than two seeds."""
+    there = {finding.variant for finding in findings}
+    found = {}
+    for contrast in study.contrasts:
+        terms = [(by_seed(findings, variant, name), factor) for variant, factor in contrast.terms]
+        if {variant for variant, _ in contrast.terms} <= there:
+            seeds = set.intersection(*(set(values) for values, _ in terms))
+            sums = {seed: sum(factor * values[seed] for values, factor in terms) for seed in seeds}
+            found[contrast.name] = compare(sums, dict.fromkeys(seeds, 0.0))
+    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.mined_negatives import MANIFEST_FILE
 from megatron_llave.data.stored_vectors import SUFFIXES
 from megatron_llave.errors import require
 
@@ -26,6 +27,7 @@ SLOW_VISION = 0.1
 LORA_RATES, ALL_RATES = (1 / 3, 1.0, 3.0), (1 / 10, 1 / 3, 1.0)
 """Learning rates of adapters and of all weights in study `lora`, relative to that of the base configuration."""
 GLOBAL_BATCH = "global batch"
+UNMINED = "no mining"
 UNTRAINED = "before training"
 START = "start"
 
@@ -44,6 +46,15 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A sum and difference of variants with the same seed, for what two of them do not tell."""
+
+    name: str
+    terms: tuple[tuple[str, int], ...]
+    """Variants, each with the factor of its value."""
+
+
+@dataclass(frozen=True)
 class Study:
     """A question, and the variants that answer it."""
 
@@ -54,6 +65,7 @@ class Study:
     variants: tuple[Variant, ...]
     needs_weights: bool = False
     """Whether its runs must start from trained weights, because random ones would say nothing."""
+    contrasts: tuple[Contrast, ...] = ()
 
     def reference_of(self, variant: str) -> str:
         """Name of the variant that `variant` is compared with."""
@@ -182,10 +194,48 @@ def reward(cfg: RunConfig, ranks: int) -> Study:
         Variant("ema", ("loss.reward=ema", "loss.ema_decay=0.99", "loss.stored_embeddings=null")),
     ]
     for file in files:
-        quoted = json.dumps(str(file), ensure_ascii=False)
-        variants.append(Variant(f"stored, {file.stem}", (f"loss.stored_embeddings={quoted}",)))
+        variants.append(Variant(f"stored, {file.stem}", (f"loss.stored_embeddings={_quoted(file)}",)))
     question = "Does a separate reward model judge hardness better than the model itself?"
     return Study("reward", question, variants[0].name, tuple(variants))
+
+
+def mining(cfg: RunConfig, ranks: int) -> Study:
+    """Study of mined negatives, hard batches and both, each without and with hardness weighting.
+
+    Every folder of mined negatives beside data.negatives is a variant. Both are data.negatives and data.order.
+    """
+    folder, alpha = cfg.data.negatives, cfg.loss.alpha
+    require(
+        folder is not None and (Path(folder) / MANIFEST_FILE).is_file(),
+        f"study mining: set data.negatives=FOLDER/NAME to mined negatives (llave mine negatives); every such folder in "
+        f"FOLDER is a variant. It is {folder}",
+    )
+    require(cfg.data.order is not None, "study mining: set data.order to an order (llave mine batches)")
+    require(alpha > 0, "study mining: loss.alpha=0 weights nothing; set it above 0, and each variant runs with 0 too")
+    without, ordered = ("data.negatives=null", "data.hard_negatives=0"), f"data.order={_quoted(cfg.data.order)}"
+    folders = sorted(path.parent for path in Path(folder).parent.glob(f"*/{MANIFEST_FILE}"))
+    kinds = {UNMINED: (*without, "data.order=null")}
+    kinds |= {f"{one.name} negatives": (f"data.negatives={_quoted(one)}", "data.order=null") for one in folders}
+    kinds |= {"hard batches": (*without, ordered)}
+    kinds |= {f"hard batches, {Path(folder).name} negatives": (f"data.negatives={_quoted(folder)}", ordered)}
+    variants, contrasts = [], []
+    for kind, overrides in kinds.items():
+        plain, weighted = (f"{kind}, alpha {value:g}" for value in (0, alpha))
+        for name, value in ((plain, 0), (weighted, alpha)):
+            against = None if kind == UNMINED else f"{UNMINED}, alpha {value:g}"
+            variants.append(Variant(name, (*overrides, f"loss.alpha={value:g}"), compared_with=against))
+        if kind != UNMINED:
+            gain = ((weighted, 1), (plain, -1))
+            contrasts.append(Contrast(f"weighting with {kind}", gain))
+            beyond = ((f"{UNMINED}, alpha {alpha:g}", -1), (f"{UNMINED}, alpha 0", 1))
+            contrasts.append(Contrast(f"weighting with {kind}, minus weighting with {UNMINED}", (*gain, *beyond)))
+    question = "What do mined negatives and hard batches bring, and does weighting help more, or less, with them?"
+    return Study("mining", question, variants[0].name, tuple(variants), True, tuple(contrasts))
+
+
+def _quoted(path: str | Path) -> str:
+    """A path as an override's value."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def freezing(cfg: RunConfig, ranks: int) -> Study:
@@ -242,6 +292,7 @@ STUDIES: dict[str, Callable[[RunConfig, int], Study]] = {
     "hardness": hardness,
     "hardness_modes": hardness_modes,
     "reward": reward,
+    "mining": mining,
     "freezing": freezing,
     "lora": lora,
 }

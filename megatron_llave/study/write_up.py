@@ -21,8 +21,8 @@ from megatron_llave.loss.similarities import HISTOGRAM_BINS
 from megatron_llave.report.evaluation_report import markdown_rows
 from megatron_llave.report.palette import BLUE, INK, ORANGE
 from megatron_llave.report.plots import label_axes, plot_runs, save_png
-from megatron_llave.study.findings import DIAGNOSTICS, OUTCOMES, TRAINING, Finding, Log, by_seed, comparisons
-from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST
+from megatron_llave.study.findings import DIAGNOSTICS, OUTCOMES, TRAINING, Finding, Log, by_seed, comparisons, contrasts
+from megatron_llave.study.paired import CONFIDENCE, FEWEST_FOR_TEST, Comparison
 from megatron_llave.study.variants import UNTRAINED, Study
 
 METHOD = (
@@ -58,6 +58,8 @@ def write_up(
         _section("Means over seeds", *_means(findings, variants, paper or {}), f"{PAPER} {paper_note}" if paper else "")
     )
     parts.append(_section("Against the reference", *_differences(findings, study), METHOD))
+    if study.contrasts:
+        parts.append(_section("Differences of differences", *_contrasts(findings, study)))
     parts.append(_section("Precision@1 of each evaluation set, means over seeds", *_sets(done, variants)))
     parts.append(_section("Every run", *_runs(findings)))
     if done:
@@ -106,16 +108,27 @@ def _differences(findings: Sequence[Finding], study: Study) -> tuple[list[str], 
     rows = []
     for name in OUTCOMES:
         for variant, comparison in comparisons(findings, study, name).items():
-            pair = [name, variant, study.reference_of(variant)]
-            if comparison is None:
-                rows.append([*pair, "-", "-", "-", "-", "-", "fewer than two seeds in common"])
-                continue
-            interval = f"{comparison.low:+.1f} to {comparison.high:+.1f}"
-            ups, downs = (sum(sign * x > 0 for x in comparison.differences) for sign in (1, -1))
-            values = [str(len(comparison.differences)), f"{comparison.mean:+.1f}", interval, f"{ups} up, {downs} down"]
-            rows.append([*pair, *values, f"{comparison.p_value:.3f}", comparison.verdict])
-    heads = ["mean difference", f"{CONFIDENCE:.0%} interval", "signs", "p", "verdict"]
-    return ["Precision@1", "variant", "against", "seeds", *heads], rows
+            rows.append([name, variant, study.reference_of(variant), *_compared(comparison)])
+    return ["Precision@1", "variant", "against", *COMPARED], rows
+
+
+def _contrasts(findings: Sequence[Finding], study: Study) -> tuple[list[str], list[list[str]]]:
+    found = {name: contrasts(findings, study, name) for name in OUTCOMES}
+    rows = [[name, what, *_compared(compared)] for name in found for what, compared in found[name].items()]
+    return ["Precision@1", "gain of", *COMPARED], rows
+
+
+COMPARED = ("seeds", "mean difference", f"{CONFIDENCE:.0%} interval", "signs", "p", "verdict")
+
+
+def _compared(comparison: Comparison | None) -> list[str]:
+    """The cells of COMPARED."""
+    if comparison is None:
+        return [*"-----", "fewer than two seeds in common"]
+    interval = f"{comparison.low:+.1f} to {comparison.high:+.1f}"
+    ups, downs = (sum(sign * x > 0 for x in comparison.differences) for sign in (1, -1))
+    values = [str(len(comparison.differences)), f"{comparison.mean:+.1f}", interval, f"{ups} up, {downs} down"]
+    return [*values, f"{comparison.p_value:.3f}", comparison.verdict]
 
 
 def _sets(done: Sequence[Finding], variants: Sequence[str]) -> tuple[list[str], list[list[str]]]:
