@@ -207,16 +207,16 @@ def mining(cfg: RunConfig, ranks: int) -> Study:
     folder, alpha = cfg.data.negatives, cfg.loss.alpha
     require(
         folder is not None and (Path(folder) / MANIFEST_FILE).is_file(),
-        f"study mining: set data.negatives=FOLDER/NAME to mined negatives (llave mine negatives); every such folder in "
+        f"study mining: set data.negatives=FOLDER/NAME to a local folder of llave mine negatives; every such folder in "
         f"FOLDER is a variant. It is {folder}",
     )
     require(cfg.data.order is not None, "study mining: set data.order to an order (llave mine batches)")
     require(alpha > 0, "study mining: loss.alpha=0 weights nothing; set it above 0, and each variant runs with 0 too")
-    without, ordered = ("data.negatives=null", "data.hard_negatives=0"), f"data.order={_quoted(cfg.data.order)}"
+    without, ordered = "data.negatives=null", f"data.order={_quoted(cfg.data.order)}"
     folders = sorted(path.parent for path in Path(folder).parent.glob(f"*/{MANIFEST_FILE}"))
-    kinds = {UNMINED: (*without, "data.order=null")}
+    kinds = {UNMINED: (without, "data.order=null")}
     kinds |= {f"{one.name} negatives": (f"data.negatives={_quoted(one)}", "data.order=null") for one in folders}
-    kinds |= {"hard batches": (*without, ordered)}
+    kinds |= {"hard batches": (without, ordered)}
     kinds |= {f"hard batches, {Path(folder).name} negatives": (f"data.negatives={_quoted(folder)}", ordered)}
     variants, contrasts = [], []
     for kind, overrides in kinds.items():

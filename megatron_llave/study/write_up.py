@@ -171,11 +171,13 @@ def _comparison_table(findings: Sequence[Finding], study: Study) -> tuple[list[s
     sets = list(dict.fromkeys(name for run in findings for name in run.sets))
     rows = []
     for name in (*OUTCOMES, *DIAGNOSTICS, *TRAINING, *sets):
-        for variant, comparison in comparisons(findings, study, name).items():
+        compared = {(arm, study.reference_of(arm)): one for arm, one in comparisons(findings, study, name).items()}
+        compared |= {(contrast, ""): one for contrast, one in contrasts(findings, study, name).items()}
+        for arms, comparison in compared.items():
             if comparison is not None:
                 numbers = (comparison.mean, comparison.low, comparison.high, comparison.p_value)
                 differences = " ".join(f"{x:.6g}" for x in comparison.differences)
-                rows.append([name, variant, study.reference_of(variant), *(f"{x:.6g}" for x in numbers), differences])
+                rows.append([name, *arms, *(f"{x:.6g}" for x in numbers), differences])
     return ["number", "arm", "reference", "mean difference", "low", "high", "p", "differences by seed"], rows
 
 

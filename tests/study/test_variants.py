@@ -10,12 +10,18 @@ from megatron_llave.report.paper_results import ABLATIONS
 from megatron_llave.study.variants import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
-FILES = {"freezing": "tiny_freezing.yaml", "reward": "tiny_reward.yaml", "lora": "../tiny_lora.yaml"}
+FILES = {
+    "freezing": "tiny_freezing.yaml",
+    "reward": "tiny_reward.yaml",
+    "lora": "../tiny_lora.yaml",
+    "mining": "tiny_mining.yaml",
+}
 NEEDED = {
     "negatives": ["train.micro_batch_size=16"],
     "hardness": [],
     "hardness_modes": ["data.hard_negatives=2"],
     "reward": [],
+    "mining": [],
     "freezing": [],
     "lora": [],
 }
@@ -27,6 +33,9 @@ def load(name: str, *overrides: str):
     judges.mkdir(parents=True, exist_ok=True)
     for judge in ("untrained.npy", "larger.npy", "larger.ids"):
         (judges / judge).touch()
+    for mined in ("random", "filtered"):  # likewise those of tiny_mining.yaml
+        Path("runs", "mined", mined).mkdir(parents=True, exist_ok=True)
+        Path("runs", "mined", mined, "negatives.json").touch()
     return load_config(EXAMPLES / FILES.get(name, "tiny.yaml"), [*NEEDED[name], *overrides])
 
 
@@ -144,6 +153,9 @@ def test_one_run_shows_the_weights_before_training() -> None:
         ("reward", 1, ["loss.reward=self", "loss.stored_embeddings=null"], "They are self and None"),
         ("reward", 1, ["loss.stored_embeddings=runs/judges"], "every such file in FOLDER is a variant"),
         ("reward", 1, ["loss.stored_embeddings=runs/judges/none.npy"], "none.npy does not exist"),
+        ("mining", 1, ["data.negatives=runs/mined"], "set data.negatives=FOLDER/NAME .* It is runs/mined"),
+        ("mining", 1, ["data.order=null"], "set data.order to an order"),
+        ("mining", 1, ["loss.alpha=0"], "loss.alpha=0 weights nothing"),
         ("freezing", 1, ["train.steps=0", "train.epochs=1"], "train.steps=0"),
         ("lora", 1, ["lora.rank=0"], "lora.rank=0"),
         ("lora", 1, ["optimizer.part_learning_rates.vision=1e-4"], "one rate"),
@@ -162,6 +174,34 @@ def test_each_file_of_embeddings_is_a_judge() -> None:
     assert [loss.reward for loss in losses] == ["self", "ema", "stored", "stored"]
     files = [None, None, "runs/judges/larger.npy", "runs/judges/untrained.npy"]
     assert [loss.stored_embeddings for loss in losses] == files
+
+
+def test_mining_has_each_folder_of_negatives_and_the_order_without_and_with_weighting() -> None:
+    cfg = load("mining")
+    study = STUDIES["mining"](cfg, 1)
+    settings = {
+        variant.name: (one.data.negatives, one.data.order, one.loss.alpha)
+        for variant in study.variants
+        for one in [override_config(cfg, variant.overrides)]
+    }
+    filtered, random, order = "runs/mined/filtered", "runs/mined/random", "runs/mined-order"
+    kinds = {
+        "no mining": (None, None),
+        "filtered negatives": (filtered, None),
+        "random negatives": (random, None),
+        "hard batches": (None, order),
+        "hard batches, filtered negatives": (filtered, order),
+    }
+    assert settings == {f"{kind}, alpha {alpha}": (*of, alpha) for kind, of in kinds.items() for alpha in (0, 9)}
+    assert study.reference_of("hard batches, alpha 9") == "no mining, alpha 9" and study.needs_weights
+    assert study.reference_of("no mining, alpha 9") == study.reference == "no mining, alpha 0"
+    assert {one.name: one.terms for one in study.contrasts if "random" in one.name} == {
+        "weighting with random negatives": (("random negatives, alpha 9", 1), ("random negatives, alpha 0", -1)),
+        "weighting with random negatives, minus weighting with no mining": (
+            *(("random negatives, alpha 9", 1), ("random negatives, alpha 0", -1)),
+            *(("no mining, alpha 9", -1), ("no mining, alpha 0", 1)),
+        ),
+    }
 
 
 def test_adapters_and_all_weights_are_trained_in_the_same_way() -> None:

@@ -3,14 +3,15 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_llave.config.load import load_config
 from megatron_llave.loss.similarities import HISTOGRAM_BINS
-from megatron_llave.study.findings import ALL, IND, OOD, comparisons, read_findings
-from megatron_llave.study.variants import STUDIES, plan, run_name
+from megatron_llave.study.findings import ALL, IND, OOD, comparisons, contrasts, read_findings
+from megatron_llave.study.variants import STUDIES, Contrast, plan, run_name
 from megatron_llave.study.write_up import mean_curves, write_up
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "studies" / "tiny.yaml"
@@ -97,6 +98,23 @@ def test_report_has_every_run_and_the_right_numbers(tmp_path: Path, study) -> No
     }
     for name in ("precision.png", "similarities.png", "curves.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+
+
+def test_a_contrast_is_summed_seed_by_seed(tmp_path: Path, study) -> None:
+    terms = (("alpha 9", 1), ("alpha 5", -1), ("alpha 0", -1), ("alpha 2", 1))
+    study = replace(study, contrasts=(Contrast("gain", terms), Contrast("not run", (("alpha 15", 1),))))
+    for seed, values in enumerate([(9.0, 1.0, 2.0, 0.0), (5.0, 1.0, 1.0, 0.5), (7.0, 0.0, 0.0, 0.0)]):
+        for variant, value in zip(("alpha 9", "alpha 5", "alpha 0", "alpha 2"), values):
+            if (variant, seed) != ("alpha 2", 2):
+                write_run(tmp_path, variant, seed, value, 1.0)
+    findings = read(tmp_path, study)
+    [found] = contrasts(findings, study, IND).items()
+    assert found[0] == "gain" and found[1].differences == (9.0 - 1.0 - 2.0 + 0.0, 5.0 - 1.0 - 1.0 + 0.5)
+    write_up(findings, study, tmp_path)
+    line = "| in distribution | gain | 2 | +4.8 | +3.5 to +6.0 | 2 up, 0 down | 0.500 | higher, but 2 seeds are too few"
+    assert line in (tmp_path / "report.md").read_text()
+    rows = [row for row in csv.DictReader((tmp_path / "comparisons.csv").open()) if row["arm"] == "gain"]
+    assert [row["differences by seed"] for row in rows if row["number"] == IND] == ["6 3.5"]
 
 
 def test_without_chosen_sets_means_are_over_all_held_out_ones(tmp_path: Path, study) -> None:
