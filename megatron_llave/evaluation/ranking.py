@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 CANDIDATES_PER_BLOCK = 16384
+PAIR_COST = 32
+"""How many times as much the similarity of a single pair costs as one in a matrix product, about."""
+PAIR_ELEMENTS = 2**18
+"""Elements of the rows of single pairs that are in memory at a time."""
 LOW_WORD = 2**32 - 1
 # Lower than the sort key of every similarity; its upper half has the bits of a NaN, which no similarity is.
 ABSENT = torch.iinfo(torch.int64).min
@@ -124,11 +128,9 @@ def search(
         inside = (column >= 0) & (column < len(index))
         similarity[row[inside], column[inside]] = -math.inf  # which no other similarity is (_product)
 
-    best = _best_keys(queries, candidates, k, offset, group, chunk, hide if len(of_query) else _see_nothing)
-    ordered = best >> 32  # the upper half of ABSENT is below that of every similarity
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    similarity = bits.to(torch.int32).view(torch.float32).masked_fill(best == ABSENT, -math.inf)
-    return _indices(best).masked_fill(similarity == -math.inf, -1), similarity
+    see = hide if len(of_query) else _see_nothing
+    best = _best_keys(queries, candidates, k, offset, group, chunk, see, is_screened=True)
+    return _indices(best), _similarity_of(best)
 
 
 def _see_nothing(rows: slice, similarity: Tensor, index: Tensor) -> None:
@@ -143,10 +145,12 @@ def _best_keys(
     group: dist.ProcessGroup | None,
     chunk: int,
     compare: Callable[[slice, Tensor, Tensor], None],
+    is_screened: bool = False,
 ) -> Tensor:
     """Sort keys [q, k] of the best candidates of all ranks; `compare` sees every block's similarities [chunk, n].
 
-    It may set some of them to -inf, which is below every other similarity.
+    It may set some of them to -inf, which no other similarity is: such a candidate is not found. If `is_screened`, the
+    similarities that it sees may be rounded ones (_screen); those of the keys are not.
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
@@ -156,12 +160,12 @@ def _best_keys(
         chosen = _fixed_point(queries[rows])
         for start in range(0, len(candidates), CANDIDATES_PER_BLOCK):
             block = _fixed_point(candidates[start : start + CANDIDATES_PER_BLOCK].to(queries.device))  # [n, d]
-            similarity = _product(chosen, block)  # [chunk, n]
+            similarity, error = _screen(chosen, block) if is_screened else (_product(chosen, block), 0.0)  # [chunk, n]
             index = torch.arange(len(block), device=queries.device) + offset + start  # [n]
             compare(rows, similarity, index)
-            keys = _sort_key(similarity, index)
-            if keys.shape[1] > k:  # first among themselves: joined to the others they would be copied whole
-                keys = keys.topk(k, dim=1).values
+            row, column = _near(similarity, error, best[rows])
+            exact = _at(chosen, block, row, column) if error else similarity[row, column]  # [m]
+            keys = _in_rows(row, _sort_key(exact, index[column]), len(chosen))  # [chunk, most of a query]
             best[rows] = torch.cat([best[rows], keys], dim=1).topk(k, dim=1).values
     if group is not None and group.size() > 1 and len(queries) > 0:
         gathered = [torch.empty_like(best) for _ in range(group.size())]
@@ -170,8 +174,71 @@ def _best_keys(
     return best
 
 
+def _screen(queries: Tensor, candidates: Tensor) -> tuple[Tensor, float]:
+    """Similarities [q, n] float32 of rows in fixed point, and a bound of how far they are from those of _product.
+
+    They are products in float32, in which every order of adding up is off by at most d u / (1 - d u) |x| |y| with the
+    unit roundoff u = 2^-24. Rounding the rows to float32, which changes those of other types only, the result of
+    _product, and the differences that _near computes, add less than 8 u. Where this does not hold, because lengths are
+    above sqrt(2) or not finite or products in float32 are set to a lower precision, the similarities are those of
+    _product and the bound is 0.
+    """
+    lengths = torch.stack([torch.linalg.vector_norm(rows, dim=1).amax() for rows in (queries, candidates)])
+    width = queries.shape[1]
+    if width > 2**16 or not bool((lengths <= math.sqrt(2)).all()) or not _has_full_float32():
+        return _product(queries, candidates), 0.0
+    return queries.float() @ candidates.float().T, (1.01 * width + 8) * 2**-24 * max(1.0, float(lengths.prod()))
+
+
+def _has_full_float32() -> bool:
+    """Whether products of float32 are computed in float32, not in TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's answer where settings of the newer, separate kind lower the precision
+        return False
+
+
+def _near(similarity: Tensor, error: float, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Places [m], [m] in similarity [q, n] of all candidates that can be among the k best of their queries.
+
+    The similarities may be off by `error`. `best` [q, k] are the sort keys of the best candidates before this block.
+    """
+    k = best.shape[1]
+    least = _similarity_of(best[:, -1]) - error  # [q]
+    if similarity.shape[1] > k and torch.count_nonzero(similarity >= least[:, None]) > k * len(best):
+        least = torch.maximum(least, similarity.topk(k, dim=1).values[:, -1] - 2 * error)
+    least = least.clamp(min=torch.finfo(torch.float32).min)  # -inf: left out by `compare`
+    return (similarity >= least[:, None]).nonzero(as_tuple=True)
+
+
+def _at(queries: Tensor, candidates: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Similarities [m] float32 of rows in fixed point at the places row [m], column [m] of _product."""
+    if len(row) * PAIR_COST > len(queries) * len(candidates):
+        return _product(queries, candidates)[row, column]
+    step = max(1, PAIR_ELEMENTS // queries.shape[1])
+    pairs = zip(row.split(step), column.split(step))
+    parts = [_paired(queries[some], candidates[others]) for some, others in pairs]
+    return torch.cat([*parts, queries.new_zeros(0, dtype=torch.float32)])
+
+
+def _in_rows(row: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Keys [count, most of a row] of the rows [m] not falling that keys [m] belong to; ABSENT behind the last."""
+    numbers = row.bincount(minlength=count)
+    place = torch.arange(len(row), device=row.device) - (numbers.cumsum(0) - numbers)[row]
+    table = torch.full((count, int(numbers.max())), ABSENT, dtype=torch.int64, device=row.device)
+    table[row, place] = keys
+    return table
+
+
 def _indices(keys: Tensor) -> Tensor:
     return torch.where(keys == ABSENT, -1, LOW_WORD - (keys & LOW_WORD))
+
+
+def _similarity_of(keys: Tensor) -> Tensor:
+    """The similarities, float32, that are in sort keys; -inf for ABSENT."""
+    ordered = keys >> 32  # the upper half of ABSENT is below that of every similarity
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.to(torch.int32).view(torch.float32).masked_fill(keys == ABSENT, -math.inf)
 
 
 def _fixed_point(embedding: Tensor) -> Tensor:
@@ -181,14 +248,22 @@ def _fixed_point(embedding: Tensor) -> Tensor:
     fit the 53 bits of a float64: the order in which a matrix product adds up, which differs between shapes and devices,
     no longer matters. The similarity moves by about 1e-8, less than the spacing of float32 near 1.
     """
-    return torch.round(embedding.double() * 2**26) / 2**26
+    return (embedding.double() * 2**26).round_().div_(2**26)
 
 
 def _product(queries: Tensor, candidates: Tensor) -> Tensor:
     """Similarities [q, n] float32 of rows in fixed point."""
-    similarity = (queries @ candidates.T).float()
-    # A broken embedding ranks behind every other; adding 0 turns -0 into 0, which equals it but has other bits.
-    return similarity.nan_to_num(nan=torch.finfo(torch.float32).min) + 0.0
+    return _comparable((queries @ candidates.T).float())
+
+
+def _paired(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Similarities [n] float32 of each row of queries [n, d] with that row of candidates [n, d], in fixed point."""
+    return _comparable((queries * candidates).sum(1).float())
+
+
+def _comparable(similarity: Tensor) -> Tensor:
+    """Rank a broken embedding behind every other one, and turn -0 into 0, which equals it but has other bits."""
+    return similarity.nan_to_num_(nan=torch.finfo(torch.float32).min).add_(0.0)
 
 
 def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -198,12 +273,11 @@ def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
 
 def paired_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
     """Similarities [n] float32 of each row of queries [n, d] with that row of candidates [n, d], with the same bits."""
-    similarity = (_fixed_point(queries) * _fixed_point(candidates)).sum(1).float()
-    return similarity.nan_to_num(nan=torch.finfo(torch.float32).min) + 0.0
+    return _paired(_fixed_point(queries), _fixed_point(candidates))
 
 
 def _sort_key(similarity: Tensor, index: Tensor) -> Tensor:
-    """Keys [q, n] int64, all different: larger for a larger similarity [q, n], then for a smaller index [n]."""
+    """Keys [m] int64: larger for a larger similarity [m] float32, then for a smaller index [m]."""
     bits = similarity.view(torch.int32).long()
     # The bits of a float rise with its size; of a negative one they must fall.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -74,6 +74,72 @@ def test_search_leaves_out_what_a_query_does_not_have(chunk, block, monkeypatch)
     )
 
 
+def near_ties(c: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates at about the same distance of the first query, far closer than float32 adds up; zeros and repeats."""
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.nn.functional.normalize(torch.randn(9, d, generator=generator), dim=1)
+    queries[1] = 0
+    queries[2] = 1 / math.sqrt(d)  # rounding errors of sums without a change of sign are the largest ones
+    rows = queries[0] + 1e-7 * torch.randn(c, d, generator=generator)
+    rows[c // 3 :] = torch.rand(c - c // 3, d, generator=generator) + 5
+    candidates = torch.nn.functional.normalize(rows, dim=1)
+    candidates[::7], candidates[5::11] = candidates[0].clone(), 0
+    return queries, candidates
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "float64", "long", "broken"])
+@pytest.mark.parametrize(("chunk", "block"), [(1024, 16384), (4, 100)])
+def test_search_with_products_in_float32_changes_no_bit(form, chunk, block, monkeypatch):
+    monkeypatch.setattr(ranking, "CANDIDATES_PER_BLOCK", block)
+    errors, screen = [], ranking._screen
+    monkeypatch.setattr(ranking, "_screen", lambda *rows: errors.append(screen(*rows)) or errors[-1])
+    queries, candidates = near_ties(480, 500)
+    if form in ("bfloat16", "float64"):
+        queries, candidates = (rows.to(getattr(torch, form)) for rows in (queries, candidates))
+    if form == "float64":
+        candidates += 1e-9
+    if form == "long":
+        candidates[:150] *= 3
+    if form == "broken":
+        candidates[40], candidates[150, 3], candidates[151, 3] = math.nan, math.inf, -math.inf
+    hidden = torch.rand(9, 480, generator=torch.Generator().manual_seed(1)) < 0.1
+    hidden[4, :470], hidden[5] = True, False
+    exact = ranking_similarities(queries, candidates).masked_fill(hidden, -math.inf)
+    for k in (1, 30):
+        index, similarity = search(queries, candidates, k, chunk=chunk, left_out=tuple(hidden.nonzero().T))
+        order = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
+        expected = exact.gather(1, order)
+        assert torch.equal(similarity, expected)
+        assert torch.equal(index, order.masked_fill(expected == -math.inf, -1))
+    is_screened = [error > 0 for _, error in errors]
+    assert any(is_screened) == (form not in ("long", "broken") or block == 100)
+    assert all(is_screened) == (form not in ("long", "broken"))
+
+
+@pytest.mark.parametrize("length", [1.0, 1.41, 1e-3])
+@pytest.mark.parametrize("width", [1, 24, 3584])
+def test_products_in_float32_are_within_their_bound(length, width):
+    queries, candidates = near_ties(300, width)
+    rows = [ranking._fixed_point(part * length) for part in (queries, candidates)]
+    similarity, error = ranking._screen(*rows)
+    assert 0 < error < 1e-3
+    assert (similarity.double() - ranking._product(*rows).double()).abs().max() <= error
+
+
+def test_products_in_lower_precision_are_not_used(monkeypatch):
+    rows = [ranking._fixed_point(part) for part in near_ties(30, 24)]
+    assert ranking._screen(*rows)[1] > 0
+    for precision in ("high", "medium"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert ranking._screen(*rows)[1] == 0 and torch.equal(ranking._screen(*rows)[0], ranking._product(*rows))
+
+    def mixed() -> str:
+        raise RuntimeError("a mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert ranking._screen(*rows)[1] == 0
+
+
 def test_paired_similarities_have_the_bits_of_the_ranking():
     queries, candidates, _ = random_case(20, 20, 24, 20)
     assert torch.equal(paired_similarities(queries, candidates), ranking_similarities(queries, candidates).diagonal())
@@ -107,11 +173,12 @@ def test_chunks_and_blocks_change_no_bit(chunk, block, monkeypatch):
 
 def test_no_more_than_chunk_queries_meet_the_candidates_at_a_time(monkeypatch):
     seen = []
-    original = ranking._sort_key
-    monkeypatch.setattr(ranking, "_sort_key", lambda s, i: seen.append(tuple(s.shape)) or original(s, i))
+    original = ranking._near
+    monkeypatch.setattr(ranking, "_near", lambda s, *rest: seen.append(tuple(s.shape)) or original(s, *rest))
     queries, candidates, positives = random_case(10, 30, 8, 30)
     rank_candidates(queries, candidates, positives, 2, chunk=4)
-    assert seen == [(4, 30), (4, 30), (2, 30)]
+    search(queries, candidates, 2, chunk=4)
+    assert seen == [(4, 30), (4, 30), (2, 30)] * 2
 
 
 def test_offset_shifts_the_indices():
