@@ -82,7 +82,7 @@ def test_help_version_and_mistyped_words(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, "train", "--help")
     assert "usage: llave train [-h] --config" in capsys.readouterr().out
-    monkeypatch.setenv("LOCAL_RANK", "1")  # of evaluate, whose options need torch, the ranks say what is wrong
+    monkeypatch.setenv("LOCAL_RANK", "1")  # where torchrun starts a command, the ranks say what is wrong
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
     for argv in (["--help"], ["--nonsense"]):
         with pytest.raises(SystemExit):
@@ -251,7 +251,7 @@ def test_processes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch, started_
     build = ["search", "build", "--checkpoint", "c", "--pictures", "p", "--out", "i", "--procs", "4"]
     assert run(monkeypatch, *build) == 7 and started_with.pop() == (4, [str(start.RANK), *build])
     monkeypatch.setenv("NNODES", "2")
-    assert run(monkeypatch, "evaluate", "prepared") == 7 and started_with.pop()[0] == 1
+    assert run(monkeypatch, "evaluate", "prepared", "--checkpoint", "c", "--data", "d") == 7 and started_with.pop()[0] == 1
 
 
 @pytest.mark.parametrize("words", [["--text", "t"], ["--jsonl", "f", "--procs", "1"]])

@@ -1,14 +1,6 @@
-"""Evaluate a checkpoint on a benchmark: tables, figures, and one HTML report.
+"""Evaluate a checkpoint on a benchmark; `llave evaluate --help` explains the commands.
 
-llave evaluate prepared --checkpoint runs/tiny --data DIR [parallel.tensor=2 ...]
-llave evaluate mmeb --checkpoint CKPT --data MMEB-eval --images IMAGES --out runs/mmeb
-llave evaluate retrieval --checkpoint CKPT --queries Q.jsonl --corpus C.jsonl \\
-    --judgements QRELS --out runs/mine
-llave evaluate video --checkpoint CKPT --manifest MSRVTT_JSFUSION_test.csv \\
-    --videos VIDEOS --out runs/msrvtt
-llave evaluate mteb --checkpoint CKPT --benchmark "MIEB(lite)" --out runs/mieb
-
-CKPT is a checkpoint, a run's output directory or a Hugging Face folder. Each command has its own --help.
+megatron_llave/options/evaluate.py has their options.
 """
 
 import argparse
@@ -19,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
@@ -30,80 +22,32 @@ from megatron_llave.distributed import cpu_emulation, process_groups
 from megatron_llave.distributed.launcher import require_one_run
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.embedding.embedder import embed_parts, load_model
-from megatron_llave.errors import DataError, OneLineParser, exit_with_one_line, require
+from megatron_llave.errors import DataError, exit_with_one_line, require
 from megatron_llave.evaluation.before_training import INITIAL, initial_model, read_scores, with_scores
 from megatron_llave.evaluation.benchmark import BENCHMARKS, Benchmark
 from megatron_llave.evaluation.evaluate import Evaluated, evaluate_tasks
-from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import Task
 from megatron_llave.hub import is_name
 from megatron_llave.launch import procs
 from megatron_llave.locks import lock_folder
+from megatron_llave.options import evaluate as options
 from megatron_llave.report.evaluation_report import print_table, write_report
 from megatron_llave.report.provenance import describe_evaluation
 from megatron_llave.report.retrieval_report import write_retrieval_report
 from megatron_llave.report.table_report import write_table_report
 from megatron_llave.training.logger import LOG_FILE, quiet_dependencies, read_log
 
-BEFORE = (
-    "Precision@1 before training, shown beside that of the checkpoint: the report.json of an earlier evaluation of the "
-    "weights that the training started from; or, where embeddings are not kept, `initial`, which evaluates those "
-    "weights now (checkpoint.init, or the random weights of train.seed)"
-)
-
-
-class Commands(OneLineParser):
-    """The parser of the first argument. If it is not a command, the error message lists the commands in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2."""
-        self.exit(2, f"error: the first argument must be a command: {', '.join(BENCHMARKS)}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = Commands(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for benchmark in BENCHMARKS.values():
-        add_command(commands, benchmark)
-    return parser
-
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run the command."""
-    args, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = options.parse(argv, [benchmark.command for benchmark in BENCHMARKS.values()])
     with exit_with_one_line():
         procs.require_as_started(args.procs)
         quiet_dependencies()
         cpu_emulation.enable()
         with held_output(args):
-            evaluate(args.benchmark, args)
+            evaluate(BENCHMARKS[args.benchmark], args)
         process_groups.destroy_distributed()
-
-
-def add_command(commands: argparse._SubParsersAction, benchmark: Benchmark) -> None:
-    """Add a benchmark's command: its own options, and those that all commands take."""
-    parser = commands.add_parser(benchmark.name, help=benchmark.about, description=benchmark.about)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="a checkpoint, a run's output directory, a Hugging Face folder, or the name of a model on the hub",
-    )
-    benchmark.add_options(parser)
-    if benchmark.is_kept:
-        parser.add_argument("--out", required=True, help="folder for embeddings and results; the same command resumes")
-    else:
-        parser.add_argument("--out", help="folder of the report; default: CKPT/evaluation, or CKPT/evaluation-average")
-    if benchmark.read_tasks is not None:
-        rules = " ".join(f"{name}: {rule}" for name, rule in TIES.items())
-        parser.add_argument("--before", metavar="REPORT|initial", help=BEFORE)
-        parser.add_argument("--ties", choices=TIES, default=benchmark.ties, help=f"{rules} Default: {benchmark.ties}")
-    procs.add_option(parser)
-    parser.add_argument("--average", action="store_true", help="the averaged weights of a run with loss.reward=ema")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, such as parallel.tensor=2")
-    parser.set_defaults(benchmark=benchmark, parser=parser)
 
 
 @contextmanager

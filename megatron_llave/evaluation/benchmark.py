@@ -13,6 +13,7 @@ from megatron_llave.batch import Side
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.evaluation.task import Task
+from megatron_llave.options.evaluate import Command
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,20 @@ class Benchmark:
     """For a benchmark that ranks with Precision@1."""
     read_evaluation: Callable[[argparse.Namespace], Evaluate] | None = None
     """For a benchmark with other scores."""
-    ties: str = "strict"
-    """Default tie rule, a key of scoring.TIES; only with `read_tasks`."""
+    ties: str | None = "strict"
+    """Default tie rule, a key of options.evaluate.TIES; only with `read_tasks`."""
     is_kept: bool = True
     """Whether embeddings and results stay in --out, which must then be given and lets the same command resume."""
     overrides: Callable[[argparse.Namespace], list[str]] = lambda args: []
     """Configuration that the benchmark needs, as section.key=value; the user's overrides win over it."""
     published: Callable[[RunConfig], Mapping[str, float] | None] = lambda cfg: None
     """Published means for a model of this configuration, to show beside the results; None where there are none."""
+
+    @property
+    def command(self) -> Command:
+        """What the command line has of it."""
+        ties = self.ties if self.read_tasks is not None else None
+        return Command(self.name, self.about, self.add_options, ties, self.is_kept)
 
 
 BENCHMARKS: dict[str, Benchmark] = {}
@@ -94,8 +101,3 @@ def register_benchmark(benchmark: Benchmark) -> None:
     if (benchmark.read_tasks is None) == (benchmark.read_evaluation is None):
         raise ValueError(f"benchmark {benchmark.name!r} must have either read_tasks or read_evaluation")
     BENCHMARKS[benchmark.name] = benchmark
-
-
-def comma_list(text: str) -> list[str]:
-    """Values of an option that takes several, separated by commas."""
-    return [value for value in text.split(",") if value]

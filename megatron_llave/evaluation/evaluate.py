@@ -60,7 +60,7 @@ def evaluate_tasks(embedder: CachedEmbedder, tasks: Sequence[Task], ties: str) -
     Args:
         embedder: embeds the inputs; its folder, if it has one, keeps the results too. All ranks share the scoring.
         tasks: tasks with different names; inputs with the same name are the same inputs.
-        ties: tie rule, see scoring.TIES.
+        ties: tie rule, a key of options.evaluate.TIES.
 
     Raises:
         DataError: an image is missing or damaged, the folder is of another model, or the disk is full.

@@ -18,12 +18,6 @@ from megatron_llave.evaluation.ranking import Ranking, alignment, hub_share, ran
 from megatron_llave.evaluation.task import SetResult, Task
 from megatron_llave.loss.similarities import mean_margin, order_auc, overlap_coefficient
 
-TIES = {
-    "first": "A query whose right candidate is exactly as similar as the best wrong one counts as right, "
-    "as in the official MMEB evaluation.",
-    "strict": "A query whose right candidate is exactly as similar as the best wrong one counts as wrong.",
-}
-"""The tie rules, and what each one does."""
 TOP_K = 5
 """Number of candidates per query that a result keeps."""
 SAMPLE = 2000

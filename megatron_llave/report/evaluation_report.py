@@ -18,10 +18,10 @@ from rich.table import Table
 
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import SetResult
 from megatron_llave.files import write_json, write_text
 from megatron_llave.loss.similarities import HISTOGRAM_BINS, cosine_counts
+from megatron_llave.options.evaluate import TIES
 from megatron_llave.report.html_page import Section, html_page
 from megatron_llave.report.montage import draw_montage
 from megatron_llave.report.palette import BLUE, GREEN, GREY, ORANGE, RED

@@ -16,8 +16,9 @@ from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.evaluation import benchmark
 from megatron_llave.evaluation.benchmark import Benchmark, register_benchmark
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
-from megatron_llave.evaluation.scoring import TIES, score_task
+from megatron_llave.evaluation.scoring import score_task
 from megatron_llave.evaluation.task import Task, build_task
+from megatron_llave.options.evaluate import COMMANDS, TIES
 
 TRAINING_IMPORTS = """
 import sys
@@ -47,6 +48,10 @@ def animals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "BENCHMARKS", registered := dict(benchmark.BENCHMARKS))
     monkeypatch.setattr(evaluate, "BENCHMARKS", registered)
     register_benchmark(ANIMALS)
+
+
+def test_the_command_line_has_every_benchmark() -> None:
+    assert [one.command for one in benchmark.BENCHMARKS.values()] == list(COMMANDS)
 
 
 def test_a_benchmark_from_outside_is_evaluated_by_the_tool(animals, groups, tmp_path, monkeypatch, capsys):

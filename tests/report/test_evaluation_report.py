@@ -15,9 +15,9 @@ from PIL import Image, ImageFont
 
 from megatron_llave.batch import Side
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.scoring import TIES
 from megatron_llave.evaluation.task import SetResult
 from megatron_llave.loss.similarities import overlap_coefficient
+from megatron_llave.options.evaluate import TIES
 from megatron_llave.report import evaluation_report, montage, plots
 
 GREEN, RED = (0, 158, 115), (213, 94, 0)

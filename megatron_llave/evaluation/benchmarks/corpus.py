@@ -23,10 +23,11 @@ from megatron_llave.embedding.cache import CachedEmbedder, EmbeddingCache
 from megatron_llave.embedding.inputs import Inputs
 from megatron_llave.embedding.jsonl import read_inputs
 from megatron_llave.errors import DataError
-from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, comma_list
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX, chance_scores, parse_depths, score_ranking
 from megatron_llave.evaluation.ranking import search
 from megatron_llave.files import atomic_write, read_lines, write_json
+from megatron_llave.options import evaluate as options
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 RANKING_FILE, SCORES_FILE = "ranking.trec", "scores.json"
@@ -246,23 +247,6 @@ def _same_inputs(data: RetrievalData, same_id: str) -> list[str]:
     return lines
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--queries", required=True, help="JSONL of {id, text, image}, as llave embed takes (docs/data.md)"
-    )
-    parser.add_argument("--corpus", required=True, help="JSONL of the candidates, likewise")
-    default = "default: a candidate with the id of the query (by default the number of its line) is right"
-    parser.add_argument("--judgements", help=f"TREC qrels (query 0 candidate grade) or BEIR's table; {default}")
-    parser.add_argument(
-        "--same-id",
-        choices=("leave_out", "keep"),
-        default="leave_out",
-        help="a query that is in the corpus itself, under the same id: leave_out (default) takes it out of its own "
-        "ranking, unless it is judged relevant to itself; keep ranks it",
-    )
-    parser.add_argument("--k", type=comma_list, default="1,5,10", help="depths of recall@k and ndcg@k; default: 1,5,10")
-
-
 def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     depths, data = parse_depths(args.k), read_retrieval(args.queries, args.corpus, args.judgements)
 
@@ -293,8 +277,6 @@ def _examples(data: RetrievalData, ranking: dict[str, list[str]]) -> list[tuple[
 
 
 BENCHMARK = Benchmark(
-    name="retrieval",
-    about="your own queries, corpus and relevance judgements",
-    add_options=_add_options,
+    **vars(options.RETRIEVAL),
     read_evaluation=_read_evaluation,
 )

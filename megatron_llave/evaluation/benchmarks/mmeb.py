@@ -18,8 +18,9 @@ from megatron_llave.config.presets import PRESETS
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.inputs import Input
 from megatron_llave.errors import ConfigError, DataError
-from megatron_llave.evaluation.benchmark import Benchmark, comma_list
+from megatron_llave.evaluation.benchmark import Benchmark
 from megatron_llave.evaluation.task import Task, build_task
+from megatron_llave.options import evaluate as options
 
 META_TASKS = {
     ("classification", "ind"): ("ImageNet-1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"),
@@ -152,24 +153,13 @@ def published_means(cfg: RunConfig) -> Mapping[str, float] | None:
     return None
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder with <data set>/test-00000-of-00001.parquet")
-    parser.add_argument("--images", help="folder that the image paths are relative to; default: that of --data")
-    parser.add_argument(
-        "--subsets", type=comma_list, metavar="SET,...", help=f"some of {', '.join(SETS)}; default: all"
-    )
-
-
 def _read_tasks(args: argparse.Namespace) -> list[Task]:
     names = choose_sets(args.data, args.subsets)
     return [read_task(args.data, args.images or args.data, name) for name in names]
 
 
 BENCHMARK = Benchmark(
-    name="mmeb",
-    about="the 36 data sets of MMEB, scored as the official evaluation does",
-    add_options=_add_options,
+    **vars(options.MMEB),
     read_tasks=_read_tasks,
-    ties="first",
     published=published_means,
 )

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
 from megatron_llave.errors import DataError, UserError, one_line, require
-from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, ScoreTable, comma_list
+from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, ScoreTable
 from megatron_llave.evaluation.mteb_encoder import DistributedEncoder, build_encoder
 from megatron_llave.evaluation.mteb_instructions import (
     Instructions,
@@ -41,6 +41,8 @@ from megatron_llave.evaluation.mteb_instructions import (
 )
 from megatron_llave.files import write_text
 from megatron_llave.hub import is_name, local_folder
+from megatron_llave.options import evaluate as options
+from megatron_llave.options.evaluate import comma_list
 from megatron_llave.planning.plan import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -305,18 +307,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"sklearn|scipy|mteb")
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of mteb's tasks, such as CIFAR10")
-    parser.add_argument(
-        "--benchmark", dest="suite", metavar="NAME", help='or a benchmark of mteb, such as "MIEB(lite)"'
-    )
-    parser.add_argument("--languages", type=comma_list, default="", help="with --tasks: subsets in these, such as eng")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="JSON of instructions (docs/evaluation.md); default: the tasks'"
-    )
-    parser.add_argument("--keep-going", action="store_true", help="go on with the other tasks when one fails")
-
-
 def _overrides(args: argparse.Namespace) -> list[str]:
     """The overrides behind --tasks, which takes all words up to the next option."""
     return [word for word in args.tasks if "=" in word]
@@ -350,9 +340,7 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
 
 
 BENCHMARK = Benchmark(
-    name="mteb",
-    about="tasks and benchmarks of the package mteb: MTEB, MIEB, ViDoRe, ...",
-    add_options=_add_options,
+    **vars(options.MTEB),
     read_evaluation=_read_evaluation,
     overrides=_overrides,
 )

@@ -4,7 +4,6 @@ The folder's `eval/` holds each different input once in WebDataset tars, `inputs
 `KEY.0.png`), and `sets.json`, whose sets refer to the inputs by key.
 """
 
-import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmark import Benchmark
 from megatron_llave.evaluation.task import Task
 from megatron_llave.files import VERSION, read_json, write_json
+from megatron_llave.options import evaluate as options
 
 FORMAT = "megatron_llave evaluation"
 FOLDER = "eval"
@@ -215,15 +215,8 @@ def _check_sets(path: Path, inputs: dict[str, Side], sets: list[EvaluationSet]) 
                 raise DataError(f"{where}: positive {positive} of query {number} is out of range; {limit}")
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder that llave prepare made, with its eval/")
-
-
 BENCHMARK = Benchmark(
-    name="prepared",
-    about="sets of a folder that llave prepare made",
-    add_options=_add_options,
+    **vars(options.PREPARED),
     read_tasks=lambda args: read_tasks(args.data),
-    is_kept=False,
     overrides=lambda args: [f"data.path={args.data}"],
 )

@@ -24,9 +24,9 @@ from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation
 from megatron_llave.evaluation.metrics import TIES_BY_INDEX, ranks_of_right, summarise_ranks
 from megatron_llave.files import MAX_JSON_BYTES, parse_json, read_bytes, write_json
+from megatron_llave.options import evaluate as options
+from megatron_llave.options.evaluate import VIDEO_FORMATS
 
-FORMATS = {".jsonl": "manifest", ".csv": "msrvtt-csv", ".json": "msrvtt-json", ".txt": "msvd"}
-"""Suffix of an annotation file -> its format."""
 SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 TEXT_PROMPT = "Find me an video that matches the given caption: {}"
 VIDEO_PROMPT = "<image>\nRepresent the given video."
@@ -52,7 +52,7 @@ def read_videos(
     Args:
         path: the annotation file.
         folder: folder of the video files; videos that the annotations name by id alone are looked for there.
-        file_format: a value of FORMATS; None: by the file's suffix.
+        file_format: a value of VIDEO_FORMATS; None: by the file's suffix.
         chosen: file with the id of one video per line; None: all videos.
 
     Raises:
@@ -60,10 +60,10 @@ def read_videos(
         DataError: a file is unreadable or malformed, a video has no caption, or an id is not unique; names the line.
     """
     path = Path(path)
-    file_format = file_format or FORMATS.get(path.suffix)
-    if file_format not in FORMATS.values():
-        names = " | ".join(FORMATS.values())
-        raise ConfigError(f"{path}: annotations end in {', '.join(FORMATS)}; or give --format {names}")
+    file_format = file_format or VIDEO_FORMATS.get(path.suffix)
+    if file_format not in VIDEO_FORMATS.values():
+        names = " | ".join(VIDEO_FORMATS.values())
+        raise ConfigError(f"{path}: annotations end in {', '.join(VIDEO_FORMATS)}; or give --format {names}")
     wanted = None if chosen is None else set(_read(Path(chosen)).split())
     readers = {"manifest": _manifest, "msrvtt-csv": _msrvtt_csv, "msrvtt-json": _msrvtt_json, "msvd": _msvd}
     videos = [video for video in readers[file_format](path, Path(folder)) if wanted is None or video.id in wanted]
@@ -196,13 +196,6 @@ def evaluate_videos(
     return scores
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", required=True, help="annotations: your own .jsonl, or as MSR-VTT and MSVD come")
-    parser.add_argument("--videos", help="folder of the video files; default: that of --manifest")
-    parser.add_argument("--format", choices=FORMATS.values(), help="format of --manifest; default: by its suffix")
-    parser.add_argument("--list", help="file with the ids of the videos to take, such as MSVD's test_list.txt")
-
-
 def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     folder = args.videos or Path(args.manifest).parent
     videos = read_videos(args.manifest, folder, args.format, args.list)
@@ -220,9 +213,7 @@ def _read_evaluation(args: argparse.Namespace) -> Evaluate:
 
 
 BENCHMARK = Benchmark(
-    name="video",
-    about="zero-shot text-video retrieval: MSR-VTT, MSVD, or your own",
-    add_options=_add_options,
+    **vars(options.VIDEO),
     read_evaluation=_read_evaluation,
     # 32 frames are up to 6720 tokens: the official evaluation of videos raises the limit too.
     overrides=lambda args: ["data.max_length=8192"],
