@@ -1,8 +1,8 @@
 """The console command: `llave COMMAND ...`, or `python -m megatron_llave COMMAND ...`.
 
-Only the command that is asked for is imported, and only its options for help, a wrong argument and completion, where
-megatron_llave/options/ has them (all but prepare and evaluate): these need no second. The ranks that `llave evaluate
---procs 8` starts run it again, with the variables of torchrun.
+Only the command that is asked for is imported, and only its options, in megatron_llave/options/, for help, a wrong
+argument and completion: these need no second. The ranks that `llave evaluate --procs 8` starts run it again, with the
+variables of torchrun.
 """
 
 import argparse

@@ -14,57 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_llave.commands.mined_tables import inspect_mined
-from megatron_llave.commands.prepare_sources import add_sources
+from megatron_llave.commands.prepare_sources import SOURCES
 from megatron_llave.commands.prepare_tables import inspection_notes, inspection_tables, print_noticed
 from megatron_llave.commands.progress import progress_bar
-from megatron_llave.config.presets import PRESETS
-from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.index import INDEX_FILE
 from megatron_llave.data.order import ORDER_FILE
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import ConfigError, exit_with_one_line
+from megatron_llave.options import prepare as options
 from megatron_llave.prepare import audit, mined_audit
 from megatron_llave.prepare.openmoji import clips
 from megatron_llave.prepare.shard_jobs import check_arguments
-from megatron_llave.prepare.tokenizer import TRAINED_FILE, VOCABULARY, texts_of, write_trained
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; `run` of what it parses is the function of the command."""
-    parser = OneLineParser(description="Make training shards, inspect them, and verify them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_sources(commands)
-    _add_tokenizer(commands)
-    clips = commands.add_parser("clips", help="short videos of moving emoji, for llave evaluate video")
-    clips.add_argument("--out", required=True, metavar="DIR", help="output directory")
-    clips.add_argument("--count", type=int, default=60, metavar="N", help="number of videos (60)")
-    clips.add_argument("--overwrite", action="store_true", help="replace a finished output directory")
-    clips.set_defaults(run=run_clips)
-    look = commands.add_parser("inspect", help="print what a folder of shards, mined negatives or a mined order holds")
-    look.add_argument("directory", metavar="DIR")
-    look.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json or .model; with --preset, counts tokens")
-    look.add_argument("--preset", choices=tuple(PRESETS), help="model whose tokens per image are counted")
-    look.set_defaults(run=run_inspect)
-    what = "check a folder of shards, mined negatives or a mined order, each byte of it; status 1 if any is bad"
-    check = commands.add_parser("verify", help=what)
-    check.add_argument("directory", metavar="DIR")
-    shards = "local folder of the shards that mined negatives or an order are of, whose pairs are compared with them"
-    check.add_argument("--data", metavar="SHARDS", help=shards)
-    check.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger images are problems ({MAX_PIXELS})"
-    )
-    check.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
-    check.set_defaults(run=run_verify)
-    return parser
-
-
-def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
-    train = commands.add_parser("tokenizer", help="train a tokenizer on the texts of a folder of shards, or of a file")
-    train.add_argument("--source", required=True, metavar="PATH", help="folder of shards, or file with a text per line")
-    train.add_argument("--out", metavar="FILE", help="SentencePiece model to write (tokenizer.model in the folder)")
-    size = f"largest number of pieces; that of the model is model.language.vocab_size ({VOCABULARY})"
-    train.add_argument("--vocabulary", type=int, default=VOCABULARY, metavar="N", help=size)
-    train.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    train.set_defaults(run=run_tokenizer)
+from megatron_llave.prepare.tokenizer import TRAINED_FILE, texts_of, write_trained
 
 
 def run_tokenizer(given: argparse.Namespace) -> int:
@@ -138,10 +98,20 @@ def run_verify(given: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+RUN = {
+    **SOURCES,
+    "tokenizer": run_tokenizer,
+    "clips": run_clips,
+    "inspect": run_inspect,
+    "verify": run_verify,
+}
+"""The function of each command, which takes the parsed command line and returns the exit status."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. `verify` ends the process with status 1 if it finds a problem."""
     with exit_with_one_line():
-        given = build_parser().parse_args(argv)
-        status = given.run(given)
+        given = options.parse(argv)
+        status = RUN[given.command](given)
     if status:
         sys.exit(status)

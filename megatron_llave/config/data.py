@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from megatron_llave.config.loss import OBJECTIVES, is_margin
 from megatron_llave.errors import at_least, one_of, require
 
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
 VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")
 PROMPTS = ("qwen", "plain", "vlm2vec_v2", "gme", "qwen3_vl_embedding")

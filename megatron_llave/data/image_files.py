@@ -18,7 +18,7 @@ from megatron_llave.config.data import IMAGE_CORRECTIONS, DataConfig
 from megatron_llave.config.schema import EARLIER
 from megatron_llave.errors import DataError
 
-MAX_PIXELS = 89_000_000
+MAX_PIXELS = DataConfig.max_image_pixels
 """The largest width * height that is decoded by default; docs/data.md says how much memory that takes."""
 MAX_SIDE = 1_000_000
 """The longest side that is decoded, pixels. Resizing takes 32 bytes per pixel of a side for its coefficients."""

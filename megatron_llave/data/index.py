@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llave.config.data import META_TASKS
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import DataError
 from megatron_llave.files import AGAIN, VERSION, read_json, write_json
 from megatron_llave.locks import lock_folder
 
 FORMAT = "megatron_llave pairs"
-META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 INDEX_FILE = "index.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 """Names of shards: plain, so that an index cannot name files elsewhere, and short enough for every file system."""

@@ -15,6 +15,7 @@ from megatron_llave.data.image_files import IMAGE_SUFFIXES
 from megatron_llave.data.items import read_jsonl
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.errors import ConfigError, DataError
+from megatron_llave.options.prepare import CAPTION_COLUMNS
 from megatron_llave.prepare.held_out import CAPTIONS
 from megatron_llave.prepare.jsonl import default_key
 from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
@@ -25,8 +26,6 @@ from megatron_llave.prepare.tables import read_csv, text_lines
 
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv")
 """Files that can hold the captions of a folder; the first one that is there is read."""
-COLUMNS = (("filepath", "title"), ("file_name", "text"), ("image", "caption"))
-"""Names of the columns of image paths and captions: those of open_clip, of Hugging Face's imagefolder, and plain."""
 SOURCES = ("auto", "names", "classes")
 """Where the captions of a folder are: in files, in the names of the images, or in those of the folders they are in."""
 CLASSES = "classes"
@@ -113,7 +112,7 @@ def prepare_csv(
     Args:
         files: the files, each with a first line of names; image paths are relative to the folder of their file.
         directory: output directory; it is made when missing.
-        columns: names of the column of image paths and of that of captions; empty: one of COLUMNS.
+        columns: names of the column of image paths and of that of captions; empty: one of CAPTION_COLUMNS.
         options: what else the user chooses.
         progress: called after each step.
 
@@ -222,9 +221,9 @@ def read_captions(file: Path, column: str | None = None) -> Iterator[Caption]:
 
 
 def _image_column(file: Path) -> str:
-    """Return the column of image paths of a table whose column of captions has another name than those of COLUMNS."""
+    """Return the column of image paths of a table with another column of captions than those of CAPTION_COLUMNS."""
     names = read_csv(file)[0]
-    return next((image for image, _ in COLUMNS if image in names), COLUMNS[1][0])
+    return next((image for image, _ in CAPTION_COLUMNS if image in names), CAPTION_COLUMNS[1][0])
 
 
 def _read_metadata(file: Path, column: str | None) -> Iterator[Caption]:
@@ -246,7 +245,7 @@ def _read_lines(file: Path) -> Iterator[Caption]:
         image, separator, caption = line.strip("\r\n").partition("\t" if "\t" in line else ",")
         if not separator or not image.strip():
             raise DataError(f"{file}:{number}: needs a file name, a tab or a comma, and a caption")
-        if number == 1 and (image.strip().lower(), caption.strip().lower()) in COLUMNS:
+        if number == 1 and (image.strip().lower(), caption.strip().lower()) in CAPTION_COLUMNS:
             continue
         yield image.strip(), caption.strip(), f"{file}:{number}"
 
@@ -256,19 +255,19 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Caption]:
 
     Args:
         file: the file.
-        columns: names of the column of image paths and of that of captions; empty: one of COLUMNS.
+        columns: names of the column of image paths and of that of captions; empty: one of CAPTION_COLUMNS.
 
     Raises:
         DataError: a column is missing, or a line is malformed; the message has FILE:LINE.
     """
     names, rows = read_csv(file)
-    chosen = [columns] if columns else [pair for pair in COLUMNS if set(pair) <= set(names)]
+    chosen = [columns] if columns else [pair for pair in CAPTION_COLUMNS if set(pair) <= set(names)]
     shown = ", ".join(names)[:200]
     if len(chosen) > 1:
         hint = "name one pair by --columns IMAGE CAPTION"
         raise DataError(f"{file}:1: image and caption are in several columns of {shown!r}; {hint}")
     if not chosen or not set(chosen[0]) <= set(names):
-        needed = " and ".join(columns) or " or ".join(" and ".join(pair) for pair in COLUMNS)
+        needed = " and ".join(columns) or " or ".join(" and ".join(pair) for pair in CAPTION_COLUMNS)
         hint = "" if columns else "; --columns IMAGE CAPTION names others"
         raise DataError(f"{file}:1: the columns are {shown!r}, but it needs {needed}{hint}")
     place, caption_place = (names.index(name) for name in chosen[0])

@@ -14,11 +14,12 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.data.index import META_TASKS
+from megatron_llave.config.data import META_TASKS
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.data.shards import SCORE_RANGE, is_score
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError, one_of
+from megatron_llave.options.prepare import ROLES
 from megatron_llave.prepare import tables
 from megatron_llave.prepare.jsonl import LONGEST_SUBSET, default_key
 from megatron_llave.prepare.own_pairs import Options, write_own_pairs
@@ -27,9 +28,6 @@ from megatron_llave.prepare.source_sides import SourceSide
 from megatron_llave.prepare.stored_images import StoredImage, TableCell
 from megatron_llave.prepare.tables import BOTH, IMAGE, IMAGES, NUMBER, NUMBERS, TEXT, TEXTS, Table
 
-SIDES = ("query", "target", "negative")
-ROLES = (*SIDES, *(f"{side}_image" for side in SIDES), "score")
-"""What a column can be; those that end in _image hold paths of images, or images."""
 KNOWN = {
     "query": ("anchor", "query", "question", "sentence1"),
     "target": ("positive", "positives", "pos", "target", "answer", "sentence2"),

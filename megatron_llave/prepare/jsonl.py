@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.data.index import META_TASKS
+from megatron_llave.config.data import META_TASKS
 from megatron_llave.data.items import Item, check_keys, parse_item, read_jsonl
 from megatron_llave.data.shards import SCORE_RANGE, is_score
 from megatron_llave.data.tar_members import KEY

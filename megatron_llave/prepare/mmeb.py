@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.files import MAX_JSON_BYTES, parse_json, read_bytes
+from megatron_llave.options.prepare import MMEB_SPLITS
 from megatron_llave.prepare.shard_jobs import (
     PAIRS_PER_SHARD,
     Prepared,
@@ -40,7 +41,6 @@ SUBSETS = {
 }
 """The meta-task of each of the 20 training subsets, with the spelling of the training data (ImageNet_1K)."""
 
-SPLITS = ("original", "diverse_instruction")
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 
@@ -87,8 +87,8 @@ def prepare(
         DataError: the source is incomplete or malformed, or `write_shards` fails.
     """
     check_arguments(workers, max_pixels)
-    if split not in SPLITS:
-        raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    if split not in MMEB_SPLITS:
+        raise ConfigError(f"split {split!r} is not one of {', '.join(MMEB_SPLITS)}")
     check_limit(limit)
     source = Path(source)
     tables = [find_table(source, subset, split, limit) for subset in _chosen(source, subsets)]

@@ -14,6 +14,7 @@ from megatron_llave.data.placeholders import LEADING_PLACEHOLDERS, mark_user_tex
 from megatron_llave.data.tokenizer import tokenizer_in
 from megatron_llave.errors import DataError, require
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, remove_evaluation, write_evaluation
+from megatron_llave.options.prepare import TRAIN
 from megatron_llave.prepare.held_out import HeldOut, Rows, build_sets, one_of_each_group
 from megatron_llave.prepare.shard_jobs import (
     PAIRS_PER_SHARD,
@@ -27,9 +28,6 @@ from megatron_llave.prepare.shard_jobs import (
 )
 from megatron_llave.prepare.source_sides import SourceSide
 from megatron_llave.prepare.tokenizer import TRAINED_FILE, copy_tokenizer, find_other, write_trained
-
-TRAIN = "train"
-"""Instead of the path of a tokenizer: train one on the texts of the training pairs."""
 
 SCORES = (
     "only data.subsets.NAME.objective: cosent and loss.soft_labels: scores use them; "

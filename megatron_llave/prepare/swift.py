@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.data.index import META_TASKS
+from megatron_llave.config.data import META_TASKS
 from megatron_llave.data.items import read_jsonl
 from megatron_llave.data.placeholders import mark_user_text
 from megatron_llave.data.shards import SCORE_RANGE, is_score

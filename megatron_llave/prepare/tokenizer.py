@@ -19,12 +19,11 @@ from megatron_llave.data.shards import read_samples, unpack_pair
 from megatron_llave.data.tokenizer import TOKENIZERS, load_tokenizer, tokenizer_in
 from megatron_llave.errors import CheckpointError, ConfigError, DataError
 from megatron_llave.files import atomic_write
+from megatron_llave.options.prepare import VOCABULARY
 from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
 
 TRAINED_FILE = TOKENIZERS[1]
 """Name of the file that holds a trained tokenizer."""
-VOCABULARY = 1200
-"""Number of pieces of a tokenizer; that of the preset `tiny`."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 400, 1_000_000
 MOST_TEXTS = 20_000
 """Number of texts that a tokenizer is trained on; of more different ones, as many are drawn."""

@@ -20,6 +20,7 @@ from megatron_llave.data.image_files import MAX_PIXELS
 from megatron_llave.data.tar_members import KEY
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.files import write_text
+from megatron_llave.options.prepare import MMEB_SPLITS
 from megatron_llave.prepare import columns, mmeb, tables
 from megatron_llave.prepare.jsonl import LONGEST_SUBSET
 from megatron_llave.prepare.shard_jobs import (
@@ -148,7 +149,7 @@ def _entry(name: str, given: Any, where: str, root: Path, limit: int | None) -> 
         raise ConfigError(f"{where}: weight must be above 0, not {weight}")
     limits = [_number(given, "num_sample_per_subset", where, int, limit), limit]
     limit = min((number for number in limits if number is not None), default=None)
-    files = _downloaded({"dataset_split": mmeb.SPLITS[0]} | given if parser in MMEB_PARSERS else given, where, root)
+    files = _downloaded({"dataset_split": MMEB_SPLITS[0]} | given if parser in MMEB_PARSERS else given, where, root)
     num_rows = sum(count_rows(tables.open_table(file), parser) for file in files)
     num_rows = num_rows if limit is None else min(limit, num_rows)
     negatives = _number(given, "num_hardneg", where, int, 0)

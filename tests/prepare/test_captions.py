@@ -14,9 +14,10 @@ from megatron_llave.batch import Pair
 from megatron_llave.data.tokenizer import load_tokenizer
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import read_evaluation, read_tasks
+from megatron_llave.options.prepare import TRAIN
 from megatron_llave.prepare import jsonl
 from megatron_llave.prepare.captions import prepare_csv, prepare_folder
-from megatron_llave.prepare.own_pairs import TRAIN, Options
+from megatron_llave.prepare.own_pairs import Options
 
 OPTIONS = Options(held_out=0.25, tokenizer=TRAIN, workers=1)
 HELD_OUT = {"blue thing 6", "white thing 3", "green thing 1", "white thing 11", "green thing 13"}

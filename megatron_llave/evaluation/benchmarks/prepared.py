@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_llave.batch import Side
-from megatron_llave.data.index import META_TASKS, Shard, check_size, parse_shard, require_different_shards
+from megatron_llave.config.data import META_TASKS
+from megatron_llave.data.index import Shard, check_size, parse_shard, require_different_shards
 from megatron_llave.data.shards import pack_side, read_samples, to_json_bytes, unpack_json, unpack_side, write_samples
 from megatron_llave.embedding.inputs import Input, Inputs
 from megatron_llave.errors import ConfigError, DataError

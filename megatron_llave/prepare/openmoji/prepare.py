@@ -17,6 +17,7 @@ from megatron_llave.data.index import Index, Shard, Subset, fill_folder, write_i
 from megatron_llave.data.shards import write_shard
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.evaluation.benchmarks.prepared import write_evaluation
+from megatron_llave.options.prepare import VOCABULARY
 from megatron_llave.prepare.openmoji.catalogue import TONES, Catalogue, build_catalogue, demo_package
 from megatron_llave.prepare.openmoji.evaluation_sets import make_evaluation
 from megatron_llave.prepare.openmoji.tasks import (
@@ -30,7 +31,7 @@ from megatron_llave.prepare.openmoji.tasks import (
     subgroup_text,
     training_answers,
 )
-from megatron_llave.prepare.tokenizer import VOCABULARY, train_sentencepiece
+from megatron_llave.prepare.tokenizer import train_sentencepiece
 from megatron_llave.prepare.worker_pool import MOST_WORKERS, worker_pool
 
 SUBSETS = {
