@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 SECONDS_FOR_FIRST_RANK = 10
@@ -233,3 +235,30 @@ def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise a ConfigError that names the key unless its value is one of the allowed ones."""
     require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")
+
+
+def import_optional(
+    module: str, needs: str, install: str, package: str | None = None, error: type[UserError] = ConfigError
+) -> ModuleType:
+    """Import a module of a package that is not always installed.
+
+    Args:
+        module: its name.
+        needs: the beginning of the message, such as "log.tensorboard=true needs".
+        install: what installs the package, for the message.
+        package: the name of the package, where it is another one than the first part of `module`.
+        error: the kind of error to raise.
+
+    Raises:
+        UserError: of kind `error`; the package is not installed, or is installed and cannot be imported, as one that
+            lacks a package of its own or was compiled against another version of one.
+    """
+    package = package or module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError, OSError) as cause:
+        if isinstance(cause, ModuleNotFoundError) and (cause.name or "").partition(".")[0] == package:
+            raise error(f"{needs} {package}: {install}") from cause
+        why = f"{type(cause).__name__}: {one_line(cause)}"
+        what = f"{needs} {package}, which is installed but cannot be imported ({why}); install it again"
+        raise error(what) from cause

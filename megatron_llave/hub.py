@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_llave.errors import CheckpointError, ConfigError, one_line
+from megatron_llave.errors import CheckpointError, ConfigError, import_optional, one_line
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _GIVEN = re.compile(rf"({_NAME})(?:@([^\s@]+))?")
@@ -41,11 +41,9 @@ def local_folder(path: str | Path) -> Path:
     given = _GIVEN.fullmatch(str(path))
     if given is None or os.path.exists(path):
         return Path(path)
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        what = f"{path} does not exist; name a checkpoint, an output directory or a Hugging Face folder"
-        raise CheckpointError(f"{what} (names of models on the hub need huggingface_hub: {INSTALL})") from error
+    what = f"{path} does not exist; name a checkpoint, an output directory or a Hugging Face folder"
+    needs = f"{what}; models of the hub need"
+    huggingface_hub = import_optional("huggingface_hub", needs, INSTALL, error=CheckpointError)
     name, revision = given[1], given[2]
     try:
         with _alone(name):
@@ -152,10 +150,7 @@ class Destination:
         parts = _GIVEN.fullmatch(given)
         if parts is None:
             raise ConfigError(f"--push {given} must be org/name or org/name@branch, a model on the Hugging Face hub")
-        try:
-            import huggingface_hub
-        except ImportError as error:
-            raise ConfigError(f"--push needs huggingface_hub: {INSTALL}") from error
+        huggingface_hub = import_optional("huggingface_hub", "--push needs", INSTALL)
         self.name, self.revision, self.public, self.api = parts[1], parts[2], public, huggingface_hub.HfApi()
         try:
             self.user = self.api.whoami()["name"]

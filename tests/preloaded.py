@@ -3,6 +3,7 @@
 import gc
 
 import torch._dynamo  # noqa: F401  (torch loads it with the first optimizer)
+import transformers  # noqa: F401  (llave convert verify loads it, and huggingface_hub with it)
 
 import megatron_llave.commands.convert
 import megatron_llave.commands.embed

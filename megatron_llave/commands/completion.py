@@ -8,12 +8,11 @@ It needs the Python package argcomplete: `pip install argcomplete`.
 """
 
 import argparse
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
 
-from megatron_llave.errors import ConfigError, OneLineParser, exit_with_one_line
+from megatron_llave.errors import OneLineParser, exit_with_one_line, import_optional
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -51,7 +50,4 @@ def complete(overview: argparse.ArgumentParser, parser_of: Callable[[str], argpa
 
 
 def _argcomplete() -> ModuleType:
-    try:
-        return importlib.import_module("argcomplete")
-    except ModuleNotFoundError as error:
-        raise ConfigError("completion needs argcomplete: pip install argcomplete") from error
+    return import_optional("argcomplete", "completion needs", "pip install argcomplete")

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_llave.commands.progress import progress_bar
 from megatron_llave.distributed import cpu_emulation, process_groups
-from megatron_llave.errors import exit_with_one_line, require, to_one_line
+from megatron_llave.errors import exit_with_one_line, import_optional, require, to_one_line
 from megatron_llave.launch import procs
 from megatron_llave.options.search import KINDS, PROMPTS, parse
 from megatron_llave.prepare.openmoji.images import write_images
@@ -135,8 +135,7 @@ def run_serve(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the page is served by one process; start it without torchrun")
     for package in ("starlette", "uvicorn"):
-        is_there = importlib.util.find_spec(package) is not None
-        require(is_there, f"the page needs {package}: pip install starlette uvicorn (the extra search)")
+        import_optional(package, "the page needs", "pip install starlette uvicorn (the extra search)")
     server = importlib.import_module(SERVER)
     load = partial(load_query_model, checkpoint=args.checkpoint, overrides=args.overrides, prompts=prompts_of(args))
     server.serve(args.index, load, args.host, args.port, args.pictures)

@@ -22,16 +22,11 @@ from megatron_llave.data.image_files import decode_image, image_settings
 from megatron_llave.data.packing import EncodedSequence
 from megatron_llave.distributed import process_groups
 from megatron_llave.embedding.embedder import embed, load_model
-from megatron_llave.errors import CheckpointError
+from megatron_llave.errors import CheckpointError, import_optional
 from megatron_llave.files import read_bytes
 from megatron_llave.hub import local_folder
 from megatron_llave.models import open_hf
 from megatron_llave.models.hf.weights import HfFormat
-
-try:
-    import transformers
-except ImportError:
-    transformers = None
 
 TOLERANCE = 3e-5
 """Largest allowed difference between entries of a unit vector in float32; even a wrong kind of GELU makes 1.6e-4."""
@@ -53,8 +48,7 @@ def verify(hf: str | Path, checkpoint: str | Path, text: str, image: str | Path 
     Raises:
         UserError: transformers is missing, or a folder or the image cannot be read.
     """
-    if transformers is None:
-        raise CheckpointError("verify compares with transformers, which is not installed: pip install transformers")
+    transformers = import_optional("transformers", "verify needs", "pip install transformers", error=CheckpointError)
     hf = local_folder(hf)
     weights = open_hf(hf)
     vision = weights.config.model.vision

@@ -6,16 +6,12 @@ number of evenly spaced frames is taken instead. PyAV decodes the files; the ext
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from megatron_llave.errors import ConfigError, DataError
-
-try:
-    import av
-except ImportError:
-    av = None
+from megatron_llave.errors import DataError, import_optional
 
 MAX_FRAMES = 32
 FRAMES_PER_SECOND = 3
@@ -27,15 +23,13 @@ def choose_frames(num_frames: int, fps: float, limit: int = MAX_FRAMES) -> np.nd
     return chosen if len(chosen) <= limit else np.linspace(0, num_frames - 1, limit, dtype=int)
 
 
-def require_av() -> Any:
+def require_av() -> ModuleType:
     """Return the module of PyAV.
 
     Raises:
         ConfigError: PyAV is not installed.
     """
-    if av is None:
-        raise ConfigError("videos need PyAV: pip install av (the extra video)")
-    return av
+    return import_optional("av", "videos need PyAV, the package", "pip install av (the extra video)")
 
 
 def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -47,7 +41,7 @@ def read_frames(path: str | Path, limit: int = MAX_FRAMES) -> tuple[np.ndarray, 
         ConfigError: PyAV is not installed.
         DataError: the file is missing, is damaged, or has no video in it.
     """
-    require_av()
+    av = require_av()
     try:
         # The frames are counted, because the number in the file is often wrong or missing.
         with av.open(str(path)) as container:

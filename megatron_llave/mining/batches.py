@@ -19,7 +19,7 @@ from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.errors import DataError
 from megatron_llave.files import VERSION, read_json, write_json
 from megatron_llave.locks import lock_folder
-from megatron_llave.mining.clusters import find_clusters
+from megatron_llave.mining.clusters import find_clusters, require_metis
 from megatron_llave.mining.graph import rank_graph
 from megatron_llave.mining.hardness import compare_hardness
 from megatron_llave.mining.inputs import SubsetInputs, read_subsets
@@ -67,10 +67,12 @@ def mine_batches(
     Raises:
         DataError: the folder has an order that was mined otherwise, which `overwrite` does not allow to replace; or as
             store.stored_embeddings and inputs.read_subsets.
-        ConfigError: METIS is asked for and is not installed.
+        ConfigError: METIS is asked for and cannot be imported.
     """
     data = {"sha256": data_digest(ordering.index), "subsets": list(ordering.subsets)}
     plan = {"rules": asdict(ordering.grouping), "data": data}
+    if ordering.grouping.clustering == "metis":
+        require_metis()  # before hours of embedding
     model = load()  # which joins the ranks
     is_first = dist.get_rank() == 0
     with lock_folder(ordering.out) if is_first else nullcontext():

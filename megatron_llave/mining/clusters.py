@@ -5,11 +5,12 @@ the other, and is for where pymetis cannot be installed.
 """
 
 import importlib.util
+from types import ModuleType
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from megatron_llave.errors import ConfigError
+from megatron_llave.errors import import_optional
 
 TAKEN = -(2**40)
 """Connection of a pair that is in a cluster already, below that of every other."""
@@ -18,6 +19,15 @@ TAKEN = -(2**40)
 def has_metis() -> bool:
     """Whether pymetis is installed."""
     return importlib.util.find_spec("pymetis") is not None
+
+
+def require_metis() -> ModuleType:
+    """Return the module pymetis.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    return import_optional("pymetis", "--clustering metis needs", "pip install pymetis (the extra mine)")
 
 
 def find_clusters(graph: csr_array, size: int, clustering: str, seed: int) -> np.ndarray:
@@ -48,10 +58,10 @@ def find_clusters(graph: csr_array, size: int, clustering: str, seed: int) -> np
 
 def _metis(graph: csr_array, parts: int, seed: int) -> np.ndarray:
     """[N] int64 part of each node; the parts have nearly the same size."""
-    if not has_metis():
-        raise ConfigError("--clustering metis needs pymetis: pip install pymetis (the extra mine)")
-    import pymetis
-
+    pymetis = require_metis()
+    turned = graph.T.tocsr()  # with sorted indices, as those of `graph` are
+    is_symmetric = np.array_equal(graph.indices, turned.indices) and np.array_equal(graph.data, turned.data)
+    assert is_symmetric, "METIS never ends on a graph in which a connection lacks its other direction"
     adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices)
     options = pymetis.Options(seed=seed)
     # Recursive bisection is the better and faster one of METIS's two methods for as many and small parts as these.

@@ -20,7 +20,7 @@ from PIL import Image
 
 from megatron_llave.config.redact import config_without_secrets, without_secrets
 from megatron_llave.config.schema import LogConfig
-from megatron_llave.errors import ConfigError, DataError, one_line
+from megatron_llave.errors import ConfigError, DataError, import_optional, one_line
 from megatron_llave.files import write_text
 from megatron_llave.training.tracked_values import Histogram
 
@@ -61,11 +61,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int, config: Mapping[str, Any]) -> None:
         """Open the tracker, or raise ConfigError where the package is missing."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("log.tensorboard=true needs the package tensorboard (pip install tensorboard)") from error
-        self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
+        needs, install = "log.tensorboard=true needs", "pip install tensorboard"
+        tensorboard = import_optional("torch.utils.tensorboard", needs, install, "tensorboard")
+        self._writer = tensorboard.SummaryWriter(str(folder), purge_step=first_step, flush_secs=30)
         text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
         self._writer.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()), first_step)
 
@@ -94,10 +92,7 @@ class WeightsAndBiases:
 
     def __init__(self, output: Path, project: str, first_step: int, config: Mapping[str, Any]) -> None:
         """Open the tracker, or raise ConfigError where the package is missing."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(f"log.wandb_project={project} needs the package wandb (pip install wandb)") from error
+        wandb = import_optional("wandb", f"log.wandb_project={project} needs", "pip install wandb")
         known = known_run(output / WANDB_FILE, first_step)
         resume = "allow" if known else None
         self._wandb = wandb
@@ -139,11 +134,7 @@ class MlflowRun:
         self, output: Path, experiment: str, uri: str | None, first_step: int, config: Mapping[str, Any]
     ) -> None:
         """Open the tracker, or raise ConfigError where the package is missing."""
-        try:
-            import mlflow
-        except ImportError as error:
-            needs = f"log.mlflow_experiment={experiment} needs the package mlflow-skinny (pip install mlflow-skinny)"
-            raise ConfigError(needs) from error
+        mlflow = import_optional("mlflow", f"log.mlflow_experiment={experiment} needs", "pip install mlflow-skinny")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7, which take minutes without a server
         logging.getLogger("urllib3.connectionpool").setLevel(
             logging.ERROR

@@ -1,6 +1,7 @@
 """Videos: the released code's choice of frames and pooled tokens, files written and read back, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from PIL import Image
 from megatron_llave.batch import Side
 from megatron_llave.config.data import VIDEO_NEWLINES
 from megatron_llave.config.load import config_from_dict
-from megatron_llave.data import video
 from megatron_llave.data.packing import IMAGE, NEWLINE, pack_sequences
 from megatron_llave.data.video import choose_frames, read_frames
 from megatron_llave.errors import ConfigError, DataError
@@ -89,7 +89,7 @@ def test_bad_files_are_one_line(tmp_path, monkeypatch):
         read_frames(tmp_path / "a.mp4")
     with pytest.raises(DataError, match=r"video .*none\.mp4 cannot be read: No such file"):
         read_frames(tmp_path / "none.mp4")
-    monkeypatch.setattr(video, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"pip install av \(the extra video\)"):
         read_frames(tmp_path / "a.mp4")
 

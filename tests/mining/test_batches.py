@@ -126,6 +126,14 @@ def test_sizes_are_exact_in_every_graph(way: str, nodes: int, size: int) -> None
         assert all(len(set(group[cluster])) == 1 for cluster in order.reshape(-1, size))
 
 
+def test_a_graph_with_a_missing_direction_is_an_error_and_no_endless_loop() -> None:
+    pytest.importorskip("pymetis")
+    one_way = np.zeros((40, 40), np.int32)
+    one_way[0, 1:] = 1
+    with pytest.raises(AssertionError, match="a connection lacks its other direction"):
+        find_clusters(csr_array(one_way), 4, "metis", 0)
+
+
 def test_without_pymetis_metis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pymetis", None)
     with pytest.raises(ConfigError, match=r"--clustering metis needs pymetis: pip install pymetis"):

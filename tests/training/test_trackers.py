@@ -174,9 +174,9 @@ def test_failures_are_one_line_and_cost_no_step(tmp_path: Path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("given", "module", "said"),
     [
-        ({"tensorboard": True}, "torch.utils.tensorboard", "log.tensorboard=true needs the package tensorboard"),
-        ({"wandb_project": "mine"}, "wandb", "log.wandb_project=mine needs the package wandb"),
-        ({"mlflow_experiment": "mine"}, "mlflow", "log.mlflow_experiment=mine needs the package mlflow-skinny"),
+        ({"tensorboard": True}, "tensorboard", "log.tensorboard=true needs tensorboard: pip install tensorboard"),
+        ({"wandb_project": "mine"}, "wandb", "log.wandb_project=mine needs wandb: pip install wandb"),
+        ({"mlflow_experiment": "mine"}, "mlflow", "log.mlflow_experiment=mine needs mlflow: pip install mlflow-"),
     ],
 )
 def test_missing_package_is_one_line(tmp_path: Path, monkeypatch, given, module, said) -> None:

@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch.distributed as dist
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.embedding.cache import CachedEmbedder
-from megatron_llave.errors import DataError, UserError, one_line, require
+from megatron_llave.errors import DataError, UserError, import_optional, one_line, require
 from megatron_llave.evaluation.benchmark import Benchmark, Evaluate, Evaluation, ScoreTable
 from megatron_llave.evaluation.mteb_encoder import DistributedEncoder, build_encoder
 from megatron_llave.evaluation.mteb_instructions import (
@@ -315,10 +314,9 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _read_evaluation(args: argparse.Namespace) -> Evaluate:
     chosen, prompts = None, {}
     if os.environ.get("RANK", "0") == "0":  # mteb takes seconds and memory to import
-        missing = [name for name in NEEDED if find_spec(name) is None]
-        names = ", ".join(missing)
-        require(not missing, f"{names} is not installed: pip install mteb sentence-transformers (the extra mteb)")
         _quieten()
+        for package in NEEDED:
+            import_optional(package, "this benchmark needs", "pip install mteb sentence-transformers (the extra mteb)")
         names = [name for word in args.tasks if "=" not in word for name in comma_list(word)]
         chosen = choose_tasks(names, args.suite, args.languages)
         prompts = own_prompts(local_folder(args.checkpoint), chosen.tasks)

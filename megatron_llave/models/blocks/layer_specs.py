@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_llave.batch import to_device
 from megatron_llave.data.context import RowPart, part_of
-from megatron_llave.errors import ConfigError
+from megatron_llave.errors import import_optional
 from megatron_llave.models.blocks.kernels import CAUSAL, variable_length_attention
 
 
@@ -368,15 +368,10 @@ def transformer_engine() -> Any:
     Raises:
         ConfigError: Transformer Engine is not installed.
     """
-    try:
-        import transformer_engine  # noqa: F401  (megatron-core's wrappers exist without it, as broken stubs)
-        from megatron.core.extensions import transformer_engine as wrappers
-    except ImportError as error:
-        raise ConfigError(
-            "model.kernels=transformer_engine needs Transformer Engine: pip install --no-build-isolation -e '.[gpu]' "
-            "beside the CUDA build of torch, or set model.kernels=local"
-        ) from error
-    return wrappers
+    needs = "model.kernels=transformer_engine needs Transformer Engine, the package"
+    install = "pip install --no-build-isolation -e '.[gpu]' beside the CUDA build of torch, or set model.kernels=local"
+    import_optional("transformer_engine", needs, install)  # megatron-core's wrappers exist without it, as broken stubs
+    return import_optional("megatron.core.extensions.transformer_engine", needs, install, "transformer_engine")
 
 
 def mlp_submodules(kernels: str) -> MLPSubmodules:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from megatron_llave.errors import DataError
+from megatron_llave.errors import DataError, import_optional
 
 TONES = ("light skin tone", "medium-light skin tone", "medium skin tone", "medium-dark skin tone", "dark skin tone")
 TONE_CODES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
@@ -117,17 +118,13 @@ def build_catalogue(image_size: int, parallel_map: Map = map) -> Catalogue:
     return Catalogue([emoji[i] for i in kept], pixels)
 
 
-def demo_package(name: str) -> Any:
+def demo_package(name: str) -> ModuleType:
     """Import and return a package that only this source needs.
 
     Raises:
         DataError: the package is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        needs = f"the openmoji source needs Python 3.11 or newer and {INSTALL}"
-        raise DataError(f"package {name} cannot be imported ({error}); {needs}") from error
+    return import_optional(name, "the openmoji source needs Python 3.11 or newer and", INSTALL, error=DataError)
 
 
 def _read_metadata() -> tuple[list[Emoji], list[str]]:
