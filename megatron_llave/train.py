@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -40,6 +41,7 @@ from megatron_llave.evaluation.task import SetResult
 from megatron_llave.launch import procs
 from megatron_llave.loss import build_loss
 from megatron_llave.loss.schedules import at_step
+from megatron_llave.mining.refresh import Refresh
 from megatron_llave.models import build_model, build_processor
 from megatron_llave.models.blocks.kernels import describe_kernels, row_multiple
 from megatron_llave.models.lora import initialize_adapters
@@ -138,7 +140,9 @@ def train_in_output(
         logger.info("%s", describe_kernels(cfg.model, state.trainable.describe()))
     trackers = open_trackers(cfg.log, output, done + 1, asdict(cfg)) if is_reporting else []
     log = RunLog(output, cfg.log.interval, cfg.train.steps, is_reporting, trackers)
-    reason = run_steps(cfg, state, steps, done, log, watchdog, run)
+    writer = CheckpointWriter(cfg, groups, watchdog.progress)
+    with closing(Refresh(cfg, done, writer, watchdog.progress)) as refresh:
+        reason = run_steps(cfg, state, steps, done, log, watchdog, run, writer, refresh)
     log.close()
     watchdog.close()
     return reason
@@ -152,6 +156,8 @@ def run_steps(
     log: RunLog,
     watchdog: Watchdog,
     run: RunState,
+    writer: CheckpointWriter,
+    refresh: Refresh,
 ) -> str:
     """The training loop, from step `done` + 1 to train.steps or until somebody asks the run to stop.
 
@@ -159,17 +165,17 @@ def run_steps(
         The reason why it stopped before the last step, or "".
     """
     groups, last = state.groups, cfg.train.steps
-    writer = CheckpointWriter(cfg, groups, watchdog.progress)
     requests = StopRequests(cfg.train.output, cfg.train.time_limit_minutes)
     finite = FiniteSteps(cfg.train.max_bad_steps, groups)
-    evaluate, candidates = None, {}
-    if cfg.evaluate.interval:
-        evaluate, candidates = build_evaluation(cfg, state.chunks, groups, watchdog.progress, montages(cfg, log))
+    evaluate = evaluation_after_steps(cfg, state, log, watchdog)
     run.running(done)
     if done < last:
         watchdog.announce(f"waiting for the first batch of {cfg.train.global_batch_size} pairs")
     reason, step, waited_for_save = "", done, 0.0
     for step in range(done + 1, last + 1):
+        if reason := refresh.wait(step, requests.reason):
+            step -= 1  # which is saved, since its checkpoint is the next one to be mined
+            break
         watchdog.progress(f"waiting for the data of step {step}")
         started = time.perf_counter()
         data = next(steps)
@@ -186,23 +192,39 @@ def run_steps(
         if is_last or is_due(step, cfg.checkpoint.interval):
             writer.save(step, state.to_save(step), data.position)
         save_seconds = waited_for_save + time.perf_counter() - started - record["seconds"]
-        log.step(record | {"save_seconds": save_seconds, "bad_steps": finite.num_bad})
+        log.step(record | refresh.record(step) | {"save_seconds": save_seconds, "bad_steps": finite.num_bad})
         started = time.perf_counter()
         writer.poll(wait=is_last)  # after the log: a run that is killed here and resumes must have the record
         waited_for_save = time.perf_counter() - started
-        if is_last:
-            require_saved(cfg, writer, step)
-        if evaluate is not None and (step == last or is_due(step, cfg.evaluate.interval)):
-            started = time.perf_counter()
-            log.evaluation(step, evaluate(), time.perf_counter() - started, candidates)
+        evaluate(step)
         if is_last:
             break
+        refresh.after(step)
+    if step > done:
+        require_saved(cfg, writer, step)
     requests.close()
     is_stopped = step < last
     run.end("stopped" if is_stopped else "finished", step, reason)
     if is_stopped and dist.get_rank() == 0:
         logger.warning("stopped after step %d and saved: %s", step, reason)
     return reason if is_stopped else ""
+
+
+def evaluation_after_steps(
+    cfg: RunConfig, state: TrainingState, log: RunLog, watchdog: Watchdog
+) -> Callable[[int], None]:
+    """What evaluates the model after each step that asks for it, and logs the scores; all ranks call it."""
+    if not cfg.evaluate.interval:
+        return lambda step: None
+    drawn = montages(cfg, log)
+    evaluate, candidates = build_evaluation(cfg, state.chunks, state.groups, watchdog.progress, drawn)
+
+    def after(step: int) -> None:
+        if step == cfg.train.steps or is_due(step, cfg.evaluate.interval):
+            started = time.perf_counter()
+            log.evaluation(step, evaluate(), time.perf_counter() - started, candidates)
+
+    return after
 
 
 def montages(cfg: RunConfig, log: RunLog) -> Callable[[list[SetResult], Mapping[str, Side]], None] | None:
@@ -216,11 +238,12 @@ def montages(cfg: RunConfig, log: RunLog) -> Callable[[list[SetResult], Mapping[
 
 
 def require_saved(cfg: RunConfig, writer: CheckpointWriter, step: int) -> None:
-    """Let the run fail unless the checkpoint after its last step is complete.
+    """Wait for the checkpoint after the run's last step, and let the run fail unless it is complete.
 
     Raises:
         CheckpointError: it is not.
     """
+    writer.poll(wait=True)
     if writer.last != folders.step_folder(cfg.train.output, step):
         raise CheckpointError(f"the run ends after step {step}, which is not saved; the log says why")
 

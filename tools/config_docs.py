@@ -32,7 +32,8 @@ MAPS = {"subsets": SubsetConfig}
 
 def field_docs(section: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, joined into one line: field name -> docstring."""
-    body = ast.parse(inspect.getsource(section)).body[0].body
+    classes = section.__mro__[:-1]  # with those that it inherits fields from
+    body = [statement for one in classes for statement in ast.parse(inspect.getsource(one)).body[0].body]
     docs = {}
     for statement, following in zip(body, body[1:]):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):

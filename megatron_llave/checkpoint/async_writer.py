@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.state import state_metadata
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.refreshed_negatives import unmined
 from megatron_llave.distributed.collectives import largest_of_ranks
 from megatron_llave.errors import one_line
 from megatron_llave.processes import SIGNALS
@@ -74,6 +75,11 @@ class CheckpointWriter:
         self._current: _Save | None = None
         self.last: Path | None = None
         """Folder of the last checkpoint that became current."""
+
+    @property
+    def saving(self) -> int | None:
+        """Steps done in the checkpoint that is being written; None: no checkpoint is."""
+        return self._current and self._current.step
 
     def save(self, step: int, state: dict, position: dict | None) -> bool:
         """Start to save a checkpoint, after waiting for one that is still being written.
@@ -183,7 +189,8 @@ class CheckpointWriter:
         except OSError as error:
             return str(error.strerror or error)
         try:
-            folders.remove_old(output, kept.keep_last, kept.keep_every)
+            to_mine = unmined(output, self._cfg.mining.interval, current.step, self._cfg.train.steps)
+            folders.remove_old(output, kept.keep_last, kept.keep_every, to_mine)
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be removed: %s", output, error)
         return ""

@@ -11,7 +11,7 @@ replacing `latest` atomically. A save that is killed leaves the previous checkpo
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -123,8 +123,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def remove_old(output: str | Path, keep_last: int, keep_every: int) -> None:
+def remove_old(output: str | Path, keep_last: int, keep_every: int, needed: Container[int] = ()) -> None:
     """Remove checkpoints that are not kept (config.schema.CheckpointConfig), and leftovers of killed saves.
+
+    Checkpoints after the `needed` numbers of steps stay for now.
 
     Raises:
         OSError: a checkpoint cannot be removed.
@@ -132,7 +134,7 @@ def remove_old(output: str | Path, keep_last: int, keep_every: int) -> None:
     folder = Path(output) / FOLDER
     steps = sorted(all_steps(output), reverse=True)
     for step in steps[keep_last:] if keep_last else []:
-        if not keep_every or step % keep_every:
+        if (not keep_every or step % keep_every) and step not in needed:
             # Rename it first, since a checkpoint that is half removed must not look like one.
             os.replace(step_folder(output, step), folder / f"step-{step:07d}.replaced")
     for left in (*folder.glob("step-*.replaced"), *folder.glob("step-*.partial")):

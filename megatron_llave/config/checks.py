@@ -6,6 +6,7 @@ checks its own values when it is built, in the file that has it.
 
 from dataclasses import fields
 
+from megatron_llave.config.data import REMOTE
 from megatron_llave.config.lora import LoraConfig, part_of_target
 from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
@@ -92,7 +93,7 @@ def _users_of_stored(cfg: RunConfig) -> list[str]:
 
 
 def require_effects(cfg: RunConfig) -> None:
-    """Refuse settings that would change nothing in a new run.
+    """Refuse settings that would change nothing in a new run, and mining while training that cannot be done.
 
     A saved configuration may have some, which earlier versions took.
 
@@ -123,6 +124,35 @@ def require_effects(cfg: RunConfig) -> None:
     for key in ("part_learning_rates", "part_start_steps"):
         for part in getattr(cfg.optimizer, key):
             require(part in adapted, f"optimizer.{key}.{part} has nothing to train: lora.targets has no {part}")
+    _require_minable(cfg)
+
+
+def _require_minable(cfg: RunConfig) -> None:
+    """Refuse mining while training where it cannot be done, or where its negatives would be of no use."""
+    mining, interval = cfg.mining, cfg.mining.interval
+    changed = [rule.name for rule in fields(mining) if getattr(mining, rule.name) != rule.default]
+    named = f"mining.{''.join(changed[:1])} has no effect without mining.interval"
+    require(interval > 0 or not changed, f"{named}; set that too, or leave it out")
+    if not interval:
+        return
+    key, every, tensor = f"mining.interval={interval}", cfg.checkpoint.interval, cfg.parallel.tensor
+    ok = cfg.data.hard_negatives > 0
+    require(ok, f"{key} mines negatives that are not used while data.hard_negatives=0; set it to at least 1")
+    ok = not REMOTE.match(cfg.data.path)
+    require(ok, f"{key} needs the shards in a local folder, not data.path={cfg.data.path}; copy them, or use 0")
+    ok = every > 0 and interval % every == 0
+    require(
+        ok, f"{key} must be a multiple of checkpoint.interval={every}, which is to be above 0: checkpoints are mined"
+    )
+    ok = mining.processes % tensor == 0
+    hint = "use a multiple of it, or 0 to mine on other machines"
+    require(ok, f"mining.processes={mining.processes} cannot share the model as parallel.tensor={tensor} says; {hint}")
+    losses = [loss_of_subset(cfg, name) for name in cfg.data.subsets] or [cfg.loss]
+    ok = any(loss.objective == "contrastive" for loss in losses)
+    require(ok, f"{key} is of no use where every subset has objective=cosent, which leaves mined negatives out")
+    ok = cfg.loss.soft_labels != "scores" or cfg.loss.contrastive_weight > 0
+    hint = "which leave mined negatives out"
+    require(ok, f"{key} is of no use where loss.contrastive_weight=0 leaves only soft labels from scores, {hint}")
 
 
 def _validate_lora(cfg: RunConfig) -> None:

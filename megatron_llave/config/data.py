@@ -1,11 +1,14 @@
 """The section `data` of the configuration: training pairs and the mixture."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from megatron_llave.config.loss import OBJECTIVES, is_margin
 from megatron_llave.errors import at_least, one_of, require
 
+REMOTE = re.compile(r"(https?://|pipe:)")
+"""How data.path begins where it is an address on the network or a command, and not a folder."""
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 IMAGE_CORRECTIONS = ("exif_rotation", "bit_depth")
 VIDEO_NEWLINES = ("one_token", "grid", "frame", "no_token")

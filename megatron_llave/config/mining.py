@@ -1,9 +1,10 @@
-"""The rules of mining hard negatives and hard batches; docs/mining.md has them as formulas.
+"""The rules of mining hard negatives and hard batches, and the section `mining` of a run that mines while it trains.
 
-mining/rules.py applies those of negatives, mining/graph.py and mining/clusters.py those of batches.
+docs/mining.md has the rules as formulas. mining/rules.py applies those of negatives, mining/graph.py and
+mining/clusters.py those of batches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_llave.errors import at_least, one_of, require
 
@@ -11,12 +12,12 @@ PICKS = ("hardest", "random")
 CLUSTERINGS = ("metis", "greedy")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rules:
     """The rules of a mining; each is left out where it is None."""
 
     negatives: int = 5
-    """The most negatives of a query."""
+    """The most mined negatives of a query."""
     depth: int = 100
     """Candidates of a query that are looked at: ranks 1 to depth."""
     skip: int = 0
@@ -53,6 +54,31 @@ class Rules:
         require(ok, f"{named}: the candidates that are left are fewer than the negatives; raise depth")
         ok = self.floor is None or self.ceiling is None or self.floor <= self.ceiling
         require(ok, f"floor={self.floor} is above ceiling={self.ceiling}: no candidate lies between")
+
+
+@dataclass
+class MiningConfig(Rules):
+    """Mining of hard negatives while training (docs/mining.md), by the rules of `llave mine negatives`."""
+
+    interval: int = 0
+    """Number of steps between minings, a multiple of checkpoint.interval; 0: nothing is mined. After every `interval`
+    steps, that checkpoint is mined in the background. From `interval` steps later on its negatives are used in place of
+    those before, the first of which are data.negatives."""
+    processes: int = 1
+    """Processes that mine beside the training, on the node of the first rank: a multiple of parallel.tensor, by which
+    they share the model as the run does. 0: the run prints the command instead and waits for its result, so that other
+    machines can mine."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        at_least(self, "mining", 0, ("interval", "processes"))
+        require(self.votes == 1, f"mining.votes={self.votes}: a run mines with one checkpoint at a time; leave it at 1")
+
+    @property
+    def rules(self) -> Rules:
+        """The rules alone."""
+        return Rules(**{rule.name: getattr(self, rule.name) for rule in fields(Rules)})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The configuration tree: RunConfig, and the sections that have no file of their own.
 
-Each section checks its own values. model.py, lora.py, data.py, loss.py and optimizer.py have the section of their name,
-load.py reads the tree from YAML and the command line, and checks.py checks the sections against each other.
+Each section checks its own values. model.py, lora.py, data.py, mining.py, loss.py and optimizer.py have the section of
+their name, load.py reads the tree from YAML and the command line, and checks.py checks the sections against each other.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from megatron_llave.config.data import DataConfig, SubsetConfig
 from megatron_llave.config.lora import LoraConfig
 from megatron_llave.config.loss import LossConfig
+from megatron_llave.config.mining import MiningConfig
 from megatron_llave.config.model import ModelConfig
 from megatron_llave.config.optimizer import OptimizerConfig
 from megatron_llave.errors import at_least, require
@@ -177,6 +178,8 @@ class RunConfig:
     """Parallel layout."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pairs and tokenizer."""
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    """Mining while training."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Contrastive loss."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

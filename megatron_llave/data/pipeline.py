@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,13 @@ from megatron_llave.config.loss import WHOLE_STEP
 from megatron_llave.config.schema import RunConfig, loss_of_subset
 from megatron_llave.data.balance import TokenBudget
 from megatron_llave.data.index import Index
-from megatron_llave.data.mined_negatives import MinedNegatives, open_negatives
+from megatron_llave.data.mined_negatives import MinedNegatives
 from megatron_llave.data.mixture import Mixture, build_mixture, draw_subsets
 from megatron_llave.data.order import BatchOrder, open_order
 from megatron_llave.data.packing import Processor
 from megatron_llave.data.readers import (
     MINED,
+    MINING,
     ORDER,
     STORED,
     MicroBatchReader,
@@ -39,6 +40,7 @@ from megatron_llave.data.readers import (
     TrainStep,
     in_passes,
 )
+from megatron_llave.data.refreshed_negatives import StepNegatives, folder_of, last_step_with, mined_after
 from megatron_llave.data.shard_reader import ShardReader
 from megatron_llave.data.step_buffer import StepBuffer
 from megatron_llave.data.storage import Storage, open_storage
@@ -84,11 +86,10 @@ def build_train_stream(
         budget: that of train.tokens_per_micro_batch (planning.token_budget); None: micro batches are counted.
 
     Raises:
-        ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture or batch size differ
-            from those of `position`, or loss.stored_embeddings, data.negatives or data.order, or do not fit the order.
-        DataError: the index is missing or damaged, or the missing shards hold more pairs than data.max_bad_fraction
-            allows; later also when more pairs than that are bad. Or loss.stored_embeddings lacks an input, or
-            data.negatives or data.order are incomplete or of other shards.
+        ConfigError: a subset is not in the index or has fewer pairs than a batch; or data, mixture, batch size or
+            mining differ from those of `position`, or what lies beside the data, or batches do not fit the order.
+        DataError: the index is missing or damaged, or shards with too many pairs are missing; later also when too many
+            pairs are bad. Or what lies beside the data lacks an input, is incomplete or of other shards.
     """
     storage = open_storage(cfg.data)
     index = storage.read_index()
@@ -100,6 +101,7 @@ def build_train_stream(
         require_same_data(position, data_position(mixture, start_step, taken))
     micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
     most_open = SHARDS_PER_SUBSET * len(mixture.sources)
+    negatives = StepNegatives(cfg, index, list(mixture.sources), most_open)
     common = {
         "mixture": mixture,
         "subsets": {name: index.subsets[name] for name in mixture.sources},
@@ -111,25 +113,61 @@ def build_train_stream(
         "needs_scores": frozenset(n for n in mixture.sources if loss_of_subset(cfg, n).objective == "cosent"),
         "pad_to_multiple": pad_to_multiple,
         "context": cfg.parallel.context,
-        **_open_beside(cfg, index, mixture, most_open, position),
+        **_open_beside(cfg, index, mixture, negatives, position),
         "loss_of": partial(loss_of_subset, cfg),
     }
     PairReader(**common).require_vectors()
-    steps = _made_ahead(cfg, common, plan_steps(mixture, start_step), budget)
+    steps = _with_mined(cfg, common, plan_steps(mixture, start_step), negatives, start_step + 1, budget)
     return (step.data for step in within_budget(steps, cfg.data.max_bad_fraction))
 
 
 def _open_beside(
-    cfg: RunConfig, index: Index, mixture: Mixture, most_open: int, position: dict | None
+    cfg: RunConfig, index: Index, mixture: Mixture, negatives: StepNegatives, position: dict | None
 ) -> dict[str, StoredVectors | MinedNegatives | BatchOrder | None]:
     """Open what lies beside the shards, as fields of a PairReader; it must be what it was at `position`."""
     stored = open_vectors(cfg.loss.stored_embeddings) if cfg.loss.stored_embeddings else None
-    mined = open_negatives(cfg.data, index, mixture.sources, most_open)
     require_same_beside("loss.stored_embeddings", STORED, stored, position)
-    require_same_beside("data.negatives", MINED, mined, position)
+    done, interval = 0 if position is None else position["step"], cfg.mining.interval
+    if position is not None:
+        require_same_mining(position, mining_of(cfg))
+    source, mined = mined_after(done + 1, interval), None
+    if source == mined_after(done, interval):  # else the next step has others, which may be being mined
+        mined = negatives.of_step(done + 1)
+        key = f"negatives in {folder_of(cfg.train.output, source)}" if source else "data.negatives"
+        require_same_beside(key, MINED, mined, position)
     order = open_order(cfg.data, index, list(mixture.sources), mixture.batch_size)
     require_same_beside("data.order", ORDER, order, position)
     return {"stored": stored, "mined": mined, "order": order}
+
+
+def _with_mined(
+    cfg: RunConfig,
+    common: dict[str, Any],
+    plans: Iterator[StepPlan],
+    negatives: StepNegatives,
+    step: int,
+    budget: TokenBudget | None,
+) -> Iterator[TrainStep]:
+    """Return the stream from a step, counted from 1, on, whose pairs have the negatives of their step.
+
+    Nothing is read ahead beyond the last step with the same negatives, since those of the next one may still be mined.
+    Whoever asks for that one has waited for them (mining/refresh.py).
+    """
+    interval, described = cfg.mining.interval, mining_of(cfg)
+    if not interval:
+        yield from _made_ahead(cfg, common, plans, budget)
+    plans = (replace(plan, position=plan.position | {MINING: described}) for plan in plans)
+    while interval:
+        after = last_step_with(mined_after(step, interval), interval) + 1
+        common["mined"] = common["mined"] or negatives.of_step(step)
+        yield from _made_ahead(cfg, common, itertools.islice(plans, after - step), budget)
+        step, common = after, {**common, "mined": None}
+
+
+def mining_of(cfg: RunConfig) -> dict[str, Any]:
+    """What decides which negatives the run mines for its steps, as the position in the data has it."""
+    mining = cfg.mining
+    return {"interval": mining.interval, **(asdict(mining.rules) if mining.interval else {})}
 
 
 def _made_ahead(
@@ -203,11 +241,22 @@ def require_same_data(saved: dict, current: dict) -> None:
     Raises:
         ConfigError: names the first value that differs.
     """
-    apart = dict.fromkeys(("subsets", STORED, MINED, ORDER))  # compared by themselves
+    apart = dict.fromkeys(("subsets", STORED, MINED, ORDER, MINING))  # compared by themselves
     _require_equal({**saved, **apart}, {**current, **apart}, "")
     for name in sorted(saved["subsets"].keys() | current["subsets"].keys()):
         before, now = (position["subsets"].get(name, {}) for position in (saved, current))
         _require_equal(before, now, f"subset {name}: ")
+
+
+def require_same_mining(saved: dict, now: dict[str, Any]) -> None:
+    """Refuse to resume with other negatives than the stopped run would have mined; `now` is of `mining_of`.
+
+    Raises:
+        ConfigError: names the first key that differs.
+    """
+    before, change = saved.get(MINING, {"interval": 0}), "its steps would have other negatives"
+    _require_equal(*({"interval": one["interval"]} for one in (before, now)), "mining.", change)
+    _require_equal(before, now, "mining.", change)
 
 
 def require_same_beside(
@@ -231,12 +280,12 @@ def require_same_beside(
         raise ConfigError(f"{key}: the run to resume had {names[0]}, now it has {names[1]}; {hint}")
 
 
-def _require_equal(before: dict, now: dict, where: str) -> None:
+def _require_equal(before: dict, now: dict, where: str, change: str = "its pairs would come in another order") -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"the run to resume had {where}{key}={before.get(key)}, now it is {now.get(key)}: its pairs would "
-                "come in another order; change it back, or start a new run from its weights with checkpoint.init"
+                f"the run to resume had {where}{key}={before.get(key)}, now it is {now.get(key)}: {change}; change it "
+                "back, or start a new run from its weights with checkpoint.init"
             )
 
 

@@ -43,6 +43,8 @@ MINED = "mined_negatives"
 """Key of the identity of the mined negatives in the position in the data."""
 ORDER = "order"
 """Key of the identity of the mined order in the position in the data."""
+MINING = "mining"
+"""Key of the interval and the rules of mining while training in the position in the data."""
 LONGER = "it has more tokens than the headers of its images say, as if a rotation were noted after the pixels"
 """Why a pair that was planned by the headers of its images is left out when it is decoded."""
 

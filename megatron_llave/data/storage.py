@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import stat
 import subprocess
 import tempfile
@@ -26,7 +25,7 @@ from typing import TypeVar
 
 from webdataset.gopen import gopen
 
-from megatron_llave.config.data import DataConfig
+from megatron_llave.config.data import REMOTE, DataConfig
 from megatron_llave.data.index import FILE_NAME, INDEX_FILE, Index, Shard, check_size, parse_index, read_index
 from megatron_llave.errors import ConfigError, DataError, UserError
 from megatron_llave.files import AGAIN, atomic_write
@@ -34,7 +33,6 @@ from megatron_llave.files import AGAIN, atomic_write
 logger = logging.getLogger(__name__)
 Contents = TypeVar("Contents")
 
-REMOTE = re.compile(r"(https?://|pipe:)")
 CHUNK = 1 << 20
 FIRST_WAIT = 1.0
 """Seconds before the second attempt; each further attempt waits twice as long."""

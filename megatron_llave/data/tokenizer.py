@@ -15,9 +15,8 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from megatron_llave.config.data import DataConfig
+from megatron_llave.config.data import REMOTE, DataConfig
 from megatron_llave.data.placeholders import MARK
-from megatron_llave.data.storage import REMOTE
 from megatron_llave.errors import ConfigError, DataError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -11,6 +11,10 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAM
 """Variables with the number of processes that mpirun, mpiexec, jsrun or flux has started."""
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun sets together."""
+STARTED = {"NNODES", "NODE_RANK", "PROCS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NPROCS"}
+"""Variables that say how many processes are started where, beside those that torchrun sets for its ranks."""
+OF_RANKS = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PET_")
+"""How the names of torchrun's other variables begin."""
 
 
 def require_one_run(env: Mapping[str, str]) -> None:
@@ -58,3 +62,9 @@ def num_tasks(env: Mapping[str, str]) -> tuple[str, int]:
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
     value = env.get(name, "")
     return int(value) if value.isdecimal() else default
+
+
+def of_no_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank without what makes it one, for a command of its own that the rank starts."""
+    own = {*RENDEZVOUS, *MPI_SIZES, *STARTED}
+    return {name: value for name, value in env.items() if name not in own and not name.startswith(OF_RANKS)}

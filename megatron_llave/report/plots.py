@@ -138,7 +138,7 @@ def place_of(records: list[dict[str, Any]], along: str) -> np.ndarray:
         return _column(records, "step")
     if along == "pairs":
         return np.cumsum(np.nan_to_num(_column(records, "pairs")))
-    seconds = np.nan_to_num([_column(records, "seconds"), _column(records, "save_seconds")])
+    seconds = np.nan_to_num([_column(records, name) for name in ("seconds", "save_seconds", "mining_seconds")])
     return np.cumsum(seconds.sum(axis=0)) / 3600
 
 

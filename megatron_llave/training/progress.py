@@ -29,6 +29,7 @@ LONG = {
     "AUC": ("similarity_auc", "{:.3f}"),
     "TFLOP/s": ("tflops", "{:.3g}"),
     "MFU": ("mfu", "{:.1%}"),
+    "negatives age": ("negatives_age", "{:d}"),
     "bad steps": ("bad_steps", "{:d}"),
     "memory GB": ("memory_gb", "{:.2f}"),
 }

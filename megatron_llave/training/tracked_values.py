@@ -19,9 +19,9 @@ GROUPS = {
     ),
     "data": (
         *("pairs", "targets", "hard_negatives", "tokens", "tiles", "squared_lengths", "patch_pairs"),
-        *("skipped", "cut", "data_seconds"),
+        *("skipped", "cut", "data_seconds", "negatives_age"),
     ),
-    "performance": ("seconds", "save_seconds", "tflops", "mfu", "memory_gb"),
+    "performance": ("seconds", "save_seconds", "mining_seconds", "tflops", "mfu", "memory_gb"),
 }
 """Group -> keys of a record; the name of a scalar is GROUP/KEY. `scalars_of` adds the groups' further scalars."""
 GROUP_OF = {key: group for group, keys in GROUPS.items() for key in keys}
