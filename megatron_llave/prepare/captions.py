@@ -22,9 +22,9 @@ from megatron_llave.prepare.openmoji.tasks import REPRESENT_IMAGE
 from megatron_llave.prepare.own_pairs import Options, different_paths, write_own_pairs
 from megatron_llave.prepare.shard_jobs import Prepared, Progress, SourceRow, make_id
 from megatron_llave.prepare.source_sides import SourceSide
-from megatron_llave.prepare.tables import read_csv, text_lines
+from megatron_llave.prepare.tables import TEXT, open_table, read_csv, read_rows, text_lines
 
-CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv")
+CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.txt", "captions.csv", "captions.tsv")
 """Files that can hold the captions of a folder; the first one that is there is read."""
 SOURCES = ("auto", "names", "classes")
 """Where the captions of a folder are: in files, in the names of the images, or in those of the folders they are in."""
@@ -53,8 +53,8 @@ def prepare_folder(
             "red car", which is the target of a classification.
         options: what else the user chooses.
         progress: called after each step.
-        caption_column: the key or column of the captions in metadata.jsonl, metadata.csv, captions.csv or captions.tsv;
-            None: text or caption.
+        caption_column: the key or column of the captions in metadata.jsonl or a table of captions; None: text or
+            caption.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -222,7 +222,7 @@ def read_captions(file: Path, column: str | None = None) -> Iterator[Caption]:
 
 def _image_column(file: Path) -> str:
     """Return the column of image paths of a table with another column of captions than those of CAPTION_COLUMNS."""
-    names = read_csv(file)[0]
+    names = _names_and_rows(file)[0]
     return next((image for image, _ in CAPTION_COLUMNS if image in names), CAPTION_COLUMNS[1][0])
 
 
@@ -251,24 +251,34 @@ def _read_lines(file: Path) -> Iterator[Caption]:
 
 
 def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Caption]:
-    """Yield the captions of a CSV or TSV file, whose first line has the names of its columns (tables.read_csv).
+    """Yield the captions of a CSV or TSV file, whose first line has the names of its columns, or of a Parquet file.
 
     Args:
         file: the file.
         columns: names of the column of image paths and of that of captions; empty: one of CAPTION_COLUMNS.
 
     Raises:
-        DataError: a column is missing, or a line is malformed; the message has FILE:LINE.
+        DataError: a column is missing, or a line is malformed; the message has the file, and the line if it has lines.
     """
-    names, rows = read_csv(file)
+    names, rows = _names_and_rows(file)
+    start = file if file.suffix == ".parquet" else f"{file}:1"
     chosen = [columns] if columns else [pair for pair in CAPTION_COLUMNS if set(pair) <= set(names)]
     shown = ", ".join(names)[:200]
     if len(chosen) > 1:
         hint = "name one pair by --columns IMAGE CAPTION"
-        raise DataError(f"{file}:1: image and caption are in several columns of {shown!r}; {hint}")
+        raise DataError(f"{start}: image and caption are in several columns of {shown!r}; {hint}")
     if not chosen or not set(chosen[0]) <= set(names):
         needed = " and ".join(columns) or " or ".join(" and ".join(pair) for pair in CAPTION_COLUMNS)
         hint = "" if columns else "; --columns IMAGE CAPTION names others"
-        raise DataError(f"{file}:1: the columns are {shown!r}, but it needs {needed}{hint}")
+        raise DataError(f"{start}: the columns are {shown!r}, but it needs {needed}{hint}")
     place, caption_place = (names.index(name) for name in chosen[0])
     yield from ((values[place], values[caption_place], where) for where, values in rows)
+
+
+def _names_and_rows(file: Path) -> tuple[list[str], Iterator[tuple[str, list[str]]]]:
+    """Return the columns of texts of a table, and where each row is and its values, "" where it has none."""
+    if file.suffix != ".parquet":
+        return read_csv(file)
+    table = open_table(file)
+    names = [name for name, kind in table.kinds.items() if kind == TEXT or name in table.classes]
+    return names, ((where, [row[name] or "" for name in names]) for where, row in read_rows(table, names))

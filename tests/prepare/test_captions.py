@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from shard_pairs import read_shard
@@ -68,6 +70,10 @@ def write_captions(photos: Path, form: str) -> None:
         lines = [json.dumps({"file_name": image, "text": text, "more": 1}) for image, text in rows]
     elif form == "metadata.csv":
         lines = ["more,text,file_name", *(f'x,"{text}",{image}' for image, text in rows)]
+    elif form == "metadata.parquet":
+        columns = {"file_name": [row[0] for row in rows], "more": [[1]] * len(rows), "text": [row[1] for row in rows]}
+        pq.write_table(pa.table(columns), photos / form)
+        return
     elif form == "captions.tsv":
         lines = ["filepath\ttitle", *(f"{image}\t{text}" for image, text in rows)]
     elif form == "captions.txt":
@@ -79,7 +85,10 @@ def write_captions(photos: Path, form: str) -> None:
     (photos / form).write_text("\n".join(lines) + "\n\n", encoding="utf-8-sig")
 
 
-@pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv", "captions.tsv", "captions.txt", "photo.txt"])
+FORMS = ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.tsv", "captions.txt", "photo.txt"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_captions_gives_the_same_pairs(photos: Path, form: str) -> None:
     write_captions(photos, form)
     made = prepare_folder(photos, "out", options=OPTIONS)
@@ -97,6 +106,21 @@ def test_every_form_of_captions_gives_the_same_pairs(photos: Path, form: str) ->
     # Which images are held out depends on their contents and captions alone: it is the same for every form.
     assert held_out == HELD_OUT
     assert load_tokenizer("out/tokenizer.model").vocab_size <= 1200
+
+
+def test_a_parquet_file_may_lack_captions_and_have_them_in_another_column(photos: Path) -> None:
+    names = [str(path.relative_to(photos)) for path in images(photos)]
+    texts = [None, "", *(caption(int(Path(name).stem[-2:])) for name in names[2:])]
+    table = pa.table({"file_name": names, "words": texts, "text": [3] * len(names)})
+    pq.write_table(table, photos / "metadata.parquet")
+    with pytest.raises(DataError, match="metadata.parquet: the columns are 'file_name, words', but it needs filepath"):
+        prepare_folder(photos, "out", options=OPTIONS)
+    made = prepare_folder(photos, "out", options=OPTIONS, caption_column="words")
+    assert made.skipped["captions"] == {"empty side": 2}
+    assert trained_texts(Path("out")) | held_out_texts(Path("out")) == set(texts[2:])
+    (photos / "metadata.parquet").write_bytes((photos / "metadata.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match="metadata.parquet cannot be read"):
+        prepare_folder(photos, "new", options=OPTIONS)
 
 
 def test_images_without_a_caption_are_counted(photos: Path) -> None:
