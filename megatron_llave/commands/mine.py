@@ -50,7 +50,7 @@ def of_negatives(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
     number = len(args.checkpoint)
     require(rules.votes <= number, f"--votes {rules.votes} is more than there are checkpoints, {number}")
     load = [partial(load_model, path, args.overrides, args.average) for path in args.checkpoint]
-    manifest = mine(Mining(*places, args.checkpoint, rules, args.overwrite), load, say)
+    manifest = mine(Mining(*places, args.checkpoint, rules, options.search_of(args), args.overwrite), load, say)
     is_first = dist.get_rank() == 0
     process_groups.destroy_distributed()  # the other ranks need not wait for the report
     if is_first:
@@ -63,7 +63,7 @@ def of_negatives(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
 def of_batches(args: argparse.Namespace, places: tuple[Any, ...]) -> None:
     """Mine an order; `places` are the first fields of Ordering."""
     grouping = options.grouping_of(args, "metis" if has_metis() else "greedy")
-    ordering = Ordering(*places, args.checkpoint, grouping, args.overwrite)
+    ordering = Ordering(*places, args.checkpoint, grouping, options.search_of(args), args.overwrite)
     order = mine_batches(ordering, partial(load_model, args.checkpoint, args.overrides, args.average), say)
     process_groups.destroy_distributed()
     if order is not None:

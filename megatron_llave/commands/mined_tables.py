@@ -12,7 +12,7 @@ from megatron_llave.data.mined_negatives import MANIFEST_FILE, parse_manifest
 from megatron_llave.data.order import ORDER_FILE, parse_order
 from megatron_llave.errors import DataError
 from megatron_llave.files import read_json
-from megatron_llave.report.mining_report import about
+from megatron_llave.report.mining_report import about, said_of_recall
 
 
 def inspect_mined(path: Path) -> None:
@@ -58,6 +58,7 @@ def print_negatives(manifest: Mapping[str, Any]) -> None:
             print(f"{name}, {checkpoint}: {left_out(counted)}")
         if counts["left_out_together"]["max_uses"]:
             print(f"{name}: {counts['left_out_together']['max_uses']:,} of those that passed were used up")
+    _print_recall(manifest)
 
 
 def print_order(order: Mapping[str, Any]) -> None:
@@ -78,6 +79,13 @@ def print_order(order: Mapping[str, Any]) -> None:
     for name, counts in order["subsets"].items():
         if not counts["connections"]:
             print(f"{name}: no query has a target beyond the ranks that --skip leaves out; its batches are random")
+    _print_recall(order)
+
+
+def _print_recall(described: Mapping[str, Any]) -> None:
+    for name, counts in described["subsets"].items():
+        for line in said_of_recall(described, counts):
+            print(f"{name}, {line}")
 
 
 def left_out(counted: dict[str, int]) -> str:

@@ -4,12 +4,34 @@ docs/mining.md has the rules as formulas. mining/rules.py applies those of negat
 mining/clusters.py those of batches.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from megatron_llave.errors import at_least, one_of, require
 
 PICKS = ("hardest", "random")
 CLUSTERINGS = ("metis", "greedy")
+SEARCHES = ("exact", "faiss")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the nearest targets of a query are searched, for negatives and for batches."""
+
+    kind: str = "exact"
+    """One of SEARCHES; faiss is approximate (mining/approximate.py)."""
+    probes: int = 64
+    """Number of lists of targets that faiss searches for a query."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        at_least(self, "search", 1, ("probes",))
+        one_of("--search", self.kind, SEARCHES)
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What the files of a mining say of the search; None if it is exact, as in files without a word of it."""
+        return None if self.kind == "exact" else asdict(self)
 
 
 @dataclass

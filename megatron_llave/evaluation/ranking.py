@@ -167,11 +167,36 @@ def _best_keys(
             exact = _at(chosen, block, row, column) if error else similarity[row, column]  # [m]
             keys = _in_rows(row, _sort_key(exact, index[column]), len(chosen))  # [chunk, most of a query]
             best[rows] = torch.cat([best[rows], keys], dim=1).topk(k, dim=1).values
-    if group is not None and group.size() > 1 and len(queries) > 0:
-        gathered = [torch.empty_like(best) for _ in range(group.size())]
-        dist.all_gather(gathered, best, group=group)
-        best = torch.cat(gathered, dim=1).topk(k, dim=1).values  # [q, ranks * k] -> [q, k]
-    return best
+    return _of_all_ranks(best, group)
+
+
+def rank_found(
+    index: Tensor, similarity: Tensor, k: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rank candidates that each rank of `group` has found among its own, by the order of `search`.
+
+    Args:
+        index: [q, n] int64 global indices, in any order, each at most once; -1 for none. n may differ between ranks.
+        similarity: [q, n] float32, from paired_similarities.
+        k: number of candidates to keep per query.
+        group: ranks that the candidates are spread over; None: this rank has all of them.
+
+    Returns:
+        What `search` returns.
+    """
+    keys = _sort_key(similarity, index).masked_fill(index < 0, ABSENT)
+    keys = torch.cat([keys, keys.new_full((len(keys), k), ABSENT)], dim=1)  # at least k of them
+    best = _of_all_ranks(keys.topk(k, dim=1).values, group)
+    return _indices(best), _similarity_of(best)
+
+
+def _of_all_ranks(best: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The best sort keys [q, k] of all ranks, from those [q, k] of each."""
+    if group is None or group.size() == 1 or len(best) == 0:
+        return best
+    gathered = [torch.empty_like(best) for _ in range(group.size())]
+    dist.all_gather(gathered, best, group=group)
+    return torch.cat(gathered, dim=1).topk(best.shape[1], dim=1).values  # [q, ranks * k] -> [q, k]
 
 
 def _screen(queries: Tensor, candidates: Tensor) -> tuple[Tensor, float]:

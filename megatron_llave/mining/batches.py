@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from scipy.sparse import csr_array
 
-from megatron_llave.config.mining import Grouping
+from megatron_llave.config.mining import Grouping, Search
 from megatron_llave.data.index import Index
 from megatron_llave.data.order import FORMAT, ORDER_FILE, BatchOrder, SubsetOrder
 from megatron_llave.data.stored_vectors import StoredVectors, open_vectors
@@ -19,12 +19,13 @@ from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.errors import DataError
 from megatron_llave.files import VERSION, read_json, write_json
 from megatron_llave.locks import lock_folder
+from megatron_llave.mining.approximate import require_faiss
 from megatron_llave.mining.clusters import find_clusters, require_metis
 from megatron_llave.mining.graph import rank_graph
 from megatron_llave.mining.hardness import compare_hardness
 from megatron_llave.mining.inputs import SubsetInputs, read_subsets
-from megatron_llave.mining.neighbours import find_neighbours
-from megatron_llave.mining.run import Say, label
+from megatron_llave.mining.neighbours import NearestTargets
+from megatron_llave.mining.run import Say, label, recall_of
 from megatron_llave.mining.store import data_digest, stored_embeddings
 
 
@@ -45,6 +46,8 @@ class Ordering:
     checkpoint: str
     """The model, as the user names it."""
     grouping: Grouping
+    search: Search = Search()
+    """How the nearest targets are found."""
     overwrite: bool = False
     """Whether an order that was mined otherwise is replaced."""
 
@@ -67,12 +70,14 @@ def mine_batches(
     Raises:
         DataError: the folder has an order that was mined otherwise, which `overwrite` does not allow to replace; or as
             store.stored_embeddings and inputs.read_subsets.
-        ConfigError: METIS is asked for and cannot be imported.
+        ConfigError: METIS or FAISS is asked for and cannot be imported.
     """
     data = {"sha256": data_digest(ordering.index), "subsets": list(ordering.subsets)}
-    plan = {"rules": asdict(ordering.grouping), "data": data}
+    plan = {"rules": asdict(ordering.grouping), "search": ordering.search.plan, "data": data}
     if ordering.grouping.clustering == "metis":
         require_metis()  # before hours of embedding
+    if ordering.search.kind == "faiss":
+        require_faiss()
     model = load()  # which joins the ranks
     is_first = dist.get_rank() == 0
     with lock_folder(ordering.out) if is_first else nullcontext():
@@ -87,9 +92,9 @@ def mine_batches(
         for inputs in read_subsets(ordering.folder, ordering.index, ordering.subsets, [vectors]):
             say(f"searching for the neighbours of subset {inputs.name}")
             depth = ordering.grouping.skip + ordering.grouping.take
-            found = find_neighbours(inputs, vectors, depth)
+            found = NearestTargets(inputs, vectors, depth, ordering.search)
             if is_first:
-                graphs.append((inputs, rank_graph(inputs, found, ordering.grouping)))
+                graphs.append((inputs, rank_graph(inputs, found, ordering.grouping), recall_of([found])))
             else:
                 for _ in found:
                     pass
@@ -98,7 +103,8 @@ def mine_batches(
         names = [label(ordering.checkpoint, model.source.place)]
         head = {"format": FORMAT, "version": VERSION, "cluster_size": ordering.grouping.cluster_size}
         head |= {"checkpoints": names, **plan}
-        value = {**head, "subsets": {one.name: _order(ordering, vectors, one, graph, say) for one, graph in graphs}}
+        subsets = {one.name: recall | _order(ordering, vectors, one, graph, say) for one, graph, recall in graphs}
+        value = {**head, "subsets": subsets}
         try:
             write_json(ordering.out / ORDER_FILE, value)
         except OSError as error:

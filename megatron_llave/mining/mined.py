@@ -33,7 +33,7 @@ class Mined:
 
 
 def mine_subset(inputs: SubsetInputs, models: Sequence[Iterable[Neighbours]], rules: Rules) -> Mined:
-    """Apply the rules to the neighbours that each model finds (neighbours.find_neighbours), block by block.
+    """Apply the rules to the neighbours that each model finds (neighbours.NearestTargets), block by block.
 
     The similarities in the histograms, and those that are written, are of the first model (that keeps the negative).
     """

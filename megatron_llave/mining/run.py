@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_llave.config.mining import Rules
+from megatron_llave.config.mining import Rules, Search
 from megatron_llave.config.redact import own_name
 from megatron_llave.data.index import Index
 from megatron_llave.data.stored_vectors import open_vectors
@@ -16,9 +16,10 @@ from megatron_llave.distributed.collectives import from_first_rank
 from megatron_llave.embedding.embedder import LoadedModel
 from megatron_llave.locks import lock_folder
 from megatron_llave.mining import negatives_folder
+from megatron_llave.mining.approximate import require_faiss
 from megatron_llave.mining.inputs import read_subsets
 from megatron_llave.mining.mined import mine_subset
-from megatron_llave.mining.neighbours import find_neighbours
+from megatron_llave.mining.neighbours import NearestTargets
 from megatron_llave.mining.store import data_digest, stored_embeddings
 
 Say = Callable[[str], None]
@@ -41,6 +42,8 @@ class Mining:
     checkpoints: Sequence[str]
     """The models, as the user names them."""
     rules: Rules
+    search: Search = Search()
+    """How the nearest targets are found."""
     overwrite: bool = False
     """Whether complete negatives of another plan are replaced."""
 
@@ -58,9 +61,12 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
 
     Raises:
         DataError: see negatives_folder.claim, store.stored_embeddings and inputs.read_subsets.
+        ConfigError: FAISS is asked for and cannot be imported.
     """
     data = {"sha256": data_digest(mining.index), "subsets": list(mining.subsets)}
-    plan = {"rules": asdict(mining.rules), "data": data}
+    plan = {"rules": asdict(mining.rules), "search": mining.search.plan, "data": data}
+    if mining.search.kind == "faiss":
+        require_faiss()  # before hours of embedding
     model = models[0]()  # which joins the ranks
     with lock_folder(mining.out) if dist.get_rank() == 0 else nullcontext():
         from_first_rank(
@@ -84,13 +90,21 @@ def mine(mining: Mining, models: Sequence[Callable[[], LoadedModel]], say: Say =
         written = []
         for inputs in read_subsets(mining.folder, mining.index, mining.subsets, vectors):
             say(f"searching for negatives of subset {inputs.name}")
-            found = [find_neighbours(inputs, of_model, mining.rules.depth) for of_model in vectors]
+            found = [NearestTargets(inputs, of_model, mining.rules.depth, mining.search) for of_model in vectors]
             mined = mine_subset(inputs, found, mining.rules)
+            mined.report |= recall_of(found)
+            del found  # and its targets, before files are written
             say(f"writing the negatives of subset {inputs.name}")
             written.append((inputs, mined, negatives_folder.write_subset(mining.out, mining.folder, inputs, mined)))
         if dist.get_rank() != 0:
             return {}
         return negatives_folder.finish(mining.out, {"checkpoints": names, **plan}, written)
+
+
+def recall_of(found: Sequence[NearestTargets]) -> dict[str, list[float]]:
+    """What the report of a subset says of approximate searches: `recall` of each model; nothing of exact ones."""
+    measured = [round(one.recall, 4) for one in found if one.recall is not None]
+    return {"recall": measured} if measured else {}
 
 
 def label(given: str, place: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from megatron_llave.config.mining import CLUSTERINGS, PICKS, Grouping, Rules
+from megatron_llave.config.mining import CLUSTERINGS, PICKS, SEARCHES, Grouping, Rules, Search
 from megatron_llave.errors import OneLineParser
 from megatron_llave.launch import procs
 
@@ -90,6 +90,10 @@ def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
     add("--data", required=True, metavar="SHARDS", help="local folder of training shards")
     add("--store", metavar="FOLDER", help="folder that keeps the embeddings for other rules (OUT.embeddings)")
     add("--subsets", nargs="+", metavar="NAME", help="mine these subsets only")
+    help_text = "how the nearest targets are found: exactly, or approximately by FAISS with a measured recall (exact)"
+    add("--search", choices=SEARCHES, default=Search.kind, help=help_text)
+    help_text = f"lists of targets that --search faiss looks into for a query; more find more ({Search.probes})"
+    add("--probes", type=int, default=Search.probes, metavar="N", help=help_text)
     add("--average", action="store_true", help="the averaged weights of runs with loss.reward=ema")
     add("--overwrite", action="store_true", help=f"replace {what}")
     add("overrides", nargs="*", default=[], help="section.key=value, such as parallel.tensor=2")
@@ -123,6 +127,15 @@ def rules_of(args: argparse.Namespace) -> Rules:
         ConfigError: they are impossible.
     """
     return Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)})
+
+
+def search_of(args: argparse.Namespace) -> Search:
+    """How a command line asks for targets to be searched.
+
+    Raises:
+        ConfigError: it is impossible.
+    """
+    return Search(args.search, args.probes)
 
 
 def grouping_of(args: argparse.Namespace, clustering: str) -> Grouping:

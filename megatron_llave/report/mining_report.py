@@ -5,6 +5,7 @@ Of the shards and of the contents of the negatives, only what is shown is read. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ NEGATIVES_SHOWN = 8
 """Negatives of an example that are shown."""
 DIGITS = 4
 """Decimal places of the similarities in the files, and so of what is computed from them."""
+LOW_RECALL = 0.95
+"""Recall of an approximate search below which more is advised."""
 MOST_USED = 8
 """Targets that are shown as the most used ones."""
 WHAT_TO_DO = (
@@ -171,7 +174,8 @@ def _numbers(manifest: Mapping[str, Any], counts: Mapping[str, Any], rules: Rule
     if counts["pairs_not_embedded"]:
         lost = counts["pairs_not_embedded"]
         shown.append((f"{lost:,} pairs", _percent(lost, counts["pairs"]), "cannot be embedded, and get no negatives"))
-    parts = ["<h3>Similarities</h3>", histogram(counts["similarity"])]
+    parts = [f"<p>{escape(line)}</p>" for line in said_of_recall(manifest, counts)]
+    parts += ["<h3>Similarities</h3>", histogram(counts["similarity"])]
     parts += ["<h3>Queries</h3>", table(("queries", "share", "what"), shown)]
     models = counts["models"]
     names = manifest["checkpoints"] if len(models) > 1 else ["candidates left out"]
@@ -258,7 +262,21 @@ def about(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, model in zip(manifest["checkpoints"], manifest["models"]):
         rows += [("model", name), *((f"its {key.replace('_', ' ')}", str(value)) for key, value in model.items())]
     rules = (f"{_flag(name)} {'none' if value is None else value}" for name, value in manifest["rules"].items())
-    return [*rows, ("rules", " ".join(rules)), ("data, SHA-256 of the index", manifest["data"]["sha256"])]
+    search = manifest.get("search")  # not in files of earlier versions, which were exact
+    kind = "exact" if search is None else f"--search {search['kind']} --probes {search['probes']}, approximate"
+    return [
+        *rows,
+        ("rules", " ".join(rules)),
+        ("search", kind),
+        ("data, SHA-256 of the index", manifest["data"]["sha256"]),
+    ]
+
+
+def said_of_recall(manifest: Mapping[str, Any], counts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each model whose search of a subset was approximate, from negatives.json or order.json."""
+    for name, recall in zip(manifest["checkpoints"], counts.get("recall", [])):
+        hint = "" if recall >= LOW_RECALL else "; that is low: raise --probes, or use --search exact"
+        yield f"{name}: the approximate search finds {100 * recall:.1f} % of a query's nearest targets{hint}"
 
 
 def _flag(rule: str) -> str:

@@ -1,5 +1,9 @@
-"""Run by test_mined.py on several ranks: mines random vectors and writes what the rules leave, for each of RULES."""
+"""Run by test_mined.py on several ranks: mines random vectors and writes what the rules leave, for each of RULES.
 
+Where FAISS is installed, it also mines with approximate searches, for each of PROBES.
+"""
+
+import importlib.util
 import pickle
 import sys
 from pathlib import Path
@@ -7,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron_llave.config.mining import Rules
+from megatron_llave.config.mining import Rules, Search
 from megatron_llave.data.index import Shard
 from megatron_llave.data.stored_vectors import open_vectors, query_name, target_name
 from megatron_llave.distributed import process_groups
@@ -15,7 +19,8 @@ from megatron_llave.evaluation import ranking
 from megatron_llave.mining import neighbours
 from megatron_llave.mining.inputs import Content, PairContents, SubsetInputs, collect
 from megatron_llave.mining.mined import mine_subset
-from megatron_llave.mining.neighbours import find_neighbours
+from megatron_llave.mining.neighbours import NearestTargets
+from megatron_llave.mining.run import recall_of
 
 RULES = {
     "nothing": Rules(ratio=None, depth=40, negatives=40),
@@ -36,6 +41,7 @@ OF_TWO = {
     "two of two": Rules(ratio=None, votes=2, depth=40),
     "one of two": Rules(ratio=0.9, votes=1, depth=40, min_positive=0.5, max_uses=3),
 }
+PROBES = {"few lists": 2, "all lists": 10**6}
 
 
 def write_vectors(folder: Path, seed: int, n: int, width: int) -> Path:
@@ -77,11 +83,15 @@ def main() -> None:
         neighbours.QUERIES_PER_BLOCK, neighbours.MOST_RESIDENT, ranking.CANDIDATES_PER_BLOCK = 700, 0, 1000
     inputs = make_inputs(n)
     found = [
-        list(find_neighbours(inputs, open_vectors(folder / f"{seed}.npy"), 40)) for seed in (0, 1)[: int(sys.argv[3])]
+        list(NearestTargets(inputs, open_vectors(folder / f"{seed}.npy"), 40)) for seed in (0, 1)[: int(sys.argv[3])]
     ]
     rules = {name: (rule, found[:1]) for name, rule in RULES.items()}
     rules |= {name: (rule, found) for name, rule in OF_TWO.items() if len(found) > 1}
     mined = {name: mine_subset(inputs, models, rule) for name, (rule, models) in rules.items()}
+    for name, probes in PROBES.items() if importlib.util.find_spec("faiss") else ():
+        nearest = NearestTargets(inputs, open_vectors(folder / "0.npy"), 40, Search("faiss", probes))
+        mined[name] = mine_subset(inputs, [nearest], RULES["nothing"])
+        mined[name].report |= recall_of([nearest])
     (folder / f"{dist.get_world_size()}-{dist.get_rank()}.pickle").write_bytes(
         pickle.dumps({name: (x.negatives, x.similarity, x.dropped, x.report) for name, x in mined.items()})
     )

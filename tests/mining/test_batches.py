@@ -17,7 +17,7 @@ from megatron_llave.mining.clusters import find_clusters
 from megatron_llave.mining.graph import rank_graph
 from megatron_llave.mining.hardness import compare_hardness, hardest_in_batch
 from megatron_llave.mining.inputs import Content, PairContents, SubsetInputs, collect
-from megatron_llave.mining.neighbours import find_neighbours
+from megatron_llave.mining.neighbours import NearestTargets
 
 WAYS = ("metis", "greedy")
 N, GROUPS, SIZE = 500, 25, 16
@@ -57,7 +57,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory, groups: ProcessGroupCollec
 
 def graph_of(made_up: tuple[SubsetInputs, StoredVectors], grouping: Grouping) -> csr_array:
     inputs, vectors = made_up
-    return rank_graph(inputs, find_neighbours(inputs, vectors, grouping.skip + grouping.take), grouping)
+    return rank_graph(inputs, NearestTargets(inputs, vectors, grouping.skip + grouping.take), grouping)
 
 
 def test_the_graph_is_that_of_the_ranks(made_up: tuple[SubsetInputs, StoredVectors]) -> None:

@@ -79,6 +79,22 @@ def test_the_same_at_four_ranks(vectors: Path) -> None:
     assert mined(vectors, 1200, 2, 4) and one.read_bytes() == four.read_bytes()
 
 
+def test_an_approximate_search_misses_some_and_says_how_many(vectors: Path) -> None:
+    pytest.importorskip("faiss")
+    found = mined(vectors, 1200, 1, 1)
+    exactly = found["nothing"]
+    assert found["all lists"][3] == exactly[3] | {"recall": [1.0]}
+    for number in range(3):
+        assert np.array_equal(found["all lists"][number], exactly[number])
+    few, recall = found["few lists"], found["few lists"][3]["recall"]
+    shares = [np.isin(right, of).mean() for of, right in zip(few[0][::2], exactly[0][::2])]  # up to 1000 queries
+    assert recall == [pytest.approx(np.mean(shares), abs=1e-4)] and 0.2 < recall[0] < 0.95
+    for right, of, values, expected in zip(exactly[0], few[0], few[1], exactly[1]):
+        known = dict(zip(right.tolist(), expected.tolist()))
+        assert all(known.get(target, value) == value for target, value in zip(of.tolist(), values.tolist()))
+        assert (np.diff(values[of >= 0]) <= 0).all()
+
+
 @pytest.mark.slow
 def test_ten_thousand_vectors_at_one_two_and_four_ranks(tmp_path: Path) -> None:
     check_mining.write_vectors(tmp_path, 0, 10_000, 8)

@@ -198,6 +198,22 @@ def test_every_layout_writes_the_same_bytes(
     assert contents(tmp_path / "out") == contents(mined)
 
 
+def test_an_approximate_search_is_told_from_an_exact_one(data: Path, model: Path, mined: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    command = ["negatives", "--checkpoint", model, "--data", data, "--store", mined.with_name("one.embeddings"), *RULES]
+    done = run_script(TOOL, *command, "--out", tmp_path / "out", "--search", "faiss", "--probes", "7")
+    assert done.returncode == 0, done.stderr
+    # So few targets are one list.
+    assert "vqa, model: the approximate search finds 100.0 % of a query's nearest targets\n" in done.stdout
+    manifest, exactly = (json.loads((out / "negatives.json").read_text()) for out in (tmp_path / "out", mined))
+    assert manifest.pop("search") == {"kind": "faiss", "probes": 7} and exactly.pop("search") is None
+    assert [subset.pop("recall") for subset in manifest["subsets"].values()] == [[1.0], [1.0]]
+    assert manifest == exactly
+    assert "the approximate search finds 100.0 %" in (tmp_path / "out" / "report.html").read_text()
+    done = run_script(TOOL, *command, "--out", tmp_path / "out")
+    assert done.returncode == 2 and f"{tmp_path / 'out'} holds negatives of other search; choose" in done.stderr
+
+
 def test_killed_while_embedding_and_while_writing_it_continues(
     data: Path, model: Path, mined: Path, tmp_path: Path
 ) -> None:

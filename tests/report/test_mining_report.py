@@ -26,7 +26,7 @@ from megatron_llave.mining.neighbours import Neighbours
 from megatron_llave.mining.rules import Positives
 from megatron_llave.prepare.audit import verify
 from megatron_llave.report import mining_report
-from megatron_llave.report.mining_report import limit, write_mining_report
+from megatron_llave.report.mining_report import limit, said_of_recall, write_mining_report
 
 QUERIES, DROPPED, EMPTIED, MOST = 50, 7, 11, 30
 RULES = Rules(2, 10, ratio=0.9, ceiling=0.74, min_positive=0.3, max_uses=MOST)
@@ -214,3 +214,13 @@ def test_the_limit_is_the_least_of_the_rules_that_are_on() -> None:
     ):
         assert limit(positives, Rules(**{"ratio": None, **rules})) == pytest.approx(expected)
     assert limit({**positives, "least": -0.2}, Rules(ratio=0.9)) == pytest.approx(-0.22)
+
+
+def test_a_low_recall_is_said() -> None:
+    manifest = {"checkpoints": ["a", "b"]}
+    assert list(said_of_recall(manifest, {"recall": [0.95, 0.949]})) == [
+        "a: the approximate search finds 95.0 % of a query's nearest targets",
+        "b: the approximate search finds 94.9 % of a query's nearest targets; that is low: raise --probes, or use "
+        "--search exact",
+    ]
+    assert list(said_of_recall(manifest, {})) == []
