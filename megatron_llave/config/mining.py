@@ -91,16 +91,23 @@ class MiningConfig(Rules):
     they share the model as the run does. 0: the run prints the command instead and waits for its result, so that other
     machines can mine."""
 
+    search: str = Search.kind
+    """How the nearest targets are found: exact, or faiss (approximately, with a measured recall)."""
+    probes: int = Search.probes
+    """Number of lists of targets that search=faiss looks into for a query; more find more."""
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        one_of("mining.search", self.search, SEARCHES)
+        at_least(self, "mining", 1, ("probes",))
         at_least(self, "mining", 0, ("interval", "processes"))
         require(self.votes == 1, f"mining.votes={self.votes}: a run mines with one checkpoint at a time; leave it at 1")
 
     @property
-    def rules(self) -> Rules:
-        """The rules alone."""
-        return Rules(**{rule.name: getattr(self, rule.name) for rule in fields(Rules)})
+    def options(self) -> dict[str, Any]:
+        """The rules and the search, by the names that they have as options of `llave mine negatives`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("interval", "processes")}
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,7 @@ def _with_mined(
 
 def mining_of(cfg: RunConfig) -> dict[str, Any]:
     """What decides which negatives the run mines for its steps, as the position in the data has it."""
-    mining = cfg.mining
-    return {"interval": mining.interval, **(asdict(mining.rules) if mining.interval else {})}
+    return {"interval": cfg.mining.interval, **(cfg.mining.options if cfg.mining.interval else {})}
 
 
 def _made_ahead(

@@ -13,20 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
-from megatron_llave.config.mining import Rules
+from megatron_llave.config.mining import MiningConfig
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.refreshed_negatives import FOLDER, all_mined, folder_of, is_complete, mined_after, unmined
 from megatron_llave.distributed.collectives import largest_of_ranks
 from megatron_llave.distributed.launcher import of_no_launcher
 from megatron_llave.errors import CheckpointError, DataError
 from megatron_llave.launch.start import RANK, end_with_parent
+from megatron_llave.mining.approximate import require_faiss
 from megatron_llave.mining.negatives_folder import read_complete
 from megatron_llave.training.metrics import is_due
 
@@ -51,6 +52,7 @@ class Refresh:
 
         Raises:
             CheckpointError: on the first rank, a checkpoint that is to be mined is gone.
+            ConfigError: on the first rank, mining.search is faiss, which cannot be imported.
         """
         self._cfg, self._writer, self._progress = cfg, writer, progress
         self._output, self._interval, self._done = cfg.train.output, cfg.mining.interval, done
@@ -66,6 +68,11 @@ class Refresh:
                 hint = "put one of them back, or resume from an earlier checkpoint"
                 raise CheckpointError(f"{what}, with which the run would mine it; {hint}")
         if self._mines:
+            if cfg.mining.search == "faiss" and cfg.mining.processes and find_spec("faiss") is None:
+                require_faiss()  # now, and not after the first interval; where it is there, only those that mine load it
+            if cfg.train.steps <= 2 * self._interval:
+                hint = f"step {2 * self._interval + 1} would be the first with negatives of the run"
+                logger.warning("mining.interval=%d: the run ends before it mines; %s", self._interval, hint)
             tidy(self._output, self._interval, done)
             self._look()
 
@@ -193,8 +200,7 @@ def mining_arguments(cfg: RunConfig, mined: int) -> list[str]:
     mining, tensor = cfg.mining, cfg.parallel.tensor
     places = {"--data": cfg.data.path, "--out": folder_of(cfg.train.output, mined)}
     named = [f"{key}={Path(place).absolute()}" for key, place in places.items()]
-    values = {rule.name: getattr(mining, rule.name) for rule in fields(Rules)}
-    changed = {rule.name: values[rule.name] for rule in fields(Rules) if values[rule.name] != rule.default}
+    changed = {name: value for name, value in mining.options.items() if value != getattr(MiningConfig, name)}
     rules = [f"--{name.replace('_', '-')}={'none' if value is None else value}" for name, value in changed.items()]
     return [
         *("mine", "negatives", "--checkpoint", str(folders.step_folder(cfg.train.output, mined).absolute())),

@@ -12,14 +12,18 @@ import psutil
 import pytest
 from forking import run_script
 from launching import losses
+from megatron.core.process_groups_config import ProcessGroupCollection
 from run_ranks import run_ranks, started_ranks
 
 from megatron_llave.config.load import load_config
+from megatron_llave.config.mining import Rules, Search
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.refreshed_negatives import all_mined, folder_of
 from megatron_llave.distributed.launcher import of_no_launcher
+from megatron_llave.errors import CheckpointError
 from megatron_llave.files import write_json
-from megatron_llave.mining.refresh import mining_arguments, tidy
+from megatron_llave.mining.refresh import Refresh, mining_arguments, tidy
+from megatron_llave.options import mine as options
 
 ROOT = Path(__file__).resolve().parents[2]
 START, TOOL = ROOT / "megatron_llave" / "train.py", ROOT / "tools" / "mine.py"
@@ -112,10 +116,13 @@ def test_a_mining_that_fails_is_one_line_and_tried_again(openmoji_data: Path, tm
 
 @pytest.mark.slow
 def test_the_command_is_given_by_hand(openmoji_data: Path, tmp_path: Path) -> None:
-    """Two ranks print the command, wait for its result, are stopped while they wait, and go on."""
+    """Two ranks print the command, wait for its result, are stopped while they wait, and go on.
+
+    The checkpoint that is to be mined is kept, although only the newest one is to be.
+    """
     output, printed = tmp_path / "run", tmp_path / "printed"
     printed.touch()
-    run = command(openmoji_data, output, 2, "mining.processes=0")
+    run = command(openmoji_data, output, 2, "mining.processes=0", "checkpoint.keep_last=1")
     with started_ranks(2, [str(START), *run], str(printed)):
         wait_for(lambda: "step 7: waiting for the negatives of step 3" in printed.read_text(), printed)
         (output / "stop").touch()
@@ -161,8 +168,11 @@ def test_the_command_has_what_the_run_has(tmp_path: Path) -> None:
         f"--out={tmp_path}/negatives/step-0000400 --negatives=2 --depth=20 --ratio=none --margin=-0.1 --max-uses=4 "
         "--procs=1"
     )
-    cfg = configured("parallel.tensor=2", "mining.processes=0", "data.subsets=null")
-    assert mining_arguments(cfg, 400)[-2:] == ["--ratio=none", "parallel.tensor=2"]
+    cfg = configured("parallel.tensor=2", "mining.processes=0", "data.subsets=null", "mining.search=faiss")
+    found = mining_arguments(cfg, 400)
+    assert found[-3:] == ["--ratio=none", "--search=faiss", "parallel.tensor=2"]
+    args = options.parse(found[1:])
+    assert (options.rules_of(args), options.search_of(args)) == (Rules(2, 20, ratio=None), Search("faiss", 64))
 
 
 def test_the_command_is_no_rank_of_the_run() -> None:
@@ -170,6 +180,37 @@ def test_the_command_is_no_rank_of_the_run() -> None:
     names = "RANK WORLD_SIZE LOCAL_RANK GROUP_RANK MASTER_ADDR TORCHELASTIC_RUN_ID PET_LOG_DIR NNODES PROCS".split()
     names += ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "PMI_SIZE"]
     assert of_no_launcher(kept | dict.fromkeys(names, "2")) == kept
+
+
+class Writer:
+    """In place of the writer of checkpoints: it says which one is being written."""
+
+    saving: int | None = 3
+
+    def poll(self) -> None:
+        return
+
+
+def test_a_checkpoint_that_cannot_be_mined_ends_the_run(tmp_path: Path, groups: ProcessGroupCollection) -> None:
+    """At once, while the newest checkpoint is still the one before, from which a resumed run mines again."""
+    cfg, writer = configured(f"train.output={tmp_path}", "mining.processes=0"), Writer()
+    refresh = Refresh(cfg, 0, writer)
+    for step in (2, 3, 4):
+        refresh.after(step)  # that of step 3 is being written
+    writer.saving = None
+    with pytest.raises(CheckpointError, match="the checkpoint after step 3, which is to be mined, could not be saved"):
+        refresh.after(5)
+    with pytest.raises(CheckpointError, match="step-0000003 is missing or incomplete, and so is .*step-0000003,"):
+        Refresh(cfg, 6, writer)
+    (tmp_path / "checkpoints" / "step-0000003").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="negatives/step-0000006 is missing"):
+        Refresh(cfg, 6, writer)
+
+
+def test_a_run_that_ends_before_it_mines_says_so(tmp_path: Path, groups: ProcessGroupCollection, caplog) -> None:
+    with caplog.at_level("WARNING"):
+        Refresh(configured(f"train.output={tmp_path}", "train.steps=6"), 0, Writer()).close()
+    assert "mining.interval=3: the run ends before it mines; step 7 would be the first" in caplog.text
 
 
 def test_negatives_of_steps_that_can_come_are_kept(tmp_path: Path) -> None:
