@@ -69,7 +69,7 @@ class Refresh:
                 raise CheckpointError(f"{what}, with which the run would mine it; {hint}")
         if self._mines:
             if cfg.mining.search == "faiss" and cfg.mining.processes and find_spec("faiss") is None:
-                require_faiss()  # now, and not after the first interval; where it is there, only those that mine load it
+                require_faiss()  # at once; where it is there, only the processes that mine load it
             if cfg.train.steps <= 2 * self._interval:
                 hint = f"step {2 * self._interval + 1} would be the first with negatives of the run"
                 logger.warning("mining.interval=%d: the run ends before it mines; %s", self._interval, hint)
