@@ -229,7 +229,12 @@ def at_least(section: Any, prefix: str, lowest: float, names: Sequence[str]) -> 
     for name in names:
         value = getattr(section, name)
         ok = value is None or (math.isfinite(value) and value >= lowest)
-        require(ok, f"{prefix}.{name}={value} must be a finite number of at least {lowest}")
+        require(ok, f"{key_of(prefix, name)}={value} must be a finite number of at least {lowest}")
+
+
+def key_of(prefix: str, name: str) -> str:
+    """How a user writes a value: `section.name` in a configuration, and `--name` where the prefix is `--`."""
+    return f"--{name.replace('_', '-')}" if prefix == "--" else f"{prefix}.{name}"
 
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> None:
         quiet_dependencies()
         run = of_negatives if args.command == "negatives" else of_batches
         index = read_index(args.data)
-        subsets = args.subsets or [name for name, subset in index.subsets.items() if subset.pairs]
-        for name in subsets:
+        wanted = args.subsets or [name for name, subset in index.subsets.items() if subset.pairs]
+        for name in wanted:
             require(name in index.subsets, f"--subsets {name} is not one of {', '.join(sorted(index.subsets))[:200]}")
+        subsets = [name for name in index.subsets if name in wanted]  # each once, also where it is named twice
         out = Path(args.out)
         store = Path(args.store) if args.store else out.with_name(f"{out.name}.embeddings")
         run(args, (Path(args.data), index, subsets, out, store))

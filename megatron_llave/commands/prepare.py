@@ -78,15 +78,16 @@ def run_verify(given: argparse.Namespace) -> int:
     noticed: dict[tuple[str, str], list[str]] = {}
     check_arguments(given.workers, given.max_pixels)
     with progress_bar() as report:
+        # First, because data that cannot be compared end the command.
+        for problem in mined_audit.misfits(given.directory, given.data, report):
+            problems += 1
+            print(problem, flush=True)
         checks = audit.verify(given.directory, given.workers, given.max_pixels, report) if has_shards else ()
         for subset, check in checks:
             problems += len(check.problems)
             print("".join(f"{problem}\n" for problem in check.problems), end="", flush=True)
             for note, image in check.noticed:
                 noticed.setdefault((subset, note), []).append(image)
-        for problem in mined_audit.misfits(given.directory, given.data, report):
-            problems += 1
-            print(problem, flush=True)
     table = Table("subset", "images", "noticed", "the first of them")
     for (subset, note), images in noticed.items():
         table.add_row(subset, str(len(images)), note, images[0])

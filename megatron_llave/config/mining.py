@@ -5,9 +5,9 @@ mining/clusters.py those of batches.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
-from megatron_llave.errors import at_least, one_of, require
+from megatron_llave.errors import at_least, key_of, one_of, require
 
 PICKS = ("hardest", "random")
 CLUSTERINGS = ("metis", "greedy")
@@ -25,7 +25,7 @@ class Search:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        at_least(self, "search", 1, ("probes",))
+        at_least(self, "--", 1, ("probes",))
         one_of("--search", self.kind, SEARCHES)
 
     @property
@@ -38,6 +38,8 @@ class Search:
 class Rules:
     """The rules of a mining; each is left out where it is None."""
 
+    prefix: ClassVar[str] = "--"
+    """How messages name the rules: as options of the command, or as keys of the section (errors.key_of)."""
     negatives: int = 5
     """The most mined negatives of a query."""
     depth: int = 100
@@ -67,21 +69,27 @@ class Rules:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        at_least(self, "mining", 1, ("negatives", "depth", "max_uses", "votes"))
-        at_least(self, "mining", 0, ("skip", "seed"))
-        one_of("mining.pick", self.pick, PICKS)
-        at_least(self, "mining", -2, ("margin", "mean_margin", "floor", "ceiling", "min_positive", "ratio"))
+        at_least(self, self.prefix, 1, ("negatives", "depth", "max_uses", "votes"))
+        at_least(self, self.prefix, 0, ("skip", "seed"))
+        one_of(key_of(self.prefix, "pick"), self.pick, PICKS)
+        at_least(self, self.prefix, -2, ("margin", "mean_margin", "floor", "ceiling", "min_positive", "ratio"))
         ok = self.skip + self.negatives <= self.depth
-        named = f"depth={self.depth}, skip={self.skip}, negatives={self.negatives}"
-        require(ok, f"{named}: the candidates that are left are fewer than the negatives; raise depth")
+        named = f"{self._named('depth')}, {self._named('skip')}, {self._named('negatives')}"
+        what = f"{named}: the candidates that are left are fewer than the negatives"
+        require(ok, f"{what}; raise {key_of(self.prefix, 'depth')}")
         ok = self.floor is None or self.ceiling is None or self.floor <= self.ceiling
-        require(ok, f"floor={self.floor} is above ceiling={self.ceiling}: no candidate lies between")
+        require(ok, f"{self._named('floor')} is above {self._named('ceiling')}: no candidate lies between")
+
+    def _named(self, name: str) -> str:
+        return f"{key_of(self.prefix, name)}={getattr(self, name)}"
 
 
 @dataclass
 class MiningConfig(Rules):
     """Mining of hard negatives while training (docs/mining.md), by the rules of `llave mine negatives`."""
 
+    prefix: ClassVar[str] = "mining"
+    """Of its keys in messages."""
     interval: int = 0
     """Number of steps between minings, a multiple of checkpoint.interval; 0: nothing is mined. After every `interval`
     steps, that checkpoint is mined in the background. From `interval` steps later on its negatives are used in place of
@@ -127,7 +135,7 @@ class Grouping:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        at_least(self, "batches", 2, ("cluster_size",))
-        at_least(self, "batches", 1, ("take",))
-        at_least(self, "batches", 0, ("skip", "seed"))
+        at_least(self, "--", 2, ("cluster_size",))
+        at_least(self, "--", 1, ("take",))
+        at_least(self, "--", 0, ("skip", "seed"))
         one_of("--clustering", self.clustering, CLUSTERINGS)

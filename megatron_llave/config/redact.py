@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_llave.hub import is_pinned
 
-PATHS = ("path", "negatives", "images", "cache", "tokenizer", "output", "init", "resume", "base", "stored_embeddings")
+PATHS = ("path", "negatives", "order", "images", "cache", "tokenizer", "output", "init", "resume", "base")
+PATHS += ("stored_embeddings",)
 """Keys of the configuration whose values are folders, files or URLs."""
 A_COMMAND = "a command"
 """What is told of a command in data.path: each of its words may be a password or hold one."""

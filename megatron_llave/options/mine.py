@@ -1,6 +1,7 @@
 """The options of `llave mine`."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -44,6 +45,8 @@ CLUSTERS = {
     "--seed": "of the choice between equals",
 }
 """What decides the clusters; config/mining.py says more."""
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")
+"""An override of the configuration, among the words of an option that takes a list."""
 COUNTS = ("negatives", "depth", "skip", "max_uses", "votes", "seed")
 """The rules that are whole numbers; the others are similarities, but for `pick`."""
 
@@ -116,8 +119,20 @@ def _type_of(default: float | None, is_count: bool) -> Callable[[str], float | N
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; None: that of this process."""
-    return build_parser().parse_args(argv)
+    """Parse the command line; None: that of this process.
+
+    Overrides behind `--subsets` or `--checkpoint`, which take all words up to the next option, are overrides too.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("subsets", "checkpoint"):
+        words = getattr(args, name, None)
+        if isinstance(words, list):
+            args.overrides = [*args.overrides, *filter(OVERRIDE.match, words)]
+            setattr(args, name, [word for word in words if not OVERRIDE.match(word)])
+            if not getattr(args, name):
+                parser.error(f"argument --{name}: expected at least one argument before {words[0]}")
+    return args
 
 
 def rules_of(args: argparse.Namespace) -> Rules:

@@ -45,3 +45,5 @@ def test_every_text_of_a_configuration_is_looked_at() -> None:
         "loss": {"stored_embeddings": "one.npy", "alpha": 9.0, "soft_labels": None},
         "log": {"wandb_project": "team/llave", "note": "see https://host/x"},
     }
+    for key in ("path", "negatives", "order", "tokenizer"):
+        assert config_without_paths({"data": {key: "shared/own"}}) == {"data": {key: "own"}}

@@ -53,7 +53,7 @@ def test_without_faiss_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("values", "message"),
     [
         ({"kind": "hnsw"}, "--search='hnsw' is not one of exact, faiss"),
-        ({"probes": 0}, "search.probes=0 must be a finite number of at least 1"),
+        ({"probes": 0}, "--probes=0 must be a finite number of at least 1"),
     ],
 )
 def test_impossible_searches_are_refused(values: dict, message: str) -> None:

@@ -143,9 +143,9 @@ def test_without_pymetis_metis_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cluster_size": 1}, "batches.cluster_size=1 must be a finite number of at least 2"),
-        ({"take": 0}, "batches.take=0 must be"),
-        ({"skip": -1}, "batches.skip=-1 must be"),
+        ({"cluster_size": 1}, "--cluster-size=1 must be a finite number of at least 2"),
+        ({"take": 0}, "--take=0 must be"),
+        ({"skip": -1}, "--skip=-1 must be"),
         ({"clustering": "best"}, "--clustering='best' is not one of metis, greedy"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from reference_mining import exact, mine
 from run_ranks import run_ranks
 
-from megatron_llave.config.mining import Rules
+from megatron_llave.config.mining import MiningConfig, Rules
 from megatron_llave.data.stored_vectors import open_vectors
 from megatron_llave.errors import ConfigError
 from megatron_llave.mining.rules import Positives, below_ratio, choose, elect
@@ -128,16 +128,32 @@ def test_uses_are_counted_in_the_order_of_the_queries() -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"depth": 4}, "depth=4, skip=0, negatives=5: the candidates that are left are fewer than the negatives"),
-        ({"floor": 0.5, "ceiling": 0.4}, "floor=0.5 is above ceiling=0.4"),
-        ({"pick": "best"}, "mining.pick='best' is not one of hardest, random"),
-        ({"max_uses": 0}, "mining.max_uses=0 must be a finite number of at least 1"),
-        ({"ratio": float("nan")}, "mining.ratio=nan must be a finite number"),
+        ({"depth": 4}, "--depth=4, --skip=0, --negatives=5: the candidates that are left are fewer than the negatives"),
+        ({"floor": 0.5, "ceiling": 0.4}, "--floor=0.5 is above --ceiling=0.4"),
+        ({"pick": "best"}, "--pick='best' is not one of hardest, random"),
+        ({"max_uses": 0}, "--max-uses=0 must be a finite number of at least 1"),
+        ({"ratio": float("nan")}, "--ratio=nan must be a finite number"),
     ],
 )
 def test_impossible_rules_are_one_line(rules: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
         Rules(**rules)
+
+
+def test_the_section_of_a_configuration_names_keys() -> None:
+    with pytest.raises(ConfigError, match="^mining.max_uses=0 must be a finite number of at least 1"):
+        MiningConfig(max_uses=0)
+    with pytest.raises(ConfigError, match="^mining.depth=4, mining.skip=0, mining.negatives=5: .* raise mining.depth$"):
+        MiningConfig(depth=4)
+
+
+def test_overrides_may_stand_behind_a_list() -> None:
+    words = "negatives --data d --out o --checkpoint a b parallel.tensor=2 --subsets x y model.precision=bf16"
+    args = options.parse(words.split())
+    assert (args.checkpoint, args.subsets) == (["a", "b"], ["x", "y"])
+    assert args.overrides == ["model.precision=bf16", "parallel.tensor=2"]
+    with pytest.raises(SystemExit):
+        options.parse("negatives --data d --out o --checkpoint a --subsets parallel.tensor=2".split())
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_killed_while_embedding_and_while_writing_it_continues(
         (["--subsets", "vqa"], "holds negatives of other data; choose another --out or pass --overwrite"),
         (["--votes", "2"], "--votes 2 is more than there are checkpoints, 1"),
         (["--subsets", "nowhere"], "--subsets nowhere is not one of drawn, vqa"),
-        (["--negatives", "20"], "depth=12, skip=0, negatives=20: the candidates that are left are fewer"),
+        (["--negatives", "20"], "--depth=12, --skip=0, --negatives=20: the candidates that are left are fewer"),
     ],
 )
 def test_what_cannot_be_is_one_line(data: Path, model: Path, mined: Path, options: list[str], message: str) -> None:
@@ -333,7 +333,7 @@ def test_every_layout_writes_the_same_order(
     [
         (["--take", "3"], "holds an order of other rules; choose another --out or pass --overwrite"),
         (["--subsets", "vqa"], "holds an order of other data; choose another --out or pass --overwrite"),
-        (["--cluster-size", "1"], "batches.cluster_size=1 must be a finite number of at least 2"),
+        (["--cluster-size", "1"], "--cluster-size=1 must be a finite number of at least 2"),
     ],
 )
 def test_an_order_that_cannot_be_is_one_line(

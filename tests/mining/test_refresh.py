@@ -239,7 +239,10 @@ def test_negatives_of_steps_that_can_come_are_kept(tmp_path: Path) -> None:
         (["checkpoint.interval=0"], "mining.interval=3 must be a multiple of checkpoint.interval=0"),
         (["parallel.tensor=2"], "mining.processes=1 cannot share the model as parallel.tensor=2 says; use a multiple"),
         (["mining.votes=2"], "mining.votes=2: a run mines with one checkpoint at a time; leave it at 1"),
-        (["mining.skip=19"], "depth=20, skip=19, negatives=2: the candidates that are left are fewer"),
+        (
+            ["mining.skip=19"],
+            "mining.depth=20, mining.skip=19, mining.negatives=2: the candidates that are left are fewer",
+        ),
         (
             ["mining.interval=0"],
             "mining.negatives has no effect without mining.interval; set that too, or leave it out",
