@@ -77,7 +77,10 @@ def print_order(order: Mapping[str, Any]) -> None:
     print("left: pairs in no cluster; inside: share of the connections that are within clusters; hardest: mean")
     print("similarity of a query and its hardest negative in batches of this order; random: in batches at random")
     for name, counts in order["subsets"].items():
-        if not counts["connections"]:
+        if not counts["clusters"]:
+            size = order["cluster_size"]
+            print(f"{name}: its {counts['pairs']:,} pairs fill no cluster of {size}; its batches are random")
+        elif not counts["connections"]:
             print(f"{name}: no query has a target beyond the ranks that --skip leaves out; its batches are random")
     _print_recall(order)
 

@@ -177,6 +177,12 @@ def test_inspect_prints_models_rules_counts_and_age(made: dict[str, Path], tmp_p
     assert "negatives.json was written: 20" in printed and "UTC, 0.0 hours ago" in printed
     status, lines = run(capsys, "inspect", made["order"])
     assert status == 0 and "75.0 %" in "\n".join(lines) and "rules: --cluster-size 4 --skip 0" in lines
+    large = Path(shutil.copytree(made["order"], tmp_path / "large"))
+    text = (large / "order.json").read_text()
+    (large / "order.json").write_text(
+        text.replace('"cluster_size": 4', '"cluster_size": 13').replace('ters": 3', 'ters": 0')
+    )
+    assert "birds: its 12 pairs fill no cluster of 13; its batches are random" in run(capsys, "inspect", large)[1]
     status, lines = run(capsys, "inspect", made["order"], "--preset", "tiny")
     assert status == 2 and "are for a folder of shards, but" in lines[-1]
     out = Path(shutil.copytree(made["mined"], tmp_path / "out"))
