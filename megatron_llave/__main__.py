@@ -25,7 +25,7 @@ COMMANDS = {
     "convert": "convert from and to Hugging Face and PEFT folders; inspect and verify checkpoints",
     "evaluate": "evaluate a checkpoint on a benchmark",
     "embed": "embed texts and images, from the command line or from files",
-    "mine": "mine hard negatives for training shards with a checkpoint",
+    "mine": "mine hard negatives or hard batches for training shards with a checkpoint",
     "merge": "compute the weighted mean of several checkpoints",
     "plan": "compute memory, FLOPs and a layout that fits, before a run",
     "preflight": "check speed, disks and clocks of the nodes before a run",
