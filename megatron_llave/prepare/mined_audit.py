@@ -52,8 +52,8 @@ def misfits(directory: str | Path, data: str | Path | None, progress: Progress) 
     directory, found = Path(directory), files_in(directory)
     if data is not None and not {MANIFEST_FILE, ORDER_FILE} & {*found}:
         raise ConfigError(f"--data {data} is for mined negatives and orders, but {directory} holds neither of them")
-    if data is not None and MANIFEST_FILE in found:
-        yield from _misfits_of_negatives(directory, Path(data), progress)
+    if MANIFEST_FILE in found:
+        yield from _misfits_of_negatives(directory, None if data is None else Path(data), progress)
     if ORDER_FILE in found:
         beside = directory if INDEX_FILE in found else None
         yield from _misfits_of_order(directory / ORDER_FILE, beside if data is None else Path(data))
@@ -75,9 +75,14 @@ def _misfits_of_order(path: Path, data: Path | None) -> Iterator[str]:
         yield f"{path} has no subsets; {order.AGAIN}"
 
 
-def _misfits_of_negatives(directory: Path, data: Path, progress: Progress) -> Iterator[str]:
-    path, index = directory / MANIFEST_FILE, read_index(data, check_shards=False)
+def _misfits_of_negatives(directory: Path, data: Path | None, progress: Progress) -> Iterator[str]:
+    path = directory / MANIFEST_FILE
     subsets = parse_manifest(path, str(path)).subsets
+    if not subsets:
+        yield f"{path} has no subsets; {mined_negatives.AGAIN}"
+    if data is None:
+        return
+    index = read_index(data, check_shards=False)
     done, total = 0, sum(map(len, subsets.values()))
     for name, mined in subsets.items():
         try:

@@ -158,6 +158,15 @@ def test_damage_and_other_shards_are_lines(made: dict[str, Path], tmp_path: Path
     assert status == 2 and "is for mined negatives and orders, but" in lines[-1]
 
 
+@pytest.mark.parametrize(("name", "file"), [("mined", "negatives.json"), ("order", "order.json")])
+def test_what_has_no_subsets_is_not_right(made: dict[str, Path], tmp_path: Path, capsys, name: str, file: str) -> None:
+    out = Path(shutil.copytree(made[name], tmp_path / "out"))
+    (out / file).write_text(json.dumps(json.loads((out / file).read_text()) | {"subsets": {}}))
+    for more in ((), ("--data", made["data"])):
+        status, lines = run(capsys, "verify", out, *more)
+        assert status == 1 and f"{file} has no subsets; " in lines[0] and lines[1:] == ["1 problems"], lines
+
+
 def test_an_order_has_each_pair_once(made: dict[str, Path], tmp_path: Path, capsys) -> None:
     out = Path(shutil.copytree(made["order"], tmp_path / "out"))
     value = json.loads((out / "order.json").read_text())
