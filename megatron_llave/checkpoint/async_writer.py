@@ -189,7 +189,8 @@ class CheckpointWriter:
         except OSError as error:
             return str(error.strerror or error)
         try:
-            to_mine = unmined(output, self._cfg.mining.interval, current.step, self._cfg.train.steps)
+            # Also what only a resumed run with more train.steps mines, which could not begin without it.
+            to_mine = unmined(output, self._cfg.mining.interval, current.step)
             folders.remove_old(output, kept.keep_last, kept.keep_every, to_mine)
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be removed: %s", output, error)

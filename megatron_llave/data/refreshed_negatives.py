@@ -54,17 +54,18 @@ def is_complete(folder: Path) -> bool:
     return file.is_file() and read_json(file, FORMAT).get("complete") is True
 
 
-def unmined(output: str | Path, interval: int, done: int, last: int) -> list[int]:
+def unmined(output: str | Path, interval: int, done: int, last: int | None = None) -> list[int]:
     """The checkpoints that a run still has to mine, or is mining, each as its number of steps.
 
     Args:
         output: output directory of the run.
         interval: steps between minings; 0: none.
         done: steps done.
-        last: steps of the whole run. What no step will use is not mined.
+        last: steps of the whole run. What no step will use is not mined. None: the run may get more steps.
     """
     first = max(interval, mined_after(done + 1, interval))
-    candidates = range(first, min(done, last - 1 - interval) + 1, interval) if interval else ()
+    newest = done if last is None else min(done, last - 1 - interval)
+    candidates = range(first, newest + 1, interval) if interval else ()
     return [step for step in candidates if not is_complete(folder_of(output, step))]
 
 

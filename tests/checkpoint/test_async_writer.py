@@ -21,7 +21,9 @@ from megatron_llave.checkpoint.resume import find_checkpoint, resume
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.load import config_from_dict
 from megatron_llave.config.schema import RunConfig
+from megatron_llave.data.refreshed_negatives import folder_of
 from megatron_llave.errors import CheckpointError, ConfigError
+from megatron_llave.files import write_json
 from megatron_llave.models import build_model
 from megatron_llave.train import train_step
 from megatron_llave.training.optimizer import build_trainable
@@ -92,6 +94,18 @@ def test_newest_is_current_and_the_older_ones_go(groups, tmp_path: Path) -> None
     assert manifest["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "chunks": 1}
     assert {"config.yaml", "data.json", "metadata.json", ".metadata"} <= set(manifest["files"])
     assert "reserve" not in manifest["files"]
+
+
+def test_what_a_run_with_more_steps_would_mine_is_kept(groups, tmp_path: Path) -> None:
+    """A run of 9 steps uses what the checkpoint after 4 finds; one of 13 also needs the one after 8."""
+    run = build(groups, tmp_path, asynchronous=False, keep_last=1)
+    run[1]._cfg.mining.interval = 4
+    assert save(run, 4) and save(run, 8)
+    head = {"format": "megatron_llave negatives", "version": 1, "complete": True}
+    folder_of(tmp_path / "run", 4).mkdir(parents=True)
+    write_json(folder_of(tmp_path / "run", 4) / "negatives.json", head)
+    assert save(run, 9)
+    assert names(tmp_path) == {"latest", "step-0000008", "step-0000009"}
 
 
 def test_progress_is_told_while_a_checkpoint_is_waited_for(run, tmp_path: Path) -> None:

@@ -107,5 +107,7 @@ def test_what_is_mined_is_used(tmp_path: Path) -> None:
             for done in range(last):
                 needed = {mined_after(step, interval) for step in range(done + 1, last + 1)} - {0}
                 assert unmined(tmp_path, interval, done, last) == sorted(x for x in needed if x <= done)
+                longer = {mined_after(step, interval) for step in range(done + 1, last + 3 * interval)} - {0}
+                assert unmined(tmp_path, interval, done) == sorted(x for x in longer if x <= done)
     assert [mined_after(step, 3) for step in range(1, 14)] == [0] * 6 + [3] * 3 + [6] * 3 + [9]
     assert {mined_after(step, 0) for step in range(9)} == {0} and unmined(tmp_path, 0, 5, 9) == []
