@@ -25,7 +25,7 @@ from megatron_llave.batch import PairBatch
 from megatron_llave.config.loss import LossConfig
 from megatron_llave.data.packing import EncodedPair, stable_hash
 from megatron_llave.errors import DataError
-from megatron_llave.files import read_lines
+from megatron_llave.files import AGAIN, read_lines
 
 SUFFIXES = (".npy", ".parquet")
 ROWS_IN_IDENTITY = 256
@@ -172,7 +172,8 @@ def _open_npy(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # all of which a damaged header can raise
-        raise DataError(f"{path} is no .npy file of embeddings: {getattr(error, 'strerror', None) or error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} is no .npy file of embeddings: {why}; {AGAIN}") from error
     lines = (line.decode(errors="replace").rstrip("\r\n") for _, line in read_lines(path.with_suffix(".ids")))
     return rows, np.fromiter(map(stable_hash, lines), np.int64)
 

@@ -23,12 +23,14 @@ from megatron_llave.prepare.shard_jobs import Progress
 class _Pairs:
     """What the pairs of a subset have, as far as their JSON can be read."""
 
-    queries: list[dict[str, str | None]] = field(default_factory=list)
-    """For each shard, key -> query id of each pair in order; None: it cannot be read."""
+    queries: list[dict[str, str | None] | None] = field(default_factory=list)
+    """For each shard, key -> query id of each pair in order, None if it cannot be read; None: the shard cannot."""
     positives: dict[str, set[str]] = field(default_factory=dict)
     """Query id -> target ids of all pairs with the query."""
     targets: set[str] = field(default_factory=set)
     """Ids of all targets and hard negatives."""
+    is_complete: bool = True
+    """Whether all shards can be read, so that `targets` has the ids of all that mining could read."""
 
 
 def files_in(directory: str | Path) -> list[str]:
@@ -96,7 +98,8 @@ def _misfits_of_negatives(directory: Path, data: Path | None, progress: Progress
             try:
                 _read(reader, shard, pairs)
             except DataError as error:
-                pairs.queries.append({})
+                pairs.queries.append(None)
+                pairs.is_complete = False
                 yield str(error)
         for number, one in enumerate(mined):
             yield from _misfits_of_shard(directory, one, pairs, number, (reader, index, name))
@@ -123,9 +126,11 @@ def _read(reader: ShardReader, shard: Shard, pairs: _Pairs) -> None:
 def _misfits_of_shard(
     directory: Path, mined: MinedShard, pairs: _Pairs, number: int, data: tuple[ShardReader, Index, str]
 ) -> Iterator[str]:
-    """Compare a file of negatives with the pairs of its shard; what of it cannot be read is a problem of audit.py."""
+    """Compare a file of negatives with the pairs of its shard, as far as both can be read."""
     beside, queries = ShardReader(Storage(str(directory), None), 1), pairs.queries[number]
     path = directory / mined.shard.file
+    if queries is None:
+        return
     try:
         keys = beside.keys(mined.shard)
     except DataError:
@@ -166,6 +171,6 @@ def _wrong_ids(described: dict[str, Any], query: str | None, pairs: _Pairs) -> l
     for number, entry in enumerate(described[NEGATIVES]):
         if entry["id"] in pairs.positives[query]:
             wrong.append(f"negative {number} has the id {entry['id']!r} of a positive of its query {query!r}")
-        elif entry["id"] not in pairs.targets:
+        elif pairs.is_complete and entry["id"] not in pairs.targets:
             wrong.append(f"negative {number} has the id {entry['id']!r}, which no target of the subset has")
     return wrong

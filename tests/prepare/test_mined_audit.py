@@ -149,6 +149,10 @@ def test_damage_and_other_shards_are_lines(made: dict[str, Path], tmp_path: Path
     file.write_bytes(file.read_bytes().replace(b'"id":"t4"', b'"id":"t5"', 1))
     status, lines = run(capsys, "verify", out, "--data", made["data"])
     assert status == 1 and [*map(lambda line: "checksum was made of" in line, lines)].count(True) == 1, lines
+    cut = Path(shutil.copytree(made["data"], tmp_path / "cut"))
+    (cut / "birds-000000.tar").write_bytes((cut / "birds-000000.tar").read_bytes()[:3000])
+    status, lines = run(capsys, "verify", made["mined"], "--data", cut)
+    assert status == 1 and len(lines) == 2 and "birds-000000.tar is truncated or not a tar" in lines[0], lines
     other = write(tmp_path / "other", 10)
     status, lines = run(capsys, "verify", made["mined"], "--data", other)
     assert status == 1 and "is of 3 shards of subset birds, the data have 2; mine again" in lines[0], lines
