@@ -24,6 +24,8 @@ def test_with_all_lists_it_is_the_exact_search(targets: int, groups: ProcessGrou
     rows[3::50] = rows[0]  # of equal ones the first comes first
     hidden = np.random.default_rng(0).random((9, targets)) < 0.03
     hidden[2, : targets // 2] = True
+    hidden[3] = False
+    hidden[3, (queries[3] @ rows.T).argsort(descending=True)[:20]] = True  # its nearest ones: others take their places
     index = ListIndex(rows, 0, targets, 10**6)
     found, similarity = index.find(queries, 10, hidden.nonzero())
     assert found.shape[1] <= 10 + MARGIN + 10
