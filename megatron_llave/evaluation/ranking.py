@@ -282,8 +282,8 @@ def _product(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _paired(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Similarities [n] float32 of each row of queries [n, d] with that row of candidates [n, d], in fixed point."""
-    return _comparable((queries * candidates).sum(1).float())
+    """Similarities [..., n] float32 of rows in fixed point, as paired_similarities."""
+    return _comparable((queries * candidates).sum(-1).float())
 
 
 def _comparable(similarity: Tensor) -> Tensor:
@@ -297,7 +297,10 @@ def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def paired_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Similarities [n] float32 of each row of queries [n, d] with that row of candidates [n, d], with the same bits."""
+    """Similarities [..., n] float32 of each row of queries [..., n, d] with that row of candidates [..., n, d].
+
+    They have the bits of `similarities`. Where one of the two has one row, it goes with all rows of the other.
+    """
     return _paired(_fixed_point(queries), _fixed_point(candidates))
 
 

@@ -24,7 +24,8 @@ ITERATIONS = 10
 MARGIN = 16
 """Targets beyond the wanted ones that are found, because FAISS compares in float32 and does not order equal ones."""
 ROWS_AT_A_TIME = 16384
-ELEMENTS_AT_A_TIME = 2**22
+ELEMENTS_AT_A_TIME = 2**19
+"""Of the rows that are compared with the queries by which they were found."""
 
 
 def require_faiss() -> ModuleType:
@@ -86,14 +87,15 @@ class ListIndex:
         found = self._index.search(queries.numpy(), wanted)[1]  # [q, wanted]
         of_query = np.arange(len(queries))[:, None] * self._count
         found[np.isin(of_query + found, row * self._count + place) & (found >= 0)] = -1
+        similarity = torch.empty(found.shape)
         step = max(1, ELEMENTS_AT_A_TIME // (wanted * queries.shape[1]))
-        parts = []
         for start in range(0, len(queries), step):
-            some = queries[start : start + step]
-            rows = self._index.reconstruct_batch(found[start : start + step].clip(0).ravel())
-            parts.append(paired_similarities(some.repeat_interleave(wanted, 0), torch.from_numpy(rows)))
+            some = slice(start, start + step)
+            rows = torch.from_numpy(self._index.reconstruct_batch(found[some].clip(0).ravel()))
+            rows = rows.view(-1, wanted, queries.shape[1])  # [step, wanted, d]
+            similarity[some] = paired_similarities(queries[some, None], rows)
         numbers = torch.from_numpy(np.where(found < 0, -1, found + self._first))
-        return numbers, torch.cat(parts).view(len(queries), wanted)
+        return numbers, similarity
 
 
 def _centroids(faiss: ModuleType, targets: Rows) -> np.ndarray:
