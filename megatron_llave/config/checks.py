@@ -9,6 +9,7 @@ from dataclasses import fields
 from megatron_llave.config.data import REMOTE
 from megatron_llave.config.lora import LoraConfig, part_of_target
 from megatron_llave.config.loss import WHOLE_STEP
+from megatron_llave.config.mining import MiningConfig
 from megatron_llave.config.model import PARTS, LanguageConfig, ModelConfig, VisionConfig
 from megatron_llave.config.schema import LOSS_OF_SUBSET, RunConfig, loss_of_subset
 from megatron_llave.errors import require
@@ -135,6 +136,8 @@ def _require_minable(cfg: RunConfig) -> None:
     require(interval > 0 or not changed, f"{named}; set that too, or leave it out")
     if not interval:
         return
+    ok = mining.search == "faiss" or mining.probes == MiningConfig.probes
+    require(ok, f"mining.probes={mining.probes} has no effect without mining.search=faiss; set that too")
     key, every, tensor = f"mining.interval={interval}", cfg.checkpoint.interval, cfg.parallel.tensor
     ok = cfg.data.hard_negatives > 0
     require(ok, f"{key} mines negatives that are not used while data.hard_negatives=0; set it to at least 1")

@@ -27,6 +27,8 @@ class Search:
         """Check the ranges."""
         at_least(self, "--", 1, ("probes",))
         one_of("--search", self.kind, SEARCHES)
+        ok = self.kind == "faiss" or self.probes == Search.probes
+        require(ok, f"--probes={self.probes} has no effect without --search faiss; give that too, or leave it out")
 
     @property
     def plan(self) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ def test_without_faiss_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"kind": "hnsw"}, "--search='hnsw' is not one of exact, faiss"),
         ({"probes": 0}, "--probes=0 must be a finite number of at least 1"),
+        ({"probes": 8}, "--probes=8 has no effect without --search faiss; give that too, or leave it out"),
     ],
 )
 def test_impossible_searches_are_refused(values: dict, message: str) -> None:

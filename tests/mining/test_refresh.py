@@ -247,6 +247,7 @@ def test_negatives_of_steps_that_can_come_are_kept(tmp_path: Path) -> None:
             ["mining.interval=0"],
             "mining.negatives has no effect without mining.interval; set that too, or leave it out",
         ),
+        (["mining.probes=8"], "mining.probes=8 has no effect without mining.search=faiss; set that too"),
         (["data.subsets=null", "loss.objective=cosent"], "mining.interval=3 is of no use where every subset has objec"),
         (["loss.soft_labels=scores", "loss.contrastive_weight=0"], "is of no use where loss.contrastive_weight=0 leav"),
     ],
