@@ -50,6 +50,16 @@ class Manifest:
     """The files of each subset, in the order of its shards."""
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder of negatives is complete.
+
+    Raises:
+        DataError: its manifest is damaged.
+    """
+    file = folder / MANIFEST_FILE
+    return file.is_file() and read_json(file, FORMAT).get("complete") is True
+
+
 def parse_manifest(path: Path, source: str) -> Manifest:
     """Read the manifest in file `path`, which came from `source`.
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.index import Index
-from megatron_llave.data.mined_negatives import FORMAT, MANIFEST_FILE, MinedNegatives, open_negatives
+from megatron_llave.data.mined_negatives import MinedNegatives, is_complete, open_negatives
 from megatron_llave.errors import DataError
-from megatron_llave.files import read_json
 
 FOLDER = "negatives"
 _STEP = re.compile(r"step-(\d{7,15})")
@@ -42,16 +41,6 @@ def all_mined(output: str | Path) -> list[int]:
     folder = Path(output) / FOLDER
     matches = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in matches if match)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder of negatives is complete.
-
-    Raises:
-        DataError: its manifest is damaged.
-    """
-    file = folder / MANIFEST_FILE
-    return file.is_file() and read_json(file, FORMAT).get("complete") is True
 
 
 def unmined(output: str | Path, interval: int, done: int, last: int | None = None) -> list[int]:

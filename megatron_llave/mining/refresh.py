@@ -22,7 +22,8 @@ from megatron_llave.checkpoint import folders
 from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.config.mining import MiningConfig
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.data.refreshed_negatives import FOLDER, all_mined, folder_of, is_complete, mined_after, unmined
+from megatron_llave.data.mined_negatives import is_complete
+from megatron_llave.data.refreshed_negatives import FOLDER, all_mined, folder_of, mined_after, unmined
 from megatron_llave.distributed.collectives import largest_of_ranks
 from megatron_llave.distributed.launcher import of_no_launcher
 from megatron_llave.errors import CheckpointError, DataError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_llave.config.model import PARTS
 from megatron_llave.config.schema import RunConfig
-from megatron_llave.data.mined_negatives import MANIFEST_FILE
+from megatron_llave.data.mined_negatives import MANIFEST_FILE, is_complete
 from megatron_llave.data.stored_vectors import SUFFIXES
 from megatron_llave.errors import require
 
@@ -214,6 +214,8 @@ def mining(cfg: RunConfig, ranks: int) -> Study:
     require(alpha > 0, "study mining: loss.alpha=0 weights nothing; set it above 0, and each variant runs with 0 too")
     without, ordered = "data.negatives=null", f"data.order={_quoted(cfg.data.order)}"
     folders = sorted(path.parent for path in Path(folder).parent.glob(f"*/{MANIFEST_FILE}"))
+    unfinished = [str(one) for one in folders if not is_complete(one)]
+    require(not unfinished, f"study mining: the mining of {''.join(unfinished[:1])} has not ended; end it, or move it")
     kinds = {UNMINED: (without, "data.order=null")}
     kinds |= {f"{one.name} negatives": (f"data.negatives={_quoted(one)}", "data.order=null") for one in folders}
     kinds |= {"hard batches": (without, ordered)}

@@ -59,7 +59,7 @@ def write_up(
     )
     parts.append(_section("Against the reference", *_differences(findings, study), METHOD))
     if study.contrasts:
-        parts.append(_section("Differences of differences", *_contrasts(findings, study)))
+        parts.append(_section("Further comparisons", *_contrasts(findings, study)))
     parts.append(_section("Precision@1 of each evaluation set, means over seeds", *_sets(done, variants)))
     parts.append(_section("Every run", *_runs(findings)))
     if done:

@@ -1,11 +1,14 @@
 """The variants of each study: what they change, that their configurations are valid, and in which order runs come."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_llave.config.load import load_config, override_config
+from megatron_llave.data.mined_negatives import FORMAT, MANIFEST_FILE
 from megatron_llave.errors import ConfigError
+from megatron_llave.files import VERSION
 from megatron_llave.report.paper_results import ABLATIONS
 from megatron_llave.study.variants import ALPHAS, START, STUDIES, UNTRAINED, plan, run_name
 
@@ -35,7 +38,8 @@ def load(name: str, *overrides: str):
         (judges / judge).touch()
     for mined in ("random", "filtered"):  # likewise those of tiny_mining.yaml
         Path("runs", "mined", mined).mkdir(parents=True, exist_ok=True)
-        Path("runs", "mined", mined, "negatives.json").touch()
+        manifest = {"format": FORMAT, "version": VERSION, "complete": True}
+        Path("runs", "mined", mined, MANIFEST_FILE).write_text(json.dumps(manifest))
     return load_config(EXAMPLES / FILES.get(name, "tiny.yaml"), [*NEEDED[name], *overrides])
 
 
@@ -202,6 +206,14 @@ def test_mining_has_each_folder_of_negatives_and_the_order_without_and_with_weig
             *(("no mining, alpha 9", -1), ("no mining, alpha 0", 1)),
         ),
     }
+
+
+def test_mining_that_has_not_ended_is_no_variant() -> None:
+    cfg = load("mining")
+    manifest = Path("runs", "mined", "random", MANIFEST_FILE)
+    manifest.write_text(manifest.read_text().replace("true", "false"))
+    with pytest.raises(ConfigError, match="the mining of runs/mined/random has not ended"):
+        STUDIES["mining"](cfg, 1)
 
 
 def test_adapters_and_all_weights_are_trained_in_the_same_way() -> None:
