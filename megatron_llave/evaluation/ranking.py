@@ -248,9 +248,9 @@ def _at(queries: Tensor, candidates: Tensor, row: Tensor, column: Tensor) -> Ten
 
 def _in_rows(row: Tensor, keys: Tensor, count: int) -> Tensor:
     """Keys [count, most of a row] of the rows [m] not falling that keys [m] belong to; ABSENT behind the last."""
-    numbers = row.bincount(minlength=count)
-    place = torch.arange(len(row), device=row.device) - (numbers.cumsum(0) - numbers)[row]
-    table = torch.full((count, int(numbers.max())), ABSENT, dtype=torch.int64, device=row.device)
+    starts = torch.searchsorted(row, torch.arange(count + 1, device=row.device))
+    place = torch.arange(len(row), device=row.device) - starts[row]
+    table = torch.full((count, int(starts.diff().max())), ABSENT, dtype=torch.int64, device=row.device)
     table[row, place] = keys
     return table
 

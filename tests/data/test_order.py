@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_llave.batch import Pair, Side, StepBatches
 from megatron_llave.config.data import DataConfig
 from megatron_llave.config.schema import RunConfig, TrainConfig
+from megatron_llave.data import shard_reader
 from megatron_llave.data.balance import TokenBudget
 from megatron_llave.data.index import Index, read_index, write_index
 from megatron_llave.data.order import BatchOrder, SubsetOrder
@@ -23,6 +24,7 @@ from megatron_llave.data.packing import stable_hash
 from megatron_llave.data.pipeline import build_train_stream
 from megatron_llave.data.shards import write_subset
 from megatron_llave.data.step_buffer import unpack_step
+from megatron_llave.data.tar_members import find_samples
 from megatron_llave.errors import ConfigError, DataError
 from megatron_llave.models.llava_onevision.processor import LlavaOnevisionProcessor
 
@@ -134,6 +136,16 @@ def test_all_clusters_but_two_are_whole_in_a_batch_and_epochs_differ() -> None:
     assert few.take("x", 3, 0, 30).reshape(10, 3).tolist() == [[2, 0, 1]] * 10
     assert order.take("x", 3, 0, 47).tolist() != order.take("x", 3, 47, 47).tolist()
     assert order.take("x", 3, 0, 47).tolist() != order.take("x", 4, 0, 47).tolist()
+
+
+def test_the_headers_of_a_shard_are_read_once(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, out = folders
+    found: list[str] = []
+    monkeypatch.setattr(
+        shard_reader, "find_samples", lambda file, path: found.append(path.name) or find_samples(file, path)
+    )
+    steps(config(shards, out), 40)
+    assert len(found) == len(set(found)) == sum(len(subset.shards) for subset in read_index(shards).subsets.values())
 
 
 def test_a_token_budget_and_sub_batches_follow_it_too(folders: tuple[Path, Path]) -> None:

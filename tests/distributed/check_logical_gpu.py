@@ -30,6 +30,7 @@ from PIL import Image
 from reference import CAUSAL, one_by_one, pack_pair_batch, random_pairs, random_sequence
 
 from megatron_llave.batch import Side, StepBatches
+from megatron_llave.checkpoint.async_writer import CheckpointWriter
 from megatron_llave.checkpoint.state import TrainingState
 from megatron_llave.config.schema import RunConfig
 from megatron_llave.data.step_buffer import StepBuffer, pack_step
@@ -39,6 +40,7 @@ from megatron_llave.embedding.embedder import LoadedModel, embed_parts
 from megatron_llave.evaluation.benchmarks.prepared import EvaluationSet, build_tasks
 from megatron_llave.evaluation.evaluate import evaluate_tasks
 from megatron_llave.loss.contrastive import LossShare
+from megatron_llave.mining.refresh import Refresh
 from megatron_llave.models import build_model
 from megatron_llave.models.blocks import kernels, layer_specs
 from megatron_llave.models.blocks.kernels import row_multiple
@@ -104,7 +106,8 @@ def count_step(
     run = RunState(cfg.train.output, dist.get_rank() == 0)
     watchdog = Watchdog(cfg.parallel.timeout_seconds, run.fail)
     log = RunLog(Path(cfg.train.output), 1, STEPS, process_groups.is_reporting_rank(groups), [])
-    assert run_steps(cfg, state, steps, 0, log, watchdog, run) == ""
+    writer = CheckpointWriter(cfg, groups)
+    assert run_steps(cfg, state, steps, 0, log, watchdog, run, writer, Refresh(cfg, 0, writer)) == ""
     watchdog.close()
     return before[1] - before[0]
 
