@@ -86,6 +86,7 @@ def test_folder_that_cannot_be(given: str, message: str) -> None:
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_run_that_cannot_work_is_listed_and_the_status_tells(tmp_path: Path) -> None:
     done = run_script(TOOL, "hardness", *CONFIG, "--seeds", "0", "--out", tmp_path, "--task", "1", "data.path=nowhere")
     assert done.returncode == 1

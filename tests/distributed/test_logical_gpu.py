@@ -31,7 +31,7 @@ def waits(world: int, *args: str) -> dict[str, list[dict[str, dict[str, int]]]]:
     return {layout: [rank for rank in found if rank["layout"] == layout] for layout in args[1:]}
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))])
 def test_the_host_waits_no_more_often_than_it_did(tmp_path: Path, world: int) -> None:
     for layout, ranks in waits(world, str(tmp_path), *WAITS[world]).items():
         assert len(ranks) == world

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from run_ranks import run_ranks
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 CHECK = Path(__file__).parent / "check_lora.py"
 REFERENCES = [
@@ -32,7 +32,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_gradients_are_those_of_peft_at_every_layout(reference: Path, world: int) -> None:
     """Of all adapters, with one, two and four pairs per micro batch, and with weights that were merged and not."""
     output = run_ranks(world, CHECK, "compare", str(reference), *LAYOUTS[world])

@@ -6,7 +6,7 @@ import pytest
 from golden_qwen_vl import FAMILIES
 from run_ranks import run_ranks
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "check_qwen_vl.py"
 LAYOUTS = {
@@ -16,7 +16,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_golden_embeddings_and_gradients_at_every_layout(world: int) -> None:
     """Embeddings within 3e-5; the loss within 5e-6 and the norm of every gradient within 1e-5, relative.
 
