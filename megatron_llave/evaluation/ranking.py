@@ -150,7 +150,8 @@ def _best_keys(
     """Sort keys [q, k] of the best candidates of all ranks; `compare` sees every block's similarities [chunk, n].
 
     It may set some of them to -inf, which no other similarity is: such a candidate is not found. If `is_screened`, the
-    similarities that it sees may be rounded ones (_screen); those of the keys are not.
+    similarities that it sees may be rounded ones (_screen); those of the keys are not. That takes less time where there
+    are many candidates, but on a GPU the host waits twice for each block, which an evaluation while training avoids.
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
@@ -163,9 +164,14 @@ def _best_keys(
             similarity, error = _screen(chosen, block) if is_screened else (_product(chosen, block), 0.0)  # [chunk, n]
             index = torch.arange(len(block), device=queries.device) + offset + start  # [n]
             compare(rows, similarity, index)
-            row, column = _near(similarity, error, best[rows])
-            exact = _at(chosen, block, row, column) if error else similarity[row, column]  # [m]
-            keys = _in_rows(row, _sort_key(exact, index[column]), len(chosen))  # [chunk, most of a query]
+            if is_screened:
+                row, column = _near(similarity, error, best[rows])
+                exact = _at(chosen, block, row, column) if error else similarity[row, column]  # [m]
+                keys = _in_rows(row, _sort_key(exact, index[column]), len(chosen))  # [chunk, most of a query]
+            else:
+                keys = _sort_key(similarity, index)  # [chunk, n]
+            if keys.shape[1] > k:  # first among themselves: joined to the others they would be copied whole
+                keys = keys.topk(k, dim=1).values
             best[rows] = torch.cat([best[rows], keys], dim=1).topk(k, dim=1).values
     return _of_all_ranks(best, group)
 
@@ -305,7 +311,7 @@ def paired_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _sort_key(similarity: Tensor, index: Tensor) -> Tensor:
-    """Keys [m] int64: larger for a larger similarity [m] float32, then for a smaller index [m]."""
+    """Keys int64: larger for a larger similarity [...] float32, then for a smaller index, which is broadcast to it."""
     bits = similarity.view(torch.int32).long()
     # The bits of a float rise with its size; of a negative one they must fall.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

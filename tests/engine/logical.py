@@ -11,8 +11,8 @@ from engine.gradients import ENGINE, ONE, config, reset_engine
 from logical_gpu import LogicalGpu
 
 WAITS = {
-    1: {("delayed", ONE): (2, 1, 18)},
-    2: {("tensorwise", "2,1,1,1,0"): (5, 1, 22)},
+    1: {("delayed", ONE): (2, 1, 16)},
+    2: {("tensorwise", "2,1,1,1,0"): (5, 1, 20)},
 }
 """Processes -> precision and layout -> waits as in test_logical_gpu.py. It has the same numbers for local kernels."""
 GPU = LogicalGpu()

@@ -1,6 +1,7 @@
 """Ranking: against numpy, with exact ties, over chunks, blocks and ranks; and the numbers read off it."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +174,10 @@ def test_chunks_and_blocks_change_no_bit(chunk, block, monkeypatch):
 
 def test_no_more_than_chunk_queries_meet_the_candidates_at_a_time(monkeypatch):
     seen = []
-    original = ranking._near
-    monkeypatch.setattr(ranking, "_near", lambda s, *rest: seen.append(tuple(s.shape)) or original(s, *rest))
+    for name in ("_product", "_screen"):  # of rank_candidates, of search
+        original = getattr(ranking, name)
+        noted = partial(lambda original, *rows: seen.append(tuple(map(len, rows))) or original(*rows), original)
+        monkeypatch.setattr(ranking, name, noted)
     queries, candidates, positives = random_case(10, 30, 8, 30)
     rank_candidates(queries, candidates, positives, 2, chunk=4)
     search(queries, candidates, 2, chunk=4)
