@@ -61,7 +61,6 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_every_rule_and_the_vote_are_those_of_the_reference(vectors: Path) -> None:
     found = mined(vectors, 1200, 2, 1)
     require_reference(vectors, 1200, 2, found)
